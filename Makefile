@@ -1,0 +1,42 @@
+# make demo, make test, make lint, make bench: each sets up what it needs; a second call sets up nothing again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Several CPU devices in one process starve jax 0.10's thread pool on few cores and hang; 16 threads do not.
+export PJRT_NPROC ?= 16
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/crcjax demo --out runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python tools/record.py
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "crcjax needs Python 3.11 or newer; name one with make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory system-packages
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# Debian and Ubuntu leave venv out of their python3; everything else comes from Python packages.
+.PHONY: system-packages
+system-packages:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -qq --yes python3-venv; \
+	else echo "the system's package python3-venv is missing: install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; fi
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,52 @@
+"""The whole default config: every field with its unit and the reason for its value. `configs/*.py` only override it."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The default config; locked, so that an unknown field in a config file is an error."""
+    config = ConfigDict()
+    config.seed = 0  # folded by step, slide and purpose; the only source of randomness
+
+    config.data = data = ConfigDict()
+    data.store = ""  # folder of tile stores, as `crcjax tile --out` wrote it
+    data.cohort = ""  # CSV with slide_id, case_id, subtype and optionally path, site, scanner, split
+    data.classes = ("canonical", "immune", "stromal")  # the label scheme; CMS1 to CMS4 by override
+    data.val_fraction = 0.2  # of the cases, for model selection, where the cohort has no split column
+    data.test_fraction = 0.2  # of the cases, never seen by training, where the cohort has no split column
+    data.regions = 32  # regions sampled per bag and step; memory grows with it, evidence per step too
+    data.bags = 8  # bags per step, over all devices
+    data.region_buckets = (64, 256, 1024, 4096)  # padded lengths of whole bags; XLA compiles one program each
+    data.read_threads = 4  # threads that read stores ahead of the device
+    data.prefetch = 4  # batches held ready
+
+    config.augment = augment = ConfigDict()
+    augment.flips = True  # flips and right-angle turns: tissue has no up
+    augment.stain = 0.15  # standard deviation of the log gain per colour channel in optical density; scanners differ
+
+    config.model = model = ConfigDict()
+    model.encoder = "compact"  # the tile encoder, trained end to end from pixels
+    model.width = 32  # channels of the encoder's first stage; doubles per stage
+    model.features = 128  # numbers per instance
+    model.attention = 64  # hidden units of the gated attention (Ilse 2018)
+    model.dropout = 0.1  # on instance features, in training only
+    model.dtype = "float32"  # of the computation: float32 or bfloat16; parameters and loss stay float32
+
+    config.train = train = ConfigDict()
+    train.steps = 300  # optimiser steps
+    train.eval_every = 100  # steps between evaluations on the validation cases
+    train.checkpoint_every = 50  # steps between checkpoints; a killed run repeats at most these
+    train.log_every = 10  # steps between lines of metrics
+    train.keep_best = 1  # checkpoints kept for their validation metric, beside the newest
+    train.label_smoothing = 0.05  # molecular references have errors of their own
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-3  # peak, AdamW
+    optimizer.warmup_steps = 30  # linear from zero
+    optimizer.final_fraction = 0.01  # of the peak, at the end of the cosine
+    optimizer.weight_decay = 1e-2  # on matrices and kernels, not on biases and scales
+    optimizer.clip_norm = 1.0  # global gradient norm
+
+    return config.lock()

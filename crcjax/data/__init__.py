@@ -1,0 +1,1 @@
+"""Stores and a cohort to sharded device arrays."""

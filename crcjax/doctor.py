@@ -1,0 +1,94 @@
+"""What this machine has for crcjax, and what is wrong with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+PACKAGES = [
+    "crcjax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorstore",
+    "openslide-python",
+    "openslide-bin",
+    "numpy",
+    "tifffile",
+    "imagecodecs",
+]
+FORMATS = (
+    "Aperio (.svs, .tif) · Hamamatsu (.ndpi, .vms, .vmu) · Leica (.scn) · MIRAX (.mrxs) · Philips (.tiff) · Sakura "
+    "(.svslide) · Trestle (.tif) · Ventana (.bif, .tif) · Zeiss (.czi) · DICOM (.dcm, a folder a slide) · tiled TIFF"
+)
+_LEAST_FREE_GIB = 5.0
+_LEAST_MEMORY_GIB = 4.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's: what was looked at, what was found, and what to do if that is wrong."""
+
+    about: str
+    found: str
+    remedy: str = ""
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Looks at the installation and at `folder`, where output would go; findings with a remedy are faults."""
+    findings = [Finding("Python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            findings.append(Finding(name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(name, "missing", "install crcjax again: pip install ."))
+    findings += [_devices(), _openslide(), *_machine(folder)]
+    return findings
+
+
+def _devices() -> Finding:
+    try:
+        import jax
+
+        devices = jax.devices()
+    except (ImportError, RuntimeError) as error:
+        return Finding("devices", f"none ({error})", "install jax for this machine: pip install '.[cuda12]' with a GPU")
+    found = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    if devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
+        return Finding("devices", f"{found}, though there is an NVIDIA driver", "pip install '.[cuda12]'")
+    return Finding("devices", found)
+
+
+def _openslide() -> Finding:
+    try:
+        import openslide
+    except (ImportError, OSError) as error:
+        return Finding("slide formats", f"none ({error})", "install OpenSlide: pip install openslide-bin")
+    return Finding("slide formats", f"OpenSlide {openslide.__library_version__}: {FORMATS}")
+
+
+def _machine(folder: Path) -> list[Finding]:
+    cores = len(os.sched_getaffinity(0))
+    memory = psutil.virtual_memory().available / 2**30
+    free = shutil.disk_usage(folder).free / 2**30
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            writable = Finding("this folder", f"{folder} can be written")
+    except OSError as error:
+        writable = Finding("this folder", f"{folder}: {error.strerror}", "work in a folder that you may write")
+    return [
+        Finding("cores", str(cores)),
+        Finding("memory free", f"{memory:.1f} GiB", "" if memory >= _LEAST_MEMORY_GIB else "close other programs"),
+        Finding("disk free", f"{free:.1f} GiB", "" if free >= _LEAST_FREE_GIB else "free space: tiles need it"),
+        writable,
+    ]

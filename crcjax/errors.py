@@ -1,0 +1,35 @@
+"""The exceptions of crcjax. Every message says where, what was found, and what to do."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class CrcjaxError(Exception):
+    """An error that a user can act on; shown as one line, without a traceback."""
+
+
+class SlideError(CrcjaxError):
+    """One slide cannot be used; the other slides of the run go through.
+
+    `status` is the word for tables and manifests: one of `missing`, `corrupt`, `unsupported`, `mpp_missing`,
+    `too_coarse`, `no_tissue`.
+    """
+
+    def __init__(self, path: str | PathLike[str], status: str, reason: str, remedy: str):
+        super().__init__(f"{path}: {reason}; {remedy}")
+        self.path = str(path)
+        self.status = status
+        self.reason = reason
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple:
+        return SlideError, (self.path, self.status, self.reason, self.remedy)
+
+
+class InputError(CrcjaxError):
+    """The cohort, the config, the store or the run directory is not usable: nothing is started."""
+
+
+class OutputError(CrcjaxError):
+    """The output cannot be written (disk full, no permission): the run stops, what is finished is kept."""

@@ -1,0 +1,1 @@
+"""A trained run and slide files to predictions and heatmaps."""

@@ -1,0 +1,113 @@
+"""Many slides to predictions.csv, heatmaps and attention files."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from crcjax.errors import OutputError, SlideError
+from crcjax.infer.heatmap import LONGEST_PX, overlay, write_heatmap
+from crcjax.infer.predictor import Predictor, SlidePrediction
+from crcjax.slides.reader import Slide, open_slide
+
+DISCLAIMER = "research use only"
+
+
+@dataclass(frozen=True)
+class PredictJob:
+    """One slide to predict; `mpp` (µm per level-0 px) overrides what the file says."""
+
+    slide_id: str
+    case_id: str
+    path: Path
+    mpp: float | None = None
+
+
+Row = dict[str, str]
+
+
+def predict_slides(
+    predictor: Predictor,
+    jobs: Sequence[PredictJob],
+    out: Path,
+    *,
+    threads: int | None = None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Predicts slides; returns the rows of OUT/predictions.csv, one a slide, whatever became of it.
+
+    Rows are written as slides are finished, so that a run which is stopped keeps them. Beside the table lie
+    heatmaps/SLIDE_ID.png and attention/SLIDE_ID.npz. Raises OutputError if the folder cannot be written.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    columns = [
+        *("slide_id", "case_id", "subtype", *(f"p_{name}" for name in predictor.classes)),
+        *("entropy", "regions", "status", "reason", "seconds", "model", "synthetic"),
+    ]
+    rows = []
+    try:
+        for folder in (out / "heatmaps", out / "attention"):
+            folder.mkdir(parents=True, exist_ok=True)
+        with open(out / "predictions.csv", "w", newline="", buffering=1) as file:
+            table = csv.DictWriter(file, columns, restval="")
+            table.writeheader()
+            for job in jobs:
+                row = _predict_one(predictor, job, out, threads)
+                table.writerow(row)
+                rows.append(row)
+                on_row(row)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror}); free space or choose another --out") from error
+    return rows
+
+
+def _predict_one(predictor: Predictor, job: PredictJob, out: Path, threads: int) -> Row:
+    start = time.monotonic()
+    row = {"slide_id": job.slide_id, "case_id": job.case_id, "model": predictor.model_id}
+    try:
+        with open_slide(job.path, job.mpp) as slide:
+            found = predictor.predict(slide, threads)
+            probs = found.probs
+            subtype = predictor.classes[int(probs.argmax())]
+            _write_pictures(job, slide, found, subtype, out)
+    except SlideError as error:
+        return row | {"status": error.status, "reason": f"{error.reason}; {error.remedy}"}
+    entropy = float(-(probs * np.log(np.maximum(probs, 1e-300))).sum())
+    return row | {
+        "subtype": subtype,
+        **{f"p_{name}": f"{value:.6f}" for name, value in zip(predictor.classes, probs, strict=True)},
+        "entropy": f"{entropy:.4f}",
+        "regions": str(int(found.mask.any(axis=1).sum())),
+        "status": "ok",
+        "seconds": f"{time.monotonic() - start:.2f}",
+        "synthetic": "yes" if found.synthetic else "no",
+    }
+
+
+def _write_pictures(job: PredictJob, slide: Slide, found: SlidePrediction, subtype: str, out: Path) -> None:
+    begun = time.monotonic()
+    attention = np.asarray(found.prediction.region_attention[0])
+    np.savez_compressed(
+        out / "attention" / f"{job.slide_id}.npz",
+        origin=found.origin,
+        region_px=found.plan.region_px,
+        mpp=slide.info.mpp[0],
+        attention=attention,
+        slot_attention=np.asarray(found.prediction.slot_attention[0]),
+    )
+    thumbnail = slide.thumbnail(LONGEST_PX)
+    write_heatmap(
+        out / "heatmaps" / f"{job.slide_id}.png",
+        thumbnail,
+        overlay(thumbnail, found.origin, found.plan.region_px, attention, slide.info.size),
+        title=f"{job.slide_id}: {subtype} {found.probs.max():.2f} · {DISCLAIMER}",
+        um_per_px=slide.info.mpp[0] * slide.info.size[0] / thumbnail.shape[1],
+        synthetic=slide.info.synthetic,
+    )
+    found.seconds["pictures"] = time.monotonic() - begun

@@ -1,0 +1,60 @@
+"""A run's numbers: TensorBoard event files and JSON lines, without TensorFlow."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from crcjax.errors import OutputError
+
+
+class MetricWriter:
+    """Writes scalars to RUN/tensorboard and RUN/metrics.jsonl; a context manager.
+
+    What a killed run had written of steps after `start`, beyond its last checkpoint, is dropped: the resumed run writes
+    it again. Raises OutputError where the disk is full or may not be written.
+    """
+
+    def __init__(self, run: Path, start: int = 0):
+        self._run = run
+        path = run / "metrics.jsonl"
+        with self._output():
+            run.mkdir(parents=True, exist_ok=True)
+            kept = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.write_text("".join(line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= start))
+            self._lines = open(path, "a", buffering=1)  # noqa: SIM115 - closed in __exit__
+            self._events = EventFileWriter(str(run / "tensorboard"))
+            if kept:
+                restart = SessionLog(status=SessionLog.START)  # TensorBoard drops what it has of this step and later
+                self._events.add_event(Event(step=start + 1, wall_time=time.time(), session_log=restart))
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._output():
+            self._lines.close()
+            self._events.close()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Scalars of one step, named like `train/loss`."""
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        with self._output():
+            self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+            self._events.flush()
+
+    @contextmanager
+    def _output(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(f"{self._run}: cannot be written ({error}); free space, then start again") from error

@@ -1,0 +1,1 @@
+"""Slide files to tile stores."""

@@ -1,0 +1,360 @@
+"""Slide files opened: what they are (`SlideInfo`) and their pixels (`Slide.read`)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import cv2
+import numpy as np
+import openslide
+import simplejpeg
+import tifffile
+from jaxtyping import UInt8
+
+from crcjax.errors import InputError, SlideError
+
+SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"}
+PAINTED = "synthetic slide painted by crcjax"  # in the description of a painted slide
+MPP_RANGE = (0.05, 20.0)  # finer than optics resolve, coarser than any scanner writes: a unit error
+_CACHED_BYTES = 32 << 20  # of decoded tiles, a thread
+_HASHED_BYTES = 1 << 20
+_BLOCK_PX = 2048
+
+
+@dataclass(frozen=True)
+class SlideInfo:
+    """What a slide file says of itself.
+
+    `size` is (width, height) of level 0; `mpp` micrometres per level-0 pixel in (x, y), from `mpp_source`: `vendor`
+    (the scanner's property), `tiff` (the resolution tag) or `given`. `synthetic` slides say that the painter made them.
+    """
+
+    path: str
+    vendor: str
+    size: tuple[int, int]
+    level_downsamples: tuple[float, ...]
+    mpp: tuple[float, float]
+    mpp_source: str
+    objective_power: float | None
+    content_hash: str
+    synthetic: bool
+
+    def to_json(self) -> dict:
+        """Plain values for a store's attributes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict) -> SlideInfo:
+        """The inverse of `to_json`."""
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**values | lists)
+
+
+class Slide:
+    """An open slide. Reading is thread-safe; close it, or use it as a context manager."""
+
+    def __init__(self, path: Path, file: Path, handle: openslide.OpenSlide, info: SlideInfo):
+        self.info = info
+        self._path = path
+        self._handle = handle
+        self._level_sizes = handle.level_dimensions
+        self._jpeg = _JpegTiles.of(file, handle)
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._handle.close()
+        if self._jpeg:
+            self._jpeg.close()
+
+    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> UInt8[np.ndarray, "y x 3"]:
+        """Pixels of a rectangle: (x, y) its top-left corner in level-0 px, width and height in px of `level`.
+
+        Outside the slide and where the scanner recorded nothing it is white. On levels above 0 the corner is rounded
+        to a whole pixel of the level. Raises SlideError (`corrupt`) if the file is damaged there.
+        """
+        try:
+            if self._jpeg and level in self._jpeg.pages:
+                downsample = self.info.level_downsamples[level]
+                pixels = self._jpeg.read(level, round(x / downsample), round(y / downsample), width, height)
+                if pixels is not None:
+                    return pixels
+            rgba = np.asarray(self._handle.read_region((x, y), level, (width, height)))
+        except (openslide.OpenSlideError, OSError, ValueError) as error:
+            raise SlideError(
+                self._path, "corrupt", f"damaged at ({x}, {y}) of level {level} ({error})", "copy or scan it again"
+            ) from error
+        return _over_white(rgba)
+
+    def thumbnail(self, max_px: int) -> UInt8[np.ndarray, "y x 3"]:
+        """The whole slide, its longer side `max_px` (or its own size if smaller), by area means.
+
+        Read in blocks from the nearest finer level, so that memory does not grow with the slide.
+        """
+        width, height = self.info.size
+        scale = max(1.0, max(width, height) / max_px)
+        level = self._handle.get_best_level_for_downsample(scale * 1.02)
+        level_width, level_height = self._level_sizes[level]
+        shape = (max(1, round(width / scale)), max(1, round(height / scale)))
+        shrunk = np.empty((shape[1], shape[0], 3), np.uint8)
+        columns = _edges(level_width, shape[0])
+        rows = _edges(level_height, shape[1])
+        downsample = self.info.level_downsamples[level]
+        for (top, bottom), (out_top, out_bottom) in rows:
+            for (left, right), (out_left, out_right) in columns:
+                corner = round(left * downsample), round(top * downsample)
+                block = self.read(*corner, right - left, bottom - top, level)
+                out = (out_right - out_left, out_bottom - out_top)
+                shrunk[out_top:out_bottom, out_left:out_right] = cv2.resize(block, out, interpolation=cv2.INTER_AREA)
+        return shrunk
+
+
+def _over_white(rgba: np.ndarray) -> np.ndarray:
+    alpha = rgba[..., 3:]
+    if alpha.min() == 255:
+        return rgba[..., :3]
+    weight = alpha / np.float32(255)
+    return np.rint(rgba[..., :3] * weight + 255 * (1 - weight)).astype(np.uint8)
+
+
+def _edges(source: int, target: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Blocks of at most about _BLOCK_PX source pixels and the target pixels that they shrink to."""
+    blocks = -(-source // _BLOCK_PX)
+    cuts = [round(i * target / blocks) for i in range(blocks + 1)]
+    ends = [round(cut * source / target) for cut in cuts]
+    return [((ends[i], ends[i + 1]), (cuts[i], cuts[i + 1])) for i in range(blocks) if cuts[i + 1] > cuts[i]]
+
+
+class _JpegTiles:
+    """A TIFF slide's own JPEG tiles, decoded without OpenSlide: the same pixels at several times the speed."""
+
+    def __init__(self, file: Path, pages: dict[int, tifffile.TiffPage]):
+        self.pages = pages
+        self._file = os.open(file, os.O_RDONLY)
+        self._local = threading.local()
+
+    @classmethod
+    def of(cls, file: Path, handle: openslide.OpenSlide) -> _JpegTiles | None:
+        """None where the pixels might differ from OpenSlide's: other formats, compressions and colour spaces."""
+        if handle.properties.get("openslide.vendor") not in ("aperio", "generic-tiff"):
+            return None
+        try:
+            with tifffile.TiffFile(file) as tiff:
+                tiled = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
+        except (tifffile.TiffFileError, ValueError, KeyError):
+            return None
+        pages = {}
+        for level, (width, height) in enumerate(handle.level_dimensions):
+            same = [page for page in tiled if (page.imagewidth, page.imagelength) == (width, height)]
+            if len(same) == 1 and _is_plain_jpeg(same[0]):
+                pages[level] = same[0]
+        return cls(file, pages) if pages else None
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray | None:
+        """Pixels at (x, y) of the level's own grid; None if a tile was not recorded, which OpenSlide knows to fill."""
+        page = self.pages[level]
+        side_x, side_y = page.tilewidth, page.tilelength
+        pixels = np.full((height, width, 3), 255, np.uint8)
+        left, right = max(x, 0), min(x + width, page.imagewidth)
+        top, bottom = max(y, 0), min(y + height, page.imagelength)
+        for row in range(top // side_y, -(-bottom // side_y)):
+            for column in range(left // side_x, -(-right // side_x)):
+                tile = self._tile(level, row, column)
+                if tile is None:
+                    return None
+                x0, x1 = max(left, column * side_x), min(right, (column + 1) * side_x)
+                y0, y1 = max(top, row * side_y), min(bottom, (row + 1) * side_y)
+                part = tile[y0 - row * side_y : y1 - row * side_y, x0 - column * side_x : x1 - column * side_x]
+                pixels[y0 - y : y1 - y, x0 - x : x1 - x] = part
+        return pixels
+
+    def _tile(self, level: int, row: int, column: int) -> np.ndarray | None:
+        cache = self._local.__dict__.setdefault("tiles", OrderedDict())
+        key = (level, row, column)
+        if key in cache:
+            cache.move_to_end(key)
+            return cache[key]
+        page = self.pages[level]
+        index = row * -(-page.imagewidth // page.tilewidth) + column
+        offset, count = page.dataoffsets[index], page.databytecounts[index]
+        if count == 0:
+            return None
+        stream = os.pread(self._file, count, offset)
+        head, transform = stream[:64], _TRANSFORMS[page.photometric]
+        if b"Adobe" in head or (transform == 0 and b"JFIF" in head):
+            return None  # the stream states a colour space of its own, which OpenSlide overrides
+        # A cut or damaged stream is an error, as in OpenSlide; libjpeg alone would warn, and go on in grey.
+        start = page.jpegtables[:-2] if page.jpegtables else stream[:2]
+        tile = simplejpeg.decode_jpeg(start + _ADOBE + bytes([transform]) + stream[2:], "RGB", strict=True)
+        if tile.shape != (page.tilelength, page.tilewidth, 3):
+            raise ValueError(f"tile {index} has the shape {tile.shape}")
+        cache[key] = tile
+        if len(cache) > max(4, _CACHED_BYTES // tile.nbytes):
+            cache.popitem(last=False)
+        return tile
+
+
+# The marker that tells a JPEG decoder whether three components are RGB (0) or YCbCr (1): TIFF says so in a tag instead.
+_ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
+_TRANSFORMS: dict[int, int] = {tifffile.PHOTOMETRIC.RGB: 0, tifffile.PHOTOMETRIC.YCBCR: 1}
+
+
+def _is_plain_jpeg(page: tifffile.TiffPage) -> bool:
+    return (
+        page.compression == tifffile.COMPRESSION.JPEG
+        and page.photometric in _TRANSFORMS
+        and page.samplesperpixel == 3
+        and page.bitspersample == 8
+        and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
+    )
+
+
+def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
+    """Opens a slide file, or a folder of DICOM files; `mpp` (µm per level-0 px) overrides what the file says.
+
+    Raises SlideError: `missing`, `corrupt`, `unsupported`, `mpp_missing`; InputError if `mpp` is out of range.
+    """
+    path = Path(path)
+    if mpp is not None and not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        raise InputError(
+            f"--mpp {mpp} is outside {MPP_RANGE[0]} to {MPP_RANGE[1]} µm per pixel; give it in micrometres"
+        )
+    file = _first_file(path)
+    try:
+        handle = openslide.OpenSlide(file)
+    except openslide.OpenSlideError as error:
+        raise _refusal(path, file, error) from error
+    try:
+        return Slide(path, file, handle, _info(path, handle, mpp))
+    except Exception:
+        handle.close()
+        raise
+
+
+def _first_file(path: Path) -> Path:
+    if not path.exists():
+        raise SlideError(path, "missing", "no such file", "check the path")
+    file = path
+    if path.is_dir():
+        dicom = sorted(path.glob("*.dcm"))
+        if not dicom:
+            raise SlideError(path, "unsupported", "a folder without .dcm files is no slide", "name a slide file")
+        file = dicom[0]
+    try:
+        with open(file, "rb") as opened:
+            if not opened.read(1):
+                raise SlideError(path, "corrupt", "the file is empty", "copy it again")
+    except OSError as error:
+        raise SlideError(path, "missing", f"cannot be read ({error.strerror})", "check its permissions") from error
+    return file
+
+
+def _refusal(path: Path, file: Path, error: Exception) -> SlideError:
+    with open(file, "rb") as opened:
+        magic = opened.read(4)
+    if magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        reason = f"a TIFF that OpenSlide cannot open: damaged, cut off, or not a tiled slide ({error})"
+        return SlideError(path, "corrupt", reason, "copy it again, or export it as a tiled TIFF")
+    return SlideError(path, "unsupported", f"not a slide ({error})", "crcjax doctor lists the formats")
+
+
+def _info(path: Path, handle: openslide.OpenSlide, given: float | None) -> SlideInfo:
+    properties = handle.properties
+    try:
+        stated = float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"])
+    except (KeyError, ValueError):
+        stated = None
+    vendor = properties.get("openslide.vendor", "unknown")
+    if given is not None:
+        mpp, source = (given, given), "given"
+    elif stated is None:
+        raise SlideError(path, "mpp_missing", "does not state its micrometres per pixel", "give --mpp")
+    elif not all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in stated):
+        raise SlideError(path, "mpp_missing", f"states an impossible {stated[0]:g} µm per pixel", "give --mpp")
+    else:
+        mpp, source = stated, "tiff" if vendor == "generic-tiff" else "vendor"
+    power = properties.get("openslide.objective-power")
+    return SlideInfo(
+        path=str(path),
+        vendor=vendor,
+        size=handle.dimensions,
+        level_downsamples=tuple(float(d) for d in handle.level_downsamples),
+        mpp=mpp,
+        mpp_source=source,
+        objective_power=float(power) if power else None,
+        content_hash=_content_hash(path),
+        synthetic=PAINTED in properties.get("openslide.comment", ""),
+    )
+
+
+def _content_hash(path: Path) -> str:
+    """SHA-256 over the name-free content: of each of the slide's files its size, first and last MiB and 16 blocks of 64 KiB between.
+
+    Cheap for gigabytes; a change of single bytes elsewhere goes unseen (the store's own checksums guard the tiles).
+    """
+    digest = hashlib.sha256()
+    for file in sorted(_files_of(path)):
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with open(file, "rb") as opened:
+            digest.update(opened.read(_HASHED_BYTES))
+            for i in range(16):
+                opened.seek(size * (i + 1) // 17)
+                digest.update(opened.read(1 << 16))
+            opened.seek(max(0, size - _HASHED_BYTES))
+            digest.update(opened.read(_HASHED_BYTES))
+    return digest.hexdigest()
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        return list(path.glob("*.dcm"))
+    return [path, *path.with_suffix("").glob("*.dat")] if path.suffix.lower() == ".mrxs" else [path]
+
+
+def find_slides(paths: Sequence[str | Path]) -> list[Path]:
+    """The slides among files and folders: files as given, whether they exist or not, and every slide below a folder.
+
+    A folder that holds DICOM files and nothing else is one slide. Raises InputError for a folder without slides.
+    """
+    slides: list[Path] = []
+    for path in map(Path, paths):
+        found = _slides_below(path) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path}: no slides below this folder; crcjax doctor lists the formats")
+        slides += found
+    return list(dict.fromkeys(slides))
+
+
+def _slides_below(folder: Path) -> list[Path]:
+    files = [entry for entry in sorted(folder.iterdir()) if entry.is_file() and not entry.name.startswith(".")]
+    if files and all(file.suffix.lower() == ".dcm" for file in files):
+        return [folder]
+    found = [file for file in files if file.suffix.lower() in SUFFIXES]
+    # The data folder beside a MIRAX file belongs to it.
+    mirax = {file.stem for file in files if file.suffix.lower() == ".mrxs"}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and entry.name not in mirax and not entry.name.startswith("."):
+            found += _slides_below(entry)
+    return found
+
+
+def slide_id_of(path: str | Path) -> str:
+    """The file's name without its suffix; for a DICOM folder the folder's name."""
+    path = Path(path)
+    return path.name if path.is_dir() else path.stem

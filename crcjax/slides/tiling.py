@@ -1,0 +1,242 @@
+"""Which regions of a slide to read (`plan_tiles`) and their tiles at every magnification (`read_regions`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt8
+
+from crcjax.errors import InputError, SlideError
+from crcjax.slides.quality import QUALITY_NAMES, score_tile
+from crcjax.slides.reader import Slide, SlideInfo
+from crcjax.slides.tissue import (
+    THUMBNAIL_UM_PER_PX,
+    NotBrightfieldError,
+    TissueModel,
+    tissue_mask,
+    tissue_model,
+)
+
+SAME_SCALE = 0.02  # a level within 2 % of the wanted mpp is read as it is
+
+
+def mpp_of(magnification: str) -> float:
+    """Micrometres per pixel of a magnification: 40x is 0.25, 20x is 0.5. Raises InputError if it is not `NUMBERx`."""
+    try:
+        power = float(magnification.removesuffix("x"))
+        if not magnification.endswith("x") or not 0 < power <= 100:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"magnification {magnification!r}: write a number and x, such as 20x or 10x,20x,40x") from None
+    return 10.0 / power
+
+
+@dataclass(frozen=True)
+class TilingParams:
+    """Everything that decides which tiles a slide gives.
+
+    `magnifications` are kept from coarse to fine and differ by powers of two; a region is one tile of the first.
+    `min_tissue` is the least fraction of a tile within the tissue, lumina counted; `min_stained` and `min_sharpness` are
+    the least scores of its own pixels (slides.quality).
+    Raises InputError.
+    """
+
+    magnifications: tuple[str, ...] = ("20x",)
+    tile_px: int = 256
+    min_tissue: float = 0.25
+    min_stained: float = 0.02
+    min_sharpness: float = 0.005
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(dict.fromkeys(self.magnifications), key=mpp_of, reverse=True))
+        object.__setattr__(self, "magnifications", ordered)
+        if not ordered:
+            raise InputError("no magnification: give one such as 20x")
+        for magnification, factor in zip(ordered, self.factors, strict=True):
+            if abs(factor * mpp_of(magnification) / mpp_of(ordered[0]) - 1) > 1e-6 or factor & (factor - 1):
+                raise InputError(f"{ordered[0]} and {magnification} do not differ by a power of two")
+        if not 16 <= self.tile_px <= 4096:
+            raise InputError(f"tile_px {self.tile_px} is outside 16 to 4096")
+        if not (0 < self.min_tissue <= 1 and 0 <= self.min_stained <= 1 and self.min_sharpness >= 0):
+            raise InputError("min_tissue and min_stained must lie in 0 to 1, min_sharpness must not be negative")
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Tiles along a region's side, per magnification."""
+        coarsest = mpp_of(self.magnifications[0])
+        return tuple(round(coarsest / mpp_of(magnification)) for magnification in self.magnifications)
+
+    @property
+    def slots(self) -> int:
+        """Instances per region."""
+        return sum(factor**2 for factor in self.factors)
+
+    def to_json(self) -> dict:
+        """Plain values, as stores and runs keep them."""
+        return asdict(self) | {"magnifications": list(self.magnifications)}
+
+    @classmethod
+    def from_json(cls, values: dict) -> TilingParams:
+        """The inverse of `to_json`."""
+        return cls(**values | {"magnifications": tuple(values["magnifications"])})
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a slide is read: `level` and the level-0 px per tile pixel at the finest magnification that it has.
+
+    `missing` magnifications (the last ones) are finer than the slide and stay masked.
+    """
+
+    level: int
+    downsample: float
+    finest: int  # index into params.magnifications
+    missing: int
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The regions of a slide that hold tissue, row by row.
+
+    `origin` and the region's side `region_px` are in level-0 px; `rejected` counts the slide's other tiles by reason.
+    """
+
+    params: TilingParams
+    scale: Scale
+    region_px: float
+    tissue: TissueModel
+    origin: Int32[np.ndarray, "region 2"]
+    mask: Bool[np.ndarray, "region slot"]
+    rejected: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RegionTiles:
+    """Some regions' tiles; `mask` is the plan's, less the tiles that failed quality control."""
+
+    pixels: UInt8[np.ndarray, "region slot y x 3"]
+    mask: Bool[np.ndarray, "region slot"]
+    quality: Float32[np.ndarray, "region slot score"]
+
+
+def slide_scale(info: SlideInfo, params: TilingParams) -> Scale:
+    """The level to read and the step. Raises SlideError (`too_coarse`) if the slide has none of the magnifications."""
+    mpp = (info.mpp[0] + info.mpp[1]) / 2
+    wanted = [mpp_of(magnification) / mpp for magnification in params.magnifications]
+    present = [scale for scale in wanted if scale >= 1 - SAME_SCALE]
+    if not present:
+        raise SlideError(
+            info.path,
+            "too_coarse",
+            f"has {mpp:.3g} µm per pixel, too coarse for {params.magnifications[0]}",
+            "ask for a lower magnification: nothing is upsampled",
+        )
+    finest = len(present) - 1
+    for level, downsample in enumerate(info.level_downsamples):
+        if abs(downsample / present[-1] - 1) <= SAME_SCALE:
+            return Scale(level, downsample, finest, len(wanted) - len(present))
+    finer = [level for level, downsample in enumerate(info.level_downsamples) if downsample < present[-1]]
+    return Scale(finer[-1], present[-1], finest, len(wanted) - len(present))
+
+
+def slot_boxes(params: TilingParams) -> Float32[np.ndarray, "slot 3"]:
+    """For every slot (x, y, side) as fractions of the region's side; coarse to fine, row-major within each."""
+    boxes = [
+        (column / factor, row / factor, 1 / factor)
+        for factor in params.factors
+        for row in range(factor)
+        for column in range(factor)
+    ]
+    return np.array(boxes, np.float32)
+
+
+def plan_tiles(slide: Slide, params: TilingParams) -> TilePlan:
+    """The regions with tissue, from a thumbnail of 8 µm per pixel.
+
+    Raises SlideError: `too_coarse`, `no_tissue`, `unsupported` (not a brightfield picture), `corrupt`.
+    """
+    info = slide.info
+    scale = slide_scale(info, params)
+    region_px = params.tile_px * params.factors[scale.finest] * scale.downsample
+    thumbnail = slide.thumbnail(max(1, round(max(info.size) * info.mpp[0] / THUMBNAIL_UM_PER_PX)))
+    try:
+        model = tissue_model(thumbnail)
+    except NotBrightfieldError as error:
+        raise SlideError(info.path, "unsupported", str(error), "give the H&E scan itself") from error
+    shrink = max(info.size) / max(thumbnail.shape[:2])
+    mask = tissue_mask(thumbnail, model, info.mpp[0] * shrink)
+    columns, rows = (max(1, int(np.ceil(side / region_px - 0.01))) for side in info.size)
+    fraction = _tile_fractions(mask, region_px / shrink, rows, columns, params)
+    enough = fraction >= params.min_tissue
+    present = sum(factor**2 for factor in params.factors[: scale.finest + 1])
+    enough[:, :, present:] = False  # finer than the slide
+    kept = enough.any(axis=-1)
+    if not kept.any():
+        raise SlideError(
+            info.path, "no_tissue", "no stained tissue was found", "look at the slide; leave it out if empty"
+        )
+    row, column = np.nonzero(kept)
+    origin = np.rint(np.stack([column, row], axis=1) * region_px).astype(np.int32)
+    rejected = {"glass": int((fraction[:, :, :present] < params.min_tissue).sum())}
+    return TilePlan(params, scale, region_px, model, origin, enough[kept], rejected)
+
+
+def _tile_fractions(
+    mask: np.ndarray, region: float, rows: int, columns: int, params: TilingParams
+) -> Float32[np.ndarray, "row column slot"]:
+    """Tissue fraction of every tile, by an integral image; what lies outside the slide counts as glass."""
+    height, width = mask.shape
+    integral = cv2.integral(mask.astype(np.uint8))
+
+    def area(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return integral[np.clip(np.rint(y), 0, height).astype(int), np.clip(np.rint(x), 0, width).astype(int)]
+
+    top = (np.arange(rows) * region)[:, None, None]
+    left = (np.arange(columns) * region)[None, :, None]
+    dx, dy, side = (slot_boxes(params) * region).T
+    x0, y0 = left + dx, top + dy
+    x1, y1 = x0 + side, y0 + side
+    inside = area(x1, y1) - area(x0, y1) - area(x1, y0) + area(x0, y0)
+    whole = np.maximum(np.rint(x1) - np.rint(x0), 1) * np.maximum(np.rint(y1) - np.rint(y0), 1)
+    return (inside / whole).astype(np.float32)
+
+
+def read_regions(slide: Slide, plan: TilePlan, start: int, stop: int) -> RegionTiles:
+    """The tiles of regions start to stop, from one decode a region: coarser tiles are area means of the finest.
+
+    Masked slots are zero. Raises SlideError (`corrupt`).
+    """
+    params, count = plan.params, stop - start
+    size = params.tile_px
+    pixels = np.zeros((count, params.slots, size, size, 3), np.uint8)
+    mask = plan.mask[start:stop].copy()
+    quality = np.zeros((count, params.slots, len(QUALITY_NAMES)), np.float32)
+    for i, (x, y) in enumerate(plan.origin[start:stop]):
+        for slot, tile in enumerate(_tiles_of_region(slide, plan, int(x), int(y))):
+            if not mask[i, slot]:
+                continue
+            quality[i, slot] = score_tile(tile, plan.tissue)
+            if (quality[i, slot] < (params.min_stained, params.min_sharpness)).any():
+                mask[i, slot] = False
+            else:
+                pixels[i, slot] = tile
+    return RegionTiles(pixels, mask, quality)
+
+
+def _tiles_of_region(slide: Slide, plan: TilePlan, x: int, y: int) -> list[np.ndarray]:
+    """Tiles of all magnifications that the slide has, in slot order."""
+    params, scale = plan.params, plan.scale
+    side = params.tile_px * params.factors[scale.finest]
+    level_side = round(side * scale.downsample / slide.info.level_downsamples[scale.level])
+    region = slide.read(x, y, level_side, level_side, scale.level)
+    if level_side != side:
+        region = cv2.resize(region, (side, side), interpolation=cv2.INTER_AREA)
+    tiles = []
+    for factor in params.factors[: scale.finest + 1]:
+        shown = params.tile_px * factor
+        picture = region if shown == side else cv2.resize(region, (shown, shown), interpolation=cv2.INTER_AREA)
+        grid = picture.reshape(factor, params.tile_px, factor, params.tile_px, 3).swapaxes(1, 2)
+        tiles += list(grid.reshape(-1, params.tile_px, params.tile_px, 3))
+    return tiles

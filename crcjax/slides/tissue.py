@@ -1,0 +1,114 @@
+"""Where a brightfield slide holds stained tissue.
+
+Eosin and haematoxylin absorb green more than red and blue; glass, dust and black borders absorb all three alike, and
+pen ink absorbs red most (blue, green, black). So tissue is told by the optical density of green over the lesser of red
+and blue, against the slide's own glass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8
+
+from crcjax.errors import CrcjaxError
+
+THUMBNAIL_UM_PER_PX = 8.0
+_FAINTEST, _FIRMEST = 0.03, 0.06  # bounds of Otsu's threshold: slides that are all tissue, or faint beside dense
+_INK_RATIO = 1.4  # of red over green density; haematoxylin has at most about 1
+_DARKEST = 2.0  # optical density in every channel: borders, black ink, folds of foil
+_SMALLEST_UM2 = 20_000.0  # of a piece of tissue: smaller is dust or a lost cell cluster
+_HOLE_UM2 = 150_000.0  # holes below it are lumina, mucin and fat, which belong to the tissue
+_CLOSING_UM = 50.0  # gaps between fat cells
+
+
+class NotBrightfieldError(CrcjaxError):
+    """The picture's background is not the light of a brightfield scanner."""
+
+
+@dataclass(frozen=True)
+class TissueModel:
+    """A slide's glass (`white`, RGB intensities) and the excess green density above which a pixel is tissue."""
+
+    white: tuple[float, float, float]
+    threshold: float
+
+    def stained(self, pixels: UInt8[np.ndarray, "y x 3"]) -> Bool[np.ndarray, "y x"]:
+        """Pixels that are stained by eosin or haematoxylin, each judged alone."""
+        density = _density(pixels, self.white)
+        return (_excess_green(density) > self.threshold) & _plausible(density)
+
+
+def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
+    """The model of a slide from a picture of it.
+
+    Raises NotBrightfieldError if the background is dark (fluorescence) or coloured (wrong colour space).
+    """
+    white = np.percentile(thumbnail.reshape(-1, 3), 99.0, axis=0)
+    if white.max() < 150:
+        raise NotBrightfieldError(f"the background is dark ({_rgb(white)}): fluorescence, or not a brightfield scan")
+    if white.min() < 0.7 * white.max():
+        raise NotBrightfieldError(f"the background is coloured ({_rgb(white)}): wrong colour space, or not H&E")
+    light = (float(white[0]), float(white[1]), float(white[2]))
+    density = _density(thumbnail, light)
+    excess = cv2.GaussianBlur(_excess_green(density), (0, 0), 1.0)
+    usable = excess[_plausible(density)]
+    if usable.size == 0:
+        return TissueModel(light, _FIRMEST)
+    levels = np.clip(usable / 0.5 * 255, 0, 255).astype(np.uint8)
+    otsu, _ = cv2.threshold(levels.reshape(1, -1), 0, 255, cv2.THRESH_OTSU)
+    # Otsu halves the tissue when half of it is faint; half of its value keeps the faint half.
+    return TissueModel(light, float(np.clip(otsu / 255 * 0.5 / 2, _FAINTEST, _FIRMEST)))
+
+
+def tissue_mask(thumbnail: UInt8[np.ndarray, "y x 3"], model: TissueModel, um_per_px: float) -> Bool[np.ndarray, "y x"]:
+    """Tissue of a thumbnail, small gaps closed, lumina filled and specks removed; `um_per_px` is the thumbnail's."""
+    smooth = cv2.GaussianBlur(thumbnail, (0, 0), 1.0)
+    mask: np.ndarray = model.stained(smooth).astype(np.uint8)
+    radius = max(1, round(_CLOSING_UM / um_per_px / 2))
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    padded = cv2.copyMakeBorder(mask, radius, radius, radius, radius, cv2.BORDER_REPLICATE)
+    mask = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disc)[radius:-radius, radius:-radius]
+    mask = _without_small(mask, _SMALLEST_UM2 / um_per_px**2)
+    # The frame joins all background that touches the border, which is glass however small.
+    glass = cv2.copyMakeBorder(1 - mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
+    filled = 1 - _without_small(glass, _HOLE_UM2 / um_per_px**2, always=(0, 0))[1:-1, 1:-1]
+    return filled.astype(bool) & _plausible(_density(smooth, model.white))
+
+
+def _without_small(mask: np.ndarray, smallest_px: float, always: tuple[int, int] | None = None) -> np.ndarray:
+    _, labels, statistics, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    large = statistics[:, cv2.CC_STAT_AREA] >= smallest_px
+    if always is not None:
+        large[labels[always]] = True
+    large[0] = False
+    return large[labels].astype(np.uint8)
+
+
+def _density(
+    pixels: UInt8[np.ndarray, "y x 3"], white: tuple[float, float, float]
+) -> Float32[np.ndarray, "channel y x"]:
+    table = -np.log((np.arange(256) + 1.0) / (np.asarray(white)[:, None] + 1.0)).astype(np.float32)
+    return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
+
+
+def _excess_green(density: Float32[np.ndarray, "channel y x"]) -> Float32[np.ndarray, "y x"]:
+    red, green, blue = density
+    return green - np.minimum(red, blue)
+
+
+def _plausible(density: Float32[np.ndarray, "channel y x"]) -> Bool[np.ndarray, "y x"]:
+    """False for ink and for black."""
+    red, green, blue = density
+    cold_ink = (red > _INK_RATIO * green + 0.05) | ((red > 0.3) & (blue > _INK_RATIO * green))
+    # Haematoxylin lets less blue through: at least 0.38 of its red density is absorbed there.
+    blue_ink = (red > 0.3) & (red > green) & (blue < 0.35 * red)
+    # Eosin and blood let blue through; red ink absorbs it as it absorbs green.
+    red_ink = (green > 0.5) & (blue > 0.8 * green) & (red < 0.35 * green)
+    return ~(cold_ink | blue_ink | red_ink | (density.min(axis=0) > _DARKEST))
+
+
+def _rgb(white: np.ndarray) -> str:
+    return "RGB " + " ".join(f"{value:.0f}" for value in white)

@@ -1,0 +1,84 @@
+"""Checkpoints: asynchronous, the newest and the best kept, resumed from on the next start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from crcjax.errors import InputError, OutputError
+from crcjax.models.mil import MILModel, Params, params_of
+from crcjax.train.step import TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpointer:
+    """The checkpoints of one run directory; close it so that the last save is finished."""
+
+    def __init__(self, run: Path, keep_best: int):
+        # The newest is kept for resuming, whatever its metrics: a rule of the best alone would lose progress.
+        best = keep.BestN(get_metric_fn=rank, n=keep_best, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(1), best]),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        self._folder = (run / FOLDER).absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest saved state with the layout and sharding of `state`, or `state` itself if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return state
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, vars(state))
+        return TrainState(**self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract, _exactly(abstract))))
+
+    def save(self, state: TrainState, metrics: dict[str, float] | None) -> None:
+        """Starts a save; with validation metrics it may become the best.
+
+        Raises OutputError if this or the save before it cannot be written.
+        """
+        try:
+            self._manager.save(int(state.step), args=ocp.args.PyTreeSave(vars(state)), metrics=metrics)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{self._folder}: cannot be written ({error}); free space, then start again") from error
+
+    def close(self) -> None:
+        """Waits for the last save. Raises OutputError if it cannot be written."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{self._folder}: cannot be written ({error}); free space, then start again") from error
+        self._manager.close()
+
+
+def rank(metrics: dict[str, float]) -> float:
+    """What the best checkpoint has most of: validation sets are small and tie, so that the loss decides among equals."""
+    return metrics["balanced_accuracy"] - 1e-3 * metrics["loss"]
+
+
+def restore_params(run: str | Path, model: MILModel) -> tuple[Params, int]:
+    """The parameters of a run's best checkpoint (the newest, if none was evaluated) and its step.
+
+    Raises InputError if the run has no checkpoint.
+    """
+    folder = (Path(run) / FOLDER).absolute()
+    if not folder.is_dir():
+        raise InputError(f"{run}: has no checkpoints; train it with python -m crcjax.main --workdir {run}")
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        metrics = {step: manager.metrics(step) for step in manager.all_steps()}
+        if not metrics:
+            raise InputError(f"{run}: has no checkpoint yet; train it further")
+        evaluated = {step: rank(values) for step, values in metrics.items() if values}
+        step = max(evaluated, key=lambda at: evaluated[at]) if evaluated else max(metrics)
+        abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params_of(model))}
+        arguments = ocp.args.PyTreeRestore(abstract, _exactly(abstract), partial_restore=True)
+        return manager.restore(step, args=arguments)["params"], step
+
+
+def _exactly(abstract: object) -> object:
+    return ocp.checkpoint_utils.construct_restore_args(abstract)

@@ -1,0 +1,42 @@
+"""The model on whole slides of a split, while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from sklearn.metrics import balanced_accuracy_score
+
+from crcjax.data.bags import label_of, open_stores
+from crcjax.data.cohort import Cohort
+from crcjax.models.mil import Params
+from crcjax.slides.store import TileStore
+from crcjax.train.step import Forward
+
+
+class Evaluation:
+    """The slides of one split, all of their regions, by slide."""
+
+    def __init__(self, store: str, cohort: Cohort, forward: Forward):
+        self._stores = open_stores(store, cohort) if cohort.rows else []
+        self._labels = [label_of(row, cohort.classes) for row in cohort.rows]
+        self._forward = forward
+
+    def metrics(self, params: Params) -> dict[str, float] | None:
+        """`loss` (nats) and `balanced_accuracy` over the slides; None for an empty split."""
+        if not self._stores:
+            return None
+        probs = np.concatenate(
+            [self._forward.bag(params, self._chunks(store), store.mask).probs for store in self._stores]
+        )
+        called = probs.argmax(axis=1)
+        return {
+            "loss": float(-np.log(np.maximum(probs[np.arange(len(probs)), self._labels], 1e-12)).mean()),
+            "balanced_accuracy": float(balanced_accuracy_score(self._labels, called)),
+        }
+
+    def _chunks(self, store: TileStore) -> Iterator[UInt8[np.ndarray, "region slot y x 3"]]:
+        indices: Sequence[int] = range(len(store.mask))
+        for start in range(0, len(indices), self._forward.chunk):
+            yield store.read_pixels(indices[start : start + self._forward.chunk])

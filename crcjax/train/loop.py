@@ -1,0 +1,130 @@
+"""Training, from a config to a run directory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from crcjax.data.bags import open_stores
+from crcjax.data.cohort import Cohort, load_cohort
+from crcjax.data.loader import train_batches
+from crcjax.data.splits import assign_splits
+from crcjax.errors import InputError
+from crcjax.models.mil import build_model
+from crcjax.monitor.metrics import MetricWriter
+from crcjax.train.checkpoint import Checkpointer
+from crcjax.train.evaluate import Evaluation
+from crcjax.train.mesh import device_mesh
+from crcjax.train.optimizer import build_optimizer, learning_rate
+from crcjax.train.run_directory import start_run
+from crcjax.train.step import Forward, Metrics, build_step, init_state
+
+
+def train(config: ConfigDict, run: Path) -> None:
+    """Trains to config.train.steps, going on from the run's newest checkpoint if it has one.
+
+    Raises InputError before anything is written if the config, the cohort, the store or the run directory is not
+    usable; OutputError if the run directory cannot be written.
+    """
+    cohort = _cohort(config)
+    start_run(run, config, open_stores(config.data.store, cohort)[0].params)
+    _use_compilation_cache()
+    mesh = device_mesh()
+    model = build_model(config.model, len(cohort.classes), config.seed)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    rate = learning_rate(config.optimizer, config.train.steps)
+    step = build_step(model, optimizer, config, mesh)
+    forward = Forward(model, config.data.region_buckets, config.data.regions, mesh)
+    validation = Evaluation(config.data.store, cohort.split("val"), forward)
+    checkpoints = Checkpointer(run, config.train.keep_best)
+    state = checkpoints.restore(init_state(model, optimizer, mesh))
+    start = int(state.step)
+    _say(f"{parameter_overview.count_parameters(state.params):,} parameters on {mesh.size} {jax.devices()[0].platform}")
+    _say(f"{run}: going on from step {start}" if start else f"{run}: starting")
+
+    with MetricWriter(run, start) as writer:
+        progress = _Progress(start, config)
+        for number, bags in enumerate(train_batches(cohort.split("train"), config, mesh, start), start + 1):
+            state, metrics = step(state, bags)
+            last = number == config.train.steps
+            evaluates = last or number % config.train.eval_every == 0
+            saves = evaluates or number % config.train.checkpoint_every == 0
+            if saves or number % config.train.log_every == 0:
+                # Before every save, too: a run resumed from a checkpoint that is not finite would never recover.
+                scalars = _checked(metrics, number)
+                writer.write(number, {f"train/{name}": value for name, value in scalars.items()})
+                writer.write(number, {"train/learning_rate": float(rate(number - 1)), **progress.speed(number)})
+                progress.show(number, scalars["loss"])
+            evaluated = validation.metrics(state.params) if evaluates else None
+            if evaluated:
+                writer.write(number, {f"val/{name}": value for name, value in evaluated.items()})
+                _say(f"step {number}: validation " + ", ".join(f"{name} {v:.3f}" for name, v in evaluated.items()))
+            if saves:
+                checkpoints.save(state, evaluated)
+    checkpoints.close()
+    _say(f"{run}: trained to step {config.train.steps}")
+
+
+def _cohort(config: ConfigDict) -> Cohort:
+    """The labelled slides of the training and validation cases."""
+    for name in ("store", "cohort"):
+        if not config.data[name]:
+            raise InputError(f"config.data.{name} is empty; give --config.data.{name}=PATH")
+    cohort = load_cohort(config.data.cohort, config.data.classes)
+    cohort = assign_splits(cohort, config.data.val_fraction, config.data.test_fraction, config.seed)
+    rows = tuple(row for row in cohort.rows if row.subtype and row.split in ("train", "val"))
+    if not rows:
+        raise InputError(f"{config.data.cohort}: has no labelled slide to train on; fill in the column subtype")
+    return Cohort(rows, cohort.classes)
+
+
+def _checked(metrics: Metrics, number: int) -> dict[str, float]:
+    scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not all(value == value and abs(value) != float("inf") for value in scalars.values()):
+        raise InputError(f"the loss is not finite at step {number} ({scalars}); lower config.optimizer.learning_rate")
+    return scalars
+
+
+def _use_compilation_cache() -> None:
+    """XLA's programs are kept between runs, unless the user has set where."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "crcjax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+class _Progress:
+    def __init__(self, start: int, config: ConfigDict):
+        self._start, self._config = start, config
+        self._began: float | None = None
+        self._from = start
+
+    def speed(self, number: int) -> dict[str, float]:
+        """Steps per second and slides per hour since the first report, which compilation would falsify."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began, self._from = now, number
+            return {}
+        steps_per_s = (number - self._from) / (now - self._began)
+        return {"train/steps_per_s": steps_per_s, "train/slides_per_hour": steps_per_s * self._config.data.bags * 3600}
+
+    def show(self, number: int, loss: float) -> None:
+        speed = self.speed(number)
+        line = f"step {number}/{self._config.train.steps}  loss {loss:.3f}"
+        if speed and speed["train/steps_per_s"] > 0:
+            left = (self._config.train.steps - number) / speed["train/steps_per_s"]
+            line += (
+                f"  {speed['train/steps_per_s']:.2f} steps/s  {speed['train/slides_per_hour']:,.0f} slides/hour"
+                f"  {left / 60:.1f} min left"
+            )
+        _say(line)
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)

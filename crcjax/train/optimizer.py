@@ -1,0 +1,29 @@
+"""AdamW with warm-up, cosine decay and clipping."""
+
+from __future__ import annotations
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from crcjax.errors import InputError
+
+
+def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Linear from zero to the peak, then a cosine to `final_fraction` of it at `steps`. Raises InputError."""
+    if config.warmup_steps >= steps:
+        raise InputError(f"optimizer.warmup_steps {config.warmup_steps} is not below train.steps {steps}; lower it")
+    peak = config.learning_rate
+    return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, steps, peak * config.final_fraction)
+
+
+def build_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """The optimiser of `config` (config.optimizer); weight decay on matrices only."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda value: value.ndim > 1, params),
+        ),
+    )

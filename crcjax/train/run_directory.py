@@ -1,0 +1,100 @@
+"""A run's directory: the resolved config, the versions and the tiling that its numbers depend on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+import crcjax
+from crcjax.errors import InputError, OutputError
+from crcjax.slides.tiling import TilingParams
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "openslide-bin")
+# How fast a run is fed and what it reports do not change its numbers.
+_FREE = {"data.read_threads", "data.prefetch", "train.log_every"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory read back."""
+
+    path: Path
+    config: ConfigDict
+    tiling: TilingParams
+
+
+def open_run(path: str | Path) -> Run:
+    """Reads a run directory. Raises InputError if it is none."""
+    path = Path(path)
+    try:
+        config = json.loads((path / "config.json").read_text())
+        tiling = json.loads((path / "run.json").read_text())["tiling"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: is no run directory ({error}); give the --workdir of python -m crcjax.main"
+        ) from error
+    return Run(path, ConfigDict(_tuples(config)), TilingParams.from_json(tiling))
+
+
+def start_run(path: Path, config: ConfigDict, tiling: TilingParams) -> None:
+    """Writes config.json and run.json, or checks that a run to be resumed has the same config and tiling.
+
+    Raises InputError naming the fields that differ, OutputError if the directory cannot be written.
+    """
+    if (path / "config.json").exists():
+        run = open_run(path)
+        before, now = dict(_leaves(run.config)), dict(_leaves(config))
+        differing = [name for name in sorted(before | now) if name not in _FREE and before.get(name) != now.get(name)]
+        if differing:
+            shown = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing[:5])
+            raise InputError(
+                f"{path}: was started with another config ({shown}); give another --workdir, or the same values"
+            )
+        if run.tiling != tiling:
+            raise InputError(
+                f"{path}: was started on slides tiled as {run.tiling}, not {tiling}; give another --workdir"
+            )
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "code_version": crcjax.__version__,
+            "commit": _commit(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "tiling": tiling.to_json(),
+        }
+        (path / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
+        # Last, since its presence says that the run has started.
+        (path / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another --workdir") from error
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _tuples(value: object) -> object:
+    """JSON has no tuples: the config's lists were such."""
+    if isinstance(value, dict):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout, with a + if it was changed."""
+    root = Path(crcjax.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True)
+    return found.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Predictions and a cohort to statistics, figures and a report."""

@@ -1,0 +1,216 @@
+"""Predictions and a cohort to metrics.json and a self-contained report.html."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+import crcjax
+from crcjax.data.cohort import SlideRow, load_cohort
+from crcjax.errors import InputError, OutputError
+from crcjax.validation.attention import attention_auroc, truth_of
+from crcjax.validation.figures import confusion_figure, reliability_figure, roc_figure
+from crcjax.validation.metrics import Estimate, aggregate_cases, evaluate
+
+HEATMAPS = 6
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """predictions.csv read back; `probs` only of the rows whose status is ok."""
+
+    rows: list[dict[str, str]]
+    classes: tuple[str, ...]
+
+    @property
+    def evaluable(self) -> list[dict[str, str]]:
+        return [row for row in self.rows if row["status"] == "ok"]
+
+    def probs(self, rows: list[dict[str, str]]) -> np.ndarray:
+        return np.array([[float(row[f"p_{name}"]) for name in self.classes] for row in rows])
+
+
+def load_predictions(path: Path) -> Predictions:
+    """Reads predictions.csv. Raises InputError naming the line: missing columns, doubled slides, no probabilities."""
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            columns = list(reader.fieldnames or ())
+            lines = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give the predictions.csv of crcjax predict") from error
+    classes = tuple(name.removeprefix("p_") for name in columns if name.startswith("p_"))
+    missing = {"slide_id", "case_id", "status", "reason", "model"} - set(columns)
+    if missing or len(classes) < 2:
+        wanted = ", ".join(sorted(missing)) or "p_SUBTYPE of each class"
+        raise InputError(f"{path}: lacks {wanted}; give the predictions.csv of crcjax predict")
+    seen: set[str] = set()
+    for number, row in lines:
+        if row["slide_id"] in seen:
+            raise InputError(f"{path}, line {number}: slide {row['slide_id']} stands there twice; keep one row")
+        seen.add(row["slide_id"])
+        if row["status"] == "ok":
+            _check_probabilities(path, number, [row[f"p_{name}"] for name in classes])
+    return Predictions([row for _, row in lines], classes)
+
+
+def _check_probabilities(path: Path, number: int, texts: list[str]) -> None:
+    try:
+        values = [float(text) for text in texts]
+    except (TypeError, ValueError):
+        values = [math.nan]
+    if not all(0 <= value <= 1 for value in values) or abs(sum(values) - 1) > 1e-3:
+        raise InputError(f"{path}, line {number}: {texts} are no probabilities that sum to 1; predict the slide again")
+
+
+def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | None = None, seed: int = 0) -> dict:
+    """Writes OUT/metrics.json and OUT/report.html; returns what metrics.json holds.
+
+    Cases of the splits train and val are not evaluated, since the model was fitted and chosen on them. `truth` is a
+    folder of painted slides' truths. `seed` is the bootstrap's. Raises InputError, OutputError.
+    """
+    predictions = load_predictions(predictions_csv)
+    cohort = {row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes).rows}
+    known = [row for row in predictions.evaluable if row["slide_id"] in cohort]
+    test = [row for row in known if cohort[row["slide_id"]].split in (None, "test")]
+    referenced = [row for row in test if cohort[row["slide_id"]].subtype is not None]
+    if not referenced:
+        raise InputError(
+            f"{predictions_csv}: no slide has both a prediction and a reference subtype outside train and val in "
+            f"{cohort_csv}; check that the slide ids agree"
+        )
+    cases, probs = aggregate_cases(
+        [cohort[row["slide_id"]].case_id for row in referenced], predictions.probs(referenced)
+    )
+    subtype_of = {row.case_id: row.subtype for row in cohort.values()}
+    label = np.array([predictions.classes.index(subtype_of[case] or "") for case in cases])
+    statistics = evaluate(label, probs, predictions.classes, seed)
+    attention = _attention(truth, predictions_csv.parent, referenced, cohort, predictions)
+    synthetic = any(row.get("synthetic") == "yes" for row in predictions.rows)
+    result = {
+        "synthetic": synthetic,
+        "flow": {
+            "slides in predictions": len(predictions.rows),
+            "slides without a prediction": len(predictions.rows) - len(predictions.evaluable),
+            "slides not in the cohort": len(predictions.evaluable) - len(known),
+            "slides of training and validation cases, not evaluated": len(known) - len(test),
+            "slides without a reference": len(test) - len(referenced),
+            "slides evaluated": len(referenced),
+            "cases evaluated": len(cases),
+        },
+        "statistics": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in statistics.items()},
+        "attention": attention,
+        "provenance": {
+            "crcjax": crcjax.__version__,
+            "model": sorted({row["model"] for row in predictions.rows if row["model"]}),
+            "predictions sha256": hashlib.sha256(predictions_csv.read_bytes()).hexdigest(),
+            "cohort sha256": hashlib.sha256(cohort_csv.read_bytes()).hexdigest(),
+            "bootstrap seed": seed,
+        },
+    }
+    page = _page(result, predictions, cases, label, probs, predictions_csv.parent / "heatmaps", referenced, cohort)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # NaN is no JSON: what the data do not determine is null.
+        (out / "metrics.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+        (out / "report.html").write_text(page)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+    return result
+
+
+def _attention(
+    truth: Path | None, folder: Path, rows: list[dict], cohort: dict[str, SlideRow], predictions: Predictions
+) -> dict | None:
+    """AUROC of attention against the carriers, over correctly called slides of each subtype."""
+    if truth is None:
+        return None
+    values: dict[str, list[float]] = {name: [] for name in predictions.classes}
+    for row in rows:
+        painted = truth_of(truth, row["slide_id"])
+        if painted is not None and row["subtype"] == cohort[row["slide_id"]].subtype:
+            value = attention_auroc(painted, folder / "attention" / f"{row['slide_id']}.npz")
+            if math.isfinite(value):
+                values[row["subtype"]].append(value)
+    means = {name: {"slides": len(v), "mean AUROC": float(np.mean(v)) if v else math.nan} for name, v in values.items()}
+    carried = values.get("immune", []) + values.get("stromal", [])
+    both = {"slides": len(carried), "mean AUROC": float(np.mean(carried)) if carried else math.nan}
+    return means | {"immune and stromal": both}
+
+
+def _page(
+    result: dict,
+    predictions: Predictions,
+    cases: list[str],
+    label: np.ndarray,
+    probs: np.ndarray,
+    heatmaps: Path,
+    rows: list[dict],
+    cohort: dict[str, SlideRow],
+) -> str:
+    classes, synthetic = predictions.classes, result["synthetic"]
+    confusion = result["statistics"]["confusion matrix"]
+    figures = {
+        "Confusion matrix": confusion_figure(confusion, classes, synthetic),
+        "Reliability": reliability_figure(label, probs, synthetic),
+        "One subtype against the rest": roc_figure(label, probs, classes, synthetic),
+    }
+    called = probs.argmax(axis=1)
+    table = [
+        {"case": case, "reference": classes[label[i]], "called": classes[called[i]], "probs": probs[i]}
+        for i, case in enumerate(cases)
+    ]
+    table.sort(key=lambda row: (row["reference"] == row["called"], row["case"]))
+    order = {row["case"]: place for place, row in enumerate(table)}
+    shown = sorted(rows, key=lambda row: _heatmap_place(row, order, cohort))
+    pictures = [
+        {"row": row, "reference": cohort[row["slide_id"]].subtype, "png": _base64(heatmaps / f"{row['slide_id']}.png")}
+        for row in shown
+        if (heatmaps / f"{row['slide_id']}.png").exists()
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("crcjax.validation", ""), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["number"] = lambda value: (
+        "not determined" if value is None or value != value else f"{value:.3f}"
+    )
+    return environment.get_template("report.html").render(
+        result=result,
+        classes=classes,
+        estimates={k: v for k, v in result["statistics"].items() if isinstance(v, dict)},
+        numbers={k: v for k, v in result["statistics"].items() if isinstance(v, float)},
+        failed=Counter((row["status"], row["reason"]) for row in predictions.rows if row["status"] != "ok"),
+        figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
+        table=table,
+        pictures=pictures[:HEATMAPS],
+    )
+
+
+def _heatmap_place(row: dict, order: dict[str, int], cohort: dict[str, SlideRow]) -> tuple[bool, int, int]:
+    """Two wrong calls first, then the classes in turn: a reader should see where the model errs, and what it looks at."""
+    reference = cohort[row["slide_id"]].subtype
+    place = order[cohort[row["slide_id"]].case_id]
+    right = reference == row["subtype"]
+    same = [other for other, slide in cohort.items() if slide.subtype == reference]
+    return (right or place >= 2, same.index(row["slide_id"]) if right else place, place)
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

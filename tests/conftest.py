@@ -1,0 +1,69 @@
+"""Fixtures of all tests. jaxtyping's run-time check of signatures is switched on in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _required(part: str) -> bool:
+    return part in os.environ.get("CRCJAX_REQUIRE", "").split(",")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real slides and tables; absent on most machines."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("CRCJAX_REAL_DATA", default))
+    if not (folder / "slides").is_dir():
+        message = f"no real slides: CRCJAX_REAL_DATA is {folder}"
+        if _required("real_data"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A folder on a file system of 4 MiB, to be filled; mounting it needs root."""
+    import subprocess
+
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        message = "a full disk is tried on a small tmpfs, which only root can mount"
+        if _required("root"):
+            pytest.fail(message)
+        pytest.skip(message)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a painted cohort (cohort.csv: 12 train, 3 val, 6 test cases) and its tile store at 10x, 64 px."""
+    from crcjax.data.cohort import load_cohort
+    from crcjax.slides.executor import TileJob, tile_slides
+    from crcjax.slides.painter import paint_cohort
+    from crcjax.slides.tiling import TilingParams
+
+    folder = tmp_path_factory.mktemp("painted")
+    table = paint_cohort(folder, {"train": 12, "val": 3, "test": 6}, size_px=(800, 640), mpp=1.0)
+    jobs = [TileJob(row.slide_id, row.path) for row in load_cohort(table, None).rows]
+    assert all(outcome.succeeded for outcome in tile_slides(jobs, folder / "store", TilingParams(("10x",), tile_px=64)))
+    return folder
+
+
+@pytest.fixture
+def small_config(painted: Path):
+    """A config that trains on the painted cohort in seconds."""
+    from crcjax.config import get_config
+
+    config = get_config()
+    config.data.store, config.data.cohort = str(painted / "store"), str(painted / "cohort.csv")
+    config.data.regions, config.data.bags, config.data.region_buckets = 4, 4, (64, 128)
+    config.model.width, config.model.features, config.model.attention = 8, 16, 8
+    config.train.steps, config.train.eval_every, config.train.checkpoint_every = 6, 3, 2
+    config.train.log_every, config.optimizer.warmup_steps = 1, 2
+    return config

@@ -1,0 +1,208 @@
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crcjax.errors import InputError, OutputError
+from crcjax.slides.executor import JobFailed, TileJob, run_jobs, tile_slides
+from crcjax.slides.store import open_store, tiled_slides
+from crcjax.slides.tiling import TilingParams
+
+pytestmark = pytest.mark.multiprocess
+Writer = Callable[..., Path]
+PARAMS = TilingParams(("10x", "20x"), tile_px=32)
+DIE = "__import__('os').kill(__import__('os').getpid(), 9)"
+# What a user's command does, in a process group of its own that can be killed.
+COMMAND = """
+import sys
+from pathlib import Path
+from crcjax.slides.executor import TileJob, tile_slides
+from crcjax.slides.tiling import TilingParams
+if __name__ == "__main__":
+    jobs = [TileJob(Path(path).stem, Path(path)) for path in sys.argv[2:]]
+    tile_slides(jobs, Path(sys.argv[1]), TilingParams(("10x", "20x"), tile_px=32), workers=2)
+"""
+
+
+@pytest.fixture(scope="module")
+def slides(write_slide: Writer, tissue_picture: Callable, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three slides of different sizes."""
+    folder = tmp_path_factory.mktemp("three")
+    sizes = {"a": (1500, 1300), "b": (2000, 1600), "c": (1200, 1200)}
+    return [write_slide(folder / f"{name}.svs", tissue_picture(*size)) for name, size in sizes.items()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slides: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    store = tmp_path_factory.mktemp("undisturbed")
+    tile_slides(_jobs(slides), store, PARAMS, workers=1)
+    return _contents(store)
+
+
+def _jobs(paths: list[Path]) -> list[TileJob]:
+    return [TileJob(path.stem, path) for path in paths]
+
+
+def _contents(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def test_results_are_the_functions_and_a_dead_worker_loses_its_own_job_alone() -> None:
+    results = dict(run_jobs(eval, ["1 + 1", DIE, "3 * 3", "1 / 0"], 2))
+    assert (results["1 + 1"], results["3 * 3"]) == (2, 9)
+    assert isinstance(results[DIE], JobFailed)
+    assert "exit status -9" in str(results[DIE])
+    assert isinstance(results["1 / 0"], JobFailed)
+    assert "ZeroDivisionError" in str(results["1 / 0"])
+
+
+def test_at_most_so_many_jobs_run_at_once() -> None:
+    job = "(__import__('time').time(), __import__('time').sleep(0.2), __import__('time').time())"
+    spans = [result for _, result in run_jobs(eval, [job + " " * i for i in range(5)], 2)]
+    starts, ends = [span[0] for span in spans], [span[2] for span in spans]
+    assert max(sum(s <= start < e for s, e in zip(starts, ends, strict=True)) for start in starts) == 2
+
+
+def test_the_store_does_not_depend_on_workers_and_threads(
+    slides: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    for workers in (2, 7):
+        tile_slides(_jobs(slides), tmp_path / str(workers), PARAMS, workers=workers)
+        assert _contents(tmp_path / str(workers)) == undisturbed
+
+
+def test_bad_slides_are_outcomes_and_the_rest_goes_through(
+    slides: list[Path], undisturbed: dict[str, bytes], tmp_path: Path, write_slide: Writer, tissue_picture: Callable
+) -> None:
+    bad = {name: tmp_path / f"{name}.svs" for name in ("missing", "empty", "text", "cut", "no_mpp", "glass", "coarse")}
+    bad["empty"].touch()
+    bad["text"].write_text("this is no slide")
+    shutil.copy(slides[0], bad["cut"])
+    os.truncate(bad["cut"], slides[0].stat().st_size // 2)
+    write_slide(bad["no_mpp"], tissue_picture(600, 600), mpp=None)
+    write_slide(bad["glass"], np.full((600, 600, 3), 240, np.uint8))
+    write_slide(bad["coarse"], tissue_picture(600, 600), mpp=2.0)
+    seen = []
+    jobs = _jobs([*bad.values(), *slides])
+    outcomes = tile_slides(jobs, tmp_path / "store", PARAMS, workers=2, on_outcome=seen.append)
+    assert [outcome.slide_id for outcome in outcomes] == [job.slide_id for job in jobs]
+    assert sorted(outcome.slide_id for outcome in seen) == sorted(job.slide_id for job in jobs)
+    assert [outcome.status for outcome in outcomes] == [
+        *("missing", "corrupt", "unsupported", "corrupt", "mpp_missing", "no_tissue", "too_coarse"),
+        *("tiled", "tiled", "tiled"),
+    ]
+    for outcome in outcomes[:7]:
+        assert outcome.reason
+        assert "\n" not in outcome.reason
+    assert all(outcome.tiles > 0 and outcome.seconds > 0 for outcome in outcomes[7:])
+    assert _contents(tmp_path / "store") == undisturbed
+    given = tile_slides([TileJob("no_mpp", bad["no_mpp"], mpp=0.5)], tmp_path / "store", PARAMS, workers=1)
+    assert given[0].succeeded
+
+
+def test_the_largest_slide_is_begun_first(slides: list[Path], tmp_path: Path) -> None:
+    order: list[str] = []
+    tile_slides(_jobs(slides), tmp_path, PARAMS, workers=1, on_outcome=lambda outcome: order.append(outcome.slide_id))
+    sizes = {path.stem: path.stat().st_size for path in slides}
+    assert order == sorted(sizes, key=lambda slide_id: -sizes[slide_id])
+
+
+def test_a_second_run_does_only_what_is_missing_or_changed(slides: list[Path], tmp_path: Path) -> None:
+    paths = [Path(shutil.copy(path, tmp_path)) for path in slides]
+    store = tmp_path / "store"
+    tile_slides(_jobs(paths[:2]), store, PARAMS)
+    shutil.copy(slides[2], paths[1])
+    outcomes = tile_slides(_jobs(paths), store, PARAMS)
+    assert [outcome.status for outcome in outcomes] == ["already tiled", "tiled", "tiled"]
+    assert outcomes[0].tiles == open_store(store, "a").mask.sum()
+    assert open_store(store, "b").info.size == (1200, 1200)
+
+
+def test_pixels_are_added_to_a_store_without_them_but_never_taken(slides: list[Path], tmp_path: Path) -> None:
+    jobs = _jobs(slides[2:])
+    statuses = [tile_slides(jobs, tmp_path, PARAMS, pixels=pixels)[0].status for pixels in (False, False, True, False)]
+    assert statuses == ["tiled", "already tiled", "tiled", "already tiled"]
+    assert open_store(tmp_path, "c").has_pixels
+
+
+def test_a_store_of_other_parameters_is_refused_and_kept(slides: list[Path], tmp_path: Path) -> None:
+    tile_slides(_jobs(slides[2:]), tmp_path, PARAMS)
+    before = _contents(tmp_path)
+    with pytest.raises(InputError, match="were tiled with tile_px 32, not 64; choose another --out"):
+        tile_slides(_jobs(slides), tmp_path, TilingParams(("10x", "20x"), tile_px=64))
+    assert _contents(tmp_path) == before
+
+
+def test_slide_ids_that_clash_or_cannot_name_a_file_are_refused(slides: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has the slide id 'x', as"):
+        tile_slides([TileJob("x", slides[0]), TileJob("x", slides[1])], tmp_path, PARAMS)
+    for slide_id in ("", ".hidden", "a/b"):
+        with pytest.raises(InputError, match="cannot name a file"):
+            tile_slides([TileJob(slide_id, slides[0])], tmp_path, PARAMS)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_finished(slides: list[Path], small_disk: Path) -> None:
+    tile_slides(_jobs(slides[2:]), small_disk, PARAMS)
+    before = _contents(small_disk)
+    used = sum(path.stat().st_size for path in small_disk.rglob("*") if path.is_file())
+    (small_disk / "filling").write_bytes(bytes((4 << 20) - used - 500_000))
+    with pytest.raises(OutputError, match="No space left on device"):
+        tile_slides(_jobs(slides), small_disk, PARAMS)
+    (small_disk / "filling").unlink()
+    assert _contents(small_disk) == before
+
+
+def test_a_damaged_tile_fails_its_slide_and_publishes_nothing(slides: list[Path], tmp_path: Path) -> None:
+    path = Path(shutil.copy(slides[0], tmp_path / "a.svs"))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 3000] = bytes(3000)
+    path.write_bytes(content)
+    outcome = tile_slides(_jobs([path]), tmp_path / "store", PARAMS)[0]
+    assert (outcome.status, tiled_slides(tmp_path / "store")) == ("corrupt", [])
+
+
+def _start(store: Path, slides: list[Path]) -> subprocess.Popen:
+    command = [sys.executable, "-c", COMMAND, str(store), *map(str, slides)]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_any_moment_and_run_again_it_gives_the_same_bytes(
+    seed: int, slides: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    moments = random.Random(seed)
+    for _ in range(4):
+        running = _start(tmp_path, slides)
+        time.sleep(moments.uniform(0.6, 2.0))
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        for slide_id in tiled_slides(tmp_path):  # what looks finished is whole
+            found = {name: content for name, content in _contents(tmp_path).items() if name.startswith(slide_id)}
+            assert found == {name: content for name, content in undisturbed.items() if name.startswith(slide_id)}
+    tile_slides(_jobs(slides), tmp_path, PARAMS, workers=2)
+    assert _contents(tmp_path) == undisturbed
+
+
+def test_workers_end_with_the_run_that_started_them(slides: list[Path], tmp_path: Path) -> None:
+    running = _start(tmp_path, slides)
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".partial/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(running.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("a worker lives on")

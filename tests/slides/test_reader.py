@@ -1,0 +1,233 @@
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from PIL import Image
+
+from crcjax.errors import InputError, SlideError
+from crcjax.slides.reader import SlideInfo, _over_white, find_slides, open_slide, slide_id_of
+
+Writer = Callable[..., Path]
+
+
+def _picture(width: int = 700, height: int = 500) -> np.ndarray:
+    noise = np.random.default_rng(1).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def _through_openslide(path: Path, x: int, y: int, width: int, height: int, level: int) -> np.ndarray:
+    with openslide.OpenSlide(path) as slide:
+        region = slide.read_region((x, y), level, (width, height))
+    white = Image.new("RGBA", region.size, "white")
+    return np.asarray(Image.alpha_composite(white, region).convert("RGB"))
+
+
+LAYOUTS = {
+    "ycbcr 4:2:0": {},
+    "ycbcr 4:4:4": {"subsampling": (1, 1)},
+    "rgb jpeg": {"photometric": "rgb", "subsampling": None},
+    "deflate": {"compression": "deflate", "photometric": "rgb", "subsampling": None},
+    "generic tiff": {"aperio": False},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pixels_are_those_of_openslide(layout: str, tmp_path: Path, write_slide: Writer) -> None:
+    path = write_slide(tmp_path / "a.tiff", _picture(), levels=2, **LAYOUTS[layout])
+    with open_slide(path) as slide:
+        for x, y, width, height, level in [
+            (240, 0, 240, 240, 0),
+            (101, 37, 300, 333, 0),
+            (0, 0, 700, 500, 0),
+            (-50, -30, 200, 200, 0),
+            (600, 400, 256, 256, 0),
+            (5000, 5000, 10, 10, 0),
+            (40, 80, 100, 45, 1),
+        ]:
+            read = slide.read(x, y, width, height, level)
+            np.testing.assert_array_equal(read, _through_openslide(path, x, y, width, height, level))
+
+
+@pytest.mark.parametrize("layout", ["ycbcr 4:2:0", "ycbcr 4:4:4", "rgb jpeg", "generic tiff"])
+def test_jpeg_slides_are_read_without_openslide(
+    layout: str, tmp_path: Path, write_slide: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_slide(tmp_path / "a.svs", _picture(), levels=2, **LAYOUTS[layout])
+    with open_slide(path) as slide:
+        monkeypatch.delattr(openslide.OpenSlide, "read_region")
+        assert slide.read(10, 10, 300, 300).shape == (300, 300, 3)
+        assert slide.read(0, 0, 20, 20, level=1).shape == (20, 20, 3)
+
+
+def test_half_transparent_pixels_are_half_white() -> None:
+    rgba = np.array([[[200, 0, 100, 255], [9, 9, 9, 0], [200, 0, 100, 51]]], np.uint8)
+    np.testing.assert_array_equal(_over_white(rgba), [[[200, 0, 100], [255, 255, 255], [244, 204, 224]]])
+
+
+def test_threads_read_the_same_pixels(small_slide: Path) -> None:
+    places = [(x, y) for x in range(0, 1500, 170) for y in range(0, 1300, 130)]
+    with open_slide(small_slide) as slide, ThreadPoolExecutor(4) as pool:
+        alone = [slide.read(x, y, 200, 200) for x, y in places]
+        together = list(pool.map(lambda place: slide.read(*place, 200, 200), places))
+    np.testing.assert_array_equal(alone, together)
+
+
+@pytest.mark.parametrize("max_px", [1500, 300, 97, 7])
+def test_a_thumbnail_is_the_area_mean_of_the_whole_slide(max_px: int, tmp_path: Path, write_slide: Writer) -> None:
+    picture = cv2.GaussianBlur(_picture(1500, 900), (0, 0), 8)
+    path = write_slide(tmp_path / "a.svs", picture, levels=2)
+    with open_slide(path) as slide:
+        thumbnail = slide.thumbnail(max_px)
+    assert thumbnail.shape == (round(max_px * 0.6), max_px, 3)
+    wanted = cv2.resize(picture, (max_px, round(max_px * 0.6)), interpolation=cv2.INTER_AREA)
+    assert np.abs(thumbnail.astype(int) - wanted).mean() < 4
+
+
+def test_mpp_comes_from_the_vendor_else_the_tiff_resolution_and_is_overridden(
+    tmp_path: Path, write_slide: Writer
+) -> None:
+    vendor = write_slide(tmp_path / "a.svs", _picture(), mpp=0.25)
+    tiff = write_slide(tmp_path / "a.tiff", _picture(), mpp=0.4, aperio=False)
+    for path, mpp, source in [(vendor, 0.25, "vendor"), (tiff, 0.4, "tiff")]:
+        with open_slide(path) as slide:
+            assert slide.info.mpp == pytest.approx((mpp, mpp))
+            assert slide.info.mpp_source == source
+        with open_slide(path, mpp=1.5) as slide:
+            assert (slide.info.mpp, slide.info.mpp_source) == ((1.5, 1.5), "given")
+
+
+def test_what_is_known_of_a_slide_survives_json(small_slide: Path) -> None:
+    with open_slide(small_slide) as slide:
+        info = slide.info
+    assert SlideInfo.from_json(info.to_json()) == info
+    assert (info.vendor, info.size, info.objective_power) == ("aperio", (1500, 1300), 20.0)
+    assert info.level_downsamples == pytest.approx((1, 4), rel=1e-2)
+
+
+def test_a_slide_without_mpp_is_refused_unless_it_is_given(tmp_path: Path, write_slide: Writer) -> None:
+    path = write_slide(tmp_path / "a.svs", _picture(), mpp=None)
+    with pytest.raises(SlideError, match="give --mpp") as caught:
+        open_slide(path)
+    assert caught.value.status == "mpp_missing"
+    with open_slide(path, mpp=0.5) as slide:
+        assert slide.info.mpp == (0.5, 0.5)
+
+
+def test_an_impossible_mpp_is_refused(tmp_path: Path, write_slide: Writer) -> None:
+    path = write_slide(tmp_path / "a.svs", _picture(), mpp=500.0)
+    with pytest.raises(SlideError, match="impossible 500") as caught:
+        open_slide(path)
+    assert caught.value.status == "mpp_missing"
+    for mpp in (0.01, 25.0, float("nan")):
+        with pytest.raises(InputError, match=r"outside 0\.05 to 20"):
+            open_slide(path, mpp=mpp)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _text(path: Path) -> None:
+    path.write_text("this is no slide\n" * 100)
+
+
+def _cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _folder_of_text(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "notes.txt").write_text("no slide")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status"),
+    [
+        (Path.unlink, "missing"),
+        (_empty, "corrupt"),
+        (_text, "unsupported"),
+        (_cut_short, "corrupt"),
+        (_folder_of_text, "unsupported"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(
+    spoil: Callable[[Path], None], status: str, small_slide: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(small_slide, tmp_path / "bad.svs"))
+    spoil(path)
+    with pytest.raises(SlideError, match=r"bad\.svs: .+; .+") as caught:
+        open_slide(path)
+    assert caught.value.status == status
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("layout", "at"), [("ycbcr 4:2:0", 0.5), ("rgb jpeg", 0.9), ("deflate", 0.0)])
+def test_a_damaged_tile_is_an_error_that_names_the_slide(
+    layout: str, at: float, tmp_path: Path, write_slide: Writer
+) -> None:
+    path = write_slide(tmp_path / "a.svs", _picture(), **LAYOUTS[layout])
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        offset, count = page.dataoffsets[1], page.databytecounts[1]
+    with open(path, "r+b") as file:
+        file.seek(offset + int(count * at))
+        file.write(bytes(count // 10))
+    with open_slide(path) as slide:
+        assert slide.read(0, 0, 240, 240).shape == (240, 240, 3)
+        with pytest.raises(SlideError, match=r"a\.svs: damaged at \(240, 0\) of level 0") as caught:
+            slide.read(240, 0, 240, 240)
+    assert caught.value.status == "corrupt"
+
+
+def test_a_tile_that_the_scanner_left_out_is_read_as_openslide_reads_it(tmp_path: Path, write_slide: Writer) -> None:
+    path = write_slide(tmp_path / "a.svs", _picture(), levels=2)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        counts = list(tiff.pages[0].databytecounts)
+        counts[1] = 0
+        tiff.pages[0].tags["TileByteCounts"].overwrite(counts)
+    with open_slide(path) as slide:
+        np.testing.assert_array_equal(slide.read(200, 100, 300, 200), _through_openslide(path, 200, 100, 300, 200, 0))
+
+
+def test_the_content_hash_follows_the_content_not_the_name(small_slide: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(small_slide, tmp_path / "other name.svs"))
+    with open_slide(small_slide) as slide, open_slide(copy) as same:
+        assert slide.info.content_hash == same.info.content_hash
+        before = slide.info.content_hash
+    with open(copy, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    with open_slide(copy) as changed:
+        assert changed.info.content_hash != before
+
+
+def test_slides_are_found_in_folders_and_dicom_folders_count_as_one(tmp_path: Path) -> None:
+    for name in (
+        "b/x.svs",
+        "b/deep/y.NDPI",
+        "b/notes.txt",
+        "b/.hidden.svs",
+        "d/1.dcm",
+        "d/2.dcm",
+        "m/z.mrxs",
+        "m/z/Slide.tif",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_slides([tmp_path, tmp_path / "b" / "x.svs", tmp_path / "absent.svs"])
+    names = ["b/x.svs", "b/deep/y.NDPI", "d", "m/z.mrxs", "absent.svs"]
+    assert found == [tmp_path / name for name in names]
+    assert [slide_id_of(path) for path in found] == ["x", "y", "d", "z", "absent"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no slides below"):
+        find_slides([tmp_path / "empty"])

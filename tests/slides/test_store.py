@@ -1,0 +1,199 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from crcjax.errors import InputError, OutputError
+from crcjax.slides.reader import open_slide
+from crcjax.slides.store import StoreWriter, open_store, remove_partials, shard_regions, tiled_slides
+from crcjax.slides.tiling import RegionTiles, TilingParams, plan_tiles, read_regions
+
+PARAMS = TilingParams(("10x", "20x"), tile_px=32)
+
+
+def _write(store: Path, slide_path: Path, params: TilingParams = PARAMS, pixels: bool = True) -> RegionTiles:
+    with open_slide(slide_path) as slide:
+        plan = plan_tiles(slide, params)
+        tiles = read_regions(slide, plan, 0, len(plan.origin))
+        with StoreWriter(store, "a", slide.info, plan, pixels) as writer:
+            for start in range(0, len(plan.origin), shard_regions(params)):
+                part = slice(start, start + shard_regions(params))
+                writer.write(start, RegionTiles(tiles.pixels[part], tiles.mask[part], tiles.quality[part]))
+            writer.commit()
+    return tiles
+
+
+@pytest.fixture(scope="module")
+def written(small_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RegionTiles]:
+    folder = tmp_path_factory.mktemp("store")
+    return folder, _write(folder, small_slide)
+
+
+@pytest.fixture
+def store(written: tuple[Path, RegionTiles], tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    subprocess.run(["cp", "-r", str(written[0]), str(tmp_path / "store")], check=True)
+    return tmp_path / "store"
+
+
+def test_what_is_written_is_what_is_read(written: tuple[Path, RegionTiles], small_slide: Path) -> None:
+    folder, tiles = written
+    store = open_store(folder, "a")
+    assert tiled_slides(folder) == [store.slide_id] == ["a"]
+    assert len(store.origin) > 2 * shard_regions(PARAMS)
+    np.testing.assert_array_equal(store.read_pixels(range(len(store.origin))), tiles.pixels)
+    np.testing.assert_array_equal(store.mask, tiles.mask)
+    np.testing.assert_array_equal(store.quality, tiles.quality)
+    with open_slide(small_slide) as slide:
+        assert store.info == slide.info
+        np.testing.assert_array_equal(store.origin, plan_tiles(slide, PARAMS).origin)
+    assert store.params == PARAMS
+    assert store.has_pixels
+    assert store.region_px == 64
+    assert store.attributes["quality"] == ["tissue", "sharpness"]
+
+
+def test_regions_are_read_in_any_order(written: tuple[Path, RegionTiles]) -> None:
+    store = open_store(written[0], "a")
+    chosen = [5, 0, len(store.origin) - 1, 5]
+    np.testing.assert_array_equal(store.read_pixels(chosen), written[1].pixels[chosen])
+    assert store.read_pixels([]).shape == (0, 5, 32, 32, 3)
+
+
+def test_a_store_is_a_zarr_v3_hierarchy_of_a_few_checked_files(written: tuple[Path, RegionTiles]) -> None:
+    group = written[0] / "a.zarr"
+    for name in (".", "pixels"):
+        document = json.loads((group / name / "zarr.json").read_text())
+        assert (document["zarr_format"], document["node_type"]) == (3, "group")
+    for name in ("origin", "mask", "quality", "pixels/10x", "pixels/20x"):
+        document = json.loads((group / name / "zarr.json").read_text())
+        assert document["node_type"] == "array"
+        sharding = document["codecs"][0]["configuration"]
+        assert [codec["name"] for codec in sharding["codecs"]] == ["bytes", "zstd", "crc32c"]
+        assert [codec["name"] for codec in sharding["index_codecs"]] == ["bytes", "crc32c"]
+    spec = {"driver": "zarr3", "kvstore": f"file://{group}/pixels/20x/"}
+    assert ts.open(spec, open=True).result().shape[1:] == (4, 32, 32, 3)
+
+
+def test_the_same_slide_gives_the_same_bytes(
+    written: tuple[Path, RegionTiles], small_slide: Path, tmp_path: Path
+) -> None:
+    _write(tmp_path, small_slide)
+    assert _contents(tmp_path / "a.zarr") == _contents(written[0] / "a.zarr")
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_rejected_tiles_are_counted_by_reason(written: tuple[Path, RegionTiles]) -> None:
+    store = open_store(written[0], "a")
+    assert set(store.attributes["rejected"]) == {"glass", "blurred"}
+    grid = 24 * 21 * 5  # regions of 64 px over 1500 x 1300 px
+    assert sum(store.attributes["rejected"].values()) + store.mask.sum() == grid
+
+
+def test_a_store_without_pixels_keeps_all_else(small_slide: Path, tmp_path: Path) -> None:
+    tiles = _write(tmp_path, small_slide, pixels=False)
+    store = open_store(tmp_path, "a")
+    np.testing.assert_array_equal(store.mask, tiles.mask)
+    assert not store.has_pixels
+    with pytest.raises(InputError, match="without --no-pixels"):
+        store.read_pixels([0])
+
+
+def _shards(store: Path, array: str) -> list[Path]:
+    return sorted(path for path in (store / "a.zarr" / array / "c").rglob("*") if path.is_file())
+
+
+def _read_all(store: Path) -> np.ndarray:
+    opened = open_store(store, "a")
+    return opened.read_pixels(range(len(opened.origin)))
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("array", ["pixels/20x", "pixels/10x", "mask", "origin", "quality"])
+@pytest.mark.parametrize("spoil", [_flip, _truncate, Path.unlink])
+def test_a_damaged_or_lost_file_is_an_error_that_names_it(array: str, spoil, store: Path) -> None:
+    spoil(_shards(store, array)[0])
+    with pytest.raises(InputError, match=rf"a\.zarr: damaged .*{array}.*run crcjax tile again"):
+        _read_all(store)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"attributes": {"format_version": 1}}'])
+def test_a_damaged_group_is_an_error(content: str, store: Path) -> None:
+    (store / "a.zarr" / "zarr.json").write_text(content)
+    with pytest.raises(InputError, match=r"a\.zarr: damaged"):
+        open_store(store, "a")
+
+
+def test_another_format_version_and_an_absent_slide_are_named(store: Path) -> None:
+    with pytest.raises(InputError, match=r"b\.zarr: not in the store"):
+        open_store(store, "b")
+    path = store / "a.zarr" / "zarr.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(InputError, match="has store format 99, this crcjax reads 1"):
+        open_store(store, "a")
+
+
+def test_a_writer_that_is_left_early_leaves_nothing(small_slide: Path, tmp_path: Path) -> None:
+    def write_half() -> None:
+        with open_slide(small_slide) as slide:
+            plan = plan_tiles(slide, PARAMS)
+            with StoreWriter(tmp_path, "a", slide.info, plan, pixels=True) as writer:
+                writer.write(0, read_regions(slide, plan, 0, shard_regions(PARAMS)))
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert tiled_slides(tmp_path) == []
+    assert list((tmp_path / ".partial").iterdir()) == []
+
+
+def test_a_second_writing_replaces_the_first(store: Path, small_slide: Path) -> None:
+    before = _contents(store / "a.zarr")
+    (store / "a.zarr" / "left-over").touch()
+    _write(store, small_slide)
+    assert _contents(store / "a.zarr") == before
+
+
+def test_only_what_dead_writers_left_is_removed(small_slide: Path, tmp_path: Path) -> None:
+    (tmp_path / ".partial" / "b.1").mkdir(parents=True)  # process 1 lives, but did not write this
+    with open_slide(small_slide) as slide:
+        plan = plan_tiles(slide, PARAMS)
+        with StoreWriter(tmp_path, "a", slide.info, plan, pixels=True):
+            code = "import sys, pathlib, crcjax.slides.store as s; s.remove_partials(pathlib.Path(sys.argv[1]))"
+            subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+            remove_partials(tmp_path)
+            assert [path.name for path in (tmp_path / ".partial").iterdir()] == [f"a.{os.getpid()}"]
+
+
+@pytest.mark.parametrize("free", [0, 20_000, 500_000])
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(free: int, small_slide: Path, small_disk: Path) -> None:
+    (small_disk / "filling").write_bytes(bytes((4 << 20) - 8192 - free))
+    with pytest.raises(OutputError, match=r"small_disk: cannot be written .*No space left on device"):
+        _write(small_disk, small_slide)
+    assert tiled_slides(small_disk) == []
+    assert not list(small_disk.glob(".partial/*"))
+
+
+def test_a_store_that_cannot_be_written_is_one_clear_error(small_slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="choose another --out"):
+        remove_partials(tmp_path / "file")
+    with pytest.raises(OutputError, match="choose another --out"):
+        _write(tmp_path / "file", small_slide)

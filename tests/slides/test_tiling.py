@@ -1,0 +1,204 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from crcjax.errors import InputError, SlideError
+from crcjax.slides.reader import open_slide
+from crcjax.slides.tiling import TilingParams, mpp_of, plan_tiles, read_regions, slide_scale, slot_boxes
+
+Writer = Callable[..., Path]
+ALL = TilingParams(("10x", "20x", "40x"), tile_px=64)
+
+
+@pytest.fixture(scope="module")
+def fine_slide(write_slide: Writer, tissue_picture: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scanned at 40x: 2000 x 1600 px of 0.25 um."""
+    return write_slide(tmp_path_factory.mktemp("fine") / "fine.svs", tissue_picture(2000, 1600), mpp=0.25, levels=2)
+
+
+def test_magnifications_are_ordered_from_coarse_to_fine() -> None:
+    assert TilingParams(("40x", "10x", "20x", "10x")).magnifications == ("10x", "20x", "40x")
+    assert TilingParams(("20x", "1.25x")).factors == (1, 16)
+    assert (ALL.factors, ALL.slots) == ((1, 2, 4), 21)
+    assert [mpp_of(name) for name in ALL.magnifications] == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"magnifications": ("20x", "30x")}, "power of two"),
+        ({"magnifications": ("twenty",)}, "write a number and x"),
+        ({"magnifications": ("20",)}, "write a number and x"),
+        ({"magnifications": ("0x",)}, "write a number and x"),
+        ({"magnifications": ()}, "no magnification"),
+        ({"tile_px": 8}, "outside 16 to 4096"),
+        ({"min_tissue": 0.0}, "min_tissue"),
+        ({"min_stained": 1.5}, "min_stained"),
+        ({"min_sharpness": -1.0}, "min_sharpness"),
+    ],
+)
+def test_senseless_parameters_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TilingParams(**changes)
+
+
+def test_parameters_survive_json() -> None:
+    params = replace(ALL, min_tissue=0.5)
+    assert TilingParams.from_json(params.to_json()) == params
+
+
+def test_slots_tile_the_region_once_at_each_magnification() -> None:
+    boxes = slot_boxes(ALL)
+    assert boxes.shape == (21, 3)
+    assert boxes[0].tolist() == [0, 0, 1]
+    assert boxes[1:5].tolist() == [[0, 0, 0.5], [0.5, 0, 0.5], [0, 0.5, 0.5], [0.5, 0.5, 0.5]]
+    assert boxes[5:9, 0].tolist() == [0, 0.25, 0.5, 0.75]
+    for part in (boxes[:1], boxes[1:5], boxes[5:]):
+        assert (part[:, 2] ** 2).sum() == 1
+        assert len({(x, y) for x, y, _ in part.tolist()}) == len(part)
+
+
+def test_the_level_is_chosen_by_mpp_and_nothing_is_upsampled(fine_slide: Path) -> None:
+    with open_slide(fine_slide) as slide:
+        info = slide.info
+    level_of = {name: slide_scale(info, TilingParams((name,))).level for name in ("40x", "20x", "10x", "5x")}
+    assert level_of == {"40x": 0, "20x": 0, "10x": 1, "5x": 1}
+    assert slide_scale(replace(info, mpp=(0.2549, 0.2549)), TilingParams(("40x",))).downsample == 1
+    with pytest.raises(SlideError, match=r"0\.256 µm per pixel, too coarse for 40x") as caught:
+        slide_scale(replace(info, mpp=(0.256, 0.256)), TilingParams(("40x",)))
+    assert caught.value.status == "too_coarse"
+    scale = slide_scale(replace(info, mpp=(0.5, 0.5)), ALL)
+    assert (scale.finest, scale.missing) == (1, 1)
+
+
+def test_a_region_covers_the_same_micrometres_whatever_the_scanner(
+    tmp_path: Path, write_slide: Writer, tissue_picture: Callable
+) -> None:
+    for mpp in (0.2, 0.25, 0.3, 0.35, 0.46, 0.5):
+        path = write_slide(tmp_path / f"{mpp}.svs", tissue_picture(2000, 2000), mpp=mpp)
+        with open_slide(path) as slide:
+            plan = plan_tiles(slide, TilingParams(tile_px=128))
+            tiles = read_regions(slide, plan, 0, 1)
+        assert plan.region_px * mpp == pytest.approx(64.0, rel=0.02)
+        assert tiles.pixels.shape == (1, 1, 128, 128, 3)
+
+
+def test_regions_lie_on_a_grid_in_rows_and_cover_the_tissue(small_slide: Path) -> None:
+    with open_slide(small_slide) as slide:
+        plan = plan_tiles(slide, TilingParams(tile_px=64))
+    origin = plan.origin.astype(int)
+    assert (origin % 64 == 0).all()
+    assert sorted(origin.tolist(), key=lambda at: (at[1], at[0])) == origin.tolist()
+    kept = np.zeros((1300, 1500), bool)
+    for x, y in origin:
+        kept[y : y + 64, x : x + 64] = True
+    tissue = np.zeros_like(kept)
+    tissue[325:975, 375:1125] = True
+    assert kept[tissue].mean() > 0.97
+    assert kept[~tissue].mean() < 0.1
+    assert len(origin) + plan.rejected["glass"] == 24 * 21
+
+
+def test_tiles_are_the_pixels_at_their_slots_coordinates(fine_slide: Path) -> None:
+    with open_slide(fine_slide) as slide:
+        plan = plan_tiles(slide, ALL)
+        tiles = read_regions(slide, plan, 0, len(plan.origin))
+        boxes = slot_boxes(ALL)
+        for region, origin in enumerate(plan.origin):
+            for slot in np.flatnonzero(tiles.mask[region]):
+                x, y = np.rint(origin + boxes[slot, :2] * plan.region_px).astype(int).tolist()
+                side = round(float(boxes[slot, 2]) * plan.region_px)
+                naive = cv2.resize(slide.read(x, y, side, side), (64, 64), interpolation=cv2.INTER_AREA)
+                np.testing.assert_array_equal(tiles.pixels[region, slot], naive)
+
+
+def test_a_coarse_tile_is_the_mean_of_the_finer_tiles_under_it(fine_slide: Path) -> None:
+    with open_slide(fine_slide) as slide:
+        plan = plan_tiles(slide, ALL)
+        tiles = read_regions(slide, plan, 0, len(plan.origin))
+    whole = tiles.pixels[tiles.mask.all(axis=1)].astype(float)
+    assert len(whole) > 5
+    fine = whole[:, 5:].reshape(-1, 4, 4, 64, 64, 3).swapaxes(2, 3).reshape(-1, 256, 256, 3)
+    for slots, factor in ((slice(0, 1), 4), (slice(1, 5), 2)):
+        mean = fine.reshape(-1, 256 // factor, factor, 256 // factor, factor, 3).mean(axis=(2, 4))
+        side = 4 // factor
+        coarse = whole[:, slots].reshape(-1, side, side, 64, 64, 3).swapaxes(2, 3).reshape(mean.shape)
+        assert np.abs(coarse - mean).max() <= 0.5
+
+
+def test_a_magnification_that_the_slide_lacks_is_masked(small_slide: Path) -> None:
+    with open_slide(small_slide) as slide:
+        plan = plan_tiles(slide, ALL)
+        tiles = read_regions(slide, plan, 0, len(plan.origin))
+    assert tiles.mask[:, :5].any(axis=0).all()
+    assert not tiles.mask[:, 5:].any()
+    assert not tiles.pixels[:, 5:].any()
+
+
+def test_each_slot_is_judged_alone_and_masked_slots_are_black(fine_slide: Path) -> None:
+    with open_slide(fine_slide) as slide:
+        plan = plan_tiles(slide, ALL)
+        tiles = read_regions(slide, plan, 0, len(plan.origin))
+    partly = tiles.mask.any(axis=1) & ~tiles.mask.all(axis=1)
+    assert partly.any()
+    assert not tiles.pixels[~tiles.mask].any()
+    assert not tiles.quality[~plan.mask].any()
+    assert (tiles.quality[tiles.mask] > 0).all()
+
+
+def test_a_region_that_sticks_out_of_the_slide_is_padded_with_white(
+    tmp_path: Path, write_slide: Writer, tissue_picture: Callable
+) -> None:
+    picture = tissue_picture(1000, 1000)[200:700, 200:700]  # tissue to the right and lower border
+    path = write_slide(tmp_path / "a.svs", picture)
+    with open_slide(path) as slide:
+        plan = plan_tiles(slide, TilingParams(tile_px=128))
+        tiles = read_regions(slide, plan, 0, len(plan.origin))
+    last = tiles.pixels[plan.origin.tolist().index([384, 384]), 0]
+    assert (last[116:] == 255).all()
+    assert (last[:, 116:] == 255).all()
+    assert not (last[:116, :116] == 255).all()
+
+
+def test_blurred_tiles_are_masked(tmp_path: Path, write_slide: Writer, tissue_picture: Callable) -> None:
+    picture = tissue_picture(1500, 1300)
+    picture[:, :750] = cv2.GaussianBlur(picture[:, :750], (0, 0), 10)
+    path = write_slide(tmp_path / "a.svs", picture)
+    with open_slide(path) as slide:
+        plan = plan_tiles(slide, TilingParams(tile_px=128))
+        tiles = read_regions(slide, plan, 0, len(plan.origin))
+    inside = (plan.origin[:, 1] >= 384) & (plan.origin[:, 1] <= 768)
+    left, right = inside & (plan.origin[:, 0] < 512), inside & (plan.origin[:, 0] >= 768)
+    assert tiles.mask[left, 0].mean() < 0.4
+    assert tiles.mask[right & (plan.origin[:, 0] < 1000), 0].all()
+
+
+def test_a_tile_of_glass_within_a_lumen_is_masked(
+    tmp_path: Path, write_slide: Writer, tissue_picture: Callable
+) -> None:
+    picture = tissue_picture(1500, 1300)
+    cv2.circle(picture, (704, 704), 200, (240, 240, 240), -1)
+    path = write_slide(tmp_path / "a.svs", picture)
+    with open_slide(path) as slide:
+        plan = plan_tiles(slide, TilingParams(tile_px=128))
+        tiles = read_regions(slide, plan, 0, len(plan.origin))
+    region = plan.origin.tolist().index([640, 640])
+    assert (plan.mask[region, 0], tiles.mask[region, 0]) == (True, False)
+
+
+def test_a_slide_without_tissue_is_refused(tmp_path: Path, write_slide: Writer) -> None:
+    path = write_slide(tmp_path / "glass.svs", np.full((800, 800, 3), 243, np.uint8))
+    with open_slide(path) as slide, pytest.raises(SlideError, match="no stained tissue") as caught:
+        plan_tiles(slide, TilingParams())
+    assert caught.value.status == "no_tissue"
+
+
+def test_fluorescence_is_refused(tmp_path: Path, write_slide: Writer, tissue_picture: Callable) -> None:
+    path = write_slide(tmp_path / "dark.svs", 255 - tissue_picture(800, 800))
+    with open_slide(path) as slide, pytest.raises(SlideError, match="fluorescence") as caught:
+        plan_tiles(slide, TilingParams())
+    assert caught.value.status == "unsupported"

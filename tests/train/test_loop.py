@@ -1,0 +1,109 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from crcjax.errors import InputError
+from crcjax.models.mil import build_model
+from crcjax.train.checkpoint import restore_params
+from crcjax.train.loop import train
+from crcjax.train.run_directory import open_run
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+from crcjax.config import get_config as default
+
+def get_config():
+    config = default()
+    config.data.regions, config.data.bags, config.data.region_buckets = 4, 4, (64, 128)
+    config.model.width, config.model.features, config.model.attention = 8, 16, 8
+    config.train.steps, config.train.eval_every, config.train.checkpoint_every = 40, 20, 5
+    config.train.log_every, config.optimizer.warmup_steps = 1, 2
+    return config
+"""
+
+
+def _params(run: Path) -> list[np.ndarray]:
+    model = build_model(open_run(run).config.model, 3, 0)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(restore_params(run, model)[0])]
+
+
+def test_a_run_keeps_its_config_versions_tiling_metrics_and_checkpoints(small_config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(small_config, run)
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == 6
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["tiling"]["magnifications"] == ["10x"]
+    assert facts["versions"]["jax"] == jax.__version__
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "val/balanced_accuracy" in line] == [3, 6]
+    assert any("train/slides_per_hour" in line for line in lines)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert 6 in {int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit()}
+
+
+def test_a_finished_run_is_left_as_it_is(small_config, tmp_path: Path) -> None:
+    train(small_config, tmp_path)
+    before = _params(tmp_path)
+    train(small_config, tmp_path)
+    assert all((a == b).all() for a, b in zip(before, _params(tmp_path), strict=True))
+
+
+def test_a_run_directory_of_another_config_is_refused_by_the_field(small_config, tmp_path: Path) -> None:
+    small_config.train.steps = 3
+    train(small_config, tmp_path)
+    small_config.optimizer.learning_rate = 0.5
+    with pytest.raises(InputError, match=r"another config \(optimizer\.learning_rate was 0\.001, is 0\.5\)"):
+        train(small_config, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(small_config, tmp_path: Path) -> None:
+    small_config.optimizer.learning_rate = 1e30
+    with pytest.raises(InputError, match="the loss is not finite at step"):
+        train(small_config, tmp_path)
+
+
+def test_missing_paths_are_named(small_config, tmp_path: Path) -> None:
+    small_config.data.store = ""
+    with pytest.raises(InputError, match=r"config\.data\.store is empty"):
+        train(small_config, tmp_path)
+
+
+@pytest.mark.multiprocess
+def test_a_killed_and_restarted_run_equals_an_undisturbed_one_bit_for_bit(painted: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(SMALL)
+
+    def start(run: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "crcjax.main", "--config", str(tmp_path / "small.py"), "--workdir", str(run)]
+        command += [f"--config.data.store={painted / 'store'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    process = start(undisturbed)
+    assert process.communicate()[1].count("starting") == 1
+    assert process.returncode == 0
+    process = start(killed)
+    checkpoint = killed / "checkpoints" / "10"
+    for _ in range(600):
+        if checkpoint.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    process = start(killed)
+    assert "going on from step" in process.communicate()[1]
+    assert process.returncode == 0
+    assert all((a == b).all() for a, b in zip(_params(undisturbed), _params(killed), strict=True))
+    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 41))

@@ -1,0 +1,112 @@
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crcjax.errors import InputError, OutputError
+from crcjax.slides.painter import Truth
+from crcjax.validation.attention import attention_auroc
+from crcjax.validation.report import validate
+
+CLASSES = ("canonical", "immune", "stromal")
+
+
+def _write(folder: Path, rows: list[dict], name: str) -> Path:
+    path = folder / name
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def _prediction(slide: str, probs: list[float], **other: str) -> dict:
+    row = {"slide_id": slide, "case_id": slide, "subtype": CLASSES[int(np.argmax(probs))]}
+    row |= {f"p_{name}": str(value) for name, value in zip(CLASSES, probs, strict=True)}
+    return row | {"status": "ok", "reason": "", "model": "abc", "synthetic": "yes"} | other
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> tuple[Path, Path]:
+    rng = np.random.default_rng(0)
+    predictions, cohort = [], []
+    for i in range(34):
+        label = i % 3
+        probs = rng.dirichlet(np.eye(3)[label] * 3 + 0.5).round(4)
+        probs[2] = round(1 - probs[0] - probs[1], 4)
+        predictions.append(_prediction(f"s{i}", probs.tolist()))
+        cohort.append(
+            {"slide_id": f"s{i}", "case_id": f"c{i}", "subtype": CLASSES[label], "split": "test" if i < 30 else "train"}
+        )
+    refused = _prediction("bad", [0, 0, 1], status="corrupt", reason="the file is empty")
+    predictions.append(refused | {f"p_{name}": "" for name in CLASSES})
+    return _write(tmp_path, predictions, "predictions.csv"), _write(tmp_path, cohort, "cohort.csv")
+
+
+def test_the_report_is_one_self_contained_page_that_says_synthetic(tables, tmp_path: Path) -> None:
+    result = validate(*tables, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert page.count("SYNTHETIC SLIDES") >= 2
+    for word in ("FDA", "clinically validated", "compliant", "approved"):
+        assert word not in page
+    saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert saved["statistics"]["balanced accuracy"]["value"] == result["statistics"]["balanced accuracy"]["value"]
+    assert f"{saved['statistics']['macro AUROC']['value']:.3f}" in page
+
+
+def test_training_cases_and_failed_slides_are_counted_and_not_evaluated(tables, tmp_path: Path) -> None:
+    flow = validate(*tables, tmp_path / "out")["flow"]
+    assert flow["slides evaluated"] == flow["cases evaluated"] == 30
+    assert flow["slides of training and validation cases, not evaluated"] == 4
+    assert flow["slides without a prediction"] == 1
+    assert "the file is empty" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_same_tables_give_the_same_report(tables, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        validate(*tables, tmp_path / name)
+    for file in ("metrics.json", "report.html"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"p_immune": "0.9"}, "line 2: .* are no probabilities that sum to 1"),
+        ({"p_immune": "nan"}, "line 2: .* are no probabilities"),
+        ({"slide_id": "s1"}, "line 3: slide s1 stands there twice"),
+    ],
+)
+def test_wrong_predictions_are_refused_by_the_line(tables, tmp_path: Path, change: dict, message: str) -> None:
+    with open(tables[0]) as file:
+        rows = list(csv.DictReader(file))
+    rows[0] |= change
+    with pytest.raises(InputError, match=message):
+        validate(_write(tmp_path, rows, "wrong.csv"), tables[1], tmp_path / "out")
+
+
+def test_tables_that_do_not_belong_together_and_unwritable_folders_are_errors(tables, tmp_path: Path) -> None:
+    other = _write(tmp_path, [{"slide_id": "x", "case_id": "x", "subtype": "immune"}], "other.csv")
+    with pytest.raises(InputError, match="no slide has both a prediction and a reference"):
+        validate(tables[0], other, tmp_path / "out")
+    with pytest.raises(InputError, match=r"lacks model, reason, status"):
+        validate(other, tables[1], tmp_path / "out")
+    with pytest.raises(OutputError, match="/proc/none: cannot be written"):
+        validate(*tables, Path("/proc/none"))
+
+
+def test_attention_on_the_carriers_scores_one_and_off_them_zero(tmp_path: Path) -> None:
+    kinds = np.full((40, 40), 3, np.uint8)
+    kinds[:20] = 5  # lymphoid tissue carries the immune subtype
+    truth = Truth("immune", kinds, ("",) * 9, 16.0, (0.0,) * 3, (0.0,) * 3, (255, 255, 255), {}, 0, "")
+    origin = np.array([[x * 256, y * 256] for y in range(5) for x in range(5)], np.int32)
+    on_carriers = origin[:, 1] * 0.5 + 64 < 20 * 16
+    for attention, expected in ((on_carriers, 1.0), (~on_carriers, 0.0)):
+        np.savez(tmp_path / "a.npz", origin=origin, region_px=256, mpp=0.5, attention=attention.astype(np.float32))
+        assert attention_auroc(truth, tmp_path / "a.npz") == expected
+    with pytest.raises(InputError, match="no attention of a slide"):
+        attention_auroc(truth, tmp_path / "none.npz")

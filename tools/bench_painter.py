@@ -1,0 +1,90 @@
+"""How fast synthetic slides are painted, and in how much memory. `--side 100000` paints one of ten gigapixels."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+from record import Row, record
+
+from crcjax.slides.painter import SITES, SUBTYPES, SlideSpec, paint_cohort, paint_slide
+
+
+class PeakMemory:
+    """The largest memory of this process and all below it while the block runs, in MiB, sampled ten times a second."""
+
+    def __enter__(self) -> PeakMemory:
+        self.mib, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        here = psutil.Process()
+        while not self._stop.wait(0.1):
+            total = 0
+            for process in (here, *here.children(recursive=True)):
+                try:
+                    total += process.memory_full_info().pss  # what processes share is counted once
+                except psutil.Error:
+                    continue  # it ended meanwhile
+            self.mib = max(self.mib, total / 2**20)
+
+
+def demo_rows(folder: Path, cores: int) -> list[Row]:
+    """Slides of the demo's size, one after the other and as a cohort."""
+    size = (3072, 2560)
+    paint_slide(folder / "warm.svs", SlideSpec("immune", seed=0))  # textures are made once a process
+    start = time.perf_counter()
+    for seed, subtype in enumerate(SUBTYPES):
+        paint_slide(folder / "one.svs", SlideSpec(subtype, seed=seed, site=SITES[seed], size_px=size))
+    one = len(SUBTYPES) * size[0] * size[1] / (time.perf_counter() - start) / 1e6
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        paint_cohort(folder / "cohort", {"train": 24}, size_px=size)
+        cohort = 24 * size[0] * size[1] / (time.perf_counter() - start) / 1e6
+    return [
+        Row(f"{size[0]} x {size[1]} px, one process", one, "MP/s"),
+        Row(f"cohort of 24 such slides, {cores} processes", cohort, "MP/s", cohort / one, "one process"),
+        Row("cohort, peak memory of all processes", memory.mib, "MiB"),
+    ]
+
+
+def large_rows(folder: Path, cores: int, side: int) -> list[Row]:
+    """One large slide, its blocks painted by all cores."""
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        path = paint_slide(folder / "large.svs", SlideSpec("stromal", 1, size_px=(side, side)), workers=cores)
+        speed = side * side / (time.perf_counter() - start) / 1e6
+    wide = f"{side} x {side} px"
+    return [
+        Row(f"{wide}, {cores} workers", speed, "MP/s"),
+        Row(f"{wide}, peak memory of all processes", memory.mib, "MiB"),
+        Row(f"{wide}, file", path.stat().st_size / 2**20, "MiB"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--side", type=int, help="px of the sides of one large slide, which is painted alone")
+    side = parser.parse_args().side
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = large_rows(Path(folder), cores, side or 12_000)
+        rows += [] if side else demo_rows(Path(folder), cores)
+    name = f"painter_{side}" if side else "painter"
+    record(name, " ".join(["python", "tools/bench_painter.py", *sys.argv[1:]]), rows)
+
+
+if __name__ == "__main__":
+    main()

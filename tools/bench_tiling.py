@@ -1,0 +1,112 @@
+"""Tiling with the store written, beside only calling OpenSlide over the same tiles on the same cores."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import openslide
+import psutil
+from record import Row, record
+
+from crcjax.slides.executor import TileJob, run_jobs, tile_slides
+from crcjax.slides.painter import SlideSpec, paint_slide
+from crcjax.slides.reader import open_slide
+from crcjax.slides.tiling import TilingParams, plan_tiles, slot_boxes
+
+SIZE_PX = (12288, 8192)
+CORES = sorted(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    slide: Path
+    boxes: list[tuple[int, int, int]]  # x, y and side of every tile, in level-0 px
+
+
+def read_with_openslide(reading: _Reading) -> int:
+    """Reads the slide's tiles and drops them."""
+    with openslide.OpenSlide(reading.slide) as slide:
+        for x, y, side in reading.boxes:
+            np.asarray(slide.read_region((x, y), 0, (side, side)))[..., :3]
+    return len(reading.boxes)
+
+
+class _PeakMemory(threading.Thread):
+    """The largest resident memory of any worker, sampled."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.mib = 0.0
+        self.done = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.done.wait(0.02):
+            for child in psutil.Process().children(recursive=True):
+                try:
+                    self.mib = max(self.mib, child.memory_info().rss / 2**20)
+                except psutil.NoSuchProcess:
+                    continue
+
+
+def main() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        painted = paint_slide(folder / "slide0.svs", SlideSpec("immune", 0, size_px=SIZE_PX), workers=len(CORES))
+        slides = [painted]
+        for i in range(1, max(2, len(CORES))):
+            slides.append(folder / f"slide{i}.svs")
+            slides[-1].hardlink_to(painted)
+        for cores in dict.fromkeys((1, len(CORES))):
+            for magnifications in (("20x",), ("10x", "20x")):
+                rows += _measure(slides[: max(2, cores)], folder, cores, magnifications)
+    note = (
+        f"Painted slides of {SIZE_PX[0]} x {SIZE_PX[1]} px, JPEG 4:2:0 tiles of 256 px. Ours opens, finds the tissue,"
+        " decodes, scores, compresses and writes, from the call to the published store; OpenSlide only calls"
+        " read_region, tile by tile."
+    )
+    record("tiling", "python tools/bench_tiling.py", rows, note)
+
+
+def _measure(slides: list[Path], folder: Path, cores: int, magnifications: tuple[str, ...]) -> list[Row]:
+    params = TilingParams(magnifications)
+    with open_slide(slides[0]) as slide:
+        plan = plan_tiles(slide, params)
+    region, slot = np.nonzero(plan.mask)
+    slots = slot_boxes(params)[slot] * plan.region_px
+    corners = plan.origin[region] + slots[:, :2]
+    boxes = [(int(x), int(y), int(side)) for (x, y), side in zip(corners, slots[:, 2], strict=True)]
+    store = folder / f"store-{cores}-{len(magnifications)}"
+    os.sched_setaffinity(0, CORES[:cores])
+    readings = [_Reading(path, boxes) for path in slides]
+    list(run_jobs(read_with_openslide, readings[:1], 1))  # starts the server of worker processes, warms the page cache
+    start = time.monotonic()
+    list(run_jobs(read_with_openslide, readings, cores))
+    rival = time.monotonic() - start
+    memory = _PeakMemory()
+    start = time.monotonic()
+    outcomes = tile_slides([TileJob(path.stem, path) for path in slides], store, params, workers=cores)
+    ours = time.monotonic() - start
+    memory.done.set()
+    assert all(outcome.status == "tiled" for outcome in outcomes), outcomes
+    stored = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    tiles = len(boxes) * len(slides)
+    per_tile = stored / sum(outcome.tiles for outcome in outcomes)
+    name = f"{','.join(magnifications)}, {cores} core{'s' if cores > 1 else ''}"
+    return [
+        Row(f"tiling {name}", tiles / ours, "tiles/s", rival / ours, "openslide read_region"),
+        Row(f"openslide {name}", tiles / rival, "tiles/s"),
+        Row(f"store {name}", per_tile, "bytes/tile", per_tile / (params.tile_px**2 * 3), "raw RGB"),
+        Row(f"peak memory of a worker {name}", memory.mib, "MiB"),
+    ]
+
+
+if __name__ == "__main__":
+    main()

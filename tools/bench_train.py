@@ -1,0 +1,85 @@
+"""How fast the demo's training step is, with the loader and without, and how much of the whole line's memory it takes."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from record import Row, peak_memory_mib, record
+
+from crcjax.data.bags import Bag
+from crcjax.data.cohort import load_cohort
+from crcjax.data.loader import train_batches
+from crcjax.demo import SIZE_PX, demo_config
+from crcjax.models.mil import build_model
+from crcjax.slides.executor import TileJob, tile_slides
+from crcjax.slides.painter import paint_cohort
+from crcjax.slides.tiling import TilingParams
+from crcjax.train.mesh import device_mesh
+from crcjax.train.optimizer import build_optimizer
+from crcjax.train.step import build_step, init_state
+
+STEPS = 12
+
+
+def seconds_per_step(step, state, bags: Iterator[Bag]) -> float:
+    """The mean over STEPS steps after a first one, which compiles."""
+    state, _ = jax.block_until_ready(step(state, next(bags)))
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        state, _ = step(state, next(bags))
+    jax.block_until_ready(state)
+    return (time.perf_counter() - start) / STEPS
+
+
+def matrix_flops_per_s(side: int = 1024) -> float:
+    """What the device does of one square matrix product."""
+    product, a = jax.jit(jnp.matmul), jnp.ones((side, side))
+    product(a, a).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(20):
+        product(a, a).block_until_ready()
+    return 20 * 2 * side**3 / (time.perf_counter() - start)
+
+
+def main() -> None:
+    config = demo_config()
+    with tempfile.TemporaryDirectory() as folder:
+        table = paint_cohort(Path(folder), {"train": 9}, size_px=SIZE_PX)
+        cohort = load_cohort(table, config.data.classes)
+        tile_slides(
+            [TileJob(row.slide_id, row.path) for row in cohort.rows if row.path],
+            Path(folder) / "store",
+            TilingParams(("10x",)),
+        )
+        config.data.store, config.data.cohort = f"{folder}/store", str(table)
+        mesh = device_mesh()
+        model = build_model(config.model, len(cohort.classes), 0)
+        optimizer = build_optimizer(config.optimizer, config.train.steps)
+        step = build_step(model, optimizer, config, mesh)
+        bags = train_batches(cohort, config, mesh, 0)
+        bag = next(bags)
+        alone = seconds_per_step(step, init_state(model, optimizer, mesh), iter([bag] * (STEPS + 1)))
+        whole = seconds_per_step(step, init_state(model, optimizer, mesh), bags)
+        # XLA counts the compiled step's own operations.
+        cost = step.lower(init_state(model, optimizer, mesh), bag).compile().cost_analysis()
+    tiles = config.data.bags * config.data.regions
+    flops = cost["flops"] / alone
+    rows = [
+        Row("the step alone", 1 / alone, "steps/s"),
+        Row("with the loader", 1 / whole, "steps/s", alone / whole, "the step alone"),
+        Row("with the loader", tiles / whole, "tiles/s"),
+        Row("with the loader", 3600 * config.data.bags / whole, "slides/hour"),
+        Row("the step's operations", flops / 1e9, "GFLOP/s", flops / matrix_flops_per_s(), "a 1024 x 1024 product"),
+        Row("peak memory", peak_memory_mib(), "MiB"),
+    ]
+    note = f"The demo's step: {config.data.bags} bags of {config.data.regions} tiles of 256 px on {jax.devices()[0].platform}."
+    record("train", "python tools/bench_train.py", rows, note)
+
+
+if __name__ == "__main__":
+    main()
