@@ -101,7 +101,8 @@ def truth_path(slide: str | Path) -> Path:
 def load_truth(path: str | Path) -> Truth:
     """Reads a `.truth.npz`. Raises InputError if it is none."""
     try:
-        with np.load(path) as saved:
+        # Opened here: np.load leaves a file that is no zip open.
+        with open(path, "rb") as file, np.load(file) as saved:
             artefacts = {name: saved[f"artefact_{name}"] for name in ARTEFACTS if f"artefact_{name}" in saved}
             return Truth(
                 str(saved["subtype"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import cv2
 import numpy as np
@@ -31,11 +32,11 @@ def attention_auroc(truth: Truth, attention_file: Path) -> float:
     NaN where no region, or every region, is. Raises InputError if the attention file is not one.
     """
     try:
-        with np.load(attention_file) as saved:
+        with open(attention_file, "rb") as file, np.load(file) as saved:
             corner = saved["origin"] * float(saved["mpp"])
             side = float(saved["region_px"]) * float(saved["mpp"])
             attention = saved["attention"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise InputError(f"{attention_file}: no attention of a slide ({error}); run crcjax predict again") from error
     share = region_shares(truth.carriers, truth.um_per_px, corner.astype(float), side)
     return auroc(share >= 0.5, attention)

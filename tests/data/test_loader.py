@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from crcjax.data.bags import open_stores
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import train_batches
 from crcjax.errors import InputError
+from crcjax.slides.executor import TileJob, tile_slides
 from crcjax.slides.store import open_store
+from crcjax.slides.tiling import TilingParams
 from crcjax.train.mesh import device_mesh
 
 
@@ -47,3 +50,35 @@ def test_slides_that_are_not_in_the_store_are_listed_with_the_remedy(painted: Pa
         open_stores(small_config.data.store, absent)
     with pytest.raises(InputError, match="no training slides"):
         next(train_batches(replace(cohort, rows=()), small_config, device_mesh(), 0))
+
+
+def test_a_store_without_pixels_is_refused_before_anything_is_read(painted: Path, small_config, tmp_path: Path) -> None:
+    cohort = _cohort(painted, small_config).split("val")
+    jobs = [TileJob(row.slide_id, row.path) for row in cohort.rows]
+    tile_slides(jobs, tmp_path, TilingParams(("10x",), tile_px=64), pixels=False)
+    with pytest.raises(InputError, match="has no pixels; run crcjax tile without --no-pixels"):
+        open_stores(str(tmp_path), cohort)
+
+
+def test_slides_tiled_in_two_ways_are_refused(painted: Path, small_config, tmp_path: Path) -> None:
+    cohort = _cohort(painted, small_config).split("val")
+    store = shutil.copytree(painted / "store", tmp_path / "store")
+    other = cohort.rows[-1]
+    tile_slides([TileJob(other.slide_id, other.path)], tmp_path / "other", TilingParams(("10x",), tile_px=32))
+    shutil.rmtree(store / f"{other.slide_id}.zarr")
+    shutil.move(tmp_path / "other" / f"{other.slide_id}.zarr", store)
+    with pytest.raises(InputError, match=rf"{other.slide_id}\.zarr: tiled in another way than"):
+        open_stores(str(store), cohort)
+
+
+def test_a_damaged_shard_is_one_error_that_names_the_slide(painted: Path, small_config, tmp_path: Path) -> None:
+    store = shutil.copytree(painted / "store", tmp_path / "store")
+    for shard in store.glob("*/pixels/10x/c/**/*"):
+        if shard.is_file():
+            data = bytearray(shard.read_bytes())
+            data[len(data) // 2] ^= 1
+            shard.write_bytes(data)
+    small_config.data.store = str(store)
+    small_config.data.regions = 64  # all of a slide's regions, the damaged one with them
+    with pytest.raises(InputError, match=r"\.zarr: damaged .*crcjax tile again"):
+        list(train_batches(_cohort(painted, small_config).split("train"), small_config, device_mesh(), 0))

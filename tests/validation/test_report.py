@@ -104,7 +104,7 @@ def test_attention_on_the_carriers_scores_one_and_off_them_zero(tmp_path: Path) 
     kinds[:20] = 5  # lymphoid tissue carries the immune subtype
     truth = Truth("immune", kinds, ("",) * 9, 16.0, (0.0,) * 3, (0.0,) * 3, (255, 255, 255), {}, 0, "")
     origin = np.array([[x * 256, y * 256] for y in range(5) for x in range(5)], np.int32)
-    on_carriers = origin[:, 1] * 0.5 + 64 < 20 * 16
+    on_carriers = origin[:, 1] * 0.5 + 64 <= 20 * 16
     for attention, expected in ((on_carriers, 1.0), (~on_carriers, 0.0)):
         np.savez(tmp_path / "a.npz", origin=origin, region_px=256, mpp=0.5, attention=attention.astype(np.float32))
         assert attention_auroc(truth, tmp_path / "a.npz") == expected
