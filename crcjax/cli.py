@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 # jax 0.10 queues collectives on a thread pool as large as the cores and hangs where several CPU devices share few.
 os.environ.setdefault("PJRT_NPROC", "16")
@@ -68,8 +68,11 @@ def tile(
     tile_px: Annotated[int, typer.Option(help="side of a tile in pixels")] = 256,
     mpp: Mpp = None,
     pixels: Annotated[
-        bool, typer.Option("--pixels/--no-pixels", help="keep the tiles, or where they lie alone")
-    ] = True,
+        Literal["jpeg", "lossless"], typer.Option(help="keep tiles as JPEG streams, or as they were read")
+    ] = "jpeg",
+    no_pixels: Annotated[
+        bool, typer.Option("--no-pixels", help="keep no tiles: read them from the slide, which must not move")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="cores to use; all by default")] = None,
 ) -> None:
     """Cuts slides into tiles, in a store that training reads. Started again, it does what is missing."""
@@ -85,7 +88,7 @@ def tile(
             out,
             params,
             workers=workers,
-            pixels=pixels,
+            pixels="none" if no_pixels else pixels,
             on_outcome=lambda outcome: progress.advance(task),
         )
     failed = [outcome for outcome in outcomes if not outcome.succeeded]

@@ -71,7 +71,7 @@ def test_tiling_names_each_bad_slide_finishes_the_good_one_and_exits_1(slides: P
         assert words in lines[0]
     assert "Traceback" not in done.stderr
     assert "1 of 5 slides tiled" in done.stderr
-    assert open_store(tmp_path, "good").has_pixels
+    assert open_store(tmp_path, "good").pixels == "jpeg"
     again = _crcjax("tile", slides / "good.svs", "--out", tmp_path, "--mag", "10x", "--tile-px", 64)
     assert again.returncode == 0
     other = _crcjax("tile", slides / "good.svs", "--out", tmp_path, "--mag", "10x", "--tile-px", 128)
@@ -128,11 +128,13 @@ def test_a_cohort_gives_ids_and_an_absent_file_is_one_failed_line(slides: Path, 
 
 def test_predicting_from_the_file_equals_predicting_from_the_store(painted: Path, run: Path, tmp_path: Path) -> None:
     from crcjax.infer.predictor import Predictor
+    from crcjax.slides.executor import TileJob, tile_slides
     from crcjax.slides.reader import open_slide
 
     predictor = Predictor(run)
     path = sorted((painted / "slides").glob("*.svs"))[0]
-    store = open_store(painted / "store", path.stem)
+    tile_slides([TileJob("a", path)], tmp_path, predictor.tiling, pixels="lossless")
+    store = open_store(tmp_path, "a")
     with open_slide(path) as slide:
         found = predictor.predict(slide, threads=2)
     assert (found.origin == store.origin).all()

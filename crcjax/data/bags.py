@@ -43,7 +43,7 @@ def read_bag(
 
 
 def open_stores(store: str, cohort: Cohort) -> list[TileStore]:
-    """The store of every slide of the cohort. Raises InputError: slides not tiled, without pixels, or in different ways."""
+    """The store of every slide of the cohort. Raises InputError: slides not tiled, or in different ways."""
     tiled = set(tiled_slides(store))
     missing = [row.slide_id for row in cohort.rows if row.slide_id not in tiled]
     if missing:
@@ -54,8 +54,6 @@ def open_stores(store: str, cohort: Cohort) -> list[TileStore]:
         )
     stores = [open_store(store, row.slide_id) for row in cohort.rows]
     for opened in stores:
-        if not opened.has_pixels:
-            raise InputError(f"{opened.path}: has no pixels; run crcjax tile without --no-pixels")
         if opened.params != stores[0].params:
             raise InputError(f"{opened.path}: tiled in another way than {stores[0].path}; tile it again")
     return stores

@@ -53,7 +53,7 @@ def write_heatmap(
 ) -> None:
     """A PNG with the slide, its attention, a scale bar and what the colours mean; `um_per_px` is the thumbnail's."""
     height, width = thumbnail.shape[:2]
-    figure = Figure(figsize=(10, 10 * height / (2 * width) + 1.2), dpi=110)
+    figure = Figure(figsize=(10, 10 * height / (2 * width) + 0.9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     for axis, picture in zip(axes, (thumbnail, coloured), strict=True):

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from crcjax.errors import OutputError, SlideError
 from crcjax.infer.heatmap import LONGEST_PX, overlay, write_heatmap
 from crcjax.infer.predictor import Predictor, SlidePrediction
-from crcjax.slides.reader import Slide, open_slide
+from crcjax.slides.executor import check_slide_ids
+from crcjax.slides.reader import Slide, check_mpp, open_slide
 
 DISCLAIMER = "research use only"
 
@@ -42,13 +44,18 @@ def predict_slides(
 ) -> list[Row]:
     """Predicts slides; returns the rows of OUT/predictions.csv, one a slide, whatever became of it.
 
-    Rows are written as slides are finished, so that a run which is stopped keeps them. Beside the table lie
-    heatmaps/SLIDE_ID.png and attention/SLIDE_ID.npz. Raises OutputError if the folder cannot be written.
+    Rows are written as slides are finished, so that a run which is stopped keeps them; `split` is what the run used the
+    slide's case for, if it did; `entropy` is in nats. Beside the table lie heatmaps/SLIDE_ID.png and
+    attention/SLIDE_ID.npz. Raises InputError before anything is written for slide ids that are doubled or cannot name a
+    file and for an impossible mpp, OutputError if the folder cannot be written.
     """
+    check_slide_ids([(job.slide_id, job.path) for job in jobs])
+    for mpp in {job.mpp for job in jobs}:
+        check_mpp(mpp)
     threads = threads or len(os.sched_getaffinity(0))
     columns = [
         *("slide_id", "case_id", "subtype", *(f"p_{name}" for name in predictor.classes)),
-        *("entropy", "regions", "status", "reason", "seconds", "model", "synthetic"),
+        *("entropy", "regions", "status", "reason", "seconds", "model", "split", "synthetic"),
     ]
     rows = []
     try:
@@ -70,6 +77,7 @@ def predict_slides(
 def _predict_one(predictor: Predictor, job: PredictJob, out: Path, threads: int) -> Row:
     start = time.monotonic()
     row = {"slide_id": job.slide_id, "case_id": job.case_id, "model": predictor.model_id}
+    row["split"] = predictor.split_of.get(job.slide_id) or predictor.split_of.get(job.case_id, "")
     try:
         with open_slide(job.path, job.mpp) as slide:
             found = predictor.predict(slide, threads)
@@ -78,6 +86,9 @@ def _predict_one(predictor: Predictor, job: PredictJob, out: Path, threads: int)
             _write_pictures(job, slide, found, subtype, out)
     except SlideError as error:
         return row | {"status": error.status, "reason": f"{error.reason}; {error.remedy}"}
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        return row | {"status": "failed", "reason": f"{reason}; free memory, or predict it on a larger machine"}
     entropy = float(-(probs * np.log(np.maximum(probs, 1e-300))).sum())
     return row | {
         "subtype": subtype,
@@ -93,6 +104,7 @@ def _predict_one(predictor: Predictor, job: PredictJob, out: Path, threads: int)
 def _write_pictures(job: PredictJob, slide: Slide, found: SlidePrediction, subtype: str, out: Path) -> None:
     begun = time.monotonic()
     attention = np.asarray(found.prediction.region_attention[0])
+    used = found.mask.any(axis=1)
     np.savez_compressed(
         out / "attention" / f"{job.slide_id}.npz",
         origin=found.origin,
@@ -105,7 +117,7 @@ def _write_pictures(job: PredictJob, slide: Slide, found: SlidePrediction, subty
     write_heatmap(
         out / "heatmaps" / f"{job.slide_id}.png",
         thumbnail,
-        overlay(thumbnail, found.origin, found.plan.region_px, attention, slide.info.size),
+        overlay(thumbnail, found.origin[used], found.plan.region_px, attention[used], slide.info.size),
         title=f"{job.slide_id}: {subtype} {found.probs.max():.2f} · {DISCLAIMER}",
         um_per_px=slide.info.mpp[0] * slide.info.size[0] / thumbnail.shape[1],
         synthetic=slide.info.synthetic,

@@ -17,7 +17,7 @@ from crcjax.slides.executor import read_ahead
 from crcjax.slides.reader import Slide
 from crcjax.slides.tiling import TilePlan, TilingParams, plan_tiles
 from crcjax.train.checkpoint import restore_params
-from crcjax.train.mesh import device_mesh
+from crcjax.train.mesh import device_mesh, replicated
 from crcjax.train.run_directory import open_run
 from crcjax.train.step import Forward
 
@@ -42,19 +42,24 @@ class SlidePrediction:
 
 
 class Predictor:
-    """The best checkpoint of a run with the tiling that it was trained on. Raises InputError if the run is not usable."""
+    """The best checkpoint of a run with the tiling that it was trained on.
+
+    `split_of` holds the ids of the slides and cases that the run was fitted and chosen on. Raises InputError if the run
+    is not usable.
+    """
 
     def __init__(self, run: str | Path):
         opened = open_run(run)
         config = opened.config
         self.tiling: TilingParams = opened.tiling
         self.classes: tuple[str, ...] = tuple(config.data.classes)
+        self.split_of = opened.split_of
         model = build_model(config.model, len(self.classes), config.seed)
         params, self.step = restore_params(run, model)
         self.model_id = _model_id(params)
         mesh = device_mesh()
         self._forward = Forward(model, config.data.region_buckets, config.data.regions, mesh)
-        self._params = jax.device_put(params)
+        self._params = jax.device_put(params, replicated(mesh))
 
     def predict(self, slide: Slide, threads: int) -> SlidePrediction:
         """The prediction of an open slide; `threads` decode ahead of the encoder. Raises SlideError."""

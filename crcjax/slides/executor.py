@@ -10,6 +10,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -19,7 +20,8 @@ import cv2
 
 from crcjax.errors import CrcjaxError, InputError, SlideError
 from crcjax.slides.reader import Slide, SlideInfo, open_slide
-from crcjax.slides.store import StoreWriter, open_store, remove_partials, shard_regions, tiled_slides
+from crcjax.slides.pixels import check_mode, shard_regions
+from crcjax.slides.store import StoreWriter, open_store, remove_partials, tiled_slides
 from crcjax.slides.tiling import RegionTiles, TilePlan, TilingParams, plan_tiles, read_regions
 
 
@@ -55,7 +57,7 @@ def tile_slides(
     params: TilingParams,
     *,
     workers: int | None = None,
-    pixels: bool = True,
+    pixels: str = "jpeg",
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Tiles slides into a store, the largest first; what is already there with the same content is left as it is.
@@ -65,7 +67,8 @@ def tile_slides(
     tiles of other parameters, two jobs share a slide id or one cannot name a file, OutputError if the store cannot be
     written.
     """
-    _check_jobs(jobs)
+    check_mode(pixels)
+    check_slide_ids([(job.slide_id, job.path) for job in jobs])
     remove_partials(store)
     _check_same_params(store, params)
     workers = workers or len(os.sched_getaffinity(0))
@@ -95,53 +98,68 @@ class JobFailed(CrcjaxError):
 
 
 def run_jobs(function: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Iterator[tuple[Any, Any]]:
-    """Yields (job, result) as results come; each job runs in a process of its own, at most `processes` at a time.
+    """Yields (job, result) as results come, from at most `processes` worker processes that do job after job.
 
-    A result may be a CrcjaxError that `function` raised, or JobFailed: a dead worker loses its own job alone. Jobs,
-    results and `function` (a module's own) are pickled. Workers end with the process that started them.
+    A result may be a CrcjaxError that `function` raised, or JobFailed: a dead worker loses its own job alone, and
+    another takes its place. Jobs, results and `function` (a module's own) are pickled. Workers end with the process that
+    started them.
     """
     context = multiprocessing.get_context("forkserver")
-    # The server imports once; each worker is then a fork of it, ready in milliseconds.
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload([function.__module__, __name__])
     waiting = deque(jobs)
-    running: dict[Connection, tuple[Any, Any]] = {}
+    working: dict[Connection, tuple[Any, Any]] = {}
+    idle: list[tuple[Connection, Any]] = []
     try:
-        while waiting or running:
-            while waiting and len(running) < processes:
+        while waiting or working:
+            while waiting and len(working) < processes:
+                pipe, worker = idle.pop() if idle else _start_worker(context, function)
                 job = waiting.popleft()
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_run, args=(function, job, sender), daemon=True)
-                process.start()
-                sender.close()
-                running[receiver] = job, process
-            for receiver in cast(list[Connection], wait(list(running))):
-                job, process = running.pop(receiver)
+                # A worker that died meanwhile is met below, as the end of its pipe.
+                with suppress(BrokenPipeError):
+                    pipe.send(job)
+                working[pipe] = job, worker
+            for pipe in cast(list[Connection], wait(list(working))):
+                job, worker = working.pop(pipe)
                 try:
-                    result = receiver.recv()
-                except EOFError:
-                    process.join()
-                    result = JobFailed(f"its worker died (exit status {process.exitcode}); run the command again")
-                process.join()
-                receiver.close()
+                    result = pipe.recv()
+                    idle.append((pipe, worker))
+                except (EOFError, ConnectionResetError):
+                    worker.join()
+                    pipe.close()
+                    result = JobFailed(f"its worker died (exit status {worker.exitcode}); run the command again")
                 yield job, result
     finally:
-        for _, process in running.values():
-            process.kill()
-            process.join()
+        for pipe, worker in [*idle, *((pipe, worker) for pipe, (_, worker) in working.items())]:
+            worker.kill()
+            worker.join()
+            pipe.close()
 
 
-def _run(function: Callable[[Any], Any], job: Any, sender: Connection) -> None:
+def _start_worker(context: Any, function: Callable[[Any], Any]) -> tuple[Connection, Any]:
+    pipe, other = context.Pipe()
+    worker = context.Process(target=_work, args=(function, other), daemon=True)
+    worker.start()
+    other.close()
+    return pipe, worker
+
+
+def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
     # Processes and threads over slides fill the cores; OpenCV's own threads would only compete.
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        result = function(job)
-    except CrcjaxError as error:
-        result = error
-    except Exception as error:
-        traceback.print_exc()
-        result = JobFailed(f"{type(error).__name__}: {error}; a fault of crcjax, please report it")
-    sender.send(result)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = function(job)
+        except CrcjaxError as error:
+            result = error
+        except Exception as error:
+            traceback.print_exc()
+            result = JobFailed(f"{type(error).__name__}: {error}; a fault of crcjax, please report it")
+        pipe.send(result)
 
 
 def _end_with_parent() -> None:
@@ -157,7 +175,7 @@ class _TileTask:
     job: TileJob
     store: Path
     params: TilingParams
-    pixels: bool
+    pixels: str
     threads: int
 
 
@@ -169,7 +187,7 @@ def _tile_slide(task: _TileTask) -> Outcome:
             return done
         plan = plan_tiles(slide, task.params)
         kept = 0
-        with StoreWriter(task.store, job.slide_id, slide.info, plan, task.pixels) as writer:
+        with StoreWriter(task.store, job.slide_id, slide, plan, task.pixels, task.threads) as writer:
             for first, tiles in read_ahead(slide, plan, task.threads):
                 writer.write(first, tiles)
                 kept += int(tiles.mask.sum())
@@ -179,8 +197,11 @@ def _tile_slide(task: _TileTask) -> Outcome:
 
 
 def read_ahead(slide: Slide, plan: TilePlan, threads: int) -> Iterator[tuple[int, RegionTiles]]:
-    """Yields (first region, tiles) shard by shard in order, decoded by `threads` threads, a few shards ahead."""
-    step = shard_regions(plan.params)
+    """Yields (first region, tiles) shard by shard in order, decoded by `threads` threads, a few shards ahead.
+
+    Raises SlideError: `corrupt`, and at the end `no_tissue` if not one tile passed quality control.
+    """
+    step, kept = shard_regions(plan.params), False
     starts = deque(range(0, len(plan.origin), step))
     ahead: deque[tuple[int, Future[RegionTiles]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -191,9 +212,14 @@ def read_ahead(slide: Slide, plan: TilePlan, threads: int) -> Iterator[tuple[int
                     last = min(first + step, len(plan.origin))
                     ahead.append((first, pool.submit(read_regions, slide, plan, first, last)))
                 first, future = ahead.popleft()
-                yield first, future.result()
+                tiles = future.result()
+                kept = kept or bool(tiles.mask.any())
+                yield first, tiles
         finally:
             pool.shutdown(cancel_futures=True)
+    if not kept:
+        reason = "has no tile that is stained and sharp enough"
+        raise SlideError(slide.info.path, "no_tissue", reason, "look at the slide; scan it again if it is out of focus")
 
 
 def _already_tiled(task: _TileTask, info: SlideInfo) -> Outcome | None:
@@ -202,22 +228,23 @@ def _already_tiled(task: _TileTask, info: SlideInfo) -> Outcome | None:
     except InputError:
         return None
     same_slide = replace(found.info, path="") == replace(info, path="")
-    if not same_slide or (task.pixels and not found.has_pixels):
+    # Without pixels of its own, a store must know where the slide is now.
+    moved = task.pixels == "none" and found.info.path != os.path.abspath(info.path)
+    if not same_slide or found.pixels != task.pixels or moved:
         return None
     counts = len(found.origin), int(found.mask.sum())
     return Outcome(task.job.slide_id, info.path, "already tiled", "", *counts)
 
 
-def _check_jobs(jobs: Sequence[TileJob]) -> None:
+def check_slide_ids(slides: Sequence[tuple[str, Path]]) -> None:
+    """Raises InputError if a slide id cannot name a file, or two slides share one."""
     paths: dict[str, Path] = {}
-    for job in jobs:
-        if not job.slide_id or job.slide_id.startswith(".") or "/" in job.slide_id:
-            raise InputError(f"{job.path}: the slide id {job.slide_id!r} cannot name a file; give it another")
-        if job.slide_id in paths:
-            raise InputError(
-                f"{job.path}: has the slide id {job.slide_id!r}, as {paths[job.slide_id]} has; name them in a cohort"
-            )
-        paths[job.slide_id] = job.path
+    for slide_id, path in slides:
+        if not slide_id or slide_id.startswith(".") or "/" in slide_id:
+            raise InputError(f"{path}: the slide id {slide_id!r} cannot name a file; give it another")
+        if slide_id in paths:
+            raise InputError(f"{path}: has the slide id {slide_id!r}, as {paths[slide_id]} has; name them in a cohort")
+        paths[slide_id] = path
 
 
 def _check_same_params(store: Path, params: TilingParams) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -98,6 +99,20 @@ class Slide:
             ) from error
         return _over_white(rgba)
 
+    def jpeg_stream(self, level: int, x: int, y: int, side: int) -> bytes | None:
+        """The file's own JPEG stream of the square at (x, y), in px of `level`, if there is one of just that square.
+
+        It stands alone, and decodes to what `read` gives there. Raises SlideError (`corrupt`).
+        """
+        if not self._jpeg or level not in self._jpeg.pages:
+            return None
+        try:
+            return self._jpeg.stream_of(level, x, y, side)
+        except OSError as error:
+            raise SlideError(
+                self._path, "corrupt", f"damaged at ({x}, {y}) of level {level} ({error})", "copy or scan it again"
+            ) from error
+
     def thumbnail(self, max_px: int) -> UInt8[np.ndarray, "y x 3"]:
         """The whole slide, its longer side `max_px` (or its own size if smaller), by area means.
 
@@ -143,6 +158,7 @@ class _JpegTiles:
     def __init__(self, file: Path, pages: dict[int, tifffile.TiffPage]):
         self.pages = pages
         self._file = os.open(file, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, self._file)  # closes it once, when called or forgotten
         self._local = threading.local()
 
     @classmethod
@@ -162,8 +178,12 @@ class _JpegTiles:
                 pages[level] = same[0]
         return cls(file, pages) if pages else None
 
-    def close(self) -> None:
-        os.close(self._file)
+    def stream_of(self, level: int, x: int, y: int, side: int) -> bytes | None:
+        """The stream of the tile that is this square, wholly within the level; None if there is none."""
+        page = self.pages[level]
+        own = page.tilewidth == page.tilelength == side and x % side == y % side == 0
+        inside = 0 <= x <= page.imagewidth - side and 0 <= y <= page.imagelength - side
+        return self._stream(level, y // side, x // side) if own and inside else None
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray | None:
         """Pixels at (x, y) of the level's own grid; None if a tile was not recorded, which OpenSlide knows to fill."""
@@ -189,6 +209,21 @@ class _JpegTiles:
         if key in cache:
             cache.move_to_end(key)
             return cache[key]
+        stream = self._stream(level, row, column)
+        if stream is None:
+            return None
+        # A cut or damaged stream is an error, as in OpenSlide; libjpeg alone would warn, and go on in grey.
+        tile = simplejpeg.decode_jpeg(stream, "RGB", strict=True)
+        page = self.pages[level]
+        if tile.shape != (page.tilelength, page.tilewidth, 3):
+            raise ValueError(f"the tile in row {row}, column {column} has the shape {tile.shape}")
+        cache[key] = tile
+        if len(cache) > max(4, _CACHED_BYTES // tile.nbytes):
+            cache.popitem(last=False)
+        return tile
+
+    def _stream(self, level: int, row: int, column: int) -> bytes | None:
+        """A tile's JPEG stream with the page's tables and colour space in it; None if it is not recorded."""
         page = self.pages[level]
         index = row * -(-page.imagewidth // page.tilewidth) + column
         offset, count = page.dataoffsets[index], page.databytecounts[index]
@@ -198,15 +233,8 @@ class _JpegTiles:
         head, transform = stream[:64], _TRANSFORMS[page.photometric]
         if b"Adobe" in head or (transform == 0 and b"JFIF" in head):
             return None  # the stream states a colour space of its own, which OpenSlide overrides
-        # A cut or damaged stream is an error, as in OpenSlide; libjpeg alone would warn, and go on in grey.
         start = page.jpegtables[:-2] if page.jpegtables else stream[:2]
-        tile = simplejpeg.decode_jpeg(start + _ADOBE + bytes([transform]) + stream[2:], "RGB", strict=True)
-        if tile.shape != (page.tilelength, page.tilewidth, 3):
-            raise ValueError(f"tile {index} has the shape {tile.shape}")
-        cache[key] = tile
-        if len(cache) > max(4, _CACHED_BYTES // tile.nbytes):
-            cache.popitem(last=False)
-        return tile
+        return start + _ADOBE + bytes([transform]) + stream[2:]
 
 
 # The marker that tells a JPEG decoder whether three components are RGB (0) or YCbCr (1): TIFF says so in a tag instead.
@@ -230,10 +258,7 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     Raises SlideError: `missing`, `corrupt`, `unsupported`, `mpp_missing`; InputError if `mpp` is out of range.
     """
     path = Path(path)
-    if mpp is not None and not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
-        raise InputError(
-            f"--mpp {mpp} is outside {MPP_RANGE[0]} to {MPP_RANGE[1]} µm per pixel; give it in micrometres"
-        )
+    check_mpp(mpp)
     file = _first_file(path)
     try:
         handle = openslide.OpenSlide(file)
@@ -244,6 +269,14 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     except Exception:
         handle.close()
         raise
+
+
+def check_mpp(mpp: float | None) -> None:
+    """Raises InputError if a given mpp is out of range."""
+    if mpp is not None and not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        raise InputError(
+            f"--mpp {mpp} is outside {MPP_RANGE[0]} to {MPP_RANGE[1]} µm per pixel; give it in micrometres"
+        )
 
 
 def _first_file(path: Path) -> Path:

@@ -214,7 +214,7 @@ def read_regions(slide: Slide, plan: TilePlan, start: int, stop: int) -> RegionT
     mask = plan.mask[start:stop].copy()
     quality = np.zeros((count, params.slots, len(QUALITY_NAMES)), np.float32)
     for i, (x, y) in enumerate(plan.origin[start:stop]):
-        for slot, tile in enumerate(_tiles_of_region(slide, plan, int(x), int(y))):
+        for slot, tile in enumerate(region_tiles(slide, params, plan.scale, int(x), int(y))):
             if not mask[i, slot]:
                 continue
             quality[i, slot] = score_tile(tile, plan.tissue)
@@ -225,9 +225,11 @@ def read_regions(slide: Slide, plan: TilePlan, start: int, stop: int) -> RegionT
     return RegionTiles(pixels, mask, quality)
 
 
-def _tiles_of_region(slide: Slide, plan: TilePlan, x: int, y: int) -> list[np.ndarray]:
-    """Tiles of all magnifications that the slide has, in slot order."""
-    params, scale = plan.params, plan.scale
+def region_tiles(slide: Slide, params: TilingParams, scale: Scale, x: int, y: int) -> list[UInt8[np.ndarray, "y x 3"]]:
+    """The tiles of the region at (x, y), in level-0 px, at all magnifications that the slide has, in slot order.
+
+    Raises SlideError (`corrupt`).
+    """
     side = params.tile_px * params.factors[scale.finest]
     level_side = round(side * scale.downsample / slide.info.level_downsamples[scale.level])
     region = slide.read(x, y, level_side, level_side, scale.level)

@@ -69,7 +69,8 @@ def restore_params(run: str | Path, model: MILModel) -> tuple[Params, int]:
     folder = (Path(run) / FOLDER).absolute()
     if not folder.is_dir():
         raise InputError(f"{run}: has no checkpoints; train it with python -m crcjax.main --workdir {run}")
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
         metrics = {step: manager.metrics(step) for step in manager.all_steps()}
         if not metrics:
             raise InputError(f"{run}: has no checkpoint yet; train it further")

@@ -33,7 +33,7 @@ def train(config: ConfigDict, run: Path) -> None:
     usable; OutputError if the run directory cannot be written.
     """
     cohort = _cohort(config)
-    start_run(run, config, open_stores(config.data.store, cohort)[0].params)
+    start_run(run, config, open_stores(config.data.store, cohort)[0].params, cohort)
     _use_compilation_cache()
     mesh = device_mesh()
     model = build_model(config.model, len(cohort.classes), config.seed)

@@ -12,6 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 import crcjax
+from crcjax.data.cohort import Cohort
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.tiling import TilingParams
 
@@ -22,11 +23,12 @@ _FREE = {"data.read_threads", "data.prefetch", "train.log_every"}
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory read back."""
+    """A run directory read back; `split_of` holds the ids of the slides and cases it was fitted and chosen on."""
 
     path: Path
     config: ConfigDict
     tiling: TilingParams
+    split_of: dict[str, str]
 
 
 def open_run(path: str | Path) -> Run:
@@ -34,19 +36,22 @@ def open_run(path: str | Path) -> Run:
     path = Path(path)
     try:
         config = json.loads((path / "config.json").read_text())
-        tiling = json.loads((path / "run.json").read_text())["tiling"]
+        facts = json.loads((path / "run.json").read_text())
+        tiling, split_of = TilingParams.from_json(facts["tiling"]), facts["split_of"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{path}: is no run directory ({error}); give the --workdir of python -m crcjax.main"
         ) from error
-    return Run(path, ConfigDict(_tuples(config)), TilingParams.from_json(tiling))
+    return Run(path, ConfigDict(_tuples(config)), tiling, split_of)
 
 
-def start_run(path: Path, config: ConfigDict, tiling: TilingParams) -> None:
-    """Writes config.json and run.json, or checks that a run to be resumed has the same config and tiling.
+def start_run(path: Path, config: ConfigDict, tiling: TilingParams, cohort: Cohort) -> None:
+    """Writes config.json and run.json, or checks that a run to be resumed has the same config, tiling and cases.
 
-    Raises InputError naming the fields that differ, OutputError if the directory cannot be written.
+    Raises InputError naming what differs, OutputError if the directory cannot be written.
     """
+    # By slide and by case, so that prediction knows them under either name.
+    split_of = {name: row.split for row in cohort.rows for name in (row.slide_id, row.case_id)}
     if (path / "config.json").exists():
         run = open_run(path)
         before, now = dict(_leaves(run.config)), dict(_leaves(config))
@@ -60,6 +65,10 @@ def start_run(path: Path, config: ConfigDict, tiling: TilingParams) -> None:
             raise InputError(
                 f"{path}: was started on slides tiled as {run.tiling}, not {tiling}; give another --workdir"
             )
+        moved = sorted(name for name in run.split_of | split_of if run.split_of.get(name) != split_of.get(name))
+        if moved:
+            shown = f"{moved[0]} was in {run.split_of.get(moved[0])}, is in {split_of.get(moved[0])}"
+            raise InputError(f"{path}: was started on another cohort ({shown}); give another --workdir")
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -68,6 +77,7 @@ def start_run(path: Path, config: ConfigDict, tiling: TilingParams) -> None:
             "commit": _commit(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "tiling": tiling.to_json(),
+            "split_of": split_of,
         }
         (path / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
         # Last, since its presence says that the run has started.

@@ -135,8 +135,10 @@ def percentile_interval(value: float, resampled: np.ndarray, n: int) -> Estimate
         return Estimate(value, np.nan, np.nan, method, n, warnings=("a class has too few cases",))
     low, high = np.quantile(usable, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     dropped = len(resampled) - len(usable)
-    warnings = (f"{dropped} resamples lacked a class",) if dropped else ()
-    return Estimate(value, float(low), float(high), method, n, warnings=warnings)
+    warnings = [f"{dropped} resamples lacked a class"] if dropped else []
+    if low == high:
+        warnings.append("the resamples do not vary: the true uncertainty is larger, as Wilson's intervals show")
+    return Estimate(value, float(low), float(high), method, n, warnings=tuple(warnings))
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,16 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 def evaluate(
-    label: Int[np.ndarray, " case"], probs: Float[np.ndarray, "case class"], classes: tuple[str, ...], seed: int
+    label: Int[np.ndarray, " case"],
+    probs: Float[np.ndarray, "case class"],
+    classes: tuple[str, ...],
+    seed: int,
+    no_calls: int = 0,
 ) -> dict:
-    """Every statistic of the report over cases with a prediction and a reference: Estimates and plain numbers."""
+    """Every statistic of the report over cases with a prediction and a reference: Estimates and plain numbers.
+
+    `no_calls` further cases have a reference, but none of their slides could be predicted.
+    """
     n, called = len(label), probs.argmax(axis=1)
     confusion = confusion_matrix(label, called, len(classes))
     resamples = Resamples.draw(n, seed)
@@ -197,6 +206,8 @@ def evaluate(
 
     return {
         "accuracy": wilson(int(right.sum()), n),
+        "accuracy, no-calls counted wrong": wilson(int(right.sum()), n + no_calls),
+        "no-call rate": wilson(no_calls, n + no_calls),
         "balanced accuracy": with_interval(balanced_accuracy),
         "macro AUROC": percentile_interval(macro_auroc(label, probs), resamples.macro_aurocs(label, probs), n),
         "macro F1": with_interval(macro_f1),

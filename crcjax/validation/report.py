@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter
@@ -75,14 +76,18 @@ def _check_probabilities(path: Path, number: int, texts: list[str]) -> None:
 def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | None = None, seed: int = 0) -> dict:
     """Writes OUT/metrics.json and OUT/report.html; returns what metrics.json holds.
 
-    Cases of the splits train and val are not evaluated, since the model was fitted and chosen on them. `truth` is a
-    folder of painted slides' truths. `seed` is the bootstrap's. Raises InputError, OutputError.
+    Cases that are train or val in the cohort, or were so in the run that predicted them, are not evaluated, since the
+    model was fitted and chosen on them. `truth` is a folder of painted slides' truths. `seed` is the bootstrap's. Raises
+    InputError, OutputError.
     """
     predictions = load_predictions(predictions_csv)
     cohort = {row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes).rows}
-    known = [row for row in predictions.evaluable if row["slide_id"] in cohort]
-    test = [row for row in known if cohort[row["slide_id"]].split in (None, "test")]
-    referenced = [row for row in test if cohort[row["slide_id"]].subtype is not None]
+    known = [row for row in predictions.rows if row["slide_id"] in cohort]
+    seen = {row.case_id for row in cohort.values() if row.split in ("train", "val")}
+    seen |= {cohort[row["slide_id"]].case_id for row in known if row.get("split") in ("train", "val")}
+    test = [row for row in known if cohort[row["slide_id"]].case_id not in seen]
+    with_reference = [row for row in test if cohort[row["slide_id"]].subtype is not None]
+    referenced = [row for row in with_reference if row["status"] == "ok"]
     if not referenced:
         raise InputError(
             f"{predictions_csv}: no slide has both a prediction and a reference subtype outside train and val in "
@@ -93,19 +98,24 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
     )
     subtype_of = {row.case_id: row.subtype for row in cohort.values()}
     label = np.array([predictions.classes.index(subtype_of[case] or "") for case in cases])
-    statistics = evaluate(label, probs, predictions.classes, seed)
+    no_calls = {cohort[row["slide_id"]].case_id for row in with_reference} - set(cases)
+    absent = {row.case_id for row in cohort.values() if row.subtype and row.case_id not in seen}
+    absent -= {cohort[row["slide_id"]].case_id for row in known}
+    statistics = evaluate(label, probs, predictions.classes, seed, len(no_calls))
     attention = _attention(truth, predictions_csv.parent, referenced, cohort, predictions)
-    synthetic = any(row.get("synthetic") == "yes" for row in predictions.rows)
+    synthetic = truth is not None or any(row.get("synthetic") == "yes" for row in predictions.rows)
     result = {
         "synthetic": synthetic,
         "flow": {
             "slides in predictions": len(predictions.rows),
-            "slides without a prediction": len(predictions.rows) - len(predictions.evaluable),
-            "slides not in the cohort": len(predictions.evaluable) - len(known),
+            "slides not in the cohort": len(predictions.rows) - len(known),
             "slides of training and validation cases, not evaluated": len(known) - len(test),
-            "slides without a reference": len(test) - len(referenced),
+            "slides without a reference": len(test) - len(with_reference),
+            "slides without a prediction": len(with_reference) - len(referenced),
             "slides evaluated": len(referenced),
             "cases evaluated": len(cases),
+            "cases without any prediction (no-calls)": len(no_calls),
+            "cases of the cohort that were not given to crcjax predict": len(absent),
         },
         "statistics": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in statistics.items()},
         "attention": attention,
@@ -170,12 +180,9 @@ def _page(
         for i, case in enumerate(cases)
     ]
     table.sort(key=lambda row: (row["reference"] == row["called"], row["case"]))
-    order = {row["case"]: place for place, row in enumerate(table)}
-    shown = sorted(rows, key=lambda row: _heatmap_place(row, order, cohort))
     pictures = [
         {"row": row, "reference": cohort[row["slide_id"]].subtype, "png": _base64(heatmaps / f"{row['slide_id']}.png")}
-        for row in shown
-        if (heatmaps / f"{row['slide_id']}.png").exists()
+        for row in _chosen([row for row in rows if (heatmaps / f"{row['slide_id']}.png").exists()], cohort)
     ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crcjax.validation", ""), autoescape=True, undefined=jinja2.StrictUndefined
@@ -191,17 +198,21 @@ def _page(
         failed=Counter((row["status"], row["reason"]) for row in predictions.rows if row["status"] != "ok"),
         figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
         table=table,
-        pictures=pictures[:HEATMAPS],
+        pictures=pictures,
     )
 
 
-def _heatmap_place(row: dict, order: dict[str, int], cohort: dict[str, SlideRow]) -> tuple[bool, int, int]:
-    """Two wrong calls first, then the classes in turn: a reader should see where the model errs, and what it looks at."""
-    reference = cohort[row["slide_id"]].subtype
-    place = order[cohort[row["slide_id"]].case_id]
-    right = reference == row["subtype"]
-    same = [other for other, slide in cohort.items() if slide.subtype == reference]
-    return (right or place >= 2, same.index(row["slide_id"]) if right else place, place)
+def _chosen(rows: list[dict], cohort: dict[str, SlideRow]) -> list[dict]:
+    """Two wrong calls, then right ones of the subtypes in turn: a reader should see where the model errs, and what it looks at."""
+    right: dict[str, list[dict]] = {}
+    wrong = []
+    for row in rows:
+        if row["subtype"] == cohort[row["slide_id"]].subtype:
+            right.setdefault(row["subtype"], []).append(row)
+        else:
+            wrong.append(row)
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*right.values()))
+    return [row for row in (*wrong[:2], *in_turn) if row is not None][:HEATMAPS]
 
 
 def _base64(path: Path) -> str:

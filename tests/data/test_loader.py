@@ -52,12 +52,17 @@ def test_slides_that_are_not_in_the_store_are_listed_with_the_remedy(painted: Pa
         next(train_batches(replace(cohort, rows=()), small_config, device_mesh(), 0))
 
 
-def test_a_store_without_pixels_is_refused_before_anything_is_read(painted: Path, small_config, tmp_path: Path) -> None:
+def test_a_store_without_pixels_gives_the_same_batches_from_the_slides(
+    painted: Path, small_config, tmp_path: Path
+) -> None:
     cohort = _cohort(painted, small_config).split("val")
     jobs = [TileJob(row.slide_id, row.path) for row in cohort.rows]
-    tile_slides(jobs, tmp_path, TilingParams(("10x",), tile_px=64), pixels=False)
-    with pytest.raises(InputError, match="has no pixels; run crcjax tile without --no-pixels"):
-        open_stores(str(tmp_path), cohort)
+    batches = []
+    for pixels in ("none", "lossless"):
+        tile_slides(jobs, tmp_path / pixels, TilingParams(("10x",), tile_px=64), pixels=pixels)
+        small_config.data.store = str(tmp_path / pixels)
+        batches.append(np.asarray(next(train_batches(cohort, small_config, device_mesh(), 0)).pixels))
+    np.testing.assert_array_equal(*batches)
 
 
 def test_slides_tiled_in_two_ways_are_refused(painted: Path, small_config, tmp_path: Path) -> None:
@@ -73,7 +78,7 @@ def test_slides_tiled_in_two_ways_are_refused(painted: Path, small_config, tmp_p
 
 def test_a_damaged_shard_is_one_error_that_names_the_slide(painted: Path, small_config, tmp_path: Path) -> None:
     store = shutil.copytree(painted / "store", tmp_path / "store")
-    for shard in store.glob("*/pixels/10x/c/**/*"):
+    for shard in store.glob("*/pixels/streams/c/*"):
         if shard.is_file():
             data = bytearray(shard.read_bytes())
             data[len(data) // 2] ^= 1

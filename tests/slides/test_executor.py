@@ -126,11 +126,14 @@ def test_a_second_run_does_only_what_is_missing_or_changed(slides: list[Path], t
     assert open_store(store, "b").info.size == (1200, 1200)
 
 
-def test_pixels_are_added_to_a_store_without_them_but_never_taken(slides: list[Path], tmp_path: Path) -> None:
+def test_a_slide_is_tiled_again_where_its_pixels_are_to_be_kept_in_another_way(
+    slides: list[Path], tmp_path: Path
+) -> None:
     jobs = _jobs(slides[2:])
-    statuses = [tile_slides(jobs, tmp_path, PARAMS, pixels=pixels)[0].status for pixels in (False, False, True, False)]
-    assert statuses == ["tiled", "already tiled", "tiled", "already tiled"]
-    assert open_store(tmp_path, "c").has_pixels
+    for pixels in ("none", "jpeg", "lossless"):
+        statuses = [tile_slides(jobs, tmp_path, PARAMS, pixels=pixels)[0].status for _ in range(2)]
+        assert statuses == ["tiled", "already tiled"]
+        assert open_store(tmp_path, "c").pixels == pixels
 
 
 def test_a_store_of_other_parameters_is_refused_and_kept(slides: list[Path], tmp_path: Path) -> None:

@@ -9,18 +9,19 @@ import pytest
 import tensorstore as ts
 
 from crcjax.errors import InputError, OutputError
+from crcjax.slides.pixels import shard_regions
 from crcjax.slides.reader import open_slide
-from crcjax.slides.store import StoreWriter, open_store, remove_partials, shard_regions, tiled_slides
+from crcjax.slides.store import StoreWriter, open_store, remove_partials, tiled_slides
 from crcjax.slides.tiling import RegionTiles, TilingParams, plan_tiles, read_regions
 
 PARAMS = TilingParams(("10x", "20x"), tile_px=32)
 
 
-def _write(store: Path, slide_path: Path, params: TilingParams = PARAMS, pixels: bool = True) -> RegionTiles:
+def _write(store: Path, slide_path: Path, params: TilingParams = PARAMS, pixels: str = "lossless") -> RegionTiles:
     with open_slide(slide_path) as slide:
         plan = plan_tiles(slide, params)
         tiles = read_regions(slide, plan, 0, len(plan.origin))
-        with StoreWriter(store, "a", slide.info, plan, pixels) as writer:
+        with StoreWriter(store, "a", slide, plan, pixels) as writer:
             for start in range(0, len(plan.origin), shard_regions(params)):
                 part = slice(start, start + shard_regions(params))
                 writer.write(start, RegionTiles(tiles.pixels[part], tiles.mask[part], tiles.quality[part]))
@@ -53,7 +54,7 @@ def test_what_is_written_is_what_is_read(written: tuple[Path, RegionTiles], smal
         assert store.info == slide.info
         np.testing.assert_array_equal(store.origin, plan_tiles(slide, PARAMS).origin)
     assert store.params == PARAMS
-    assert store.has_pixels
+    assert store.pixels == "lossless"
     assert store.region_px == 64
     assert store.attributes["quality"] == ["tissue", "sharpness"]
 
@@ -96,15 +97,6 @@ def test_rejected_tiles_are_counted_by_reason(written: tuple[Path, RegionTiles])
     assert set(store.attributes["rejected"]) == {"glass", "blurred"}
     grid = 24 * 21 * 5  # regions of 64 px over 1500 x 1300 px
     assert sum(store.attributes["rejected"].values()) + store.mask.sum() == grid
-
-
-def test_a_store_without_pixels_keeps_all_else(small_slide: Path, tmp_path: Path) -> None:
-    tiles = _write(tmp_path, small_slide, pixels=False)
-    store = open_store(tmp_path, "a")
-    np.testing.assert_array_equal(store.mask, tiles.mask)
-    assert not store.has_pixels
-    with pytest.raises(InputError, match="without --no-pixels"):
-        store.read_pixels([0])
 
 
 def _shards(store: Path, array: str) -> list[Path]:
@@ -154,7 +146,7 @@ def test_a_writer_that_is_left_early_leaves_nothing(small_slide: Path, tmp_path:
     def write_half() -> None:
         with open_slide(small_slide) as slide:
             plan = plan_tiles(slide, PARAMS)
-            with StoreWriter(tmp_path, "a", slide.info, plan, pixels=True) as writer:
+            with StoreWriter(tmp_path, "a", slide, plan, "jpeg") as writer:
                 writer.write(0, read_regions(slide, plan, 0, shard_regions(PARAMS)))
                 raise KeyboardInterrupt
 
@@ -175,7 +167,7 @@ def test_only_what_dead_writers_left_is_removed(small_slide: Path, tmp_path: Pat
     (tmp_path / ".partial" / "b.1").mkdir(parents=True)  # process 1 lives, but did not write this
     with open_slide(small_slide) as slide:
         plan = plan_tiles(slide, PARAMS)
-        with StoreWriter(tmp_path, "a", slide.info, plan, pixels=True):
+        with StoreWriter(tmp_path, "a", slide, plan, "jpeg"):
             code = "import sys, pathlib, crcjax.slides.store as s; s.remove_partials(pathlib.Path(sys.argv[1]))"
             subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
             remove_partials(tmp_path)

@@ -43,6 +43,8 @@ def tables(tmp_path: Path) -> tuple[Path, Path]:
         )
     refused = _prediction("bad", [0, 0, 1], status="corrupt", reason="the file is empty")
     predictions.append(refused | {f"p_{name}": "" for name in CLASSES})
+    cohort.append({"slide_id": "bad", "case_id": "bad", "subtype": "immune", "split": "test"})
+    cohort.append({"slide_id": "left out", "case_id": "left out", "subtype": "immune", "split": "test"})
     return _write(tmp_path, predictions, "predictions.csv"), _write(tmp_path, cohort, "cohort.csv")
 
 
@@ -59,11 +61,24 @@ def test_the_report_is_one_self_contained_page_that_says_synthetic(tables, tmp_p
 
 
 def test_training_cases_and_failed_slides_are_counted_and_not_evaluated(tables, tmp_path: Path) -> None:
-    flow = validate(*tables, tmp_path / "out")["flow"]
+    result = validate(*tables, tmp_path / "out")
+    flow = result["flow"]
     assert flow["slides evaluated"] == flow["cases evaluated"] == 30
     assert flow["slides of training and validation cases, not evaluated"] == 4
-    assert flow["slides without a prediction"] == 1
+    assert flow["slides without a prediction"] == flow["cases without any prediction (no-calls)"] == 1
+    assert flow["cases of the cohort that were not given to crcjax predict"] == 1
+    with_no_calls = result["statistics"]["accuracy, no-calls counted wrong"]
+    assert with_no_calls["n"] == 31
+    assert with_no_calls["value"] == pytest.approx(result["statistics"]["accuracy"]["value"] * 30 / 31)
     assert "the file is empty" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_cases_that_the_run_was_trained_on_are_not_evaluated_whatever_the_cohort_says(tables, tmp_path: Path) -> None:
+    with open(tables[0]) as file:
+        rows = [row | {"split": "train" if row["slide_id"] == "s0" else ""} for row in csv.DictReader(file)]
+    flow = validate(_write(tmp_path, rows, "seen.csv"), tables[1], tmp_path / "out")["flow"]
+    assert flow["slides evaluated"] == 29
+    assert flow["slides of training and validation cases, not evaluated"] == 5
 
 
 def test_the_same_tables_give_the_same_report(tables, tmp_path: Path) -> None:

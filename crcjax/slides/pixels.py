@@ -1,0 +1,335 @@
+"""The pixels of a store's tiles, kept in one of three ways (`MODES`), and read again as they were."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import tensorstore as ts
+from jaxtyping import Bool, Int, Int32, UInt8
+
+from crcjax.errors import InputError, SlideError
+from crcjax.slides.arrays import create_array, open_array
+from crcjax.slides.reader import Slide, SlideInfo, open_slide
+from crcjax.slides.tiling import RegionTiles, TilePlan, TilingParams, region_tiles, slide_scale
+
+MODES = {
+    "jpeg": "a JPEG stream a tile: the slide's own where its grid is the tiles', else encoded",
+    "lossless": "the pixels as they were read, compressed by zstd",
+    "none": "only a checksum of each tile: pixels are read from the slide file, which must stay where it is",
+}
+JPEG_QUALITY = 90
+JPEG_SUBSAMPLING = "444"  # stains are told apart by colour: at equal bytes 4:4:4 errs less than 4:2:0
+_SHARD_TILES = 128  # tiles a shard: whole shards are written at once, single tiles are read
+_SHARD_BYTES = 4 << 20
+_CHUNK_BYTES = 16 << 10  # about half a stream: what one tile's reading reads too much
+_UNBOUNDED = (1 << 62) - 2  # TensorStore's longest axis: the streams' total is known at the end
+_OPEN_SLIDES = 32
+
+
+def shard_regions(params: TilingParams) -> int:
+    """Regions a shard, the unit in which regions are decoded and written."""
+    return max(1, _SHARD_TILES // params.slots)
+
+
+class _Writes:
+    """Array writes under way, a few at a time."""
+
+    def __init__(self, most: int):
+        self._most = most
+        self._futures: deque[ts.WriteFutures] = deque()
+
+    def add(self, future: ts.WriteFutures) -> None:
+        self._futures.append(future)
+        while len(self._futures) > self._most:
+            self._futures.popleft().result()
+
+    def finish(self) -> None:
+        while self._futures:
+            self._futures.popleft().result()
+
+    def abandon(self) -> None:
+        """Waits as well, whatever became of them: a write under way would make a removed folder again."""
+        for future in self._futures:
+            with suppress(ValueError):
+                future.result()
+
+
+class LosslessWriter:
+    """An array a magnification, one chunk a tile. Its methods raise ValueError where they cannot write."""
+
+    def __init__(self, folder: Path, plan: TilePlan):
+        params = plan.params
+        tile = (params.tile_px, params.tile_px, 3)
+        self._factors, self._arrays = params.factors, []
+        for name, factor in zip(params.magnifications, params.factors, strict=True):
+            shape, shard = ((regions, factor**2, *tile) for regions in (len(plan.origin), shard_regions(params)))
+            self._arrays.append(create_array(folder / name, "uint8", shape, shard, (1, 1, *tile)))
+        self._writes = _Writes(2 * len(self._arrays))
+
+    def write(self, start: int, tiles: RegionTiles) -> None:
+        """Regions from `start` on, a whole shard but for the last."""
+        first = 0
+        for array, factor in zip(self._arrays, self._factors, strict=True):
+            part = tiles.pixels[:, first : first + factor**2]
+            # The caller makes new arrays for every shard, so TensorStore may read this one while it compresses.
+            piece = array[start : start + len(part)]
+            self._writes.add(piece.write(part, can_reference_source_data_indefinitely=True))
+            first += factor**2
+
+    def finish(self) -> dict:
+        """What the store's attributes say of the pixels, once everything is written."""
+        self._writes.finish()
+        return {}
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        self._writes.abandon()
+
+
+class JpegWriter:
+    """`streams`, the bytes of all tiles region by region, and `offset`, where each slot's begin. Masked slots have none.
+
+    `threads` encode. Its methods raise ValueError where they cannot write, SlideError where the slide cannot be read.
+    """
+
+    def __init__(self, folder: Path, plan: TilePlan, slide: Slide, threads: int):
+        self._folder, self._plan, self._slide, self._threads = folder, plan, slide, threads
+        shape, shard, chunk = (_UNBOUNDED,), (_SHARD_BYTES,), (_CHUNK_BYTES,)
+        self._streams = create_array(folder / "streams", "uint8", shape, shard, chunk, packed=False)
+        self._lengths = np.zeros(plan.mask.shape, np.int64)
+        self._pool = ThreadPoolExecutor(threads)
+        self._encoding: deque[tuple[int, Future]] = deque()
+        self._writes = _Writes(2)
+        self._waiting = bytearray()  # less than a shard
+        self._written = self._own = 0
+
+    def write(self, start: int, tiles: RegionTiles) -> None:
+        """Regions from `start` on, in order."""
+        self._encoding.append((start, self._pool.submit(self._encode, start, tiles)))
+        while len(self._encoding) > self._threads:
+            self._take()
+
+    def finish(self) -> dict:
+        """What the store's attributes say of the pixels, once everything is written."""
+        while self._encoding:
+            self._take()
+        total = self._written + len(self._waiting)
+        self._streams = self._streams.resize(exclusive_max=[total], resize_metadata_only=True).result()
+        if self._waiting:
+            self._write(len(self._waiting))
+        offset = np.concatenate([[0], np.cumsum(self._lengths)])
+        create_array(self._folder / "offset", "int64", offset.shape).write(offset).result()
+        self._writes.finish()
+        return {"jpeg": {"quality": JPEG_QUALITY, "subsampling": JPEG_SUBSAMPLING, "own_streams": self._own}}
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        self._pool.shutdown(cancel_futures=True)
+        self._writes.abandon()
+
+    def _take(self) -> None:
+        start, future = self._encoding.popleft()
+        lengths, streams, own = future.result()
+        self._lengths[start : start + len(lengths)] = lengths
+        self._waiting += streams
+        self._own += own
+        while len(self._waiting) >= _SHARD_BYTES:
+            self._write(_SHARD_BYTES)
+
+    def _write(self, count: int) -> None:
+        shard = np.frombuffer(self._waiting[:count], np.uint8)
+        del self._waiting[:count]
+        self._writes.add(self._streams[self._written : self._written + count].write(shard))
+        self._written += count
+
+    def _encode(self, start: int, tiles: RegionTiles) -> tuple[np.ndarray, bytes, int]:
+        lengths, streams, own = np.zeros(tiles.mask.shape, np.int64), [], 0
+        for region, slot in np.argwhere(tiles.mask).tolist():
+            stream = self._own_stream(start + region, slot)
+            if stream is None:
+                stream = simplejpeg.encode_jpeg(tiles.pixels[region, slot], JPEG_QUALITY, "RGB", JPEG_SUBSAMPLING)
+            else:
+                own += 1
+            lengths[region, slot] = len(stream)
+            streams.append(stream)
+        return lengths, b"".join(streams), own
+
+    def _own_stream(self, region: int, slot: int) -> bytes | None:
+        scale, factors = self._plan.scale, self._plan.params.factors
+        first = sum(factor**2 for factor in factors[: scale.finest])
+        downsample = self._slide.info.level_downsamples[scale.level]
+        if slot < first or scale.downsample != downsample:
+            return None  # a mean of finer pixels
+        row, column = divmod(slot - first, factors[scale.finest])
+        side = self._plan.params.tile_px
+        x, y = (round(int(corner) / downsample) for corner in self._plan.origin[region])
+        return self._slide.jpeg_stream(scale.level, x + column * side, y + row * side, side)
+
+
+class ChecksumWriter:
+    """`checksum`, the CRC-32 of every tile's pixels, so that what is read from the slide later is what was judged."""
+
+    def __init__(self, folder: Path, plan: TilePlan):
+        self._folder = folder
+        self._checksum = np.zeros(plan.mask.shape, np.uint32)
+
+    def write(self, start: int, tiles: RegionTiles) -> None:
+        """Regions from `start` on."""
+        for region, slot in np.argwhere(tiles.mask).tolist():
+            self._checksum[start + region, slot] = zlib.crc32(tiles.pixels[region, slot])
+
+    def finish(self) -> dict:
+        """What the store's attributes say of the pixels, once everything is written."""
+        create_array(self._folder / "checksum", "uint32", self._checksum.shape).write(self._checksum).result()
+        return {}
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+
+PixelWriter = LosslessWriter | JpegWriter | ChecksumWriter
+
+
+def pixel_writer(mode: str, folder: Path, plan: TilePlan, slide: Slide, threads: int) -> PixelWriter:
+    """A writer into `folder`. Raises InputError for another mode than `MODES`, ValueError where it cannot write."""
+    check_mode(mode)
+    if mode == "jpeg":
+        return JpegWriter(folder, plan, slide, threads)
+    return LosslessWriter(folder, plan) if mode == "lossless" else ChecksumWriter(folder, plan)
+
+
+def check_mode(mode: str) -> None:
+    """Raises InputError for another mode than `MODES`."""
+    if mode not in MODES:
+        raise InputError(f"pixels {mode!r}: choose one of {', '.join(MODES)}")
+
+
+class LosslessReader:
+    """Reads what `LosslessWriter` wrote. Raises ValueError if it is damaged."""
+
+    def __init__(self, folder: Path, params: TilingParams):
+        self._arrays = [open_array(folder / name) for name in params.magnifications]
+
+    def read(self, chosen: Int[np.ndarray, " region"]) -> UInt8[np.ndarray, "region slot y x 3"]:
+        futures = [array[chosen].read() for array in self._arrays]
+        return np.concatenate([future.result() for future in futures], axis=1)
+
+
+class JpegReader:
+    """Reads what `JpegWriter` wrote. Raises ValueError if it is damaged."""
+
+    def __init__(self, folder: Path, params: TilingParams):
+        self._params = params
+        self._streams = open_array(folder / "streams")
+        self._offset: Int[np.ndarray, " _"] = open_array(folder / "offset").read().result()
+
+    def read(self, chosen: Int[np.ndarray, " region"]) -> UInt8[np.ndarray, "region slot y x 3"]:
+        slots, side = self._params.slots, self._params.tile_px
+        pixels = np.zeros((len(chosen), slots, side, side, 3), np.uint8)
+        decoding = []
+        # Neighbours are read as one; what is read first is decoded while the rest is read.
+        runs = np.split(np.arange(len(chosen)), np.flatnonzero(np.diff(chosen) != 1) + 1) if len(chosen) else []
+        bounds = [(self._offset[chosen[run[0]] * slots], self._offset[(chosen[run[-1]] + 1) * slots]) for run in runs]
+        reads = [self._streams[int(start) : int(stop)].read() for start, stop in bounds]
+        for run, (start, _), read in zip(runs, bounds, reads, strict=True):
+            streams = read.result()
+            for i in run:
+                first = chosen[i] * slots
+                own = self._offset[first : first + slots + 1] - start
+                decoding.append(_threads().submit(_decode, streams, own, pixels[i]))
+        for future in decoding:
+            future.result()
+        return pixels
+
+
+def _decode(streams: np.ndarray, offset: np.ndarray, out: np.ndarray) -> None:
+    for slot in np.flatnonzero(np.diff(offset)):
+        stream = streams[offset[slot] : offset[slot + 1]]
+        tile = simplejpeg.decode_jpeg(stream, "RGB", buffer=out[slot], strict=True)
+        if tile.shape != out[slot].shape:
+            raise ValueError(f"pixels/streams: a tile has the shape {tile.shape}")
+
+
+class SlideReader:
+    """Reads the tiles from their slide file again. Raises InputError if it is not there or not as it was."""
+
+    def __init__(
+        self,
+        folder: Path,
+        params: TilingParams,
+        info: SlideInfo,
+        origin: Int32[np.ndarray, "region 2"],
+        mask: Bool[np.ndarray, "region slot"],
+    ):
+        self._params, self._info, self._origin, self._mask = params, info, origin, mask
+        self._store = folder.parent
+        self._checksum: np.ndarray = open_array(folder / "checksum").read().result()
+
+    def read(self, chosen: Int[np.ndarray, " region"]) -> UInt8[np.ndarray, "region slot y x 3"]:
+        side = self._params.tile_px
+        pixels = np.zeros((len(chosen), self._params.slots, side, side, 3), np.uint8)
+        try:
+            given = self._info.mpp[0] if self._info.mpp_source == "given" else None
+            slide = _open_slide(self._info.path, given, self._info.content_hash)
+            list(_threads().map(self._read_region, [slide] * len(chosen), chosen.tolist(), pixels))
+        except SlideError as error:
+            raise InputError(f"{self._store}: keeps no pixels, and its slide cannot be read: {error}") from error
+        except _ChangedError as error:
+            raise InputError(
+                f"{self._store}: keeps no pixels, and its slide {self._info.path} has changed since it was tiled "
+                f"({error}); put the old file back, or run crcjax tile again"
+            ) from error
+        return pixels
+
+    def _read_region(self, slide: Slide, region: int, out: np.ndarray) -> None:
+        x, y = self._origin[region].tolist()
+        tiles = region_tiles(slide, self._params, slide_scale(self._info, self._params), x, y)
+        for slot in np.flatnonzero(self._mask[region]):
+            out[slot] = tiles[slot]
+            if zlib.crc32(out[slot]) != self._checksum[region, slot]:
+                raise _ChangedError(f"other pixels at ({x}, {y})")
+
+
+class _ChangedError(Exception):
+    pass
+
+
+@lru_cache(_OPEN_SLIDES)
+def _open_slide(path: str, mpp: float | None, content_hash: str) -> Slide:
+    # A slide that is pushed out is closed when its last reader lets go of it.
+    slide = open_slide(path, mpp)
+    if slide.info.content_hash != content_hash:
+        slide.close()
+        raise _ChangedError("another content hash")
+    return slide
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Decode for all readers of this process."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "pixels")
+
+
+PixelReader = LosslessReader | JpegReader | SlideReader
+
+
+def pixel_reader(
+    mode: str,
+    folder: Path,
+    params: TilingParams,
+    info: SlideInfo,
+    origin: Int32[np.ndarray, "region 2"],
+    mask: Bool[np.ndarray, "region slot"],
+) -> PixelReader:
+    """A reader of `folder`, for any number of threads. Raises ValueError if what it holds is damaged."""
+    if mode == "none":
+        return SlideReader(folder, params, info, origin, mask)
+    return JpegReader(folder, params) if mode == "jpeg" else LosslessReader(folder, params)

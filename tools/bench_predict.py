@@ -1,0 +1,69 @@
+"""Seconds per slide of prediction, from the slide file to row, heatmap and attention file, and where they go."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from record import Row, peak_memory_mib, record
+
+from crcjax.data.cohort import load_cohort
+from crcjax.demo import SIZE_PX, demo_config
+from crcjax.infer.pipeline import PredictJob, predict_slides
+from crcjax.infer.predictor import Predictor
+from crcjax.slides.executor import TileJob, tile_slides
+from crcjax.slides.painter import SlideSpec, paint_cohort, paint_slide
+from crcjax.slides.reader import open_slide
+from crcjax.slides.tiling import TilingParams
+from crcjax.train.loop import train
+
+LARGE_PX = (12288, 8192)
+
+
+def main() -> None:
+    config = demo_config()
+    config.train.steps, config.optimizer.warmup_steps = 2, 1
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        table = paint_cohort(folder, {"train": 9, "val": 3}, size_px=SIZE_PX)
+        cohort = load_cohort(table, config.data.classes)
+        tiles = [TileJob(row.slide_id, row.path) for row in cohort.rows if row.path]
+        tile_slides(tiles, folder / "store", TilingParams(("10x",)))
+        config.data.store, config.data.cohort = str(folder / "store"), str(table)
+        train(config, folder / "run")
+        large = paint_slide(folder / "large.svs", SlideSpec("immune", 0, size_px=LARGE_PX))
+        predictor = Predictor(folder / "run")
+        small = [PredictJob(job.slide_id, job.slide_id, job.path) for job in tiles]
+        predict_slides(predictor, small[:1], folder / "first")  # compiles
+        start = time.monotonic()
+        predict_slides(predictor, small[1:], folder / "small")
+        seconds = (time.monotonic() - start) / len(small[1:])
+        rows = [Row(f"{SIZE_PX[0]} x {SIZE_PX[1]} px, all of it", seconds, "s/slide")]
+        predict_slides(predictor, [PredictJob("large", "large", large)], folder / "first")
+        start = time.monotonic()
+        predict_slides(predictor, [PredictJob("large", "large", large)], folder / "large")
+        whole = time.monotonic() - start
+        name = f"{LARGE_PX[0]} x {LARGE_PX[1]} px"
+        rows.append(Row(f"{name}, all of it", whole, "s/slide"))
+        with open_slide(large) as slide:
+            found = predictor.predict(slide, threads=2)
+        stages = {
+            "plan": "open, thumbnail, tissue",
+            "wait": "decoding that encoding did not hide",
+            "encode": "encode",
+            "pool": "pool",
+        }
+        rows += [
+            Row(f"{name}, {words}", found.seconds[stage], "s", found.seconds[stage] / whole, "all of it")
+            for stage, words in stages.items()
+        ]
+        pictures = whole - sum(found.seconds.values())
+        rows.append(Row(f"{name}, heatmap, attention and table", pictures, "s", pictures / whole, "all of it"))
+    rows.append(Row("peak memory", peak_memory_mib(), "MiB"))
+    note = "Painted slides at 0.5 µm per pixel, the demo's model at 10x, compiled before. Two threads decode."
+    record("predict", "python tools/bench_predict.py", rows, note)
+
+
+if __name__ == "__main__":
+    main()
