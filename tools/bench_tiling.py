@@ -47,9 +47,11 @@ def decode_with_libjpeg_turbo(reading: _Reading) -> float:
         across, side = -(-page.imagewidth // page.tilewidth), page.tilewidth
         own = {(y // side) * across + x // side for x, y, _ in reading.boxes}
         pieces = [(page.dataoffsets[index], page.databytecounts[index]) for index in sorted(own)]
-        tables = page.jpegtables[:-2]
+        tables = page.jpegtables
     with open(reading.slide, "rb") as file:
-        streams = [tables + os.pread(file.fileno(), count, offset)[2:] for offset, count in pieces]
+        streams = [os.pread(file.fileno(), count, offset) for offset, count in pieces]
+    if tables:
+        streams = [tables[:-2] + stream[2:] for stream in streams]
     start = time.monotonic()
     for stream in streams:
         simplejpeg.decode_jpeg(stream, "RGB")
