@@ -30,7 +30,12 @@ def get_config() -> ConfigDict:
     model.encoder = "compact"  # the tile encoder, trained end to end from pixels
     model.width = 32  # channels of the encoder's first stage; doubles per stage
     model.features = 128  # numbers per instance
+    model.mil = "gated_abmil"  # mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil, transmil, hierarchical
     model.attention = 64  # hidden units of the gated attention (Ilse 2018)
+    model.heads = 4  # attention heads of transmil and hierarchical; features are a multiple of 4 times this
+    model.layers = 1  # attention layers across the regions, of hierarchical
+    model.clam_instances = 8  # first and last instances that CLAM judges (Lu 2021); at most half of the bag
+    model.head = "softmax"  # or evidential: Dirichlet evidence with its vacuity (Sensoy 2018)
     model.dropout = 0.1  # on instance features, in training only
     model.dtype = "float32"  # of the computation: float32 or bfloat16; parameters and loss stay float32
 
@@ -40,6 +45,10 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 50  # steps between checkpoints; a killed run repeats at most these
     train.log_every = 10  # steps between lines of metrics
     train.keep_best = 1  # checkpoints kept for their validation metric, beside the newest
+    train.loss = "cross_entropy"  # or focal, evidential (sum of squares), evidential_digamma; the last two for that head
+    train.focal_gamma = 2.0  # of the focal loss (Lin 2017); 0 is cross-entropy
+    train.annealing_steps = 100  # steps until the evidential loss weighs its KL term fully
+    train.instance_weight = 0.3  # of the instance loss of clam (Lu 2021: 0.3) and dsmil (Li 2021: 0.5)
     train.label_smoothing = 0.05  # molecular references have errors of their own
 
     config.optimizer = optimizer = ConfigDict()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError
@@ -21,6 +21,7 @@ class Bag:
 
     pixels: UInt8[Array | np.ndarray, "batch region slot y x 3"]
     mask: Bool[Array | np.ndarray, "batch region slot"]
+    position: Float32[Array | np.ndarray, "batch region 2"]  # (x, y) in sides of a region
     label: Int[Array | np.ndarray, " batch"]
     weight: Float[Array | np.ndarray, " batch"]  # of each bag in the loss
 
@@ -36,10 +37,12 @@ def read_bag(
     shape = (len(stores), padded, params.slots)
     pixels = np.zeros((*shape, params.tile_px, params.tile_px, 3), np.uint8)
     mask = np.zeros(shape, bool)
+    position = np.zeros((len(stores), padded, 2), np.float32)
     for i, (store, chosen) in enumerate(zip(stores, regions, strict=True)):
         pixels[i, : len(chosen)] = store.read_pixels(chosen)
         mask[i, : len(chosen)] = store.mask[chosen]
-    return Bag(pixels, mask, labels.astype(np.int32), np.ones(len(stores), np.float32))
+        position[i, : len(chosen)] = store.origin[chosen] / store.region_px
+    return Bag(pixels, mask, position, labels.astype(np.int32), np.ones(len(stores), np.float32))
 
 
 def open_stores(store: str, cohort: Cohort) -> list[TileStore]:
@@ -54,6 +57,7 @@ def open_stores(store: str, cohort: Cohort) -> list[TileStore]:
         )
     stores = [open_store(store, row.slide_id) for row in cohort.rows]
     for opened in stores:
+        opened.check_slide()
         if opened.params != stores[0].params:
             raise InputError(f"{opened.path}: tiled in another way than {stores[0].path}; tile it again")
     return stores

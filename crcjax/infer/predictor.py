@@ -54,7 +54,7 @@ class Predictor:
         self.tiling: TilingParams = opened.tiling
         self.classes: tuple[str, ...] = tuple(config.data.classes)
         self.split_of = opened.split_of
-        model = build_model(config.model, len(self.classes), config.seed)
+        model = build_model(config.model, len(self.classes), config.seed, self.tiling.factors)
         params, self.step = restore_params(run, model)
         self.model_id = _model_id(params)
         mesh = device_mesh()
@@ -76,8 +76,8 @@ class Predictor:
             masks.append(tiles.mask)
             seconds["encode"] += time.monotonic() - begun
         begun = time.monotonic()
-        mask = np.concatenate(masks)
-        prediction = self._forward.pool(self._params, np.concatenate(features), mask)
+        mask, position = np.concatenate(masks), (plan.origin / plan.region_px).astype(np.float32)
+        prediction = self._forward.pool(self._params, np.concatenate(features), mask, position)
         seconds["pool"] = time.monotonic() - begun
         return SlidePrediction(prediction, plan, mask, slide.info.synthetic, seconds)
 

@@ -1,37 +1,82 @@
-"""Attention that pools instances to a bag."""
+"""Attention: scores that pool instances, and attention between them with positions."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Float32
 
 
-class GatedAttention(nnx.Module):
-    """Gated attention pooling (Ilse et al. 2018, equation 9), with instances that may be absent."""
+class AttentionScores(nnx.Module):
+    """A score a branch for every instance (Ilse et al. 2018: equation 8, or 9 if `gated`), before the softmax.
 
-    def __init__(self, features: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    The last layer has no bias, which the softmax would cancel.
+    """
+
+    def __init__(self, features: int, hidden: int, branches: int, *, gated: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.content = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
-        self.gate = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
-        self.score = nnx.Linear(hidden, 1, dtype=dtype, rngs=rngs)
+        self.gate = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs) if gated else None
+        self.score = nnx.Linear(hidden, branches, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, instances: Float[Array, "batch instance feature"], mask: Bool[Array, "batch instance"]
-    ) -> tuple[Float[Array, "batch feature"], Float[Array, "batch instance"]]:
-        """The bag's embedding and the attention: sums to one over unmasked instances, zero where there are none."""
-        hidden = jnp.tanh(self.content(instances)) * jax.nn.sigmoid(self.gate(instances))
-        scores = self.score(hidden)[..., 0].astype(jnp.float32)
-        attention = masked_softmax(scores, mask)
-        embedding = jnp.einsum("bi,bif->bf", attention, instances.astype(jnp.float32))
-        return embedding, attention
+    def __call__(self, features: Float[Array, "*bag instance feature"]) -> Float32[Array, "*bag instance branch"]:
+        hidden = jnp.tanh(self.content(features))
+        if self.gate is not None:
+            hidden = hidden * jax.nn.sigmoid(self.gate(features))
+        return self.score(hidden).astype(jnp.float32)
 
 
 def masked_softmax(
-    scores: Float[Array, "batch instance"], mask: Bool[Array, "batch instance"]
-) -> Float[Array, "batch instance"]:
+    scores: Float32[Array, "*bag instance branch"], mask: Bool[Array, "*bag instance"]
+) -> Float32[Array, "*bag instance branch"]:
     """Softmax over unmasked instances; all zeros, not NaN, for a bag that has none."""
-    lowest = jnp.finfo(scores.dtype).min
-    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, lowest), axis=-1), 0.0)
-    return weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), jnp.finfo(scores.dtype).tiny)
+    held = mask[..., None]
+    weights = jnp.where(held, jax.nn.softmax(jnp.where(held, scores, jnp.finfo(jnp.float32).min), axis=-2), 0.0)
+    return weights / jnp.maximum(weights.sum(axis=-2, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+def rotary(
+    values: Float[Array, "*bag instance head channel"], position: Float32[Array, "*bag instance 2"], longest: float
+) -> Float[Array, "*bag instance head channel"]:
+    """Values turned by their (x, y), so that products of two depend on where they lie to each other alone.
+
+    Rotary position embedding (Su et al. 2021, equation 34) with half of the channels for x and half for y; wavelengths
+    run from 2 pi to 2 pi `longest` units of `position`. The channels are a multiple of 4.
+    """
+    pairs = values.shape[-1] // 4
+    frequency = longest ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    angle = (position[..., None] * frequency).reshape(*position.shape[:-1], 1, 2 * pairs)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(values.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    return turned.astype(values.dtype)
+
+
+def attend(
+    query: Float[Array, "batch instance head channel"],
+    key: Float[Array, "batch instance head channel"],
+    value: Float[Array, "batch instance head channel"],
+    mask: Bool[Array, "batch instance"],
+    *,
+    block: int = 512,
+) -> Float[Array, "batch instance head channel"]:
+    """Softmax attention over unmasked instances, `block` queries at a time.
+
+    No [instance, instance] matrix is kept: each block's is made again in the backward pass.
+    """
+    batch, count, heads, channels = query.shape
+    blocks = -(-count // block)
+    padded = jnp.pad(query, ((0, 0), (0, blocks * block - count), (0, 0), (0, 0)))
+    chunks = jnp.moveaxis(padded.reshape(batch, blocks, -1, heads, channels), 1, 0)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one(chunk: Float[Array, "batch query head channel"]) -> Float[Array, "batch query head channel"]:
+        scores = jnp.einsum("bqhc,bkhc->bhqk", chunk, key).astype(jnp.float32) * channels**-0.5
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(scores).astype(value.dtype), value)
+
+    found = one(chunks[0])[None] if blocks == 1 else jax.lax.map(one, chunks)
+    return jnp.moveaxis(found, 0, 1).reshape(batch, -1, heads, channels)[:, :count]

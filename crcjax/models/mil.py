@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,42 +10,75 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Key, Num
+from jaxtyping import Array, Bool, Float, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
-from crcjax.models.attention import GatedAttention
+from crcjax.models.aggregators import ABMIL, CLAM, DSMIL, Aggregator, Instances, MaxPool, MeanPool
 from crcjax.models.encoders import build_encoder
-from crcjax.models.heads import SoftmaxHead
+from crcjax.models.heads import HEADS
+from crcjax.models.hierarchical import HierarchicalAttentionMIL
+from crcjax.models.transmil import TransMIL
 
 Params = dict[str, Any]  # a nested dictionary of arrays, as optax and Orbax take it; nnx.merge gives the model back
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+def _flat(aggregator: Callable[..., Aggregator], **fixed: Any) -> Callable[..., Aggregator]:
+    """An aggregator that knows nothing of regions and slots."""
+    return lambda config, classes, factors, **others: aggregator(config, classes, **fixed, **others)
+
+
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
+    "hierarchical": HierarchicalAttentionMIL,
+    "mean": _flat(MeanPool),
+    "max": _flat(MaxPool),
+    "abmil": _flat(ABMIL, gated=False),
+    "gated_abmil": _flat(ABMIL, gated=True),
+    "clam_sb": _flat(CLAM, multibranch=False),
+    "clam_mb": _flat(CLAM, multibranch=True),
+    "dsmil": _flat(DSMIL),
+    "transmil": _flat(TransMIL),
+}
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of each bag. Attention sums to one over a bag and is zero where the mask is False."""
+    """What the model says of each bag.
+
+    Attention sums to one over a bag and is zero where the mask is False; `class_attention` has a map for each branch of
+    the aggregator (one in all, or one a class), the others are their mean. `alpha` and `vacuity` (0 to 1) are the
+    Dirichlet's of the evidential head, None with another. `instance_loss` is the aggregator's own, zero without labels.
+    """
 
     logits: Float32[Array | np.ndarray, "batch class"]
     probs: Float32[Array | np.ndarray, "batch class"]
     embedding: Float32[Array | np.ndarray, "batch feature"]
     region_attention: Float32[Array | np.ndarray, "batch region"]
     slot_attention: Float32[Array | np.ndarray, "batch region slot"]
+    class_attention: Float32[Array | np.ndarray, "batch region slot branch"]
+    alpha: Float32[Array | np.ndarray, "batch class"] | None
+    vacuity: Float32[Array | np.ndarray, " batch"] | None
+    instance_loss: Float32[Array | np.ndarray, " batch"]
 
 
 class MILModel(nnx.Module):
-    """Tile encoder, gated attention over all instances of the bag, softmax head."""
+    """Tile encoder, aggregator, head. `factors` are the tiles along a region's side, per magnification."""
 
-    def __init__(self, config: ConfigDict, classes: int, rngs: nnx.Rngs):
-        if config.dtype not in DTYPES:
-            raise InputError(f"config.model.dtype {config.dtype!r}: choose float32 or bfloat16")
+    def __init__(self, config: ConfigDict, classes: int, factors: tuple[int, ...], rngs: nnx.Rngs):
+        for field, known in (("dtype", DTYPES), ("mil", AGGREGATORS), ("head", HEADS)):
+            if config[field] not in known:
+                raise InputError(f"config.model.{field} {config[field]!r}: choose one of {', '.join(known)}")
+        if config.features % (4 * config.heads):
+            raise InputError(f"config.model.features {config.features} is no multiple of 4 x {config.heads} heads")
         dtype = DTYPES[config.dtype]
         self.dropout = config.dropout
+        self.head = HEADS[config.head]
         self.encoder = build_encoder(config, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(config.features, rngs=rngs)
-        self.attention = GatedAttention(config.features, config.attention, dtype=dtype, rngs=rngs)
-        self.head = SoftmaxHead(config.features, classes, rngs=rngs)
+        self.slots = sum(factor**2 for factor in factors)
+        self.aggregator = AGGREGATORS[config.mil](config, classes, factors, dtype=dtype, rngs=rngs)
 
     def encode(self, pixels: Num[Array, "*instance y x 3"]) -> Float32[Array, "*instance feature"]:
         """Features of tiles, 8-bit intensities (0 to 255) of any numeric type."""
@@ -56,32 +90,58 @@ class MILModel(nnx.Module):
         self,
         features: Float[Array, "batch region slot feature"],
         mask: Bool[Array, "batch region slot"],
+        position: Float32[Array, "batch region 2"] | None = None,
         key: Key[Array, ""] | None = None,
+        label: Int[Array, " batch"] | None = None,
     ) -> Prediction:
-        """The prediction from a bag's features; with a key, with dropout, as in training."""
+        """The prediction from a bag's features; with a key, with dropout, and with labels, with the instance loss, as in training.
+
+        `position` is each region's (x, y) in sides of a region; without it, all lie at one place.
+        """
         batch, regions, slots, width = features.shape
+        if slots != self.slots:
+            raise ValueError(f"the model was built for {self.slots} slots a region, the bag has {slots}")
         instances = features.reshape(batch, regions * slots, width)
         if key is not None and self.dropout:
             keep = jax.random.bernoulli(key, 1 - self.dropout, instances.shape)
             instances = jnp.where(keep, instances / (1 - self.dropout), 0.0)
-        embedding, attention = self.attention(instances, mask.reshape(batch, -1))
-        logits = self.head(embedding)
-        slot_attention = attention.reshape(batch, regions, slots)
-        return Prediction(logits, jax.nn.softmax(logits), embedding, slot_attention.sum(axis=-1), slot_attention)
+        if position is None:
+            position = jnp.zeros((batch, regions, 2))
+        bag = Instances(instances, mask.reshape(batch, -1), jnp.repeat(position, slots, axis=1))
+        pooled = self.aggregator(bag, label)
+        alpha, probs, vacuity = self.head(pooled.logits)
+        by_class = pooled.attention.reshape(batch, regions, slots, -1)
+        by_slot = by_class.mean(axis=-1)
+        return Prediction(
+            pooled.logits,
+            probs,
+            pooled.embedding,
+            by_slot.sum(axis=-1),
+            by_slot,
+            by_class,
+            alpha,
+            vacuity,
+            pooled.instance_loss,
+        )
 
     def __call__(
         self,
         pixels: Num[Array, "batch region slot y x 3"],
         mask: Bool[Array, "batch region slot"],
+        position: Float32[Array, "batch region 2"] | None = None,
         key: Key[Array, ""] | None = None,
+        label: Int[Array, " batch"] | None = None,
     ) -> Prediction:
         """The prediction from a bag's pixels."""
-        return self.pool(self.encode(pixels), mask, key)
+        return self.pool(self.encode(pixels), mask, position, key, label)
 
 
-def build_model(config: ConfigDict, classes: int, seed: int) -> MILModel:
-    """The model of `config` (config.model) with parameters drawn from `seed`. Raises InputError."""
-    return MILModel(config, classes, nnx.Rngs(seed))
+def build_model(config: ConfigDict, classes: int, seed: int, factors: tuple[int, ...] = (1,)) -> MILModel:
+    """The model of `config` (config.model) with parameters drawn from `seed`, for bags of one tiling (`factors`).
+
+    Raises InputError.
+    """
+    return MILModel(config, classes, factors, nnx.Rngs(seed))
 
 
 def params_of(model: MILModel) -> Params:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from sklearn.metrics import balanced_accuracy_score
 
 from crcjax.data.bags import label_of, open_stores
@@ -28,7 +28,10 @@ class Evaluation:
         if not self._stores:
             return None
         probs = np.concatenate(
-            [self._forward.bag(params, self._chunks(store), store.mask).probs for store in self._stores]
+            [
+                self._forward.bag(params, self._chunks(store), store.mask, _position(store)).probs
+                for store in self._stores
+            ]
         )
         called = probs.argmax(axis=1)
         return {
@@ -40,3 +43,7 @@ class Evaluation:
         indices: Sequence[int] = range(len(store.mask))
         for start in range(0, len(indices), self._forward.chunk):
             yield store.read_pixels(indices[start : start + self._forward.chunk])
+
+
+def _position(store: TileStore) -> Float32[np.ndarray, "region 2"]:
+    return (store.origin / store.region_px).astype(np.float32)

@@ -20,6 +20,7 @@ from crcjax.models.mil import build_model
 from crcjax.monitor.metrics import MetricWriter
 from crcjax.train.checkpoint import Checkpointer
 from crcjax.train.evaluate import Evaluation
+from crcjax.train.losses import check_loss
 from crcjax.train.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer, learning_rate
 from crcjax.train.run_directory import start_run
@@ -33,10 +34,12 @@ def train(config: ConfigDict, run: Path) -> None:
     usable; OutputError if the run directory cannot be written.
     """
     cohort = _cohort(config)
-    start_run(run, config, open_stores(config.data.store, cohort)[0].params, cohort)
+    check_loss(config.train.loss, config.model.head)
+    tiling = open_stores(config.data.store, cohort)[0].params
+    start_run(run, config, tiling, cohort)
     _use_compilation_cache()
     mesh = device_mesh()
-    model = build_model(config.model, len(cohort.classes), config.seed)
+    model = build_model(config.model, len(cohort.classes), config.seed, tiling.factors)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     rate = learning_rate(config.optimizer, config.train.steps)
     step = build_step(model, optimizer, config, mesh)

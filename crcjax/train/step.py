@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from crcjax.data.augment import augment
 from crcjax.data.bags import Bag
 from crcjax.models.mil import MILModel, Params, Prediction, params_of
-from crcjax.train.losses import cross_entropy
+from crcjax.train.losses import bag_losses, weighted_mean
 from crcjax.train.mesh import over_data, replicated
 
 
@@ -62,9 +62,8 @@ def build_step(
         pixels = augment(augment_key, jnp.asarray(bag.pixels), config.augment)
 
         def loss_of(params: Params) -> tuple[Array, Prediction]:
-            prediction = nnx.merge(graph, params)(pixels, bag.mask, dropout_key)
-            loss = cross_entropy(prediction.logits, label, weight, config.train.label_smoothing)
-            return loss, prediction
+            prediction = nnx.merge(graph, params)(pixels, bag.mask, bag.position, dropout_key, label)
+            return weighted_mean(bag_losses(prediction, label, state.step, config.train), weight), prediction
 
         (loss, prediction), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, moments = optimizer.update(gradient, state.moments, state.params)
@@ -92,7 +91,9 @@ class Forward:
             in_shardings=(replicated(mesh), over_data(mesh)),
             out_shardings=replicated(mesh),
         )
-        self._pool = jax.jit(lambda params, features, mask: nnx.merge(graph, params).pool(features, mask))
+        self._pool = jax.jit(
+            lambda params, features, mask, position: nnx.merge(graph, params).pool(features, mask, position)
+        )
 
     def encode(self, params: Params, pixels: UInt8[np.ndarray, "region slot y x 3"]) -> Array:
         """Features of at most `chunk` regions, padded to `chunk`; not waited for."""
@@ -104,6 +105,7 @@ class Forward:
         params: Params,
         features: Float32[np.ndarray, "region slot feature"],
         mask: Bool[np.ndarray, "region slot"],
+        position: Float32[np.ndarray, "region 2"],
     ) -> Prediction:
         """The prediction for one bag, as arrays of the host without its padding."""
         regions = len(mask)
@@ -111,14 +113,13 @@ class Forward:
         # Bags above the largest bucket are padded to its multiples.
         padded = next((size for size in self._buckets if size >= regions), -(-regions // largest) * largest)
         padding = ((0, padded - regions), (0, 0))
-        result = self._pool(params, np.pad(features, (*padding, (0, 0)))[None], np.pad(mask, padding)[None])
-        result = jax.device_get(result)
-        return Prediction(
-            result.logits,
-            result.probs,
-            result.embedding,
-            result.region_attention[:, :regions],
-            result.slot_attention[:, :regions],
+        padded_bag = (np.pad(features, (*padding, (0, 0))), np.pad(mask, padding), np.pad(position, padding))
+        result = jax.device_get(self._pool(params, *(part[None] for part in padded_bag)))
+        return replace(
+            result,
+            region_attention=result.region_attention[:, :regions],
+            slot_attention=result.slot_attention[:, :regions],
+            class_attention=result.class_attention[:, :regions],
         )
 
     def bag(
@@ -126,7 +127,8 @@ class Forward:
         params: Params,
         chunks: Iterable[UInt8[np.ndarray, "region slot y x 3"]],
         mask: Bool[np.ndarray, "region slot"],
+        position: Float32[np.ndarray, "region 2"],
     ) -> Prediction:
         """The prediction for one bag from its regions, `chunk` at a time."""
         features = [np.asarray(self.encode(params, pixels))[: len(pixels)] for pixels in chunks]
-        return self.pool(params, np.concatenate(features), mask)
+        return self.pool(params, np.concatenate(features), mask, position)

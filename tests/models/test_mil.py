@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from crcjax.config import get_config
 from crcjax.errors import InputError
 from crcjax.models.encoders import optical_density
+from crcjax.models.heads import evidential_head
 from crcjax.models.mil import MILModel, build_model, params_of
 
 
@@ -14,7 +14,7 @@ from crcjax.models.mil import MILModel, build_model, params_of
 def model() -> MILModel:
     config = get_config().model
     config.width, config.features, config.attention = 8, 16, 8
-    return build_model(config, 3, seed=0)
+    return build_model(config, 3, 0, (1, 2))
 
 
 def _features(seed: int, regions: int) -> tuple[jax.Array, jax.Array]:
@@ -27,52 +27,6 @@ def _pixels(seed: int, *lead: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(0, 256, (*lead, 64, 64, 3)).astype(np.uint8))
 
 
-def test_pooling_equals_gated_attention_written_out(model: MILModel) -> None:
-    features, mask = _features(0, 6)
-    found = model.pool(features, mask)
-    weights = jax.tree.map(lambda value: np.asarray(value, np.float64), params_of(model))
-    part = weights["attention"]
-    for b in range(2):
-        h = np.asarray(features[b], np.float64).reshape(-1, 16)[np.asarray(mask[b]).ravel()]
-        content = np.tanh(h @ part["content"]["kernel"] + part["content"]["bias"])
-        gate = 1 / (1 + np.exp(-(h @ part["gate"]["kernel"] + part["gate"]["bias"])))
-        scores = ((content * gate) @ part["score"]["kernel"] + part["score"]["bias"])[:, 0]
-        attention = np.exp(scores) / np.exp(scores).sum()
-        logits = attention @ h @ weights["head"]["linear"]["kernel"] + weights["head"]["linear"]["bias"]
-        np.testing.assert_allclose(found.logits[b], logits, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(np.asarray(found.slot_attention[b])[np.asarray(mask[b])], attention, rtol=1e-5)
-    assert (np.asarray(found.slot_attention)[~np.asarray(mask)] == 0).all()
-    np.testing.assert_allclose(found.region_attention.sum(axis=1), 1, rtol=1e-6)
-
-
-def test_padding_never_changes_a_prediction(model: MILModel) -> None:
-    features, mask = _features(1, 6)
-    noise, _ = _features(2, 9)
-    padded = jnp.concatenate([features, noise], axis=1)
-    found = model.pool(padded, jnp.pad(mask, ((0, 0), (0, 9), (0, 0))))
-    np.testing.assert_allclose(found.probs, model.pool(features, mask).probs, rtol=1e-5)
-
-
-def test_the_order_of_regions_never_changes_a_prediction(model: MILModel) -> None:
-    features, mask = _features(3, 7)
-    order = np.random.default_rng(0).permutation(7)
-    shuffled = model.pool(features[:, order], mask[:, order])
-    plain = model.pool(features, mask)
-    np.testing.assert_allclose(shuffled.probs, plain.probs, rtol=1e-5)
-    np.testing.assert_allclose(shuffled.region_attention, plain.region_attention[:, order], rtol=1e-5)
-
-
-def test_a_bag_without_tiles_gives_numbers_and_a_finite_gradient(model: MILModel) -> None:
-    features, mask = _features(4, 3)
-    graph, state = nnx.split(model)
-
-    def total(state: nnx.State) -> jax.Array:
-        return nnx.merge(graph, state).pool(features, jnp.zeros_like(mask)).probs.sum()
-
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(total)(state)))
-    assert float(model.pool(features, jnp.zeros_like(mask)).region_attention.sum()) == 0
-
-
 def test_a_bag_from_pixels_is_encoding_then_pooling(model: MILModel) -> None:
     pixels, mask = _pixels(5, 1, 3, 5), jnp.ones((1, 3, 5), bool)
     whole = model(pixels, mask)
@@ -81,7 +35,7 @@ def test_a_bag_from_pixels_is_encoding_then_pooling(model: MILModel) -> None:
 
 def test_dropout_acts_with_a_key_alone(model: MILModel) -> None:
     features, mask = _features(6, 8)
-    dropped = model.pool(features, mask, jax.random.key(0))
+    dropped = model.pool(features, mask, None, jax.random.key(0))
     assert not np.allclose(dropped.logits, model.pool(features, mask).logits)
 
 
@@ -109,6 +63,22 @@ def test_unknown_encoders_and_types_are_refused_by_name() -> None:
     config.encoder = "vit"
     with pytest.raises(InputError, match=r"config\.model\.encoder 'vit': choose one of compact"):
         build_model(config, 3, 0)
-    config.encoder, config.dtype = "compact", "float16"
+    config.encoder, config.mil = "compact", "abml"
+    with pytest.raises(InputError, match=r"config\.model\.mil 'abml': choose one of hierarchical, mean"):
+        build_model(config, 3, 0)
+    config.mil, config.dtype = "abmil", "float16"
     with pytest.raises(InputError, match=r"config\.model\.dtype 'float16'"):
         build_model(config, 3, 0)
+
+
+def test_a_bag_of_another_tiling_is_refused(model: MILModel) -> None:
+    with pytest.raises(ValueError, match="built for 5 slots a region, the bag has 1"):
+        model.pool(jnp.zeros((1, 2, 1, 16)), jnp.ones((1, 2, 1), bool))
+
+
+def test_evidence_gives_probabilities_and_a_vacuity_that_falls_with_it() -> None:
+    alpha, probs, vacuity = evidential_head(jnp.array([[-20.0, -20, -20], [5, 0, -20], [50, 0, -20]]))
+    np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(vacuity, 3 / alpha.sum(axis=1), rtol=1e-6)
+    assert float(vacuity[0]) == pytest.approx(1)
+    assert float(vacuity[2]) < float(vacuity[1]) < 0.5

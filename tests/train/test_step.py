@@ -7,7 +7,6 @@ from crcjax.config import get_config
 from crcjax.data.bags import Bag
 from crcjax.errors import InputError
 from crcjax.models.mil import build_model, params_of
-from crcjax.train.losses import cross_entropy
 from crcjax.train.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer, learning_rate
 from crcjax.train.step import Forward, build_step, init_state
@@ -28,7 +27,8 @@ def _bag() -> Bag:
     pixels = rng.integers(150, 255, (6, 3, 1, 32, 32, 3)).astype(np.uint8)
     for i in range(6):
         pixels[i, ..., :: 1 + 2 * (i % 3), :, :] //= 2
-    return Bag(pixels, np.ones((6, 3, 1), bool), np.arange(6, dtype=np.int32) % 3, np.ones(6, np.float32))
+    position = np.zeros((6, 3, 2), np.float32)
+    return Bag(pixels, np.ones((6, 3, 1), bool), position, np.arange(6, dtype=np.int32) % 3, np.ones(6, np.float32))
 
 
 def test_the_step_learns_without_hidden_transfers(config) -> None:
@@ -67,18 +67,11 @@ def test_a_bag_in_chunks_and_buckets_equals_the_bag_at_once(config) -> None:
         mask = rng.random((regions, 1)) < 0.8
         mask[0] = True
         chunks = (pixels[start : start + forward.chunk] for start in range(0, regions, forward.chunk))
-        found = forward.bag(params_of(model), chunks, mask)
-        plain = model(jnp.asarray(pixels)[None], jnp.asarray(mask)[None])
+        position = rng.random((regions, 2)).astype(np.float32)
+        found = forward.bag(params_of(model), chunks, mask, position)
+        plain = model(jnp.asarray(pixels)[None], jnp.asarray(mask)[None], jnp.asarray(position)[None])
         np.testing.assert_allclose(found.probs, plain.probs, rtol=1e-4)
         np.testing.assert_allclose(found.region_attention, plain.region_attention, rtol=1e-4, atol=1e-7)
-
-
-def test_the_loss_is_the_smoothed_cross_entropy_of_weighted_bags() -> None:
-    logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
-    log_p = np.log(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True))
-    expected = -(0.9 * log_p[0, 0] + 0.1 * log_p[0].mean())
-    found = cross_entropy(logits, jnp.array([0, 2]), jnp.array([1.0, 0.0]), 0.1)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end(config) -> None:

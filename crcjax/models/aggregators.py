@@ -1,0 +1,188 @@
+"""MIL aggregators: a bag's instances to logits, attention and, in training, a loss on the instances.
+
+Masked instances never take part, the order of instances never matters, and a bag may hold one instance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
+from ml_collections import ConfigDict
+
+from crcjax.models.attention import AttentionScores, masked_softmax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Instances:
+    """Bags of instances; `position` is (x, y) of each in sides of a region. Slots of a region stand side by side."""
+
+    features: Float[Array, "batch instance feature"]
+    mask: Bool[Array, "batch instance"]
+    position: Float32[Array, "batch instance 2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pooled:
+    """What an aggregator says of each bag.
+
+    `attention` has one map a branch (one in all, or one a class); each sums to one over a bag and is zero where masked.
+    `instance_loss` is the model's own loss on instances; zero where it has none or no label was given.
+    """
+
+    logits: Float32[Array, "batch class"]
+    embedding: Float32[Array, "batch embedding"]
+    attention: Float32[Array, "batch instance branch"]
+    instance_loss: Float32[Array, " batch"]
+
+
+class Aggregator(Protocol):
+    """How every aggregator is called; with labels, it computes its instance loss."""
+
+    def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled: ...
+
+
+class MeanPool(nnx.Module):
+    """The mean of the instances, and a linear classifier."""
+
+    def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.classify = nnx.Linear(config.features, classes, rngs=rngs)
+
+    def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
+        count = jnp.maximum(bag.mask.sum(axis=1, keepdims=True), 1)
+        return _weighted(bag, (bag.mask / count)[..., None], self.classify)
+
+
+class MaxPool(nnx.Module):
+    """The largest value of every feature, and a linear classifier; attention is the share of the features that each gives."""
+
+    def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.classify = nnx.Linear(config.features, classes, rngs=rngs)
+
+    def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
+        values, held = bag.features.astype(jnp.float32), bag.mask[..., None]
+        largest = jnp.where(held, values, -jnp.inf).max(axis=1)
+        gives = (held & (values == largest[:, None])).astype(jnp.float32)
+        shares = (gives / jnp.maximum(gives.sum(axis=1, keepdims=True), 1.0)).mean(axis=-1, keepdims=True)
+        embedding = jnp.where(bag.mask.any(axis=1)[:, None], largest, 0.0)
+        return Pooled(self.classify(embedding), embedding, shares, jnp.zeros(len(embedding)))
+
+
+class ABMIL(nnx.Module):
+    """Attention pooling (Ilse et al. 2018, equation 8; 9 with `gated`), and a linear classifier."""
+
+    def __init__(self, config: ConfigDict, classes: int, *, gated: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.score = AttentionScores(config.features, config.attention, 1, gated=gated, dtype=dtype, rngs=rngs)
+        self.classify = nnx.Linear(config.features, classes, rngs=rngs)
+
+    def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
+        return _weighted(bag, masked_softmax(self.score(bag.features), bag.mask), self.classify)
+
+
+class CLAM(nnx.Module):
+    """Clustering-constrained attention (Lu et al. 2021), with one attention branch (SB) or one a class (MB).
+
+    Instance loss: for the bag's class a binary classifier must call the k most attended instances positive and the k
+    least attended negative; for the others, whose evidence must be absent, the k most attended negative (smooth top-1
+    SVM, tau 1). k is at most half of the bag, so that no instance is both.
+    """
+
+    def __init__(self, config: ConfigDict, classes: int, *, multibranch: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        branches = classes if multibranch else 1
+        self.k = config.clam_instances
+        self.compress = nnx.Linear(config.features, config.features, dtype=dtype, rngs=rngs)
+        self.score = AttentionScores(config.features, config.attention, branches, gated=True, dtype=dtype, rngs=rngs)
+        self.classify = nnx.Linear(config.features, classes, rngs=rngs)
+        self.judge = nnx.Linear(config.features, 2 * classes, rngs=rngs)  # class by class: negative, positive
+
+    def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
+        features = jax.nn.relu(self.compress(bag.features)).astype(jnp.float32)
+        scores = self.score(features)
+        attention = masked_softmax(scores, bag.mask)
+        embeddings = jnp.einsum("bnk,bnf->bkf", attention, features)
+        if attention.shape[-1] == 1:
+            logits = self.classify(embeddings[:, 0])
+        else:  # each branch is classified by its own class's weights alone
+            logits = jnp.einsum("bkk->bk", self.classify(embeddings))
+        loss = jnp.zeros(len(logits)) if label is None else self._instance_loss(features, scores, bag.mask, label)
+        return Pooled(logits, embeddings.mean(axis=1), attention, loss)
+
+    def _instance_loss(
+        self,
+        features: Float32[Array, "batch instance feature"],
+        scores: Float32[Array, "batch instance branch"],
+        mask: Bool[Array, "batch instance"],
+        label: Int[Array, " batch"],
+    ) -> Float32[Array, " batch"]:
+        judged = self.judge(features).reshape(*mask.shape, -1, 2)
+        classes = judged.shape[2]
+        count = mask.sum(axis=1)
+        k = jnp.minimum(self.k, jnp.maximum(count // 2, 1))[:, None, None]
+        held = mask[..., None]
+        first = _rank(jnp.where(held, -scores, jnp.inf)) < k
+        last = (_rank(jnp.where(held, scores, jnp.inf)) < k) & (count > 1)[:, None, None]
+        first, last = first & held, last & held
+        own = jax.nn.one_hot(label, classes, dtype=bool)[:, None]
+        wrong = _smooth_svm(judged, positive=False)
+        right = jnp.where(first, _smooth_svm(judged, positive=True), 0) + jnp.where(last, wrong, 0)
+        loss_own = right.sum(axis=1) / jnp.maximum((first.sum(axis=1) + last.sum(axis=1)), 1)
+        loss_other = jnp.where(first, wrong, 0).sum(axis=1) / jnp.maximum(first.sum(axis=1), 1)
+        return jnp.where(own[:, 0], loss_own, loss_other).mean(axis=-1)
+
+
+class DSMIL(nnx.Module):
+    """Dual-stream MIL (Li et al. 2021): the highest instance logit a class, and attention by likeness to that instance.
+
+    Logits are the mean of the two streams; the instance loss is the cross-entropy of the first, as published.
+    """
+
+    def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, hidden = config.features, config.attention
+        self.instance = nnx.Linear(width, classes, rngs=rngs)
+        self.query = nnx.List(
+            [nnx.Linear(width, hidden, dtype=dtype, rngs=rngs), nnx.Linear(hidden, hidden, dtype=dtype, rngs=rngs)]
+        )
+        self.bag = nnx.Linear(classes * width, classes, rngs=rngs)  # the paper's convolution over the class embeddings
+
+    def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
+        values = bag.features.astype(jnp.float32)
+        by_instance = jnp.where(bag.mask[..., None], self.instance(values), -jnp.inf)
+        critical = by_instance.argmax(axis=1)
+        highest = jnp.where(bag.mask.any(axis=1)[:, None], by_instance.max(axis=1), 0.0)
+        query = jnp.tanh(self.query[1](jax.nn.relu(self.query[0](bag.features)))).astype(jnp.float32)
+        of_critical = jnp.take_along_axis(query, critical[..., None], axis=1)
+        scores = jnp.einsum("bnh,bkh->bnk", query, of_critical) / jnp.sqrt(query.shape[-1])
+        attention = masked_softmax(scores, bag.mask)
+        embeddings = jnp.einsum("bnk,bnf->bkf", attention, values)
+        logits = (highest + self.bag(embeddings.reshape(len(embeddings), -1))) / 2
+        loss = jnp.zeros(len(logits)) if label is None else _cross_entropy(highest, label)
+        return Pooled(logits, embeddings.mean(axis=1), attention, loss)
+
+
+def _weighted(bag: Instances, attention: Float32[Array, "batch instance 1"], classify: nnx.Linear) -> Pooled:
+    embedding = jnp.einsum("bnk,bnf->bf", attention, bag.features.astype(jnp.float32))
+    return Pooled(classify(embedding), embedding, attention, jnp.zeros(len(embedding)))
+
+
+def _rank(scores: Float32[Array, "batch instance branch"]) -> Int[Array, "batch instance branch"]:
+    """The place of each instance in ascending order of its score."""
+    return jnp.argsort(jnp.argsort(scores, axis=1), axis=1)
+
+
+def _smooth_svm(
+    judged: Float32[Array, "batch instance class 2"], positive: bool
+) -> Float32[Array, "batch instance class"]:
+    """Smooth top-1 SVM with margin 1 and tau 1 (Berrada et al. 2018, equation 11, for two classes)."""
+    right, other = judged[..., int(positive)], judged[..., int(not positive)]
+    return jax.nn.softplus(other + 1.0 - right)
+
+
+def _cross_entropy(logits: Float32[Array, "batch class"], label: Int[Array, " batch"]) -> Float32[Array, " batch"]:
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]

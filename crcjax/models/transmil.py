@@ -1,0 +1,149 @@
+"""TransMIL (Shao et al. 2021): Nyström self-attention over the bag laid out as a square, read from a class token."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
+from ml_collections import ConfigDict
+
+from crcjax.models.aggregators import Instances, Pooled
+from crcjax.models.attention import masked_softmax
+
+_PINV_ITERATIONS = 6
+_RESIDUAL_KERNEL = 33
+
+
+class TransMIL(nnx.Module):
+    """Two Nyström attention layers around a convolutional position encoding.
+
+    Instances are put in the order of the tissue (row, column) before they fill the square, so that the order in the
+    store does not matter; what the square lacks is filled with the first instances, as published. Padding is masked
+    everywhere. Attention is the class token's over the instances in the last layer, mean over heads, by the matrices
+    that the layer really multiplies; it may be negative there, and is then counted as zero.
+    """
+
+    def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width = config.features
+        self.compress = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,)))
+        self.layers = nnx.List([NystromLayer(width, config.heads, dtype=dtype, rngs=rngs) for _ in range(2)])
+        self.positions = nnx.List(
+            [
+                nnx.Conv(width, width, (side, side), feature_group_count=width, padding="SAME", dtype=dtype, rngs=rngs)
+                for side in (7, 5, 3)
+            ]
+        )
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.classify = nnx.Linear(width, classes, rngs=rngs)
+
+    def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
+        embedding, attention = jax.vmap(self._one)(bag.features, bag.mask, bag.position)
+        return Pooled(self.classify(embedding), embedding, attention[..., None], jnp.zeros(len(embedding)))
+
+    def _one(
+        self,
+        features: Float[Array, "instance feature"],
+        mask: Bool[Array, " instance"],
+        position: Float32[Array, "instance 2"],
+    ) -> tuple[Float32[Array, " feature"], Float32[Array, " instance"]]:
+        total = len(mask)
+        largest = math.isqrt(total - 1) + 1
+        order = jnp.lexsort((jnp.arange(total), position[:, 0], position[:, 1], ~mask))
+        count = mask.sum()
+        side = jnp.ceil(jnp.sqrt(count.astype(jnp.float32))).astype(jnp.int32)
+        places = jnp.arange(largest**2)
+        held = places < side**2
+        source = order[jnp.where(places < count, places, places - count) % total]
+        sequence = jax.nn.relu(self.compress(features))[source] * held[:, None]
+        row, column = places // jnp.maximum(side, 1), places % jnp.maximum(side, 1)
+        tokens = jnp.concatenate([self.token[...][None].astype(sequence.dtype), sequence])
+        seen = jnp.concatenate([jnp.ones(1, bool), held])
+        tokens, _ = self.layers[0](tokens, seen)
+        square = jnp.zeros((largest, largest, tokens.shape[-1]), tokens.dtype)
+        at = (jnp.where(held, row, largest), jnp.where(held, column, largest))  # beyond the square is dropped
+        square = square.at[at].set(tokens[1:], mode="drop")
+        encoded = square + sum(convolution(square[None])[0] for convolution in self.positions)
+        tokens = tokens.at[1:].set(jnp.where(held[:, None], encoded.at[at].get(mode="fill", fill_value=0), 0))
+        tokens, attention = self.layers[1](tokens, seen)
+        embedding = self.norm(tokens[0].astype(jnp.float32))
+        by_place = jnp.maximum(attention[1:], 0.0) * held
+        by_instance = jnp.zeros(total).at[source].add(by_place)
+        return embedding, by_instance / jnp.maximum(by_instance.sum(), jnp.finfo(jnp.float32).tiny)
+
+
+class NystromLayer(nnx.Module):
+    """Pre-norm Nyström attention (Xiong et al. 2021, equation 14) with a convolution over the values, added to its input."""
+
+    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.heads, self.landmarks = heads, width // 2
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.project = nnx.Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.merge = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        init = nnx.initializers.lecun_normal()
+        self.residual = nnx.Param(init(rngs.params(), (_RESIDUAL_KERNEL, 1, heads)))
+
+    def __call__(
+        self, tokens: Float[Array, "token feature"], seen: Bool[Array, " token"]
+    ) -> tuple[Float[Array, "token feature"], Float32[Array, " token"]]:
+        """The tokens, and what the first of them attends to (mean over heads)."""
+        count = len(tokens)
+        parts = self.project(self.norm(tokens)).astype(jnp.float32).reshape(count, 3, self.heads, -1)
+        query, key, value = jnp.moveaxis(jnp.where(seen[:, None, None, None], parts, 0.0), 1, 0)
+        query = query * query.shape[-1] ** -0.5
+        # Landmarks are means of equal stretches of what is seen, however long the padding is.
+        stretch = jnp.maximum(-(-seen.sum() // self.landmarks), 1)
+        member = jax.nn.one_hot(jnp.arange(count) // stretch, self.landmarks) * seen[:, None]
+        sizes = member.sum(axis=0)
+        landmark, lands = member / jnp.maximum(sizes, 1.0), sizes > 0
+        query_marks = jnp.einsum("tl,thc->lhc", landmark, query)
+        key_marks = jnp.einsum("tl,thc->lhc", landmark, key)
+        to_marks = _softmax_over(jnp.einsum("thc,lhc->htl", query, key_marks), lands)
+        between = _softmax_over(jnp.einsum("lhc,mhc->hlm", query_marks, key_marks), lands) * lands[:, None]
+        from_marks = _softmax_over(jnp.einsum("lhc,thc->hlt", query_marks, key), seen) * lands[:, None]
+        weights = to_marks @ _pseudo_inverse(between)
+        mixed = jnp.einsum("hlt,thc->lhc", from_marks, value)
+        out = jnp.einsum("htl,lhc->thc", weights, mixed) + self._convolved(value)
+        attention = jnp.einsum("hl,hlt->t", weights[:, 0], from_marks) / self.heads
+        out = self.merge(out.reshape(count, -1).astype(tokens.dtype))
+        return tokens + jnp.where(seen[:, None], out, 0), attention
+
+    def _convolved(self, value: Float32[Array, "token head channel"]) -> Float32[Array, "token head channel"]:
+        """Each head's values convolved along the sequence with the head's own kernel."""
+        channels = jnp.moveaxis(value, 2, 0)  # a batch of sequences, one a channel
+        return jnp.moveaxis(
+            jax.lax.conv_general_dilated(
+                channels,
+                self.residual[...],
+                (1,),
+                "SAME",
+                dimension_numbers=("NWC", "WIO", "NWC"),
+                feature_group_count=self.heads,
+            ),
+            0,
+            2,
+        )
+
+
+def _softmax_over(
+    scores: Float32[Array, "head row column"], held: Bool[Array, " column"]
+) -> Float32[Array, "head row column"]:
+    columns = jnp.broadcast_to(held, (len(scores), len(held)))
+    return jnp.swapaxes(masked_softmax(jnp.swapaxes(scores, 1, 2), columns), 1, 2)
+
+
+def _pseudo_inverse(matrix: Float32[Array, "head row column"]) -> Float32[Array, "head row column"]:
+    """Moore-Penrose inverse by the iteration of Razavi et al. (2014), as Xiong et al. 2021, equation 11, use it."""
+    absolute = jnp.abs(matrix)
+    # Scaled head by head; the public code takes the largest of the whole batch, so that one bag changes another's result.
+    scale = absolute.sum(axis=-1).max(axis=-1) * absolute.sum(axis=-2).max(axis=-1)
+    inverse = jnp.swapaxes(matrix, -1, -2) / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None, None]
+    identity = jnp.eye(matrix.shape[-1])
+    for _ in range(_PINV_ITERATIONS):
+        product = matrix @ inverse
+        inverse = 0.25 * inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
+    return inverse

@@ -1,0 +1,283 @@
+"""Each aggregator against its formula written out in NumPy, and what none of them may do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crcjax.config import get_config
+from crcjax.models.mil import AGGREGATORS, MILModel, build_model, params_of
+
+FACTORS = (1, 2)  # 5 slots a region
+
+
+def _model(mil: str, classes: int = 3, **fields: object) -> MILModel:
+    config = get_config().model
+    config.width, config.features, config.attention, config.heads, config.mil = 4, 16, 8, 2, mil
+    for name, value in fields.items():
+        config[name] = value
+    return build_model(config, classes, 0, FACTORS)
+
+
+def _bag(seed: int, regions: int, batch: int = 2) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((batch, regions, 5, 16)).astype(np.float32)
+    mask = rng.random((batch, regions, 5)) < 0.7
+    mask[:, 0, 0] = True
+    places = np.stack([rng.permutation(64)[:regions] for _ in range(batch)])
+    position = np.stack([places % 8, places // 8], axis=-1).astype(np.float32)
+    return jnp.asarray(features), jnp.asarray(mask), jnp.asarray(position)
+
+
+MODELS = {name: _model(name) for name in AGGREGATORS}
+POOLS = {name: nnx.jit(lambda model, *bag: model.pool(*bag)) for name in AGGREGATORS}
+
+
+def _pool(name: str, *bag: jax.Array):
+    return POOLS[name](MODELS[name], *bag)
+
+
+def _same(one, other, places=slice(None)) -> None:
+    np.testing.assert_allclose(one.logits, other.logits, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(one.slot_attention[:, places], other.slot_attention, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@settings(deadline=None, max_examples=4, derandomize=True)
+@given(seed=st.integers(0, 10_000))
+def test_padding_never_changes_a_prediction(name: str, seed: int) -> None:
+    features, mask, position = _bag(seed, 7)
+    noise, _, elsewhere = _bag(seed + 1, 12)
+    padded = jnp.concatenate([features, noise[:, 7:]], axis=1), jnp.pad(mask, ((0, 0), (0, 5), (0, 0)))
+    there = jnp.concatenate([position, elsewhere[:, 7:]], axis=1)
+    wide, narrow = _pool(name, *padded, there), _pool(name, features, mask, position)
+    _same(wide, narrow, slice(7))
+    assert (np.asarray(wide.slot_attention[:, 7:]) == 0).all()
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@settings(deadline=None, max_examples=4, derandomize=True)
+@given(seed=st.integers(0, 10_000))
+def test_the_order_of_regions_never_changes_a_prediction(name: str, seed: int) -> None:
+    features, mask, position = _bag(seed, 7)
+    order = np.random.default_rng(seed).permutation(7)
+    _same(
+        _pool(name, features, mask, position),
+        _pool(name, features[:, order], mask[:, order], position[:, order]),
+        order,
+    )
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@settings(deadline=None, max_examples=4, derandomize=True)
+@given(seed=st.integers(0, 10_000))
+def test_what_a_masked_slot_holds_never_changes_a_prediction(name: str, seed: int) -> None:
+    features, mask, position = _bag(seed, 7)
+    other = jnp.where(mask[..., None], features, 1e3 * _bag(seed + 1, 7)[0])
+    _same(_pool(name, features, mask, position), _pool(name, other, mask, position))
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_bags_of_one_instance_and_of_none_have_finite_gradients(name: str) -> None:
+    features, mask, position = _bag(0, 7)
+    mask = jnp.zeros_like(mask).at[0, 3, 1].set(True)
+    graph, state = nnx.split(MODELS[name])
+
+    def loss(state: nnx.State) -> jax.Array:
+        found = nnx.merge(graph, state).pool(features, mask, position, None, jnp.array([1, 2]))
+        return (found.probs**2).sum() + found.instance_loss.sum()
+
+    for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(state)):
+        assert jnp.isfinite(gradient).all()
+    found = _pool(name, features, mask, position)
+    assert float(found.slot_attention[0, 3, 1]) == pytest.approx(1, abs=1e-5)
+    assert float(jnp.abs(found.slot_attention[1]).sum()) == 0
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_attention_sums_to_one_in_every_branch_and_is_zero_where_masked(name: str) -> None:
+    features, mask, position = _bag(3, 7)
+    found = _pool(name, features, mask, position)
+    np.testing.assert_allclose(found.class_attention.sum(axis=(1, 2)), 1, rtol=1e-5)
+    assert (np.asarray(found.slot_attention)[~np.asarray(mask)] == 0).all()
+
+
+def _held(bag: tuple[jax.Array, ...], b: int) -> np.ndarray:
+    return np.asarray(bag[0][b], np.float64)[np.asarray(bag[1][b])]
+
+
+def _weights(name: str) -> dict:
+    return jax.tree.map(lambda value: np.asarray(value, np.float64), params_of(MODELS[name])["aggregator"])
+
+
+def _linear(values: np.ndarray, layer: dict) -> np.ndarray:
+    return values @ layer["kernel"] + layer.get("bias", 0)
+
+
+def _softmax(scores: np.ndarray, axis: int = 0) -> np.ndarray:
+    powers = np.exp(scores - scores.max(axis=axis, keepdims=True))
+    return powers / powers.sum(axis=axis, keepdims=True)
+
+
+def _attention(h: np.ndarray, weights: dict) -> np.ndarray:
+    hidden = np.tanh(_linear(h, weights["content"]))
+    if "gate" in weights:
+        hidden = hidden / (1 + np.exp(-_linear(h, weights["gate"])))
+    return _linear(hidden, weights["score"])
+
+
+def _mean(h: np.ndarray, w: dict) -> np.ndarray:
+    return _linear(h.mean(axis=0), w["classify"])
+
+
+def _max(h: np.ndarray, w: dict) -> np.ndarray:
+    return _linear(h.max(axis=0), w["classify"])
+
+
+def _abmil(h: np.ndarray, w: dict) -> np.ndarray:
+    return _linear(_softmax(_attention(h, w["score"])).T @ h, w["classify"])[0]
+
+
+def _clam(h: np.ndarray, w: dict) -> np.ndarray:
+    h = np.maximum(_linear(h, w["compress"]), 0)
+    embeddings = _softmax(_attention(h, w["score"])).T @ h
+    if len(embeddings) == 1:
+        return _linear(embeddings[0], w["classify"])
+    kernel, bias = w["classify"]["kernel"], w["classify"]["bias"]
+    return np.array([embeddings[c] @ kernel[:, c] + bias[c] for c in range(len(embeddings))])
+
+
+def _dsmil(h: np.ndarray, w: dict) -> np.ndarray:
+    instance = _linear(h, w["instance"])
+    query = np.tanh(_linear(np.maximum(_linear(h, w["query"][0]), 0), w["query"][1]))
+    bags = [_softmax(query @ query[c.argmax()] / np.sqrt(query.shape[1])) @ h for c in instance.T]
+    return (instance.max(axis=0) + _linear(np.concatenate(bags), w["bag"])) / 2
+
+
+FORMULAS = {
+    "mean": _mean,
+    "max": _max,
+    "abmil": _abmil,
+    "gated_abmil": _abmil,
+    "clam_sb": _clam,
+    "clam_mb": _clam,
+    "dsmil": _dsmil,
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_logits_equal_the_published_formula_in_float64(name: str) -> None:
+    bag = _bag(11, 7)
+    found = _pool(name, *bag)
+    for b in range(2):
+        np.testing.assert_allclose(found.logits[b], FORMULAS[name](_held(bag, b), _weights(name)), rtol=1e-5, atol=1e-6)
+
+
+def _layer_norm(values: np.ndarray, w: dict) -> np.ndarray:
+    centred = values - values.mean(axis=-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-6) * w["scale"] + w["bias"]
+
+
+def _nystrom(tokens: np.ndarray, w: dict, heads: int) -> np.ndarray:
+    count, width = tokens.shape
+    landmarks, channels = width // 2, width // heads
+    stretch = -(-count // landmarks)
+    parts = _linear(_layer_norm(tokens, w["norm"]), w["project"]).reshape(count, 3, heads, channels)
+    seen = []
+    for head in range(heads):
+        q, k, v = parts[:, 0, head] / np.sqrt(channels), parts[:, 1, head], parts[:, 2, head]
+        means = [np.stack([x[i : i + stretch].mean(axis=0) for i in range(0, count, stretch)]) for x in (q, k)]
+        first, second, third = (
+            _softmax(q @ means[1].T, 1),
+            _softmax(means[0] @ means[1].T, 1),
+            _softmax(means[0] @ k.T, 1),
+        )
+        inverse = second.T / (np.abs(second).sum(axis=1).max() * np.abs(second).sum(axis=0).max())
+        one = np.eye(len(second))
+        for _ in range(6):
+            x = second @ inverse
+            inverse = 0.25 * inverse @ (13 * one - x @ (15 * one - x @ (7 * one - x)))
+        padded = np.pad(v, ((16, 16), (0, 0)))
+        convolved = np.stack([w["residual"][:, 0, head] @ padded[i : i + 33] for i in range(count)])
+        seen.append(first @ inverse @ third @ v + convolved)
+    return tokens + _linear(np.stack(seen, axis=1).reshape(count, width), w["merge"])
+
+
+def _transmil(h: np.ndarray, w: dict) -> np.ndarray:
+    h = np.maximum(_linear(h, w["compress"]), 0)
+    side = int(np.ceil(np.sqrt(len(h))))
+    tokens = np.concatenate([w["token"][None], h, h[: side**2 - len(h)]])
+    tokens = _nystrom(tokens, w["layers"][0], heads=2)
+    square = tokens[1:].reshape(side, side, -1)
+    encoded = square.copy()
+    for convolution, size in zip(w["positions"].values(), (7, 5, 3), strict=True):
+        padded = np.pad(square, ((size // 2, size // 2), (size // 2, size // 2), (0, 0)))
+        for y, x in np.ndindex(side, side):
+            encoded[y, x] += (padded[y : y + size, x : x + size] * convolution["kernel"][:, :, 0]).sum(axis=(0, 1))
+        encoded += convolution["bias"]
+    tokens = _nystrom(np.concatenate([tokens[:1], encoded.reshape(side**2, -1)]), w["layers"][1], heads=2)
+    return _linear(_layer_norm(tokens[0], w["norm"]), w["classify"])
+
+
+def test_transmil_equals_its_formula_over_instances_in_the_order_of_the_tissue() -> None:
+    features, mask, position = _bag(12, 7)
+    found = _pool("transmil", features, mask, position)
+    for b in range(2):
+        order = np.lexsort(np.asarray(position[b]).T)
+        bag = (features[:, order], mask[:, order])
+        np.testing.assert_allclose(
+            found.logits[b], _transmil(_held(bag, b), _weights("transmil")), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_clam_judges_at_most_half_of_a_bag_each_way_and_learns_from_both_ends() -> None:
+    """With k above half of the bag, as the public code has it, one instance would be positive and negative at once."""
+    model = _model("clam_sb", clam_instances=8)
+    features, mask, position = _bag(5, 1)
+    mask = jnp.zeros_like(mask).at[:, 0, :3].set(True)
+    label = jnp.array([1, 2])
+    found = model.pool(features, mask, position, None, label)
+    w = jax.tree.map(lambda value: np.asarray(value, np.float64), params_of(model)["aggregator"])
+    for b in range(2):
+        h = np.maximum(_linear(_held((features, mask), b), w["compress"]), 0)
+        rank = _attention(h, w["score"])[:, 0].argsort()
+        judged = _linear(h, w["judge"]).reshape(3, 3, 2)
+        total = 0.0
+        for c in range(3):
+            first, last = judged[rank[-1], c], judged[rank[0], c]
+            if c == int(label[b]):
+                total += (np.log1p(np.exp(first[0] + 1 - first[1])) + np.log1p(np.exp(last[1] + 1 - last[0]))) / 2
+            else:
+                total += np.log1p(np.exp(first[1] + 1 - first[0]))
+        np.testing.assert_allclose(found.instance_loss[b], total / 3, rtol=1e-5)
+
+
+def test_attention_between_regions_depends_on_distances_alone() -> None:
+    features, mask, position = _bag(7, 7)
+    near = _pool("hierarchical", features, mask, position)
+    _same(near, _pool("hierarchical", features, mask, position + jnp.array([300.0, 20.0])))
+    assert not np.allclose(near.logits, _pool("hierarchical", features, mask, position * 3).logits, rtol=1e-4)
+
+
+def test_attention_in_blocks_equals_plain_attention_and_keeps_no_matrix_of_all_pairs() -> None:
+    from crcjax.models.attention import attend
+
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((1, 700, 2, 8)).astype(np.float32)) for _ in range(3))
+    mask = jnp.asarray(rng.random((1, 700)) < 0.8)
+
+    def plain(query: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bqhc,bkhc->bhqk", query, key) / np.sqrt(8)
+        return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf)), value)
+
+    def blocked(query: jax.Array) -> jax.Array:
+        return attend(query, key, value, mask, block=64)
+
+    np.testing.assert_allclose(blocked(query), plain(query), rtol=1e-4, atol=1e-5)
+    gradients = [jax.jit(jax.grad(lambda query, f=f: (f(query) ** 2).sum())) for f in (blocked, plain)]
+    np.testing.assert_allclose(*(gradient(query) for gradient in gradients), rtol=1e-4, atol=1e-5)
+    memory = [gradient.lower(query).compile().memory_analysis().temp_size_in_bytes for gradient in gradients]
+    assert memory[0] < memory[1] / 4

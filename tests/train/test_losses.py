@@ -1,0 +1,72 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from crcjax.config import get_config
+from crcjax.errors import InputError
+from crcjax.models.mil import build_model
+from crcjax.train.losses import bag_losses, check_loss, evidential, focal, misleading_evidence, weighted_mean
+
+LOGITS = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+TARGET = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+ALPHA = jnp.array([[5.0, 1.5, 2.0], [1.2, 9.0, 3.0]])
+
+
+def test_focal_loss_with_gamma_zero_is_cross_entropy_and_else_turns_from_easy_bags() -> None:
+    log_p = np.log(np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True))
+    own = log_p[[0, 1], [0, 2]]
+    np.testing.assert_allclose(focal(LOGITS, TARGET, 0.0), -own, rtol=1e-5)
+    np.testing.assert_allclose(focal(LOGITS, TARGET, 2.0), -((1 - np.exp(own)) ** 2) * own, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("digamma_form", "loss"),
+    [(False, lambda p: ((np.asarray(TARGET)[:, None] - p) ** 2).sum(-1)), (True, None)],
+)
+def test_evidential_losses_are_expectations_under_the_dirichlet(digamma_form: bool, loss) -> None:
+    rng = np.random.default_rng(0)
+    drawn = np.stack([rng.dirichlet(alpha, 400_000) for alpha in np.asarray(ALPHA, np.float64)])
+    loss = loss or (lambda p: -(np.asarray(TARGET)[:, None] * np.log(p)).sum(-1))
+    np.testing.assert_allclose(evidential(ALPHA, TARGET, digamma_form=digamma_form), loss(drawn).mean(1), rtol=0.01)
+
+
+def test_the_kl_term_sees_misleading_evidence_alone() -> None:
+    found = misleading_evidence(ALPHA, TARGET)
+    more = misleading_evidence(ALPHA + 100 * TARGET, TARGET)
+    np.testing.assert_allclose(found, more, rtol=1e-6)
+    np.testing.assert_allclose(misleading_evidence(jnp.ones((2, 3)), TARGET), 0, atol=1e-5)
+    for b in range(2):
+        rest = np.where(np.asarray(TARGET[b]) == 1, 1.0, np.asarray(ALPHA[b], np.float64))
+        drawn = np.random.default_rng(1).dirichlet(rest, 200_000)
+        drawn = np.clip(drawn, 1e-12, None) / np.clip(drawn, 1e-12, None).sum(1, keepdims=True)
+        ratio = stats.dirichlet.logpdf(drawn.T, rest) - stats.dirichlet.logpdf(drawn.T, np.ones(3))
+        np.testing.assert_allclose(found[b], ratio.mean(), rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("loss", "head"), [("cross_entropy", "softmax"), ("focal", "softmax"), ("evidential_digamma", "evidential")]
+)
+def test_every_loss_has_gradients_also_for_large_and_for_no_evidence(loss: str, head: str) -> None:
+    config = get_config()
+    config.model.head, config.train.loss, config.model.mil = head, loss, "clam_mb"
+    config.model.width, config.model.features, config.model.attention = 4, 16, 8
+    check_loss(loss, head)
+    model = build_model(config.model, 3, 0)
+
+    def total(scale: jax.Array) -> jax.Array:
+        features = scale * jnp.ones((2, 4, 1, 16)) * jnp.array([1.0, -1.0])[:, None, None, None]
+        found = model.pool(features, jnp.ones((2, 4, 1), bool), None, None, jnp.array([0, 2]))
+        return weighted_mean(bag_losses(found, jnp.array([0, 2]), 50, config.train), jnp.ones(2))
+
+    for scale in (0.0, 1.0, 1e4):
+        assert np.isfinite(jax.grad(total)(scale))
+
+
+def test_unknown_losses_and_those_of_the_other_head_are_refused() -> None:
+    with pytest.raises(InputError, match=r"config\.train\.loss 'hinge': choose one of"):
+        check_loss("hinge", "softmax")
+    for loss, head in (("evidential", "softmax"), ("focal", "evidential")):
+        with pytest.raises(InputError, match=rf"'{loss}' does not go with config\.model\.head '{head}'"):
+            check_loss(loss, head)
