@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.encoder = "compact"  # the tile encoder, trained end to end from pixels
+    model.encode_regions = 64  # of each bag encoded at a time in training; memory grows with it, not with the bag
     model.width = 32  # channels of the encoder's first stage; doubles per stage
     model.features = 128  # numbers per instance
     model.mil = "gated_abmil"  # mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil, transmil, hierarchical

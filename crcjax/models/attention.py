@@ -63,13 +63,14 @@ def attend(
     *,
     block: int = 512,
 ) -> Float[Array, "batch instance head channel"]:
-    """Softmax attention over unmasked instances, `block` queries at a time.
+    """Softmax attention over unmasked instances, at most `block` queries at a time.
 
     No [instance, instance] matrix is kept: each block's is made again in the backward pass.
     """
     batch, count, heads, channels = query.shape
     blocks = -(-count // block)
-    padded = jnp.pad(query, ((0, 0), (0, blocks * block - count), (0, 0), (0, 0)))
+    size = -(-count // blocks)
+    padded = jnp.pad(query, ((0, 0), (0, blocks * size - count), (0, 0), (0, 0)))
     chunks = jnp.moveaxis(padded.reshape(batch, blocks, -1, heads, channels), 1, 0)
 
     @partial(jax.checkpoint, prevent_cse=False)

@@ -74,6 +74,7 @@ class MILModel(nnx.Module):
             raise InputError(f"config.model.features {config.features} is no multiple of 4 x {config.heads} heads")
         dtype = DTYPES[config.dtype]
         self.dropout = config.dropout
+        self.encode_regions = config.encode_regions
         self.head = HEADS[config.head]
         self.encoder = build_encoder(config, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(config.features, rngs=rngs)
@@ -131,9 +132,29 @@ class MILModel(nnx.Module):
         position: Float32[Array, "batch region 2"] | None = None,
         key: Key[Array, ""] | None = None,
         label: Int[Array, " batch"] | None = None,
+        prepare: Callable[[Array, Int[Array, ""] | int], Array] = lambda pixels, first: pixels,
     ) -> Prediction:
-        """The prediction from a bag's pixels."""
-        return self.pool(self.encode(pixels), mask, position, key, label)
+        """The prediction from a bag's pixels, encoded `config.encode_regions` regions at a time.
+
+        `prepare` is given the pixels of some regions and the number of the first, and returns them as the encoder shall
+        see them. Of what the encoder computes, the features alone are kept for the backward pass, which encodes again:
+        memory grows with the bag by its features only.
+        """
+        regions = pixels.shape[1]
+        size = min(self.encode_regions, regions)
+
+        def encode_from(first: Int[Array, ""] | int) -> Float32[Array, "batch some slot feature"]:
+            some = jax.lax.dynamic_slice_in_dim(pixels, first, size, axis=1)
+            return self.encode(prepare(some, first))
+
+        if size == regions:
+            return self.pool(encode_from(0), mask, position, key, label)
+        count = -(-regions // size)
+        starts = jnp.minimum(jnp.arange(count) * size, regions - size)  # the last ones overlap where it does not divide
+        parts = jax.lax.map(jax.checkpoint(encode_from), starts)
+        whole = jnp.moveaxis(parts[:-1], 0, 1).reshape(len(mask), (count - 1) * size, *parts.shape[3:])
+        rest = parts[-1][:, count * size - regions :]
+        return self.pool(jnp.concatenate([whole, rest], axis=1), mask, position, key, label)
 
 
 def build_model(config: ConfigDict, classes: int, seed: int, factors: tuple[int, ...] = (1,)) -> MILModel:

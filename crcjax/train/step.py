@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int, UInt8
 from ml_collections import ConfigDict
 
-from crcjax.data.augment import augment
+from crcjax.data.augment import augment, draw_augmentation
 from crcjax.data.bags import Bag
 from crcjax.models.mil import MILModel, Params, Prediction, params_of
 from crcjax.train.losses import bag_losses, weighted_mean
@@ -59,10 +59,18 @@ def build_step(
     def step(state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(seed, state.step))
         label, weight = jnp.asarray(bag.label), jnp.asarray(bag.weight)
-        pixels = augment(augment_key, jnp.asarray(bag.pixels), config.augment)
+        batch, regions, slots = bag.mask.shape
+        drawn = draw_augmentation(augment_key, (batch, regions, slots), config.augment)
 
         def loss_of(params: Params) -> tuple[Array, Prediction]:
-            prediction = nnx.merge(graph, params)(pixels, bag.mask, bag.position, dropout_key, label)
+            prediction = nnx.merge(graph, params)(
+                bag.pixels,
+                bag.mask,
+                bag.position,
+                dropout_key,
+                label,
+                lambda pixels, first: augment(pixels, drawn, first),
+            )
             return weighted_mean(bag_losses(prediction, label, state.step, config.train), weight), prediction
 
         (loss, prediction), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)

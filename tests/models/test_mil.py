@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from crcjax.config import get_config
 from crcjax.errors import InputError
@@ -82,3 +83,39 @@ def test_evidence_gives_probabilities_and_a_vacuity_that_falls_with_it() -> None
     np.testing.assert_allclose(vacuity, 3 / alpha.sum(axis=1), rtol=1e-6)
     assert float(vacuity[0]) == pytest.approx(1)
     assert float(vacuity[2]) < float(vacuity[1]) < 0.5
+
+
+def _end_to_end(regions: int, encode_regions: int):
+    """The jitted gradient of a model from pixels, its parameters and its bag."""
+    config = get_config().model
+    config.width, config.features, config.attention, config.encode_regions = 8, 16, 8, encode_regions
+    model = build_model(config, 3, 0)
+    graph, state = nnx.split(model)
+    pixels, mask = _pixels(9, 1, regions, 1), jnp.ones((1, regions, 1), bool)
+
+    def loss(state: nnx.State, pixels: jax.Array, mask: jax.Array) -> jax.Array:
+        found = nnx.merge(graph, state)(pixels, mask, prepare=lambda some, first: 255.0 - some)
+        return jax.nn.logsumexp(found.logits[0]) - found.logits[0, 1]
+
+    return jax.jit(jax.grad(loss)), (state, pixels, mask)
+
+
+@pytest.mark.parametrize("regions", [12, 13])
+def test_encoding_in_chunks_gives_the_gradient_of_encoding_at_once(regions: int) -> None:
+    results = []
+    for encode_regions in (regions, 4):
+        gradient, arguments = _end_to_end(regions, encode_regions)
+        results.append(jax.tree.leaves(gradient(*arguments)))
+    for whole, chunked in zip(*results, strict=True):
+        np.testing.assert_allclose(chunked, whole, rtol=1e-5, atol=1e-5 * float(jnp.abs(whole).max()))
+
+
+def test_memory_grows_with_the_bag_by_its_features_alone() -> None:
+    temporary = {}
+    for regions in (64, 256):
+        gradient, arguments = _end_to_end(regions, 8)
+        temporary[regions] = gradient.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    slope = (temporary[256] - temporary[64]) / (256 - 64)
+    print(f"{slope:.0f} bytes a region")
+    # Features, their normalised copies and gradients: tens of numbers; a tile's activations are tens of thousands.
+    assert slope < 64 * 16 * 4
