@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from crcjax.slides.tiling import RegionTiles, TilePlan, TilingParams, plan_tiles
 SIZE_PX = (10240, 8192)
 THREADS = len(os.sched_getaffinity(0))
 DRAW = 32  # regions a random reading, as a training step draws them of one slide
+ROUNDS = 3
 COMMAND = "python tools/bench_store.py"
 Reader = Callable[[np.ndarray], np.ndarray]
 
@@ -34,8 +36,7 @@ def write_store(folder: Path, slide: Slide, plan: TilePlan, tiles: RegionTiles, 
     with StoreWriter(folder, mode, slide, plan, mode, THREADS) as writer:
         for start in range(0, len(tiles.mask), step):
             part = slice(start, start + step)
-            # As tiling does, every shard comes in an array of its own.
-            writer.write(start, replace(tiles, **{name: values[part].copy() for name, values in vars(tiles).items()}))
+            writer.write(start, replace(tiles, **_chosen(tiles, part)))
         writer.commit()
     return open_store(folder, mode).read_pixels
 
@@ -50,8 +51,9 @@ def write_hdf5(path: Path, tiles: np.ndarray, **compression: object) -> Reader:
     opened = h5py.File(path)["imgs"]
 
     def read(chosen: np.ndarray) -> np.ndarray:
-        order, back = np.unique(chosen, return_inverse=True)  # h5py takes rising indices alone
-        return opened[order][back]
+        if (np.diff(chosen) == 1).all():
+            return opened[chosen[0] : chosen[-1] + 1]
+        return np.stack([opened[i] for i in chosen])  # thirty times as fast as h5py's own list of indices
 
     return read
 
@@ -68,10 +70,10 @@ def write_hdf5_jpeg(path: Path, tiles: np.ndarray) -> Reader:
     opened = h5py.File(path)["imgs"]
 
     def read(chosen: np.ndarray) -> np.ndarray:
-        order, back = np.unique(chosen, return_inverse=True)
-        pixels = np.empty((len(order), *tiles.shape[1:]), np.uint8)
-        list(pool.map(lambda row, out: simplejpeg.decode_jpeg(row, "RGB", buffer=out), opened[order], pixels))
-        return pixels[back]
+        pixels = np.empty((len(chosen), *tiles.shape[1:]), np.uint8)
+        streams = (opened[i] for i in chosen)
+        list(pool.map(lambda stream, out: simplejpeg.decode_jpeg(stream, "RGB", buffer=out), streams, pixels))
+        return pixels
 
     return read
 
@@ -92,11 +94,20 @@ def main() -> None:
         path = paint_slide(folder / "slide.svs", SlideSpec("immune", 0, size_px=SIZE_PX), workers=THREADS)
         with open_slide(path) as slide:
             plan = plan_tiles(slide, TilingParams())
-            plans = {"on": plan, "off": replace(plan, origin=plan.origin + np.int32(24))}
+            plans = {"on": plan, "off": replace(plan, origin=plan.origin + np.int32(13))}
             tiles = {grid: read_regions(slide, shifted, 0, len(plan.origin)) for grid, shifted in plans.items()}
+            kept = tiles["on"].mask[:, 0] & tiles["off"].mask[:, 0]
+            plans = {grid: replace(shifted, **_chosen(shifted, kept)) for grid, shifted in plans.items()}
+            tiles = {grid: replace(read, **_chosen(read, kept)) for grid, read in tiles.items()}
             _forms(folder, slide, plans, tiles)
-        pictures = {"painted": tiles["off"].pixels[tiles["off"].mask][:300]} | _real_tiles()
+        pictures = {"painted": tiles["off"].pixels[:100, 0]} | _real_tiles()
         _qualities(pictures)
+
+
+def _chosen(regions: TilePlan | RegionTiles, part: slice | np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of some regions."""
+    names = ("origin", "mask") if isinstance(regions, TilePlan) else vars(regions)
+    return {name: getattr(regions, name)[part] for name in names}
 
 
 def _forms(folder: Path, slide: Slide, plans: dict[str, TilePlan], tiles: dict[str, RegionTiles]) -> None:
@@ -116,47 +127,49 @@ def _forms(folder: Path, slide: Slide, plans: dict[str, TilePlan], tiles: dict[s
         "none: read from the slide, on its grid": ("HDF5, JPEG", ours("none", "on")),
         "none: read from the slide, off its grid": ("HDF5, JPEG", ours("none", "off")),
     }
-    rows: dict[str, dict] = {}
-    for form, (rival, write) in forms.items():
-        place = folder / f"form{len(rows)}"
-        place.mkdir()
-        start = time.monotonic()
-        read = write(place)
-        seconds = time.monotonic() - start
-        kept = int(tiles["on" if "own" in form or "on its" in form else "off"].mask.sum())
-        stored = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-        row = {"form": form, "bytes/tile": stored / kept, "write tiles/s": kept / seconds} | _read_rates(read, images)
-        against = rows.get(rival)
-        figures = ("write tiles/s", "sequential tiles/s", "random tiles/s")
-        ratios = [f"{row[figure] / against[figure]:.2g}" for figure in figures] if against else []
-        rows[form] = row | {"times the rival (write, sequential, random)": f"{', '.join(ratios)} × {rival}" * bool(rival)}
+    rows: dict[str, dict] = {form: {"form": form} for form in forms}
+    for _ in range(ROUNDS):  # one form after the other, so that a busy moment of the machine spares none or all
+        for form, (_, write) in forms.items():
+            place = folder / "form"
+            place.mkdir()
+            start = time.monotonic()
+            read = write(place)
+            seconds = {"write tiles/s": (time.monotonic() - start) / len(images)} | _read_seconds(read, len(images))
+            stored = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+            rows[form]["bytes/tile"] = stored / len(images)
+            for figure, value in seconds.items():
+                rows[form][figure] = max(rows[form].get(figure, 0.0), 1 / value)
+            shutil.rmtree(place)
+    for form, (rival, _) in forms.items():
+        ratios = [f"{rows[form][figure] / rows[rival][figure]:.2g}" for figure in seconds] if rival else []
+        rows[form]["ratio (write, sequential, random)"] = f"{', '.join(ratios)} of {rival}" * bool(rival)
+    small, large = (rows[form]["bytes/tile"] * 500 * 10_000 / 1e9 for form in ("jpeg, encoded", "lossless"))
     note = (
         f"{len(images)} tiles of 256 px at 20x of a slide painted with {SIZE_PX[0]} x {SIZE_PX[1]} px; write from"
         " pixels in memory to synced files; read with the pages cached, to pixels, sequential 128 tiles at a time,"
-        f" random {DRAW}. Ours and HDF5's JPEG use {THREADS} threads. crcjax tile keeps `jpeg` by default: of the forms that"
-        " need no slide it is the smallest and is read the fastest, and where the slide's own streams serve it loses"
-        " nothing. Ours carry a checksum for every tile."
+        f" random {DRAW}; the best of {ROUNDS} rounds. Ours and HDF5's JPEG use {THREADS} threads; ours carry checksums, HDF5 none. crcjax tile keeps"
+        f" `jpeg` by default: 500 slides of 10,000 tiles take {small:.0f} GB where `lossless` takes {large:.0f} GB, it is"
+        " written faster, and where the slide's own streams serve nothing is lost. `lossless` (and raw HDF5 more"
+        " so) is read faster, but only as long as its many bytes come from memory or a fast disk."
     )
     record("store", COMMAND, list(rows.values()), note)
 
 
-def _read_rates(read: Reader, images: np.ndarray) -> dict[str, float]:
+def _read_seconds(read: Reader, count: int) -> dict[str, float]:
+    """Seconds a tile."""
     rng = np.random.default_rng(0)
     draws = {
-        "sequential tiles/s": [np.arange(i, min(i + 128, len(images))) for i in range(0, len(images), 128)],
-        "random tiles/s": [rng.choice(len(images), DRAW, replace=False) for _ in range(24)],
+        "sequential tiles/s": [np.arange(i, min(i + 128, count)) for i in range(0, count, 128)],
+        "random tiles/s": [rng.choice(count, DRAW, replace=False) for _ in range(24)],
     }
     read(draws["random tiles/s"][0])
-    rates = {}
+    seconds = {}
     for order, chosen in draws.items():
-        seconds = []
-        for _ in range(3):
-            start = time.monotonic()
-            for indices in chosen:
-                read(indices)
-            seconds.append(time.monotonic() - start)
-        rates[order] = sum(map(len, chosen)) / float(np.median(seconds))
-    return rates
+        start = time.monotonic()
+        for indices in chosen:
+            read(indices)
+        seconds[order] = (time.monotonic() - start) / sum(map(len, chosen))
+    return seconds
 
 
 def _real_tiles() -> dict[str, np.ndarray]:
@@ -174,7 +187,7 @@ def _qualities(pictures: dict[str, np.ndarray]) -> None:
     rows = []
     for name, tiles in pictures.items():
         for subsampling in ("420", "444"):
-            for quality in (75, 80, 85, 90, 95):
+            for quality in (80, 85, 90, 95):
                 start = time.monotonic()
                 streams = [_encode(tile, quality, subsampling) for tile in tiles]
                 encoded = time.monotonic()
@@ -187,7 +200,7 @@ def _qualities(pictures: dict[str, np.ndarray]) -> None:
                         "subsampling": subsampling,
                         "quality": quality,
                         "bytes/tile": float(np.mean([len(stream) for stream in streams])),
-                        "mean |error|": float(np.abs(error).mean()),
+                        "mean absolute error": float(np.abs(error).mean()),
                         "PSNR dB": float(10 * np.log10(255**2 / (error**2).mean())),
                         "encode tiles/s": len(tiles) / (encoded - start),
                         "decode tiles/s": len(tiles) / (done - encoded),
@@ -197,7 +210,7 @@ def _qualities(pictures: dict[str, np.ndarray]) -> None:
         "One thread. Tiles that the slide's JPEG grid does not serve are encoded at quality"
         f" {JPEG_QUALITY}, {JPEG_SUBSAMPLING}: at equal bytes 4:4:4 errs less than 4:2:0, and stains are told apart by colour."
     )
-    record("jpeg quality", COMMAND, rows, note)
+    record("jpeg_quality", COMMAND, rows, note)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import zlib
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +29,18 @@ MODES = {
 }
 JPEG_QUALITY = 90
 JPEG_SUBSAMPLING = "444"  # stains are told apart by colour: at equal bytes 4:4:4 errs less than 4:2:0
-_SHARD_TILES = 128  # tiles a shard: whole shards are written at once, single tiles are read
+_SHARD_TILES = 128  # tiles a shard at most: whole shards are written at once, single tiles are read
+_SHARD_PIXELS = _SHARD_TILES << 16  # and no more pixels than so many tiles of 256 px have: they are held in memory
 _SHARD_BYTES = 4 << 20
 _CHUNK_BYTES = 16 << 10  # about half a stream: what one tile's reading reads too much
 _UNBOUNDED = (1 << 62) - 2  # TensorStore's longest axis: the streams' total is known at the end
-_OPEN_SLIDES = 32
+_DECODED_TOGETHER = 8  # tiles a task: less, and the handing over shows
+_OPEN_SLIDES = 8  # each holds some decoded tiles a thread
 
 
 def shard_regions(params: TilingParams) -> int:
     """Regions a shard, the unit in which regions are decoded and written."""
-    return max(1, _SHARD_TILES // params.slots)
+    return max(1, min(_SHARD_TILES, _SHARD_PIXELS // params.tile_px**2) // params.slots)
 
 
 class _Writes:
@@ -234,28 +238,36 @@ class JpegReader:
     def read(self, chosen: Int[np.ndarray, " region"]) -> UInt8[np.ndarray, "region slot y x 3"]:
         slots, side = self._params.slots, self._params.tile_px
         pixels = np.zeros((len(chosen), slots, side, side, 3), np.uint8)
-        decoding = []
-        # Neighbours are read as one; what is read first is decoded while the rest is read.
-        runs = np.split(np.arange(len(chosen)), np.flatnonzero(np.diff(chosen) != 1) + 1) if len(chosen) else []
-        bounds = [(self._offset[chosen[run[0]] * slots], self._offset[(chosen[run[-1]] + 1) * slots]) for run in runs]
-        reads = [self._streams[int(start) : int(stop)].read() for start, stop in bounds]
-        for run, (start, _), read in zip(runs, bounds, reads, strict=True):
-            streams = read.result()
-            for i in run:
-                first = chosen[i] * slots
-                own = self._offset[first : first + slots + 1] - start
-                decoding.append(_threads().submit(_decode, streams, own, pixels[i]))
+        regions = self._regions(chosen)
+        step = max(1, _DECODED_TOGETHER // slots)
+        # What is read first is decoded while the rest is read.
+        decoding = [
+            _threads().submit(_decode, list(islice(regions, len(part))), part)
+            for part in (pixels[start : start + step] for start in range(0, len(pixels), step))
+        ]
         for future in decoding:
             future.result()
         return pixels
 
+    def _regions(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For every region bytes that hold its streams, and where each slot's begin in them; neighbours are read as one."""
+        slots = self._params.slots
+        runs = np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1) if len(chosen) else []
+        bounds = [(self._offset[run[0] * slots], self._offset[(run[-1] + 1) * slots]) for run in runs]
+        reads = [self._streams[int(start) : int(stop)].read() for start, stop in bounds]
+        for run, (start, _), read in zip(runs, bounds, reads, strict=True):
+            streams = read.result()
+            for first in run * slots:
+                yield streams, self._offset[first : first + slots + 1] - start
 
-def _decode(streams: np.ndarray, offset: np.ndarray, out: np.ndarray) -> None:
-    for slot in np.flatnonzero(np.diff(offset)):
-        stream = streams[offset[slot] : offset[slot + 1]]
-        tile = simplejpeg.decode_jpeg(stream, "RGB", buffer=out[slot], strict=True)
-        if tile.shape != out[slot].shape:
-            raise ValueError(f"pixels/streams: a tile has the shape {tile.shape}")
+
+def _decode(regions: list[tuple[np.ndarray, np.ndarray]], out: np.ndarray) -> None:
+    for (streams, offset), tiles in zip(regions, out, strict=True):
+        for slot in np.flatnonzero(np.diff(offset)):
+            stream = streams[offset[slot] : offset[slot + 1]]
+            tile = simplejpeg.decode_jpeg(stream, "RGB", buffer=tiles[slot], strict=True)
+            if tile.shape != tiles[slot].shape:
+                raise ValueError(f"pixels/streams: a tile has the shape {tile.shape}")
 
 
 class SlideReader:

@@ -96,6 +96,19 @@ def test_where_the_grids_agree_the_slides_own_streams_decode_to_the_pixels_of_op
                 np.testing.assert_array_equal(region[slot], expected)
 
 
+@pytest.mark.real_data
+def test_so_do_those_of_a_real_slide(real_data: Path, tmp_path: Path) -> None:
+    path = real_data / "slides" / "aperio_cmu-1-small-region.svs"
+    store = _tile(path, tmp_path, "jpeg", TilingParams(("20x",), tile_px=240))
+    inside = (store.origin + 240 <= store.info.size).all(axis=1)
+    assert store.attributes["jpeg"]["own_streams"] == (store.mask[:, 0] & inside).sum() > 20
+    pixels = _all(store)[:, 0]
+    with openslide.OpenSlide(path) as slide:
+        for region in np.flatnonzero(store.mask[:, 0] & inside):
+            expected = np.asarray(slide.read_region(store.origin[region].tolist(), 0, (240, 240)))[..., :3]
+            np.testing.assert_array_equal(pixels[region], expected)
+
+
 def test_the_entropy_coded_bytes_of_an_own_stream_are_those_of_the_file(small_slide: Path, tmp_path: Path) -> None:
     store, file = _tile(small_slide, tmp_path, "jpeg", OWN), small_slide.read_bytes()
     for region, slot in np.argwhere(store.mask[:, 1:]):
