@@ -1,5 +1,8 @@
 """Each aggregator against its formula written out in NumPy, and what none of them may do."""
 
+from pathlib import Path
+
+import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -281,3 +284,19 @@ def test_attention_in_blocks_equals_plain_attention_and_keeps_no_matrix_of_all_p
     np.testing.assert_allclose(*(gradient(query) for gradient in gradients), rtol=1e-4, atol=1e-5)
     memory = [gradient.lower(query).compile().memory_analysis().temp_size_in_bytes for gradient in gradients]
     assert memory[0] < memory[1] / 4
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_real_slides_features_go_through_every_model(name: str, real_data: Path) -> None:
+    for path in sorted((real_data / "mil" / "wsi_features").glob("*.h5")):
+        with h5py.File(path) as file:
+            features = np.asarray(file["feats" if "feats" in file else "features"], np.float32)
+            place = np.asarray(file["coords"], np.float32) if "coords" in file else None
+        config = get_config().model
+        config.features, config.mil = 512, name
+        model = build_model(config, 3, 0)
+        position = jnp.asarray(place / 256)[None] if place is not None else None
+        found = model.pool(jnp.asarray(features)[None, :, None], jnp.ones((1, len(features), 1), bool), position)
+        assert np.isfinite(found.logits).all()
+        np.testing.assert_allclose(found.region_attention.sum(), 1, rtol=1e-4)
