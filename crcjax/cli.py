@@ -12,10 +12,18 @@ os.environ.setdefault("PJRT_NPROC", "16")
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from crcjax.errors import CrcjaxError, InputError, OutputError
+from crcjax.errors import CrcjaxError, InputError, OutputError, SlideError
 
 if TYPE_CHECKING:
     from crcjax.data.cohort import SlideRow
@@ -39,6 +47,10 @@ CohortFile = Annotated[
 ]
 Mpp = Annotated[
     float | None, typer.Option(help="µm per level-0 pixel, for slides that do not state it or state it wrongly")
+]
+PseudonymKey = Annotated[
+    Path | None,
+    typer.Option(help="file of a secret key: slides and cases appear under pseudonyms, and no path is kept or shown"),
 ]
 
 
@@ -68,34 +80,138 @@ def tile(
     tile_px: Annotated[int, typer.Option(help="side of a tile in pixels")] = 256,
     mpp: Mpp = None,
     pixels: Annotated[
-        Literal["jpeg", "lossless"], typer.Option(help="keep tiles as JPEG streams, or as they were read")
+        Literal["jpeg", "lossless"],
+        typer.Option(help="JPEG streams (the slide's own if grids agree), or the bits as read, 7 times larger"),
     ] = "jpeg",
     no_pixels: Annotated[
-        bool, typer.Option("--no-pixels", help="keep no tiles: read them from the slide, which must not move")
+        bool, typer.Option("--no-pixels", help="keep no tiles: training reads them from the slide, which must not move")
     ] = False,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="NAME=NUMBER, a limit of quality control such as max_pen=0.3; repeatable")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="cores to use; all by default")] = None,
+    executor: Annotated[
+        Literal["processes", "ray"], typer.Option(help="processes here, or the CPUs of a running Ray cluster")
+    ] = "processes",
+    shard: Annotated[str | None, typer.Option(help="I/N: only part I, from 1 to N, of the slides (see above)")] = None,
+    slide_timeout_s: Annotated[float | None, typer.Option(help="give up a slide that takes longer")] = None,
+    slide_memory_gib: Annotated[float | None, typer.Option(help="give up a slide whose worker takes more")] = None,
+    pseudonym_key: PseudonymKey = None,
 ) -> None:
-    """Cuts slides into tiles, in a store that training reads. Started again, it does what is missing."""
-    from crcjax.slides.executor import TileJob, tile_slides
-    from crcjax.slides.tiling import TilingParams
+    """Cuts slides into tiles, in a store that training reads. Started again, it does what is missing.
 
-    params = TilingParams(tuple(mag.split(",")), tile_px)
-    jobs = [TileJob(slide_id, path, mpp) for slide_id, _, path in _slides(slides, cohort)]
-    with _progress() as progress:
-        task = progress.add_task("tiling", total=len(jobs))
+    Several runs may share a store, such as those of a SLURM array:
+
+    sbatch --array=1-16 --wrap 'crcjax tile SLIDES --out STORE --shard $SLURM_ARRAY_TASK_ID/16'
+
+    STORE/manifest.jsonl has every slide's outcome.
+    """
+    from crcjax.slides.executor import Outcome, TileJob, shard_of, size_of, tile_slides
+    from crcjax.slides.quality import parse_limits
+    from crcjax.slides.tiling import TilingParams
+    from crcjax.slides.workers import JobLimits
+
+    if no_pixels and pseudonym_key:
+        raise InputError("--no-pixels keeps the slides' paths, which --pseudonym-key hides; keep the pixels")
+    params = TilingParams(tuple(mag.split(",")), tile_px, quality=parse_limits(limit or ()))
+    named = _slides(slides, cohort, pseudonym_key)
+    jobs = [TileJob(slide_id, path, mpp, names_path=not pseudonym_key) for slide_id, _, path in named]
+    if shard is not None:
+        jobs = shard_of(jobs, shard)
+    # The largest come first: by their number alone, the time that is left would be guessed too long.
+    sizes = {job.slide_id: size_of(job) or 1 for job in jobs}
+    columns = ("{task.fields[slides]} of {task.fields[of]} slides", "{task.fields[speed]:.0f} tiles/s")
+    with _progress(*columns) as progress:
+        task = progress.add_task("tiling", total=sum(sizes.values()), slides=0, of=len(jobs), speed=0.0)
+        tiles = 0
+
+        def show(outcome: Outcome) -> None:
+            nonlocal tiles
+            tiles += outcome.tiles if outcome.status == "tiled" else 0
+            shown = progress.tasks[0]
+            speed = tiles / (shown.elapsed or 1.0)
+            progress.update(task, advance=sizes[outcome.slide_id], slides=shown.fields["slides"] + 1, speed=speed)
+
         outcomes = tile_slides(
             jobs,
             out,
             params,
             workers=workers,
             pixels="none" if no_pixels else pixels,
-            on_outcome=lambda outcome: progress.advance(task),
+            executor=executor,
+            limits=JobLimits(slide_timeout_s, slide_memory_gib),
+            on_outcome=show,
         )
     failed = [outcome for outcome in outcomes if not outcome.succeeded]
     for outcome in failed:
         _say.print(f"{outcome.status}: {outcome.path}: {outcome.reason}", markup=False)
     tiles = sum(outcome.tiles for outcome in outcomes)
     _say.print(f"{len(outcomes) - len(failed)} of {len(outcomes)} slides tiled, {tiles} tiles in {out}", markup=False)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def overview(
+    store: Annotated[Path, typer.Argument(help="the --out of crcjax tile")],
+    cohort: Annotated[
+        Path | None, typer.Option(help="CSV with slide_id, case_id, site and scanner: only its slides, by site")
+    ] = None,
+) -> None:
+    """Writes STORE/overview/index.html: every slide's contact sheet, quality and verdict."""
+    from crcjax.data.cohort import load_cohort
+    from crcjax.slides.overview import write_overview
+
+    rows = load_cohort(cohort, None).rows if cohort else ()
+    places = {row.slide_id: ", ".join(filter(None, (row.site, row.scanner))) for row in rows}
+    _say.print(f"{write_overview(store, places if cohort else None)}", markup=False)
+
+
+@app.command()
+def embed(
+    store: Annotated[Path, typer.Argument(help="the --out of crcjax tile")],
+    encoder: Annotated[str, typer.Option(help="a name of docs/encoders.md, such as uni2-h")],
+    weights: Annotated[Path, typer.Option(help="the encoder's weights, a local .safetensors, .bin or .pth")],
+    mag: Annotated[
+        str | None, typer.Option(help="magnifications to embed; by default the nearest to the encoder's resolution")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="tiles at a time; by default what memory allows")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="of the computation; bfloat16 but on CPUs")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="threads that decode; all cores by default")] = None,
+) -> None:
+    """Computes the features of all tiles with a published encoder, on all devices, into the store.
+
+    Started again, it does what is missing.
+    """
+    from crcjax.infer.embed import View, embed_store
+
+    with _progress() as progress:
+        task = progress.add_task("embedding", total=None)
+
+        def start(view: View, slides: int, tiles: int) -> None:
+            progress.update(task, total=slides)
+            if view.warning:
+                _say.print(f"warning: {view.warning}", markup=False)
+            _say.print(f"{', '.join(view.magnifications)}, {tiles} tiles a batch", markup=False)
+
+        outcomes = embed_store(
+            store,
+            encoder,
+            weights,
+            batch=batch,
+            magnifications=mag.split(",") if mag else (),
+            dtype=dtype,
+            threads=workers,
+            on_start=start,
+            on_slide=lambda outcome: progress.advance(task),
+        )
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for outcome in failed:
+        _say.print(f"failed: {outcome.slide_id}: {outcome.reason}", markup=False)
+    tiles, seconds = sum(outcome.tiles for outcome in outcomes), sum(outcome.seconds for outcome in outcomes)
+    speed = f", {tiles / seconds:.1f} tiles/s" if seconds else ""
+    _say.print(f"{len(outcomes) - len(failed)} of {len(outcomes)} slides have {encoder}{speed}", markup=False)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -107,19 +223,22 @@ def predict(
     cohort: CohortFile = None,
     mpp: Mpp = None,
     workers: Annotated[int | None, typer.Option(min=1, help="threads that decode; all cores by default")] = None,
+    pseudonym_key: PseudonymKey = None,
 ) -> None:
     """Predicts the subtype of slides with a trained run."""
     from crcjax.infer.pipeline import PredictJob, predict_slides
     from crcjax.infer.predictor import Predictor
 
-    jobs = [PredictJob(slide_id, case_id, path, mpp) for slide_id, case_id, path in _slides(slides, cohort)]
+    jobs = [
+        PredictJob(slide_id, case_id, path, mpp) for slide_id, case_id, path in _slides(slides, cohort, pseudonym_key)
+    ]
     predictor = Predictor(run)
     with _progress() as progress:
         task = progress.add_task("predicting", total=len(jobs))
         rows = predict_slides(predictor, jobs, out, threads=workers, on_row=lambda row: progress.advance(task))
     failed = [(job, row) for job, row in zip(jobs, rows, strict=True) if row["status"] != "ok"]
     for job, row in failed:
-        _say.print(f"{row['status']}: {job.path}: {row['reason']}", markup=False)
+        _say.print(f"{row['status']}: {job.slide_id if pseudonym_key else job.path}: {row['reason']}", markup=False)
     _say.print(f"{len(rows) - len(failed)} of {len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
     raise typer.Exit(1 if failed else 0)
 
@@ -136,6 +255,58 @@ def validate(
 
     write_report(predictions, cohort, out, truth)
     _say.print(f"{out / 'report.html'}", markup=False)
+
+
+@app.command()
+def deidentify(
+    slides: Annotated[list[Path], typer.Argument(metavar="SLIDE_OR_FOLDER...", help="Aperio, tiled TIFF or DICOM")],
+    out: Annotated[Path, typer.Option(help="the copy of one slide; with --pseudonym-key a folder")],
+    pseudonym_key: Annotated[
+        Path | None, typer.Option(help="file of a secret key: each copy is named by its slide's pseudonym")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="slides at a time; as many as cores by default")] = None,
+) -> None:
+    """Copies slides without label, macro image and identifying tags; pixels stay bit-identical.
+
+    A report lies beside each copy. Formats that cannot be copied safely are refused. The picture itself is not searched
+    for writing or pen marks. Started again, it does what is missing.
+    """
+    from crcjax.slides.deidentify import Report, deidentify_slides, report_path
+    from crcjax.slides.reader import find_slides
+
+    paths = find_slides(slides)
+    copies = list(zip(paths, _copies(paths, out, pseudonym_key), strict=True))
+    # Under a pseudonym, what is there is this slide's copy.
+    jobs = [(path, copy) for path, copy in copies if not (pseudonym_key and copy.exists())]
+    refused = 0
+    for path, copy, result in deidentify_slides(jobs, workers or len(os.sched_getaffinity(0))):
+        if not isinstance(result, Report):
+            refused += 1
+            _say.print(f"refused: {result if isinstance(result, SlideError) else f'{path}: {result}'}", markup=False)
+            continue
+        _say.print(f"{path}: copied to {copy}, report {report_path(copy).name}", markup=False)
+        for removed in result.removed:
+            _say.print(f"  removed: {removed}", markup=False)
+        _say.print(f"  remains: {result.remains}", markup=False)
+    there = f", {len(paths) - len(jobs)} were there" if len(jobs) < len(paths) else ""
+    _say.print(f"{len(jobs) - refused} of {len(paths)} slides copied{there}", markup=False)
+    raise typer.Exit(1 if refused else 0)
+
+
+@app.command()
+def pseudonyms(
+    cohort: Annotated[Path, typer.Argument(help="CSV with slide_id and case_id")],
+    pseudonym_key: Annotated[
+        Path, typer.Option(help="file of a secret key of 32 bytes or more (openssl rand -hex 32)")
+    ],
+    out: Annotated[Path, typer.Option(help="the new CSV: pseudonyms, subtype, site, scanner and split, no paths")],
+    keep: Annotated[list[str] | None, typer.Option(help="a further column to keep; may be repeated")] = None,
+) -> None:
+    """Writes a cohort under the pseudonyms that `tile --pseudonym-key` and `predict --pseudonym-key` use."""
+    from crcjax.data.pseudonyms import load_key, write_pseudonymous
+
+    rows = write_pseudonymous(cohort, load_key(pseudonym_key), out, keep or ())
+    _say.print(f"{rows} slides in {out}", markup=False)
 
 
 @app.command()
@@ -168,8 +339,21 @@ def doctor() -> None:
     raise typer.Exit(1 if faults else 0)
 
 
-def _slides(paths: list[Path] | None, cohort: Path | None) -> list[tuple[str, str, Path]]:
-    """(slide id, case id, path) of what was named: the cohort's rows, restricted to named paths if there are any."""
+def _slides(
+    paths: list[Path] | None, cohort: Path | None, pseudonym_key: Path | None = None
+) -> list[tuple[str, str, Path]]:
+    """(slide id, case id, path) of what was named, under pseudonyms if there is a key for them."""
+    named = _named_slides(paths, cohort)
+    if pseudonym_key is None:
+        return named
+    from crcjax.data.pseudonyms import load_key, pseudonym
+
+    key = load_key(pseudonym_key)
+    return [(pseudonym(key, slide_id), pseudonym(key, case_id), path) for slide_id, case_id, path in named]
+
+
+def _named_slides(paths: list[Path] | None, cohort: Path | None) -> list[tuple[str, str, Path]]:
+    """The cohort's rows, restricted to named paths if there are any; without a cohort the files' own names."""
     from crcjax.data.cohort import load_cohort
     from crcjax.slides.reader import find_slides, slide_id_of
 
@@ -191,20 +375,32 @@ def _slides(paths: list[Path] | None, cohort: Path | None) -> list[tuple[str, st
     return chosen
 
 
+def _copies(paths: list[Path], out: Path, pseudonym_key: Path | None) -> list[Path]:
+    """Where the copies of slides go: `out` for one slide, or below it, named by pseudonyms."""
+    from crcjax.data.pseudonyms import load_key, pseudonym
+    from crcjax.slides.executor import check_slide_ids
+    from crcjax.slides.reader import slide_id_of
+
+    if pseudonym_key:
+        key = load_key(pseudonym_key)
+        check_slide_ids([(slide_id_of(path), path) for path in paths])
+        suffixes = ["" if path.is_dir() else path.suffix.lower() for path in paths]
+        return [out / (pseudonym(key, slide_id_of(path)) + end) for path, end in zip(paths, suffixes, strict=True)]
+    if len(paths) != 1 or out.is_dir():
+        raise InputError("file names often identify: give --pseudonym-key to name copies, or --out COPY for one slide")
+    return [out]
+
+
 def _path_of(row: SlideRow, cohort: Path) -> Path:
     if row.path is None:
         raise InputError(f"{cohort}: slide {row.slide_id} has no path; fill the column, or name the slides' folder")
     return row.path
 
 
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+def _progress(*texts: str) -> Progress:
+    """A bar with `texts` of the task, or else how many of its parts are done."""
+    parts: list[ProgressColumn] = [TextColumn(text) for text in texts] or [MofNCompleteColumn()]
+    columns = (TextColumn("{task.description}"), BarColumn(), *parts, TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=_say)
 
 

@@ -27,7 +27,9 @@ def get_config() -> ConfigDict:
     augment.stain = 0.15  # standard deviation of the log gain per colour channel in optical density; scanners differ
 
     config.model = model = ConfigDict()
-    model.encoder = "compact"  # the tile encoder, trained end to end from pixels
+    model.encoder = "compact"  # the tile encoder, trained end to end from pixels, or one of docs/encoders.md
+    model.weights = ""  # file of a published encoder's weights, read when training starts
+    model.frozen = True  # a published encoder stays as it is, and the model learns on its features
     model.encode_regions = 64  # of each bag encoded at a time in training; memory grows with it, not with the bag
     model.width = 32  # channels of the encoder's first stage; doubles per stage
     model.features = 128  # numbers per instance
@@ -46,7 +48,7 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 50  # steps between checkpoints; a killed run repeats at most these
     train.log_every = 10  # steps between lines of metrics
     train.keep_best = 1  # checkpoints kept for their validation metric, beside the newest
-    train.loss = "cross_entropy"  # or focal, evidential (sum of squares), evidential_digamma; the last two for that head
+    train.loss = "cross_entropy"  # or focal; for the evidential head evidential (squares) or evidential_digamma
     train.focal_gamma = 2.0  # of the focal loss (Lin 2017); 0 is cross-entropy
     train.annealing_steps = 100  # steps until the evidential loss weighs its KL term fully
     train.instance_weight = 0.3  # of the instance loss of clam (Lu 2021: 0.3) and dsmil (Li 2021: 0.5)

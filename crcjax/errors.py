@@ -13,10 +13,12 @@ class SlideError(CrcjaxError):
     """One slide cannot be used; the other slides of the run go through.
 
     `status` is the word for tables and manifests: one of `missing`, `corrupt`, `unsupported`, `mpp_missing`,
-    `too_coarse`, `no_tissue`.
+    `too_coarse`, `no_tissue`, `storage`. `reason` and `remedy` do not name the path, which may have to stay hidden.
     """
 
     def __init__(self, path: str | PathLike[str], status: str, reason: str, remedy: str):
+        if str(path):
+            reason = reason.replace(str(path), "the file")  # a library's words may name it
         super().__init__(f"{path}: {reason}; {remedy}")
         self.path = str(path)
         self.status = status
@@ -33,3 +35,7 @@ class InputError(CrcjaxError):
 
 class OutputError(CrcjaxError):
     """The output cannot be written (disk full, no permission): the run stops, what is finished is kept."""
+
+
+class BusyError(CrcjaxError):
+    """Another process holds what is needed; it will be free again."""

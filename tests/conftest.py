@@ -1,6 +1,7 @@
 """Fixtures of all tests. jaxtyping's run-time check of signatures is switched on in pyproject.toml."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,12 @@ import pytest
 
 def _required(part: str) -> bool:
     return part in os.environ.get("CRCJAX_REQUIRE", "").split(",")
+
+
+@pytest.fixture(scope="session")
+def required() -> Callable[[str], bool]:
+    """required(part): whether CRCJAX_REQUIRE says that a missing part is a failure, not a skip."""
+    return _required
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +62,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def small_config(painted: Path):
-    """A config that trains on the painted cohort in seconds."""
+def _small_config(painted: Path):
     from crcjax.config import get_config
 
     config = get_config()
@@ -67,3 +72,19 @@ def small_config(painted: Path):
     config.train.steps, config.train.eval_every, config.train.checkpoint_every = 6, 3, 2
     config.train.log_every, config.optimizer.warmup_steps = 1, 2
     return config
+
+
+@pytest.fixture
+def small_config(painted: Path):
+    """A config that trains on the painted cohort in seconds."""
+    return _small_config(painted)
+
+
+@pytest.fixture(scope="session")
+def run(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small trained run, to be read only."""
+    from crcjax.train.loop import train
+
+    path = tmp_path_factory.mktemp("run")
+    train(_small_config(painted), path)
+    return path

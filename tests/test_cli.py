@@ -2,17 +2,18 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from crcjax.slides.painter import SlideSpec, paint_slide
-from crcjax.slides.store import open_store
-from crcjax.train.loop import train
+from crcjax.slides.store import open_store, tiled_slides
 
 COMMAND = [sys.executable, "-m", "crcjax.cli"]
 
@@ -31,21 +32,6 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.svs").write_text("slide_id,case_id\n")
     (folder / "cut.svs").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     return folder
-
-
-@pytest.fixture(scope="module")
-def run(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small trained run."""
-    from crcjax.config import get_config
-
-    config = get_config()
-    config.data.store, config.data.cohort = str(painted / "store"), str(painted / "cohort.csv")
-    config.data.regions, config.data.bags, config.data.region_buckets = 4, 4, (64, 128)
-    config.model.width, config.model.features, config.model.attention = 8, 16, 8
-    config.train.steps, config.optimizer.warmup_steps = 4, 2
-    path = tmp_path_factory.mktemp("run")
-    train(config, path)
-    return path
 
 
 def test_help_is_quick_and_documents_the_exit_statuses() -> None:
@@ -86,6 +72,7 @@ def test_tiling_names_each_bad_slide_finishes_the_good_one_and_exits_1(slides: P
         (["--mag", "20x,30x"], "do not differ by a power of two"),
         (["--tile-px", "4"], "tile_px 4"),
         (["--mpp", "250"], "--mpp 250"),
+        (["--limit", "max_pens=1"], "max_pens"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_status_2(slides: Path, tmp_path: Path, arguments: list, words: str) -> None:
@@ -95,8 +82,27 @@ def test_wrong_arguments_are_one_line_and_status_2(slides: Path, tmp_path: Path,
     assert "Traceback" not in done.stderr
 
 
+def test_limits_decide_what_is_kept_and_the_overview_shows_it(slides: Path, tmp_path: Path) -> None:
+    tile = ("tile", slides / "good.svs", "--mag", "10x", "--tile-px", 64, "--out")
+    assert _crcjax(*tile, tmp_path / "usual").returncode == 0
+    assert _crcjax(*tile, tmp_path / "strict", "--limit", "min_focus=0.4").returncode == 0
+    usual, strict = (open_store(tmp_path / name, "good") for name in ("usual", "strict"))
+    assert 0 < strict.mask.sum() < usual.mask.sum()
+    assert strict.attributes["verdict"]["faults"]["blurred"] > 0
+    refused = _crcjax(*tile, tmp_path / "strict")
+    assert refused.returncode == 2
+    cohort = tmp_path / "cohort.csv"
+    cohort.write_text("slide_id,case_id,site\ngood,1,north\nabsent,2,south\n")
+    shown = _crcjax("overview", tmp_path / "strict", "--cohort", cohort)
+    assert shown.returncode == 0, shown.stderr
+    page = (tmp_path / "strict" / "overview" / "index.html").read_text()
+    assert "north" in page
+    assert "Not in the store: absent" in page
+    assert _crcjax("overview", tmp_path / "nothing").returncode == 2
+
+
 def test_a_full_disk_stops_with_status_3_and_leaves_nothing_that_looks_finished(slides: Path, small_disk: Path) -> None:
-    (small_disk / "filler").write_bytes(bytes(4 * 2**20 - 200_000))
+    (small_disk / "filler").write_bytes(bytes(4 * 2**20 - 50_000))
     done = _crcjax("tile", slides / "good.svs", "--out", small_disk / "store", "--mag", "10x", "--tile-px", 256)
     assert done.returncode == 3, done.stderr
     assert "store: cannot be written (No space left on device)" in done.stderr
@@ -141,7 +147,7 @@ def test_predicting_from_the_file_equals_predicting_from_the_store(painted: Path
     assert (found.mask == store.mask).all()
     forward, pixels = predictor._forward, store.read_pixels(range(len(store.mask)))
     chunks = (pixels[start : start + forward.chunk] for start in range(0, len(pixels), forward.chunk))
-    stored = forward.bag(predictor._params, chunks, store.mask)
+    stored = forward.bag(predictor._params, chunks, store.mask, (store.origin / store.region_px).astype(np.float32))
     np.testing.assert_array_equal(found.prediction.probs, stored.probs)
 
 
@@ -171,3 +177,48 @@ def test_the_doctor_finds_nothing_wrong_here() -> None:
     assert done.returncode == 0, done.stdout
     for words in ("OpenSlide 4", "(cpu)", "disk free", "nothing is wrong"):
         assert words in done.stdout
+
+
+def test_shards_share_a_store_and_what_is_wrong_with_shard_or_cluster_is_one_line(tmp_path: Path) -> None:
+    folder, store = tmp_path / "slides", tmp_path / "store"
+    folder.mkdir()
+    for name in ("a", "b"):
+        paint_slide(folder / f"{name}.svs", SlideSpec("immune", 3, size_px=(800, 640), mpp=1.0))
+    tile = ("tile", folder, "--out", store, "--mag", "10x", "--tile-px", 64)
+    for shard in ("1/2", "2/2"):
+        done = _crcjax(*tile, "--shard", shard, "--slide-timeout-s", 100, "--slide-memory-gib", 4)
+        assert (done.returncode, "1 of 1 slides tiled" in done.stderr) == (0, True)
+    assert "2 of 2 slides tiled" in _crcjax(*tile).stderr
+    wrong = {("--shard", "3/2"): "write I/N with I from 1 to N", ("--executor", "ray"): "--executor ray"}
+    for arguments, words in wrong.items():
+        refused = _crcjax(*tile, *arguments)
+        assert refused.returncode == 2
+        assert words in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert "sbatch --array" in _crcjax("tile", "--help").stdout
+
+
+def test_embedding_refuses_weights_in_one_line_and_writes_features_of_good_ones(painted: Path, tmp_path: Path) -> None:
+    from flax import nnx
+    from safetensors.numpy import save_file
+
+    from crcjax.models.encoders import PRETRAINED
+    from crcjax.models.weights import torch_tensors
+    from crcjax.slides.features import read_features
+
+    stores = map(partial(open_store, painted / "store"), tiled_slides(painted / "store"))
+    name = min(stores, key=lambda opened: opened.mask.sum()).slide_id
+    shutil.copytree(painted / "store" / f"{name}.zarr", tmp_path / "store" / f"{name}.zarr")
+    tensors = torch_tensors(PRETRAINED["imagenet-resnet50-clam"].build(rngs=nnx.Rngs(0)))
+    save_file(tensors, tmp_path / "good.safetensors")
+    tensors.pop("bn1.bias")
+    save_file(tensors, tmp_path / "bad.safetensors")
+    options = ("--encoder", "imagenet-resnet50-clam", "--batch", 16, "--weights")
+    done = {
+        kind: _crcjax("embed", tmp_path / "store", *options, tmp_path / f"{kind}.safetensors")
+        for kind in ("bad", "good")
+    }
+    assert (done["bad"].returncode, done["good"].returncode) == (2, 0), done["good"].stderr
+    assert "does not fit imagenet-resnet50-clam: 1 missing: bn1.bias;" in done["bad"].stderr.splitlines()[-1]
+    assert "1 of 1 slides have imagenet-resnet50-clam" in done["good"].stderr
+    assert read_features(tmp_path / "store", name, "imagenet-resnet50-clam").shape[-1] == 1024

@@ -6,39 +6,12 @@ import argparse
 import os
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-import psutil
-from record import Row, record
+from record import PeakMemory, Row, record
 
 from crcjax.slides.painter import SITES, SUBTYPES, SlideSpec, paint_cohort, paint_slide
-
-
-class PeakMemory:
-    """The largest memory of this process and all below it while the block runs, in MiB, sampled ten times a second."""
-
-    def __enter__(self) -> PeakMemory:
-        self.mib, self._stop = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        here = psutil.Process()
-        while not self._stop.wait(0.1):
-            total = 0
-            for process in (here, *here.children(recursive=True)):
-                try:
-                    total += process.memory_full_info().pss  # what processes share is counted once
-                except psutil.Error:
-                    continue  # it ended meanwhile
-            self.mib = max(self.mib, total / 2**20)
 
 
 def demo_rows(folder: Path, cores: int) -> list[Row]:

@@ -33,12 +33,22 @@ Reader = Callable[[np.ndarray], np.ndarray]
 def write_store(folder: Path, slide: Slide, plan: TilePlan, tiles: RegionTiles, mode: str) -> Reader:
     """One of ours, published and synced."""
     step = shard_regions(plan.params)
-    with StoreWriter(folder, mode, slide, plan, mode, THREADS) as writer:
+    with StoreWriter(folder, mode, slide, plan, mode) as writer, ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(tiles.mask), step):
-            part = slice(start, start + step)
-            writer.write(start, replace(tiles, **_chosen(tiles, part)))
+            part = replace(tiles, **_chosen(tiles, slice(start, start + step)))
+            writer.write(start, _packed(writer, start, part, pool))
         writer.commit()
     return open_store(folder, mode).read_pixels
+
+
+def _packed(writer: StoreWriter, start: int, tiles: RegionTiles, pool: ThreadPoolExecutor) -> RegionTiles:
+    """The tiles as `read_regions` would have packed them."""
+    pack = writer.pack
+    if pack is None:
+        return tiles
+    places = [(start + region, slot) for region, slot in np.argwhere(tiles.mask).tolist()]
+    packed = pool.map(lambda place: pack(*place, tiles.pixels[place[0] - start, place[1]]), places)
+    return replace(tiles, packed=dict(zip(places, packed, strict=True)))
 
 
 def write_hdf5(path: Path, tiles: np.ndarray, **compression: object) -> Reader:
@@ -106,7 +116,7 @@ def main() -> None:
 
 def _chosen(regions: TilePlan | RegionTiles, part: slice | np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of some regions."""
-    names = ("origin", "mask") if isinstance(regions, TilePlan) else vars(regions)
+    names = ("origin", "mask") if isinstance(regions, TilePlan) else ("pixels", "mask", "quality", "reason")
     return {name: getattr(regions, name)[part] for name in names}
 
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import openslide
-import psutil
 import simplejpeg
 import tifffile
-from record import Row, record
+from record import PeakMemory, Row, record
 
-from crcjax.slides.executor import TileJob, run_jobs, tile_slides
+from crcjax.slides.executor import TileJob, tile_slides
 from crcjax.slides.painter import SlideSpec, paint_slide
 from crcjax.slides.reader import open_slide
 from crcjax.slides.tiling import TilingParams, plan_tiles, slot_boxes
+from crcjax.slides.workers import run_jobs
 
 SIZE_PX = (12288, 8192)
 CORES = sorted(os.sched_getaffinity(0))
@@ -58,24 +57,6 @@ def decode_with_libjpeg_turbo(reading: _Reading) -> float:
     return time.monotonic() - start
 
 
-class _PeakMemory(threading.Thread):
-    """The largest resident memory of any worker, sampled."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.mib = 0.0
-        self.done = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        while not self.done.wait(0.02):
-            for child in psutil.Process().children(recursive=True):
-                try:
-                    self.mib = max(self.mib, child.memory_info().rss / 2**20)
-                except psutil.NoSuchProcess:
-                    continue
-
-
 def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -111,12 +92,11 @@ def _measure(slides: list[Path], folder: Path, cores: int, magnifications: tuple
     start = time.monotonic()
     list(run_jobs(read_with_openslide, readings, cores))
     rival = time.monotonic() - start
-    bare = sum(seconds for _, seconds in run_jobs(decode_with_libjpeg_turbo, readings, cores)) / cores
-    memory = _PeakMemory()
-    start = time.monotonic()
-    outcomes = tile_slides([TileJob(path.stem, path) for path in slides], store, params, workers=cores)
-    ours = time.monotonic() - start
-    memory.done.set()
+    bare = sum(done.result for done in run_jobs(decode_with_libjpeg_turbo, readings, cores)) / cores
+    with PeakMemory() as memory:
+        start = time.monotonic()
+        outcomes = tile_slides([TileJob(path.stem, path) for path in slides], store, params, workers=cores)
+        ours = time.monotonic() - start
     assert all(outcome.status == "tiled" for outcome in outcomes), outcomes
     stored = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     tiles = len(boxes) * len(slides)
@@ -127,7 +107,7 @@ def _measure(slides: list[Path], folder: Path, cores: int, magnifications: tuple
         Row(f"tiling {name}", tiles / ours, "tiles/s", bare / ours, "bare libjpeg-turbo"),
         Row(f"openslide {name}", tiles / rival, "tiles/s"),
         Row(f"store {name}", per_tile, "bytes/tile", per_tile / (params.tile_px**2 * 3), "raw RGB"),
-        Row(f"peak memory of a worker {name}", memory.mib, "MiB"),
+        Row(f"peak memory of a worker {name}", memory.worker_mib, "MiB"),
     ]
 
 

@@ -10,9 +10,11 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -31,14 +33,45 @@ class Row:
     against: str = ""
 
 
-def peak_memory_mib(children: bool = False) -> float:
-    """The largest resident memory so far of this process (or of its largest ended child), in MiB."""
-    who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
-    return resource.getrusage(who).ru_maxrss / 1024
+def peak_memory_mib() -> float:
+    """The largest resident memory so far of this process, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class PeakMemory:
+    """The largest memory while the block runs, sampled fifty times a second, in MiB.
+
+    `mib` is of this process and all below it, what they share counted once; `worker_mib` the resident memory of the
+    largest one below it.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self.mib = self.worker_mib = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        here = psutil.Process()
+        while not self._stop.wait(0.02):
+            total = here.memory_full_info().pss
+            for process in here.children(recursive=True):
+                try:
+                    found = process.memory_full_info()
+                except psutil.Error:
+                    continue  # it ended meanwhile
+                total += found.pss
+                self.worker_mib = max(self.worker_mib, found.rss / 2**20)
+            self.mib = max(self.mib, total / 2**20)
 
 
 def record(name: str, command: str, rows: list[Row] | list[dict], note: str = "") -> None:
-    """Prints the rows and writes them to tools/results/NAME.json with machine, versions and date.
+    """Prints the rows, writes them to tools/results/NAME.json with machine, versions and date, and the page anew.
 
     Rows are figures (`Row`) or, where words belong in the table, dictionaries with the same keys each.
     """
@@ -53,7 +86,12 @@ def record(name: str, command: str, rows: list[Row] | list[dict], note: str = ""
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS.parents[1] / "docs" / "benchmarks.md").write_text(page(_results()))
     Console().print(table([result]))
+
+
+def _results() -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
 
 def table(results: list[dict]) -> Table:
@@ -85,7 +123,7 @@ def page(results: list[dict]) -> str:
         "# Benchmarks",
         "",
         "Every figure is printed by the command above its table, and this page is written from `tools/results/*.json`"
-        " by `make bench`. Slides painted by `crcjax.slides.painter` are synthetic: their accuracies say that the software"
+        " whenever one runs. Slides painted by `crcjax.slides.painter` are synthetic: their accuracies say that the software"
         " works, not that it works on patients.",
     ]
     for result in results:
@@ -100,13 +138,10 @@ def page(results: list[dict]) -> str:
 
 
 def main() -> None:
-    """Runs every quick benchmark beside this file, then prints one table and writes docs/benchmarks.md."""
-    tools = Path(__file__).parent
-    for script in sorted(tools.glob("bench_*.py")):
+    """Runs every quick benchmark beside this file, then prints one table."""
+    for script in sorted(Path(__file__).parent.glob("bench_*.py")):
         subprocess.run([sys.executable, str(script)], check=True)
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    Console().print(table([result for result in results if "measure" in result["rows"][0]]))
-    (tools.parent / "docs" / "benchmarks.md").write_text(page(results))
+    Console().print(table([result for result in _results() if "measure" in result["rows"][0]]))
 
 
 if __name__ == "__main__":

@@ -1,42 +1,51 @@
-"""A function mapped over slides in processes (`run_jobs`), and the tiling of many slides (`tile_slides`)."""
+"""The tiling of many slides: which, in what order, on which machines, and what became of each."""
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
-import threading
-import time
-import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
-import cv2
-
-from crcjax.errors import CrcjaxError, InputError, SlideError
-from crcjax.slides.reader import Slide, SlideInfo, open_slide
+from crcjax.errors import InputError, OutputError, SlideError
 from crcjax.slides.pixels import check_mode, shard_regions
-from crcjax.slides.store import StoreWriter, open_store, remove_partials, tiled_slides
-from crcjax.slides.tiling import RegionTiles, TilePlan, TilingParams, plan_tiles, read_regions
+from crcjax.slides.quality import ABSENT, KEPT, REASONS
+from crcjax.slides.reader import Slide, SlideInfo, open_slide
+from crcjax.slides.store import StoreWriter, TileStore, file_lock, open_store, remove_partials, slide_lock, tiled_slides
+from crcjax.slides.tiling import Pack, RegionTiles, TilePlan, TilingParams, plan_tiles, read_regions
+from crcjax.slides.workers import NO_LIMITS, Done, JobFailed, JobLimits, run_jobs
+
+MANIFEST = "manifest.jsonl"
+EXECUTORS = ("processes", "ray")
 
 
 @dataclass(frozen=True)
 class TileJob:
-    """One slide to tile; `mpp` (µm per level-0 px) overrides what the file says."""
+    """One slide to tile; `mpp` (µm per level-0 px) overrides what the file says.
+
+    A store and a run's outcomes name its path only if `names_path`: a path often holds the identifier of a person.
+    """
 
     slide_id: str
     path: Path
     mpp: float | None = None
+    names_path: bool = True
+
+    @property
+    def name(self) -> str:
+        """What outcomes call it: its path, or else its id."""
+        return str(self.path) if self.names_path else self.slide_id
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one slide: `status` is `tiled`, `already tiled`, `failed` or a SlideError's."""
+    """What became of one slide: `status` is `tiled`, `already tiled`, a JobFailed's or a SlideError's.
+
+    `seconds` are of the last of its `attempts`, in the process `worker` (machine:process).
+    """
 
     slide_id: str
     path: str
@@ -44,7 +53,10 @@ class Outcome:
     reason: str = ""
     regions: int = 0
     tiles: int = 0
+    content_hash: str = ""
     seconds: float = 0.0
+    attempts: int = 1
+    worker: str = ""
 
     @property
     def succeeded(self) -> bool:
@@ -58,116 +70,65 @@ def tile_slides(
     *,
     workers: int | None = None,
     pixels: str = "jpeg",
+    executor: str = "processes",
+    limits: JobLimits = NO_LIMITS,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Tiles slides into a store, the largest first; what is already there with the same content is left as it is.
 
     `workers` is the number of cores to use (all by default): processes over slides, and threads within a slide when
-    there are fewer slides than workers. A slide that cannot be used is an outcome. Raises InputError if the store holds
-    tiles of other parameters, two jobs share a slide id or one cannot name a file, OutputError if the store cannot be
-    written.
+    there are fewer slides than workers; with the `executor` "ray" CPUs of a cluster, one a slide. A slide that cannot be
+    used, or exceeds the `limits`, is an outcome; every outcome is a line of STORE/manifest.jsonl too. Several runs may
+    tile into one store at once, and wait for what another does. Raises InputError if the store holds tiles of other
+    parameters, two jobs share a slide id, one cannot name a file, or there is no such executor, OutputError if the store
+    cannot be written.
     """
     check_mode(pixels)
-    check_slide_ids([(job.slide_id, job.path) for job in jobs])
+    if executor not in EXECUTORS:
+        raise InputError(f"executor {executor!r}: choose {' or '.join(EXECUTORS)}")
+    check_slide_ids([(job.slide_id, job.name) for job in jobs])
     remove_partials(store)
     _check_same_params(store, params)
-    workers = workers or len(os.sched_getaffinity(0))
-    processes = max(1, min(workers, len(jobs)))
-    tasks = [
-        _TileTask(job, store, params, pixels, threads=max(1, workers // processes)) for job in _largest_first(jobs)
-    ]
+    noted = _tiled_in_manifest(store)
     outcomes: dict[str, Outcome] = {}
     try:
-        for task, result in run_jobs(_tile_slide, tasks, processes):
-            if isinstance(result, SlideError):
-                reason = f"{result.reason}; {result.remedy}"
-                result = Outcome(task.job.slide_id, str(task.job.path), result.status, reason)
-            elif isinstance(result, JobFailed):
-                result = Outcome(task.job.slide_id, str(task.job.path), "failed", str(result))
-            elif isinstance(result, BaseException):
-                raise result
-            outcomes[task.job.slide_id] = result
-            on_outcome(result)
+        tasks = [_TileTask(job, store, params, pixels) for job in _largest_first(jobs)]
+        for done in _run(executor, tasks, workers, limits):
+            outcome = _outcome(done)
+            outcomes[outcome.slide_id] = outcome
+            if outcome.status == "already tiled" and outcome.slide_id not in noted:
+                noted = _tiled_in_manifest(store)  # another run may have tiled it meanwhile
+            if outcome.status != "already tiled" or outcome.slide_id not in noted:
+                _note(store, outcome)
+            on_outcome(outcome)
     finally:
         remove_partials(store)
     return [outcomes[job.slide_id] for job in jobs]
 
 
-class JobFailed(CrcjaxError):
-    """A job of `run_jobs` ended without an answer: its worker was killed or ran out of memory, or the code failed."""
+def _run(executor: str, tasks: Sequence[_TileTask], workers: int | None, limits: JobLimits) -> Iterator[Done]:
+    if executor == "ray":
+        from crcjax.slides.ray_executor import run_jobs_on_ray
+
+        return run_jobs_on_ray(_tile_slide, tasks, workers, limits)
+    workers = workers or len(os.sched_getaffinity(0))
+    processes = max(1, min(workers, len(tasks)))
+    tasks = [replace(task, threads=max(1, workers // processes)) for task in tasks]
+    return run_jobs(_tile_slide, tasks, processes, limits)
 
 
-def run_jobs(function: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Iterator[tuple[Any, Any]]:
-    """Yields (job, result) as results come, from at most `processes` worker processes that do job after job.
-
-    A result may be a CrcjaxError that `function` raised, or JobFailed: a dead worker loses its own job alone, and
-    another takes its place. Jobs, results and `function` (a module's own) are pickled. Workers end with the process that
-    started them.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__, __name__])
-    waiting = deque(jobs)
-    working: dict[Connection, tuple[Any, Any]] = {}
-    idle: list[tuple[Connection, Any]] = []
-    try:
-        while waiting or working:
-            while waiting and len(working) < processes:
-                pipe, worker = idle.pop() if idle else _start_worker(context, function)
-                job = waiting.popleft()
-                # A worker that died meanwhile is met below, as the end of its pipe.
-                with suppress(BrokenPipeError):
-                    pipe.send(job)
-                working[pipe] = job, worker
-            for pipe in cast(list[Connection], wait(list(working))):
-                job, worker = working.pop(pipe)
-                try:
-                    result = pipe.recv()
-                    idle.append((pipe, worker))
-                except (EOFError, ConnectionResetError):
-                    worker.join()
-                    pipe.close()
-                    result = JobFailed(f"its worker died (exit status {worker.exitcode}); run the command again")
-                yield job, result
-    finally:
-        for pipe, worker in [*idle, *((pipe, worker) for pipe, (_, worker) in working.items())]:
-            worker.kill()
-            worker.join()
-            pipe.close()
-
-
-def _start_worker(context: Any, function: Callable[[Any], Any]) -> tuple[Connection, Any]:
-    pipe, other = context.Pipe()
-    worker = context.Process(target=_work, args=(function, other), daemon=True)
-    worker.start()
-    other.close()
-    return pipe, worker
-
-
-def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
-    # Processes and threads over slides fill the cores; OpenCV's own threads would only compete.
-    cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
-            job = pipe.recv()
-        except EOFError:
-            return
-        try:
-            result = function(job)
-        except CrcjaxError as error:
-            result = error
-        except Exception as error:
-            traceback.print_exc()
-            result = JobFailed(f"{type(error).__name__}: {error}; a fault of crcjax, please report it")
-        pipe.send(result)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    # A run that was killed is started again: its orphans must not tile beside it.
-    os._exit(1)
+def _outcome(done: Done) -> Outcome:
+    """Raises a result that stops the run: no output can be written, or the arguments are wrong."""
+    job, result = done.job.job, done.result
+    if isinstance(result, SlideError):
+        outcome = Outcome(job.slide_id, job.name, result.status, f"{result.reason}; {result.remedy}")
+    elif isinstance(result, JobFailed):
+        outcome = Outcome(job.slide_id, job.name, result.status, str(result).replace(str(job.path), job.name))
+    elif isinstance(result, BaseException):
+        raise result
+    else:
+        outcome = result
+    return replace(outcome, seconds=done.seconds, attempts=done.attempts, worker=done.worker)
 
 
 @dataclass(frozen=True)
@@ -176,32 +137,35 @@ class _TileTask:
     store: Path
     params: TilingParams
     pixels: str
-    threads: int
+    threads: int = 1
 
 
 def _tile_slide(task: _TileTask) -> Outcome:
-    start, job = time.monotonic(), task.job
-    with open_slide(job.path, job.mpp) as slide:
+    job = task.job
+    with slide_lock(task.store, job.slide_id), open_slide(job.path, job.mpp) as slide:
+        slide.info = replace(slide.info, path=os.path.abspath(job.path) if job.names_path else "")
+        outcome = Outcome(job.slide_id, job.name, "already tiled", content_hash=slide.info.content_hash)
         done = _already_tiled(task, slide.info)
         if done:
-            return done
+            return replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()))
         plan = plan_tiles(slide, task.params)
         kept = 0
-        with StoreWriter(task.store, job.slide_id, slide, plan, task.pixels, task.threads) as writer:
-            for first, tiles in read_ahead(slide, plan, task.threads):
+        with StoreWriter(task.store, job.slide_id, slide, plan, task.pixels, locked=True) as writer:
+            for first, tiles in read_ahead(slide, plan, task.threads, writer.pack):
                 writer.write(first, tiles)
                 kept += int(tiles.mask.sum())
             writer.commit()
-    seconds = time.monotonic() - start
-    return Outcome(job.slide_id, str(job.path), "tiled", "", len(plan.origin), kept, seconds)
+    return replace(outcome, status="tiled", regions=len(plan.origin), tiles=kept)
 
 
-def read_ahead(slide: Slide, plan: TilePlan, threads: int) -> Iterator[tuple[int, RegionTiles]]:
-    """Yields (first region, tiles) shard by shard in order, decoded by `threads` threads, a few shards ahead.
+def read_ahead(
+    slide: Slide, plan: TilePlan, threads: int, pack: Pack | None = None
+) -> Iterator[tuple[int, RegionTiles]]:
+    """Yields (first region, tiles) shard by shard in order, decoded and packed by `threads` threads, a few shards ahead.
 
     Raises SlideError: `corrupt`, and at the end `no_tissue` if not one tile passed quality control.
     """
-    step, kept = shard_regions(plan.params), False
+    step, seen = shard_regions(plan.params), Counter[int]()
     starts = deque(range(0, len(plan.origin), step))
     ahead: deque[tuple[int, Future[RegionTiles]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -210,35 +174,33 @@ def read_ahead(slide: Slide, plan: TilePlan, threads: int) -> Iterator[tuple[int
                 while starts and len(ahead) <= threads:
                     first = starts.popleft()
                     last = min(first + step, len(plan.origin))
-                    ahead.append((first, pool.submit(read_regions, slide, plan, first, last)))
+                    ahead.append((first, pool.submit(read_regions, slide, plan, first, last, pack)))
                 first, future = ahead.popleft()
                 tiles = future.result()
-                kept = kept or bool(tiles.mask.any())
+                seen.update(tiles.reason.ravel().tolist())
                 yield first, tiles
         finally:
             pool.shutdown(cancel_futures=True)
-    if not kept:
-        reason = "has no tile that is stained and sharp enough"
+    if not seen[KEPT]:
+        faults = ", ".join(f"{count} {REASONS[code]}" for code, count in seen.most_common() if code != ABSENT)
+        reason = f"has no tile that passed quality control ({faults})"
         raise SlideError(slide.info.path, "no_tissue", reason, "look at the slide; scan it again if it is out of focus")
 
 
-def _already_tiled(task: _TileTask, info: SlideInfo) -> Outcome | None:
+def _already_tiled(task: _TileTask, info: SlideInfo) -> TileStore | None:
     try:
         found = open_store(task.store, task.job.slide_id)
     except InputError:
         return None
     same_slide = replace(found.info, path="") == replace(info, path="")
     # Without pixels of its own, a store must know where the slide is now.
-    moved = task.pixels == "none" and found.info.path != os.path.abspath(info.path)
-    if not same_slide or found.pixels != task.pixels or moved:
-        return None
-    counts = len(found.origin), int(found.mask.sum())
-    return Outcome(task.job.slide_id, info.path, "already tiled", "", *counts)
+    moved = task.pixels == "none" and found.info.path != info.path
+    return found if same_slide and found.pixels == task.pixels and not moved else None
 
 
-def check_slide_ids(slides: Sequence[tuple[str, Path]]) -> None:
-    """Raises InputError if a slide id cannot name a file, or two slides share one."""
-    paths: dict[str, Path] = {}
+def check_slide_ids(slides: Sequence[tuple[str, str | Path]]) -> None:
+    """Of slides' ids and names: raises InputError if an id cannot name a file, or two slides share one."""
+    paths: dict[str, str | Path] = {}
     for slide_id, path in slides:
         if not slide_id or slide_id.startswith(".") or "/" in slide_id:
             raise InputError(f"{path}: the slide id {slide_id!r} cannot name a file; give it another")
@@ -261,9 +223,66 @@ def _check_same_params(store: Path, params: TilingParams) -> None:
 
 
 def _largest_first(jobs: Sequence[TileJob]) -> list[TileJob]:
-    def size(job: TileJob) -> int:
-        if job.path.is_dir():
-            return sum(file.stat().st_size for file in job.path.iterdir())
-        return job.path.stat().st_size if job.path.exists() else 0
+    """So that a large one does not hold up the end; slides of one size by their ids."""
+    return sorted(jobs, key=lambda job: (-size_of(job), job.slide_id))
 
-    return sorted(jobs, key=size, reverse=True)
+
+def size_of(job: TileJob) -> int:
+    """Bytes of its file, or of its folder's; 0 if it is missing."""
+    if job.path.is_dir():
+        return sum(file.stat().st_size for file in job.path.iterdir())
+    return job.path.stat().st_size if job.path.exists() else 0
+
+
+def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:
+    """The jobs of shard I/N (1/N to N/N): every job is in one shard, whose sizes are alike.
+
+    Decided by the jobs' sizes and ids alone, so that the tasks of a SLURM array agree without speaking to each other.
+    Raises InputError, also if two jobs share a slide id.
+    """
+    check_slide_ids([(job.slide_id, job.name) for job in jobs])
+    try:
+        number, count = map(int, shard.split("/"))
+        if not 1 <= number <= count:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"shard {shard!r}: write I/N with I from 1 to N, such as 3/8") from None
+    loads, mine = [0] * count, []
+    for job in _largest_first(jobs):
+        least = loads.index(min(loads))
+        loads[least] += max(1, size_of(job))
+        if least == number - 1:
+            mine.append(job)
+    return mine
+
+
+def read_manifest(store: Path) -> dict[str, dict]:
+    """The newest outcome of every slide, as STORE/manifest.jsonl has it. A line that a killed run cut off is left out."""
+    newest = {}
+    path = store / MANIFEST
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            outcome = json.loads(line)
+        except ValueError:
+            continue
+        newest[outcome["slide_id"]] = outcome
+    return newest
+
+
+def _tiled_in_manifest(store: Path) -> set[str]:
+    tiled = ("tiled", "already tiled")
+    return {slide_id for slide_id, outcome in read_manifest(store).items() if outcome["status"] in tiled}
+
+
+def _note(store: Path, outcome: Outcome) -> None:
+    line = json.dumps(asdict(outcome) | {"seconds": round(outcome.seconds, 3)}) + "\n"
+    try:
+        # One line after the other, also on a network file system, where appending alone is not atomic.
+        with file_lock(store / ".partial" / ".manifest.lock"), open(store / MANIFEST, "a+b") as manifest:
+            manifest.seek(max(0, manifest.tell() - 1))
+            cut_off = manifest.read(1) not in (b"", b"\n")
+            manifest.write(b"\n" * cut_off + line.encode())
+    except OSError as error:
+        raise OutputError(
+            f"{store}: cannot be written ({error.strerror}); free space or choose another --out"
+        ) from error

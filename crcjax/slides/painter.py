@@ -10,7 +10,7 @@ import csv
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -91,6 +91,26 @@ class Truth:
     def carriers(self) -> Bool[np.ndarray, "y x"]:
         """Where the tissue shows the slide's subtype."""
         return self.kinds == CARRIER[self.subtype]
+
+    def tissue_share(self, x_um: float, y_um: float, side_um: float, kinds: Sequence[int] = tuple(Tissue)[1:]) -> float:
+        """The fraction of a square box that is tissue, or tissue of some kinds."""
+        return float(np.isin(self._box(self.kinds, x_um, y_um, side_um), kinds).mean())
+
+    def spoilt_share(self, artefact: str, x_um: float, y_um: float, side_um: float) -> float:
+        """The fraction of a square box's tissue that the artefact spoils: a fold spoils neither fat nor mucin, whose
+        double does not show.
+        """
+        kinds = self._box(self.kinds, x_um, y_um, side_um)
+        if artefact not in self.artefacts or not kinds.any():
+            return 0.0
+        spoilt = self._box(self.artefacts[artefact], x_um, y_um, side_um) & (kinds > 0)
+        if artefact == "fold":
+            spoilt &= ~np.isin(kinds, (Tissue.ADIPOSE, Tissue.MUCIN))
+        return float(spoilt.sum() / (kinds > 0).sum())
+
+    def _box(self, values: np.ndarray, x_um: float, y_um: float, side_um: float) -> np.ndarray:
+        top, left, bottom, right = np.rint(np.array([y_um, x_um, y_um + side_um, x_um + side_um]) / self.um_per_px)
+        return values[int(top) : int(bottom), int(left) : int(right)]
 
 
 def truth_path(slide: str | Path) -> Path:

@@ -6,7 +6,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, lru_cache
 from itertools import islice
@@ -69,6 +69,8 @@ class _Writes:
 class LosslessWriter:
     """An array a magnification, one chunk a tile. Its methods raise ValueError where they cannot write."""
 
+    pack = None  # the pixels themselves are written
+
     def __init__(self, folder: Path, plan: TilePlan):
         params = plan.params
         tile = (params.tile_px, params.tile_px, 3)
@@ -101,30 +103,36 @@ class LosslessWriter:
 class JpegWriter:
     """`streams`, the bytes of all tiles region by region, and `offset`, where each slot's begin. Masked slots have none.
 
-    `threads` encode. Its methods raise ValueError where they cannot write, SlideError where the slide cannot be read.
+    Its methods raise ValueError where they cannot write; `pack` raises SlideError where the slide cannot be read.
     """
 
-    def __init__(self, folder: Path, plan: TilePlan, slide: Slide, threads: int):
-        self._folder, self._plan, self._slide, self._threads = folder, plan, slide, threads
+    def __init__(self, folder: Path, plan: TilePlan, slide: Slide):
+        self._folder, self._plan, self._slide = folder, plan, slide
         shape, shard, chunk = (_UNBOUNDED,), (_SHARD_BYTES,), (_CHUNK_BYTES,)
         self._streams = create_array(folder / "streams", "uint8", shape, shard, chunk, packed=False)
         self._lengths = np.zeros(plan.mask.shape, np.int64)
-        self._pool = ThreadPoolExecutor(threads)
-        self._encoding: deque[tuple[int, Future]] = deque()
         self._writes = _Writes(2)
         self._waiting = bytearray()  # less than a shard
         self._written = self._own = 0
 
+    def pack(self, region: int, slot: int, tile: UInt8[np.ndarray, "y x 3"]) -> tuple[bytes, bool]:
+        """The tile's stream, and whether it is the slide's own. Safe to call from several threads."""
+        own = self._own_stream(region, slot)
+        if own is not None:
+            return own, True
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(tile), JPEG_QUALITY, "RGB", JPEG_SUBSAMPLING), False
+
     def write(self, start: int, tiles: RegionTiles) -> None:
-        """Regions from `start` on, in order."""
-        self._encoding.append((start, self._pool.submit(self._encode, start, tiles)))
-        while len(self._encoding) > self._threads:
-            self._take()
+        """Packed regions from `start` on, in order."""
+        for place, (stream, own) in tiles.packed.items():
+            self._lengths[place] = len(stream)
+            self._waiting += stream
+            self._own += own
+        while len(self._waiting) >= _SHARD_BYTES:
+            self._write(_SHARD_BYTES)
 
     def finish(self) -> dict:
         """What the store's attributes say of the pixels, once everything is written."""
-        while self._encoding:
-            self._take()
         total = self._written + len(self._waiting)
         self._streams = self._streams.resize(exclusive_max=[total], resize_metadata_only=True).result()
         if self._waiting:
@@ -136,35 +144,13 @@ class JpegWriter:
 
     def close(self) -> None:
         """Ends what is under way."""
-        self._pool.shutdown(cancel_futures=True)
         self._writes.abandon()
-
-    def _take(self) -> None:
-        start, future = self._encoding.popleft()
-        lengths, streams, own = future.result()
-        self._lengths[start : start + len(lengths)] = lengths
-        self._waiting += streams
-        self._own += own
-        while len(self._waiting) >= _SHARD_BYTES:
-            self._write(_SHARD_BYTES)
 
     def _write(self, count: int) -> None:
         shard = np.frombuffer(self._waiting[:count], np.uint8)
         del self._waiting[:count]
         self._writes.add(self._streams[self._written : self._written + count].write(shard))
         self._written += count
-
-    def _encode(self, start: int, tiles: RegionTiles) -> tuple[np.ndarray, bytes, int]:
-        lengths, streams, own = np.zeros(tiles.mask.shape, np.int64), [], 0
-        for region, slot in np.argwhere(tiles.mask).tolist():
-            stream = self._own_stream(start + region, slot)
-            if stream is None:
-                stream = simplejpeg.encode_jpeg(tiles.pixels[region, slot], JPEG_QUALITY, "RGB", JPEG_SUBSAMPLING)
-            else:
-                own += 1
-            lengths[region, slot] = len(stream)
-            streams.append(stream)
-        return lengths, b"".join(streams), own
 
     def _own_stream(self, region: int, slot: int) -> bytes | None:
         scale, factors = self._plan.scale, self._plan.params.factors
@@ -185,10 +171,14 @@ class ChecksumWriter:
         self._folder = folder
         self._checksum = np.zeros(plan.mask.shape, np.uint32)
 
+    def pack(self, region: int, slot: int, tile: UInt8[np.ndarray, "y x 3"]) -> int:
+        """The tile's checksum."""
+        return zlib.crc32(np.ascontiguousarray(tile).data)
+
     def write(self, start: int, tiles: RegionTiles) -> None:
-        """Regions from `start` on."""
-        for region, slot in np.argwhere(tiles.mask).tolist():
-            self._checksum[start + region, slot] = zlib.crc32(tiles.pixels[region, slot])
+        """Packed regions from `start` on."""
+        for place, checksum in tiles.packed.items():
+            self._checksum[place] = checksum
 
     def finish(self) -> dict:
         """What the store's attributes say of the pixels, once everything is written."""
@@ -202,11 +192,11 @@ class ChecksumWriter:
 PixelWriter = LosslessWriter | JpegWriter | ChecksumWriter
 
 
-def pixel_writer(mode: str, folder: Path, plan: TilePlan, slide: Slide, threads: int) -> PixelWriter:
+def pixel_writer(mode: str, folder: Path, plan: TilePlan, slide: Slide) -> PixelWriter:
     """A writer into `folder`. Raises InputError for another mode than `MODES`, ValueError where it cannot write."""
     check_mode(mode)
     if mode == "jpeg":
-        return JpegWriter(folder, plan, slide, threads)
+        return JpegWriter(folder, plan, slide)
     return LosslessWriter(folder, plan) if mode == "lossless" else ChecksumWriter(folder, plan)
 
 

@@ -1,28 +1,189 @@
-"""Scores of a tile's pixels that decide whether a model may see it."""
+"""Scores of a tile's pixels, and the limits that decide whether a model may see it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from crcjax.slides.tissue import TissueModel
+from crcjax.errors import InputError
+from crcjax.slides.tissue import TissueModel, blood, excess_green, ink, optical_density
 
-QUALITY_NAMES = ("tissue", "sharpness")
-_SCORED_PX = 64  # the stain of a tile is judged on this many pixels a side
-_ROUNDING = 2.0  # Laplacian variance that rounding to whole intensities gives a smooth picture: 20 / 12, and some more
+QUALITY_NAMES = ("tissue", "sharpness", "focus", "pen", "bubble", "fold", "blood", "stain")
+_DETAIL_UM, _SCORED_UM = 1.0, 2.0  # a pixel of the pictures that are judged, whatever the tile's magnification
+_CELL_PX = 8  # of the second picture: focus and bubbles are judged in cells of 16 µm, a nucleus and its surroundings
+_MOST_CELLS = 16  # along a side
+_ROUNDING = 2.0  # Laplacian energy that rounding to whole intensities gives a smooth picture: 20 / 12, and some more
+# Laplacian energies below which JPEG's noise, not the tissue, decides their ratio; at 2 and at 4 µm per pixel.
+_NOISE_FINE, _NOISE_COARSE = 10.0, 30.0
+_BLURRED, _VEILED = 0.25, 0.8  # focus of a blurred cell; density of a veiled one over the slide's
+_GREY, _NEUTRAL = 0.15, 2.5  # least density of rims and debris; how far it exceeds the excess of green
+_FOLD = np.ones((7, 7), np.uint8)  # 14 µm: wider than a nucleus or a capillary, narrower than a fold
+_PATCHES, _DENSEST = 16, 6  # of 16 x 16 patches the sixth densest is the fold's: 2 % of the tile are as dense
 
 
-def score_tile(tile: UInt8[np.ndarray, "y x 3"], model: TissueModel) -> Float32[np.ndarray, " score"]:
-    """The scores named in QUALITY_NAMES.
+@dataclass(frozen=True)
+class QualityLimits:
+    """The scores (see `score_tile`) that a tile may have, and what a slide needs to be accepted; tuned on painted and
+    looked at on real slides.
 
-    `tissue`: the stained fraction of the tile, 0 to 1. `sharpness`: the variance of the Laplacian over the variance of
-    the green channel, so that pale and dense tissue compare; about 0.5 to 3 in focus, towards 0 when blurred, 0 on a
-    tile of one colour.
+    `min_coverage` is the fraction of the tissue's tiles that must be kept for a slide not to be rejected;
+    `good_coverage` spares it a review, unless its median `stain` is outside the tiles' limits or one kind of fault takes
+    more than `max_fault` of its tiles. Raises InputError for a limit that is no number from 0 up.
     """
-    small = cv2.resize(tile, (_SCORED_PX, _SCORED_PX), interpolation=cv2.INTER_AREA)
-    green = np.ascontiguousarray(tile[..., 1])
+
+    min_stained: float = 0.02
+    max_pen: float = 0.1
+    max_bubble: float = 0.2
+    max_fold: float = 1.7
+    max_blood: float = 0.5
+    min_focus: float = 0.2
+    min_sharpness: float = 0.01
+    min_stain: float = 0.2
+    max_stain: float = 4.0
+    min_coverage: float = 0.25
+    good_coverage: float = 0.75
+    max_fault: float = 0.1
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if not (np.isfinite(value) and value >= 0):
+                raise InputError(f"{limit.name} {value}: must be a number from 0 up")
+
+
+def parse_limits(texts: Sequence[str]) -> QualityLimits:
+    """Limits from texts such as max_pen=0.2, the others at their defaults. Raises InputError."""
+    values = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        known = [limit.name for limit in fields(QualityLimits)]
+        if name not in known:
+            raise InputError(f"limit {text!r}: write NAME=NUMBER; the names are {', '.join(known)}")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise InputError(f"limit {text!r}: {value!r} is no number") from None
+    return QualityLimits(**values)
+
+
+# Why a tile is kept or not. `glass`: too little tissue; `absent`: finer than the slide.
+REASONS = ("kept", "glass", "absent", "pen", "bubble", "fold", "blood", "blurred", "pale", "overstained")
+KEPT, GLASS, ABSENT = range(3)
+
+
+def judge(scores: Float32[np.ndarray, "*tile score"], limits: QualityLimits) -> UInt8[np.ndarray, "*tile"]:
+    """The fault of every tile as an index into REASONS, of several the first below; 0 if it has none."""
+    score = dict(zip(QUALITY_NAMES, np.moveaxis(scores, -1, 0), strict=True))
+    faults = {
+        "pen": score["pen"] > limits.max_pen,
+        "glass": score["tissue"] < limits.min_stained,  # which all that lies under ink would be too
+        "bubble": score["bubble"] > limits.max_bubble,
+        "fold": score["fold"] > limits.max_fold,
+        "blood": score["blood"] > limits.max_blood,
+        "blurred": (score["focus"] < limits.min_focus) | (score["sharpness"] < limits.min_sharpness),
+        "pale": score["stain"] < limits.min_stain,
+        "overstained": score["stain"] > limits.max_stain,
+    }
+    codes = [np.uint8(REASONS.index(name)) for name in faults]
+    return np.select(list(faults.values()), codes, np.uint8(KEPT))
+
+
+def slide_verdict(
+    scores: Float32[np.ndarray, "region slot score"],
+    reason: UInt8[np.ndarray, "region slot"],
+    limits: QualityLimits,
+) -> dict:
+    """`verdict` (accept, review or reject), its `reasons`, and what it rests on, over the tiles that hold tissue.
+
+    `coverage`: the fraction of them that was kept. `faults`: the fraction that was not, by reason. Medians are over all
+    of them, kept or not, and 0 if there are none.
+    """
+    tissue = (reason != GLASS) & (reason != ABSENT)
+    count = max(1, int(tissue.sum()))
+    shares = {name: float((reason == code).sum() / count) for code, name in enumerate(REASONS)}
+    faults = {name: share for name, share in shares.items() if share > 0 and name not in ("kept", "glass", "absent")}
+    named = ("sharpness", "focus", "stain")
+    columns = [QUALITY_NAMES.index(name) for name in named]
+    medians = np.median(scores[tissue][:, columns], axis=0).tolist() if tissue.any() else [0.0] * len(named)
+    stain, coverage = medians[-1], shares["kept"]
+    reasons = [f"{share:.0%} of the tissue is {name}" for name, share in faults.items() if share > limits.max_fault]
+    if coverage < limits.good_coverage:
+        reasons.insert(0, f"only {coverage:.0%} of the tissue was kept")
+    if not limits.min_stain <= stain <= limits.max_stain:
+        reasons.append(f"the median density of the stain is {stain:.2f}")
+    verdict = "reject" if coverage < limits.min_coverage else "review" if reasons else "accept"
+    found = {f"median_{name}": median for name, median in zip(named, medians, strict=True)}
+    return {"verdict": verdict, "reasons": reasons, "coverage": coverage, "faults": faults, **found}
+
+
+def score_tile(tile: UInt8[np.ndarray, "y x 3"], model: TissueModel, mpp: float = 0.5) -> Float32[np.ndarray, " score"]:
+    """The scores named in QUALITY_NAMES, of a square tile of `mpp` µm per pixel.
+
+    `tissue`: the stained fraction of the tile. `sharpness`: the variance of the Laplacian over the variance of the green
+    channel, so that pale and dense tissue compare; about 0.5 to 3 in focus, towards 0 when blurred, 0 on a tile of one
+    colour. `focus`: the energy of detail of 2 µm over that of 4 µm in the least sharp quarter of the tissue; smooth
+    mucin and stroma lack both alike, as does what is blurred by more than 5 µm, which `sharpness` tells. `pen`: the fraction under ink. `bubble`: the fraction that is grey, as rims of
+    bubbles and debris are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider
+    than a nucleus over that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
+    `stain`: the mean optical density of the stained pixels, the three channels' sum.
+    """
+    cells = min(max(2, round(len(tile) * mpp / _SCORED_UM / _CELL_PX)), _MOST_CELLS)
+    detail = _halved(tile, mpp)
+    small = cv2.resize(detail, (cells * _CELL_PX, cells * _CELL_PX), interpolation=cv2.INTER_AREA)
+    density = optical_density(small, model.white)
+    total, least, excess, inked = density.sum(axis=0), density.min(axis=0), excess_green(density), ink(density)
+    stained = (excess > model.threshold) & ~inked
+    grey = (least > _GREY) & (least > _NEUTRAL * excess) & ~inked
+    focus, tissue = _cell_focus(small, cells), _cell_means(stained, cells) > 0.3
+    veiled = (focus < _BLURRED) & tissue & (_cell_means(total, cells) < _VEILED * model.density)
+    judged = focus[tissue] if tissue.any() else focus.ravel()
+    # Both double in a fold; dense epithelium and keratin exceed the slide's density alone.
+    layers = cv2.erode(np.minimum(total / model.density, excess / model.excess), _FOLD)
+    patches = cv2.resize(layers, (_PATCHES, _PATCHES), interpolation=cv2.INTER_NEAREST).ravel()
+    return np.array(
+        [
+            _share(stained),
+            _sharpness(detail),
+            np.partition(judged, len(judged) // 4)[len(judged) // 4],
+            _share(inked),
+            _share(grey) + _share(veiled),
+            np.partition(patches, -_DENSEST)[-_DENSEST],
+            _share(blood(density)),
+            cv2.mean(total, stained.view(np.uint8))[0],
+        ],
+        np.float32,
+    )
+
+
+def _share(pixels: np.ndarray) -> float:
+    return np.count_nonzero(pixels) / pixels.size
+
+
+def _halved(tile: np.ndarray, mpp: float) -> UInt8[np.ndarray, "y x 3"]:
+    # Halving twice is twice as fast as shrinking to a quarter.
+    while mpp * 2 < _DETAIL_UM * 1.02 and len(tile) >= 32:
+        tile = cv2.resize(tile, (len(tile) // 2, len(tile) // 2), interpolation=cv2.INTER_AREA)
+        mpp *= 2
+    return tile
+
+
+def _sharpness(detail: np.ndarray) -> float:
+    green = cv2.extractChannel(detail, 1)
     contrast = float(cv2.meanStdDev(green)[1][0, 0]) ** 2
-    detail = float(cv2.meanStdDev(cv2.Laplacian(green, cv2.CV_16S))[1][0, 0]) ** 2
-    sharpness = max(0.0, detail - _ROUNDING) / contrast if contrast > 1 else 0.0
-    return np.array([model.stained(small).mean(), sharpness], np.float32)
+    energy = cv2.norm(cv2.Laplacian(green, cv2.CV_16S), cv2.NORM_L2SQR) / green.size
+    return max(0.0, energy - _ROUNDING) / contrast if contrast > 1 else 0.0
+
+
+def _cell_focus(small: np.ndarray, cells: int) -> Float32[np.ndarray, "row column"]:
+    fine = cv2.extractChannel(small, 1)
+    coarse = cv2.resize(fine, (len(fine) // 2, len(fine) // 2), interpolation=cv2.INTER_AREA)
+    energy = [_cell_means(cv2.Laplacian(picture, cv2.CV_32F) ** 2, cells) for picture in (fine, coarse)]
+    return (energy[0] + _NOISE_FINE) / (energy[1] + _NOISE_COARSE)
+
+
+def _cell_means(values: np.ndarray, cells: int) -> Float32[np.ndarray, "row column"]:
+    return cv2.resize(values.astype(np.float32, copy=False), (cells, cells), interpolation=cv2.INTER_AREA)

@@ -181,14 +181,15 @@ class _JpegTiles:
     def stream_of(self, level: int, x: int, y: int, side: int) -> bytes | None:
         """The stream of the tile that is this square, wholly within the level; None if there is none."""
         page = self.pages[level]
-        own = page.tilewidth == page.tilelength == side and x % side == y % side == 0
-        inside = 0 <= x <= page.imagewidth - side and 0 <= y <= page.imagelength - side
-        return self._stream(level, y // side, x // side) if own and inside else None
+        own = page.tilewidth == page.tilelength == side and self._holds(page, x, y)
+        return self._stream(level, y // side, x // side) if own else None
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray | None:
         """Pixels at (x, y) of the level's own grid; None if a tile was not recorded, which OpenSlide knows to fill."""
         page = self.pages[level]
         side_x, side_y = page.tilewidth, page.tilelength
+        if (width, height) == (side_x, side_y) and self._holds(page, x, y):
+            return self._decoded(level, y // side_y, x // side_x)
         pixels = np.full((height, width, 3), 255, np.uint8)
         left, right = max(x, 0), min(x + width, page.imagewidth)
         top, bottom = max(y, 0), min(y + height, page.imagelength)
@@ -203,12 +204,27 @@ class _JpegTiles:
                 pixels[y0 - y : y1 - y, x0 - x : x1 - x] = part
         return pixels
 
+    @staticmethod
+    def _holds(page: tifffile.TiffPage, x: int, y: int) -> bool:
+        """Whether a whole tile begins at (x, y)."""
+        on_grid = x % page.tilewidth == y % page.tilelength == 0
+        return on_grid and 0 <= x <= page.imagewidth - page.tilewidth and 0 <= y <= page.imagelength - page.tilelength
+
     def _tile(self, level: int, row: int, column: int) -> np.ndarray | None:
+        """A tile of which only a part is wanted: the rest will be, soon."""
         cache = self._local.__dict__.setdefault("tiles", OrderedDict())
         key = (level, row, column)
         if key in cache:
             cache.move_to_end(key)
             return cache[key]
+        tile = self._decoded(level, row, column)
+        if tile is not None:
+            cache[key] = tile
+            if len(cache) > max(4, _CACHED_BYTES // tile.nbytes):
+                cache.popitem(last=False)
+        return tile
+
+    def _decoded(self, level: int, row: int, column: int) -> np.ndarray | None:
         stream = self._stream(level, row, column)
         if stream is None:
             return None
@@ -217,9 +233,6 @@ class _JpegTiles:
         page = self.pages[level]
         if tile.shape != (page.tilelength, page.tilewidth, 3):
             raise ValueError(f"the tile in row {row}, column {column} has the shape {tile.shape}")
-        cache[key] = tile
-        if len(cache) > max(4, _CACHED_BYTES // tile.nbytes):
-            cache.popitem(last=False)
         return tile
 
     def _stream(self, level: int, row: int, column: int) -> bytes | None:

@@ -7,23 +7,28 @@ import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
+import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
 import crcjax
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import BusyError, InputError, OutputError
 from crcjax.slides.arrays import create_array, first_line, open_array, write_group
 from crcjax.slides.pixels import PixelReader, PixelWriter, check_mode, pixel_reader, pixel_writer
-from crcjax.slides.quality import QUALITY_NAMES
+from crcjax.slides.quality import QUALITY_NAMES, REASONS, slide_verdict
 from crcjax.slides.reader import Slide, SlideInfo
-from crcjax.slides.tiling import RegionTiles, TilePlan, TilingParams
+from crcjax.slides.tiling import Pack, RegionTiles, TilePlan, TilingParams
 
 FORMAT_VERSION = 1
+THUMBNAIL_PX = 1024
+_SYNCED_TOGETHER = 16
 
 
 class TileStore:
@@ -39,7 +44,12 @@ class TileStore:
         self.origin: Int32[np.ndarray, "region 2"] = self._read("origin")
         self.mask: Bool[np.ndarray, "region slot"] = self._read("mask")
         self.quality: Float32[np.ndarray, "region slot score"] = self._read("quality")
+        self.reason: UInt8[np.ndarray, "region slot"] = self._read("reason")
         self._pixels: PixelReader | None = None
+
+    def thumbnail(self) -> tuple[UInt8[np.ndarray, "y x 3"], Bool[np.ndarray, "y x"]]:
+        """A picture of the slide, its longer side at most THUMBNAIL_PX, and where it is tissue."""
+        return self._read("thumbnail"), self._read("tissue_mask")
 
     @property
     def pixels(self) -> str:
@@ -56,6 +66,14 @@ class TileStore:
                 folder = self.path / "pixels"
                 self._pixels = pixel_reader(self.pixels, folder, self.params, self.info, self.origin, self.mask)
             return self._pixels.read(np.asarray(indices, np.int64))
+
+    def check_slide(self) -> None:
+        """Raises InputError if pixels are to be read from a slide that is not where it was, before a long run finds out."""
+        if self.pixels == "none" and not os.path.exists(self.info.path):
+            raise InputError(
+                f"{self.path}: keeps no pixels, and its slide {self.info.path} is not there; put it back, or run crcjax "
+                "tile on it where it is now"
+            )
 
     def _read(self, name: str) -> np.ndarray:
         with self._checked():
@@ -74,45 +92,54 @@ class TileStore:
 class StoreWriter:
     """Writes one slide under a partial name; `commit` gives it its own. Leaving without it removes what was written.
 
-    `pixels` is one of slides.pixels.MODES; `threads` encode them where that is to be done. Raises OutputError where the
-    disk is full or may not be written, InputError for another mode.
+    `pixels` is one of slides.pixels.MODES; `locked` says that the caller holds the `slide_lock`, which is taken otherwise.
+    Raises BusyError if another process writes the slide, OutputError where the disk is full or may not be written,
+    InputError for another mode.
     """
 
-    def __init__(self, store: Path, slide_id: str, slide: Slide, plan: TilePlan, pixels: str, threads: int = 1):
+    def __init__(self, store: Path, slide_id: str, slide: Slide, plan: TilePlan, pixels: str, *, locked: bool = False):
         check_mode(pixels)
         self._final = store / f"{slide_id}.zarr"
-        self._partial = store / ".partial" / f"{slide_id}.{os.getpid()}"
+        self._partial = store / ".partial" / self._final.name
+        self._lock = nullcontext() if locked else slide_lock(store, slide_id)
         self._plan = plan
         self._mask = plan.mask.copy()
         self._quality = np.zeros((*plan.mask.shape, len(QUALITY_NAMES)), np.float32)
-        self._slide, self._mode, self._threads = slide, pixels, threads
+        self._reason = np.zeros(plan.mask.shape, np.uint8)
+        self._slide, self._mode = slide, pixels
         self._pixels: PixelWriter | None = None
         self._life = ExitStack()
 
     def __enter__(self) -> StoreWriter:
+        self._life.enter_context(self._lock)
         try:
-            self._partial.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self._partial.parent):
-                shutil.rmtree(self._partial, ignore_errors=True)
-                self._partial.mkdir()
-                self._life.enter_context(_locked(self._partial))
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
             folder = self._partial / "pixels"
-            self._pixels = pixel_writer(self._mode, folder, self._plan, self._slide, self._threads)
+            self._pixels = pixel_writer(self._mode, folder, self._plan, self._slide)
         except (OSError, ValueError) as error:
+            self._life.close()
             self._fail(error)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._pixels:
             self._pixels.close()  # a write that is still under way would make the folder again
-        self._life.close()
         shutil.rmtree(self._partial, ignore_errors=True)
+        self._life.close()
+
+    @property
+    def pack(self) -> Pack | None:
+        """What `read_regions` shall do with each tile, so that it is done where the tile is read."""
+        assert self._pixels is not None
+        return self._pixels.pack
 
     def write(self, start: int, tiles: RegionTiles) -> None:
-        """Regions from `start` on, in order, a whole shard (slides.pixels.shard_regions) but for the last."""
+        """Regions read with `pack`, from `start` on, in order, a whole shard (slides.pixels.shard_regions) but for the last."""
         stop = start + len(tiles.mask)
         self._mask[start:stop] = tiles.mask
         self._quality[start:stop] = tiles.quality
+        self._reason[start:stop] = tiles.reason
         assert self._pixels is not None
         try:
             self._pixels.write(start, tiles)
@@ -122,35 +149,32 @@ class StoreWriter:
     def commit(self) -> None:
         """Makes the slide appear in the store, whole, replacing an older one of that name."""
         assert self._pixels is not None
-        origin, regions = self._plan.origin, len(self._plan.origin)
+        plan, regions = self._plan, len(self._plan.origin)
+        arrays = {"origin": plan.origin, "mask": self._mask, "quality": self._quality, "reason": self._reason}
+        arrays |= _small_pictures(plan)
         try:
             about_pixels = self._pixels.finish()
-            for name, values in {"origin": origin, "mask": self._mask, "quality": self._quality}.items():
+            for name, values in arrays.items():
                 create_array(self._partial / name, str(values.dtype), values.shape).write(values).result()
-            failed = self._plan.mask & ~self._mask
-            glass = failed & (self._quality[..., 0] < self._plan.params.min_stained)
             attributes = {
                 "format_version": FORMAT_VERSION,
                 "code_version": crcjax.__version__,
-                "slide": self._slide.info.to_json() | {"path": os.path.abspath(self._slide.info.path)},
-                "tiling": self._plan.params.to_json(),
-                "region_px": self._plan.region_px,
+                "slide": self._slide.info.to_json(),
+                "tiling": plan.params.to_json(),
+                "region_px": plan.region_px,
                 "regions": regions,
-                "rejected": {
-                    "glass": self._plan.rejected["glass"] + int(glass.sum()),
-                    "blurred": int((failed & ~glass).sum()),
-                },
+                "rejected": _rejected(plan, self._reason),
                 "quality": list(QUALITY_NAMES),
-                "white": list(self._plan.tissue.white),
+                "verdict": slide_verdict(self._quality, self._reason, plan.params.quality),
+                "white": list(plan.tissue.white),
                 "pixels": self._mode,
                 **about_pixels,
             }
             write_group(self._partial / "pixels", {})
             write_group(self._partial, attributes)
             _sync(self._partial)
-            with _locked(self._partial.parent):  # for another run may publish the same slide
-                shutil.rmtree(self._final, ignore_errors=True)
-                self._partial.rename(self._final)
+            shutil.rmtree(self._final, ignore_errors=True)
+            self._partial.rename(self._final)
         except (OSError, ValueError) as error:
             self._fail(error)
 
@@ -161,6 +185,20 @@ class StoreWriter:
         raise OutputError(
             f"{self._final.parent}: cannot be written ({reason}); free space or choose another --out"
         ) from error
+
+
+def _small_pictures(plan: TilePlan) -> dict[str, np.ndarray]:
+    shrink = min(1.0, THUMBNAIL_PX / max(plan.tissue_mask.shape))
+    height, width = (max(1, round(side * shrink)) for side in plan.tissue_mask.shape)
+    picture = cv2.resize(plan.thumbnail, (width, height), interpolation=cv2.INTER_AREA)
+    mask = cv2.resize(plan.tissue_mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+    return {"thumbnail": picture, "tissue_mask": mask.astype(bool)}
+
+
+def _rejected(plan: TilePlan, reason: np.ndarray) -> dict[str, int]:
+    """The slide's tiles that were not kept, by reason: those that the plan left out, and those that failed."""
+    failed = Counter(REASONS[code] for code in reason[plan.mask].tolist())
+    return dict(Counter(plan.rejected) + failed - Counter(kept=failed["kept"]))
 
 
 def open_store(store: str | Path, slide_id: str) -> TileStore:
@@ -191,29 +229,65 @@ def remove_partials(store: Path) -> None:
     try:
         partials = store / ".partial"
         partials.mkdir(parents=True, exist_ok=True)
-        with _locked(partials):
-            for partial in partials.iterdir():
-                with suppress(BlockingIOError), _locked(partial, fcntl.LOCK_NB):
-                    shutil.rmtree(partial, ignore_errors=True)
+        for slide_id in {partial.stem for partial in partials.iterdir()}:
+            with suppress(BusyError), slide_lock(store, slide_id):
+                shutil.rmtree(partials / f"{slide_id}.zarr", ignore_errors=True)
     except OSError as error:
         raise OutputError(f"{store}: cannot be written ({error.strerror}); choose another --out") from error
 
 
 @contextmanager
-def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
-    """Holds a folder's lock, which the system frees when its holder dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def slide_lock(store: Path, slide_id: str) -> Iterator[None]:
+    """Holds a slide of a store against all other writers, on any machine; the system frees it when its holder dies.
+
+    Raises BusyError if another holds it, OutputError if the store cannot be written or its file system has no locks.
+    """
+    with file_lock(store / ".partial" / f"{slide_id}.lock", f"another process writes the slide {slide_id}"):
+        yield
+
+
+@contextmanager
+def file_lock(path: Path, busy: str = "") -> Iterator[None]:
+    """Holds the lock that a file stands for, waiting for it unless `busy` says what BusyError shall say. Raises OutputError."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path, fcntl.LOCK_NB if busy else 0)
+    except BlockingIOError as error:
+        raise BusyError(f"{path.parents[1]}: {busy}; wait for it") from error
+    except OSError as error:
+        raise OutputError(
+            f"{path.parents[1]}: cannot be written or locked ({error.strerror}); choose another --out"
+        ) from error
+    try:
         yield
     finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path, flags: int) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its last holder removed it since it was opened
+        except OSError:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 
 def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
+    def sync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    # Together, for the file system writes its journal once for those that wait at the same time.
+    with ThreadPoolExecutor(_SYNCED_TOGETHER) as pool:
+        list(pool.map(sync, [*folder.rglob("*"), folder]))

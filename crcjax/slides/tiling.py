@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
 from crcjax.errors import InputError, SlideError
-from crcjax.slides.quality import QUALITY_NAMES, score_tile
+from crcjax.slides.quality import ABSENT, GLASS, KEPT, QUALITY_NAMES, QualityLimits, judge, score_tile
 from crcjax.slides.reader import Slide, SlideInfo
 from crcjax.slides.tissue import (
     THUMBNAIL_UM_PER_PX,
@@ -19,6 +21,7 @@ from crcjax.slides.tissue import (
     tissue_model,
 )
 
+_JUDGED_TOGETHER = 32  # tiles: one by one, NumPy's calls would take longer than its arithmetic
 SAME_SCALE = 0.02  # a level within 2 % of the wanted mpp is read as it is
 
 
@@ -38,16 +41,15 @@ class TilingParams:
     """Everything that decides which tiles a slide gives.
 
     `magnifications` are kept from coarse to fine and differ by powers of two; a region is one tile of the first.
-    `min_tissue` is the least fraction of a tile within the tissue, lumina counted; `min_stained` and `min_sharpness` are
-    the least scores of its own pixels (slides.quality).
+    `min_tissue` is the least fraction of a tile within the tissue, lumina counted; `quality` limits the scores of its
+    own pixels.
     Raises InputError.
     """
 
     magnifications: tuple[str, ...] = ("20x",)
     tile_px: int = 256
     min_tissue: float = 0.25
-    min_stained: float = 0.02
-    min_sharpness: float = 0.005
+    quality: QualityLimits = field(default_factory=QualityLimits)
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(dict.fromkeys(self.magnifications), key=mpp_of, reverse=True))
@@ -59,8 +61,8 @@ class TilingParams:
                 raise InputError(f"{ordered[0]} and {magnification} do not differ by a power of two")
         if not 16 <= self.tile_px <= 4096:
             raise InputError(f"tile_px {self.tile_px} is outside 16 to 4096")
-        if not (0 < self.min_tissue <= 1 and 0 <= self.min_stained <= 1 and self.min_sharpness >= 0):
-            raise InputError("min_tissue and min_stained must lie in 0 to 1, min_sharpness must not be negative")
+        if not 0 < self.min_tissue <= 1:
+            raise InputError(f"min_tissue {self.min_tissue} is outside 0 to 1")
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -80,7 +82,8 @@ class TilingParams:
     @classmethod
     def from_json(cls, values: dict) -> TilingParams:
         """The inverse of `to_json`."""
-        return cls(**values | {"magnifications": tuple(values["magnifications"])})
+        magnifications, quality = tuple(values["magnifications"]), QualityLimits(**values["quality"])
+        return cls(**values | {"magnifications": magnifications, "quality": quality})
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class TilePlan:
     """The regions of a slide that hold tissue, row by row.
 
     `origin` and the region's side `region_px` are in level-0 px; `rejected` counts the slide's other tiles by reason.
+    `thumbnail` is the picture of 8 µm per pixel in which `tissue_mask` was found.
     """
 
     params: TilingParams
@@ -109,16 +113,24 @@ class TilePlan:
     tissue: TissueModel
     origin: Int32[np.ndarray, "region 2"]
     mask: Bool[np.ndarray, "region slot"]
+    thumbnail: UInt8[np.ndarray, "y x 3"]
+    tissue_mask: Bool[np.ndarray, "y x"]
     rejected: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RegionTiles:
-    """Some regions' tiles; `mask` is the plan's, less the tiles that failed quality control."""
+    """Some regions' tiles; `mask` is the plan's, less the tiles that failed quality control; `reason` says why.
 
-    pixels: UInt8[np.ndarray, "region slot y x 3"]
+    `reason` is an index into quality.REASONS. With a `pack` (see `read_regions`) `packed` holds what it made of each kept
+    tile, by region and slot, and `pixels` has no regions.
+    """
+
+    pixels: UInt8[np.ndarray, "some slot y x 3"]
     mask: Bool[np.ndarray, "region slot"]
     quality: Float32[np.ndarray, "region slot score"]
+    reason: UInt8[np.ndarray, "region slot"]
+    packed: dict[tuple[int, int], Any] = field(default_factory=dict)
 
 
 def slide_scale(info: SlideInfo, params: TilingParams) -> Scale:
@@ -180,7 +192,7 @@ def plan_tiles(slide: Slide, params: TilingParams) -> TilePlan:
     row, column = np.nonzero(kept)
     origin = np.rint(np.stack([column, row], axis=1) * region_px).astype(np.int32)
     rejected = {"glass": int((fraction[:, :, :present] < params.min_tissue).sum())}
-    return TilePlan(params, scale, region_px, model, origin, enough[kept], rejected)
+    return TilePlan(params, scale, region_px, model, origin, enough[kept], thumbnail, mask, rejected)
 
 
 def _tile_fractions(
@@ -203,26 +215,39 @@ def _tile_fractions(
     return (inside / whole).astype(np.float32)
 
 
-def read_regions(slide: Slide, plan: TilePlan, start: int, stop: int) -> RegionTiles:
+Pack = Callable[[int, int, UInt8[np.ndarray, "y x 3"]], Any]  # of a region's number, a slot, and the tile there
+
+
+def read_regions(slide: Slide, plan: TilePlan, start: int, stop: int, pack: Pack | None = None) -> RegionTiles:
     """The tiles of regions start to stop, from one decode a region: coarser tiles are area means of the finest.
 
-    Masked slots are zero. Raises SlideError (`corrupt`).
+    Masked slots are zero. With `pack`, what it makes of each kept tile is returned instead of the pixels, which then need
+    no memory of their own. Raises SlideError (`corrupt`).
     """
     params, count = plan.params, stop - start
-    size = params.tile_px
-    pixels = np.zeros((count, params.slots, size, size, 3), np.uint8)
-    mask = plan.mask[start:stop].copy()
+    pixels = np.zeros((0 if pack else count, params.slots, params.tile_px, params.tile_px, 3), np.uint8)
+    packed: dict[tuple[int, int], Any] = {}
     quality = np.zeros((count, params.slots, len(QUALITY_NAMES)), np.float32)
-    for i, (x, y) in enumerate(plan.origin[start:stop]):
-        for slot, tile in enumerate(region_tiles(slide, params, plan.scale, int(x), int(y))):
-            if not mask[i, slot]:
-                continue
-            quality[i, slot] = score_tile(tile, plan.tissue)
-            if (quality[i, slot] < (params.min_stained, params.min_sharpness)).any():
-                mask[i, slot] = False
-            else:
+    reason = np.full((count, params.slots), GLASS, np.uint8)
+    reason[:, sum(factor**2 for factor in params.factors[: plan.scale.finest + 1]) :] = ABSENT
+    mpp = np.repeat([mpp_of(magnification) for magnification in params.magnifications], np.square(params.factors))
+    step = max(1, _JUDGED_TOGETHER // params.slots)
+    for first in range(0, count, step):
+        tiles = {}
+        for i in range(first, min(first + step, count)):
+            x, y = plan.origin[start + i].tolist()
+            for slot, tile in enumerate(region_tiles(slide, params, plan.scale, x, y)):
+                if plan.mask[start + i, slot]:
+                    tiles[i, slot] = tile
+                    quality[i, slot] = score_tile(tile, plan.tissue, mpp[slot])
+        places = tuple(np.array(list(tiles), np.intp).reshape(-1, 2).T)
+        reason[places] = judge(quality[places], params.quality)
+        for (i, slot), tile in tiles.items():
+            if reason[i, slot] == KEPT and pack:
+                packed[start + i, slot] = pack(start + i, slot, tile)
+            elif reason[i, slot] == KEPT:
                 pixels[i, slot] = tile
-    return RegionTiles(pixels, mask, quality)
+    return RegionTiles(pixels, reason == KEPT, quality, reason, packed)
 
 
 def region_tiles(slide: Slide, params: TilingParams, scale: Scale, x: int, y: int) -> list[UInt8[np.ndarray, "y x 3"]]:

@@ -8,6 +8,7 @@ and blue, against the slide's own glass.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -17,7 +18,9 @@ from crcjax.errors import CrcjaxError
 
 THUMBNAIL_UM_PER_PX = 8.0
 _FAINTEST, _FIRMEST = 0.03, 0.06  # bounds of Otsu's threshold: slides that are all tissue, or faint beside dense
-_INK_RATIO = 1.4  # of red over green density; haematoxylin has at most about 1
+_INK_RATIO = 1.2  # of red over green density; haematoxylin has at most about 1.06
+_WARM = 0.72  # of blue over green density: red ink and blood have more
+_CLEAR = 0.14  # of red over green density: red ink has less, blood more
 _DARKEST = 2.0  # optical density in every channel: borders, black ink, folds of foil
 _SMALLEST_UM2 = 20_000.0  # of a piece of tissue: smaller is dust or a lost cell cluster
 _HOLE_UM2 = 150_000.0  # holes below it are lumina, mucin and fat, which belong to the tissue
@@ -30,15 +33,20 @@ class NotBrightfieldError(CrcjaxError):
 
 @dataclass(frozen=True)
 class TissueModel:
-    """A slide's glass (`white`, RGB intensities) and the excess green density above which a pixel is tissue."""
+    """A slide's glass (`white`, RGB intensities) and the excess green density above which a pixel is tissue.
+
+    `density` and `excess` are its tissue's medians: of the optical density, the three channels' sum, and of the excess.
+    """
 
     white: tuple[float, float, float]
     threshold: float
+    density: float = 1.0
+    excess: float = 0.3
 
     def stained(self, pixels: UInt8[np.ndarray, "y x 3"]) -> Bool[np.ndarray, "y x"]:
         """Pixels that are stained by eosin or haematoxylin, each judged alone."""
-        density = _density(pixels, self.white)
-        return (_excess_green(density) > self.threshold) & _plausible(density)
+        density = optical_density(pixels, self.white)
+        return (excess_green(density) > self.threshold) & _plausible(density)
 
 
 def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
@@ -52,15 +60,20 @@ def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
     if white.min() < 0.7 * white.max():
         raise NotBrightfieldError(f"the background is coloured ({_rgb(white)}): wrong colour space, or not H&E")
     light = (float(white[0]), float(white[1]), float(white[2]))
-    density = _density(thumbnail, light)
-    excess = cv2.GaussianBlur(_excess_green(density), (0, 0), 1.0)
+    density = optical_density(thumbnail, light)
+    excess = cv2.GaussianBlur(excess_green(density), (0, 0), 1.0)
     usable = excess[_plausible(density)]
     if usable.size == 0:
         return TissueModel(light, _FIRMEST)
     levels = np.clip(usable / 0.5 * 255, 0, 255).astype(np.uint8)
     otsu, _ = cv2.threshold(levels.reshape(1, -1), 0, 255, cv2.THRESH_OTSU)
     # Otsu halves the tissue when half of it is faint; half of its value keeps the faint half.
-    return TissueModel(light, float(np.clip(otsu / 255 * 0.5 / 2, _FAINTEST, _FIRMEST)))
+    threshold = float(np.clip(otsu / 255 * 0.5 / 2, _FAINTEST, _FIRMEST))
+    tissue = (excess > threshold) & _plausible(density)
+    if not tissue.any():
+        return TissueModel(light, threshold)
+    medians = (float(np.median(values[tissue])) for values in (density.sum(axis=0), excess_green(density)))
+    return TissueModel(light, threshold, *medians)
 
 
 def tissue_mask(thumbnail: UInt8[np.ndarray, "y x 3"], model: TissueModel, um_per_px: float) -> Bool[np.ndarray, "y x"]:
@@ -75,7 +88,7 @@ def tissue_mask(thumbnail: UInt8[np.ndarray, "y x 3"], model: TissueModel, um_pe
     # The frame joins all background that touches the border, which is glass however small.
     glass = cv2.copyMakeBorder(1 - mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
     filled = 1 - _without_small(glass, _HOLE_UM2 / um_per_px**2, always=(0, 0))[1:-1, 1:-1]
-    return filled.astype(bool) & _plausible(_density(smooth, model.white))
+    return filled.astype(bool) & _plausible(optical_density(smooth, model.white))
 
 
 def _without_small(mask: np.ndarray, smallest_px: float, always: tuple[int, int] | None = None) -> np.ndarray:
@@ -87,27 +100,48 @@ def _without_small(mask: np.ndarray, smallest_px: float, always: tuple[int, int]
     return large[labels].astype(np.uint8)
 
 
-def _density(
+def optical_density(
     pixels: UInt8[np.ndarray, "y x 3"], white: tuple[float, float, float]
 ) -> Float32[np.ndarray, "channel y x"]:
-    table = -np.log((np.arange(256) + 1.0) / (np.asarray(white)[:, None] + 1.0)).astype(np.float32)
-    return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
+    """-ln of the transmitted light, against the glass `white`: 0 on glass, about 0.1 to 2 in tissue."""
+    density = np.empty((3, *pixels.shape[:2]), np.float32)
+    for channel, (plane, table) in enumerate(zip(cv2.split(pixels), _density_tables(white), strict=True)):
+        cv2.LUT(plane, table, dst=density[channel])
+    return density
 
 
-def _excess_green(density: Float32[np.ndarray, "channel y x"]) -> Float32[np.ndarray, "y x"]:
+@lru_cache(maxsize=64)
+def _density_tables(white: tuple[float, float, float]) -> list[np.ndarray]:
+    intensity = np.arange(256, dtype=np.float32)
+    return [-np.log((intensity + 1) / np.float32(light + 1)) for light in white]
+
+
+def excess_green(density: Float32[np.ndarray, "channel y x"]) -> Float32[np.ndarray, "y x"]:
+    """By how much a pixel absorbs green more than red and blue, as stained tissue does."""
     red, green, blue = density
     return green - np.minimum(red, blue)
 
 
-def _plausible(density: Float32[np.ndarray, "channel y x"]) -> Bool[np.ndarray, "y x"]:
-    """False for ink and for black."""
+def ink(density: Float32[np.ndarray, "channel y x"]) -> Bool[np.ndarray, "y x"]:
+    """Pixels of pen ink, by their colour: green, blue or red."""
     red, green, blue = density
     cold_ink = (red > _INK_RATIO * green + 0.05) | ((red > 0.3) & (blue > _INK_RATIO * green))
     # Haematoxylin lets less blue through: at least 0.38 of its red density is absorbed there.
     blue_ink = (red > 0.3) & (red > green) & (blue < 0.35 * red)
-    # Eosin and blood let blue through; red ink absorbs it as it absorbs green.
-    red_ink = (green > 0.5) & (blue > 0.8 * green) & (red < 0.35 * green)
-    return ~(cold_ink | blue_ink | red_ink | (density.min(axis=0) > _DARKEST))
+    # Eosin lets blue through, which red ink and blood absorb; ink is the clearer in red.
+    red_ink = (green > 0.5) & (blue > _WARM * green) & (red < _CLEAR * green)
+    return cold_ink | blue_ink | red_ink
+
+
+def blood(density: Float32[np.ndarray, "channel y x"]) -> Bool[np.ndarray, "y x"]:
+    """Pixels of red cells, by their colour; tissue under red ink looks the same."""
+    red, green, blue = density
+    return (green > 0.5) & (blue > _WARM * green) & (red >= _CLEAR * green) & (red < 0.45 * green)
+
+
+def _plausible(density: Float32[np.ndarray, "channel y x"]) -> Bool[np.ndarray, "y x"]:
+    """False for ink and for black."""
+    return ~(ink(density) | (density.min(axis=0) > _DARKEST))
 
 
 def _rgb(white: np.ndarray) -> str:

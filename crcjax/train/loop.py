@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import train_batches
 from crcjax.data.splits import assign_splits
 from crcjax.errors import InputError
+from crcjax.models.encoders import PRETRAINED
 from crcjax.models.mil import build_model
 from crcjax.monitor.metrics import MetricWriter
 from crcjax.train.checkpoint import Checkpointer
@@ -23,6 +25,7 @@ from crcjax.train.evaluate import Evaluation
 from crcjax.train.losses import check_loss
 from crcjax.train.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer, learning_rate
+from crcjax.train.pretrained import is_kept, load_published
 from crcjax.train.run_directory import start_run
 from crcjax.train.step import Forward, Metrics, build_step, init_state
 
@@ -40,7 +43,11 @@ def train(config: ConfigDict, run: Path) -> None:
     _use_compilation_cache()
     mesh = device_mesh()
     model = build_model(config.model, len(cohort.classes), config.seed, tiling.factors)
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    kept = None
+    if config.model.encoder in PRETRAINED:
+        _say(f"{config.model.weights}: SHA-256 {load_published(model, config.model)}")
+        kept = partial(is_kept, config.model.frozen)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
     rate = learning_rate(config.optimizer, config.train.steps)
     step = build_step(model, optimizer, config, mesh)
     forward = Forward(model, config.data.region_buckets, config.data.regions, mesh)

@@ -65,6 +65,17 @@ def test_a_store_without_pixels_gives_the_same_batches_from_the_slides(
     np.testing.assert_array_equal(*batches)
 
 
+def test_a_slide_that_moved_away_from_a_store_without_pixels_is_named_before_anything_is_read(
+    painted: Path, small_config, tmp_path: Path
+) -> None:
+    cohort = _cohort(painted, small_config).split("val")
+    path = Path(shutil.copy(cohort.rows[0].path, tmp_path))
+    tile_slides([TileJob(cohort.rows[0].slide_id, path)], tmp_path, TilingParams(("10x",), tile_px=64), pixels="none")
+    path.unlink()
+    with pytest.raises(InputError, match=rf"keeps no pixels, and its slide {path} is not there; put it back"):
+        open_stores(str(tmp_path), replace(cohort, rows=cohort.rows[:1]))
+
+
 def test_slides_tiled_in_two_ways_are_refused(painted: Path, small_config, tmp_path: Path) -> None:
     cohort = _cohort(painted, small_config).split("val")
     store = shutil.copytree(painted / "store", tmp_path / "store")

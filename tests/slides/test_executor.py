@@ -1,24 +1,29 @@
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from crcjax.errors import InputError, OutputError
-from crcjax.slides.executor import JobFailed, TileJob, run_jobs, tile_slides
-from crcjax.slides.store import open_store, tiled_slides
+from crcjax.slides.executor import Outcome, TileJob, read_manifest, shard_of, size_of, tile_slides
+from crcjax.slides.store import open_store, slide_lock, tiled_slides
 from crcjax.slides.tiling import TilingParams
+from crcjax.slides.workers import JobFailed, JobLimits, run_jobs
 
 pytestmark = pytest.mark.multiprocess
 Writer = Callable[..., Path]
 PARAMS = TilingParams(("10x", "20x"), tile_px=32)
+EIO = "open('/proc/self/mem', 'rb').read(1)"  # the address 0: a true EIO
 DIE = "__import__('os').kill(__import__('os').getpid(), 9)"
 # What a user's command does, in a process group of its own that can be killed.
 COMMAND = """
@@ -52,11 +57,24 @@ def _jobs(paths: list[Path]) -> list[TileJob]:
 
 
 def _contents(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    """Everything but the manifest, which tells times."""
+    files = [path for path in store.rglob("*") if path.is_file() and path.name != "manifest.jsonl"]
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+
+def _statuses(store: Path) -> list[tuple[str, str]]:
+    lines = [json.loads(line) for line in (store / "manifest.jsonl").read_text().splitlines()]
+    return sorted((line["slide_id"], line["status"]) for line in lines)
+
+
+def _results(jobs: list[str], processes: int = 2, **limits: float) -> dict:
+    return {done.job: done.result for done in run_jobs(eval, jobs, processes, JobLimits(**limits))}
 
 
 def test_results_are_the_functions_and_a_dead_worker_loses_its_own_job_alone() -> None:
-    results = dict(run_jobs(eval, ["1 + 1", DIE, "3 * 3", "1 / 0"], 2))
+    results = {
+        done.job: done.result for done in run_jobs(eval, ["1 + 1", DIE, "3 * 3", "1 / 0"], 2, JobLimits(attempts=1))
+    }
     assert (results["1 + 1"], results["3 * 3"]) == (2, 9)
     assert isinstance(results[DIE], JobFailed)
     assert "exit status -9" in str(results[DIE])
@@ -64,9 +82,53 @@ def test_results_are_the_functions_and_a_dead_worker_loses_its_own_job_alone() -
     assert "ZeroDivisionError" in str(results["1 / 0"])
 
 
+def test_a_job_beyond_its_time_or_memory_is_given_up_and_the_others_go_on() -> None:
+    slow, large = "__import__('time').sleep(60)", "(b'x' * 700_000_000, __import__('time').sleep(60))"
+    begun = time.monotonic()
+    results = _results([slow, "1 + 1", large, "3 * 3"], timeout_s=2.0, memory_gib=0.5)
+    assert time.monotonic() - begun < 10
+    assert (results["1 + 1"], results["3 * 3"]) == (2, 9)
+    assert (results[slow].status, results[large].status) == ("timeout", "memory")
+    assert "took more than 2 s" in str(results[slow])
+    assert "took more than 0.5 GiB" in str(results[large])
+    with pytest.raises(InputError, match=r"timeout_s 0\.0: give a number above 0"):
+        JobLimits(timeout_s=0.0)
+
+
+def test_a_fault_of_storage_is_tried_again_later_and_later_and_a_fault_of_the_data_is_not() -> None:
+    begun = time.monotonic()
+    done = {done.job: done for done in run_jobs(eval, [EIO, "1 / 0", "1 + 1"], 1, JobLimits(attempts=3, backoff_s=0.2))}
+    assert 0.2 + 0.4 <= time.monotonic() - begun < 5
+    assert [done[job].attempts for job in (EIO, "1 / 0", "1 + 1")] == [3, 1, 1]
+    assert done[EIO].result.status == "storage"
+
+
+def test_a_worker_that_is_killed_from_outside_does_its_job_again(tmp_path: Path) -> None:
+    seen = f"{str(tmp_path / 'seen')!r}"
+    job = f"7 if __import__('os').path.exists({seen}) else (open({seen}, 'x').close(), {DIE})"
+    (done,) = run_jobs(eval, [job], 1, JobLimits(backoff_s=0.1))
+    assert (done.result, done.attempts) == (7, 2)
+
+
+def test_what_is_busy_is_put_off_and_the_others_go_first(slides: list[Path], tmp_path: Path) -> None:
+    order: list[Outcome] = []
+    with slide_lock(tmp_path, "b"):
+        running = threading.Thread(
+            target=tile_slides,
+            args=(_jobs(slides), tmp_path, PARAMS),
+            kwargs={"workers": 1, "on_outcome": order.append},
+        )
+        running.start()
+        deadline = time.monotonic() + 30
+        while len(order) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    running.join()
+    assert [(outcome.slide_id, outcome.status) for outcome in order] == [("a", "tiled"), ("c", "tiled"), ("b", "tiled")]
+
+
 def test_at_most_so_many_jobs_run_at_once() -> None:
     job = "(__import__('time').time(), __import__('time').sleep(0.2), __import__('time').time())"
-    spans = [result for _, result in run_jobs(eval, [job + " " * i for i in range(5)], 2)]
+    spans = [done.result for done in run_jobs(eval, [job + " " * i for i in range(5)], 2)]
     starts, ends = [span[0] for span in spans], [span[2] for span in spans]
     assert max(sum(s <= start < e for s, e in zip(starts, ends, strict=True)) for start in starts) == 2
 
@@ -103,6 +165,7 @@ def test_bad_slides_are_outcomes_and_the_rest_goes_through(
         assert outcome.reason
         assert "\n" not in outcome.reason
     assert all(outcome.tiles > 0 and outcome.seconds > 0 for outcome in outcomes[7:])
+    assert all(outcome.attempts == 1 for outcome in outcomes)
     assert _contents(tmp_path / "store") == undisturbed
     given = tile_slides([TileJob("no_mpp", bad["no_mpp"], mpp=0.5)], tmp_path / "store", PARAMS, workers=1)
     assert given[0].succeeded
@@ -178,12 +241,42 @@ def _start(store: Path, slides: list[Path]) -> subprocess.Popen:
     return subprocess.Popen(command, start_new_session=True)
 
 
+def test_workers_killed_at_ten_random_moments_lose_nothing_that_is_not_done_again(
+    slides: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    moments, kills, rounds = random.Random(0), 0, 0
+    while kills < 10:
+        store = tmp_path / str(rounds)
+        rounds += 1
+        running = threading.Thread(target=tile_slides, args=(_jobs(slides), store, PARAMS), kwargs={"workers": 2})
+        running.start()
+        while running.is_alive() and kills < 10:
+            time.sleep(moments.uniform(0.02, 0.3))
+            servers = psutil.Process().children()
+            workers = [worker for server in servers for worker in server.children() if worker.status() != "zombie"]
+            if workers:
+                moments.choice(workers).kill()
+                kills += 1
+        running.join()
+        tile_slides(_jobs(slides), store, PARAMS, workers=2)  # for a slide may have been killed too often
+        assert _contents(store) == undisturbed
+
+
+def test_two_runs_on_one_store_at_once_share_the_work(
+    slides: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    for running in [_start(tmp_path, slides) for _ in range(2)]:
+        assert running.wait(timeout=60) == 0
+    assert _contents(tmp_path) == undisturbed
+    assert _statuses(tmp_path) == [("a", "tiled"), ("b", "tiled"), ("c", "tiled")]  # none of them twice
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_at_any_moment_and_run_again_it_gives_the_same_bytes(
     seed: int, slides: list[Path], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     moments = random.Random(seed)
-    for _ in range(4):
+    for _ in range(5):
         running = _start(tmp_path, slides)
         time.sleep(moments.uniform(0.6, 2.0))
         os.killpg(running.pid, signal.SIGKILL)
@@ -209,3 +302,68 @@ def test_workers_end_with_the_run_that_started_them(slides: list[Path], tmp_path
             return
         time.sleep(0.05)
     pytest.fail("a worker lives on")
+
+
+def test_a_slide_beyond_its_time_is_an_outcome_and_leaves_nothing(slides: list[Path], tmp_path: Path) -> None:
+    (outcome,) = tile_slides(_jobs(slides[:1]), tmp_path, PARAMS, limits=JobLimits(timeout_s=0.01))
+    assert outcome.status == "timeout"
+    assert "--slide-timeout-s" in outcome.reason
+    assert _contents(tmp_path) == {}
+
+
+def test_a_slide_behind_a_fault_of_storage_is_tiled_once_it_has_passed(slides: list[Path], tmp_path: Path) -> None:
+    link = tmp_path / "a.svs"
+    link.symlink_to("/proc/self/mem")  # can be opened, and gives EIO
+    limits = JobLimits(attempts=5, backoff_s=0.5)
+    running = threading.Timer(1.0, lambda: (link.unlink(), link.symlink_to(slides[0])))
+    running.start()
+    (outcome,) = tile_slides([TileJob("a", link)], tmp_path / "store", PARAMS, limits=limits)
+    running.join()
+    assert (outcome.status, outcome.attempts > 1) == ("tiled", True)
+    link.unlink()
+    link.symlink_to("/proc/self/mem")
+    (outcome,) = tile_slides(
+        [TileJob("c", link)], tmp_path / "store", PARAMS, limits=JobLimits(attempts=2, backoff_s=0.1)
+    )
+    assert (outcome.status, outcome.attempts) == ("storage", 2)
+
+
+def test_the_manifest_has_the_newest_outcome_of_every_slide(slides: list[Path], tmp_path: Path) -> None:
+    store, missing = tmp_path / "store", tmp_path / "b.svs"
+    tile_slides([TileJob("a", slides[0]), TileJob("b", missing)], store, PARAMS)
+    found = read_manifest(store)
+    assert (found["a"]["status"], found["b"]["status"]) == ("tiled", "missing")
+    assert found["a"]["content_hash"] == open_store(store, "a").info.content_hash
+    assert found["a"]["tiles"] == open_store(store, "a").mask.sum()
+    assert found["a"]["worker"]
+    with open(store / "manifest.jsonl", "a") as manifest:
+        manifest.write('{"slide_id": "c", "sta')  # by a run that lost its power
+    tile_slides([TileJob("a", slides[0]), TileJob("b", slides[1])], store, PARAMS)
+    again = read_manifest(store)
+    assert again["a"] == found["a"]  # it was there already: what made it stays told
+    assert again["b"]["status"] == "tiled"
+    assert set(again) == {"a", "b"}
+
+
+def test_shards_are_alike_in_size_and_have_every_slide_once(tmp_path: Path) -> None:
+    sizes = random.Random(0)
+    jobs = [TileJob(f"s{i}", tmp_path / f"s{i}.svs") for i in range(50)]
+    for job in jobs[1:]:  # the first is missing
+        job.path.touch()
+        os.truncate(job.path, int(sizes.lognormvariate(14, 2)))
+    largest = max(map(size_of, jobs))
+    for count in (1, 2, 3, 7, 60):
+        shards = [shard_of(jobs, f"{i}/{count}") for i in range(1, count + 1)]
+        assert sorted(job.slide_id for shard in shards for job in shard) == sorted(job.slide_id for job in jobs)
+        loads = [sum(map(size_of, shard)) for shard in shards]
+        assert max(loads) - min(loads) <= largest + len(jobs)
+        assert shards[0] == shard_of(jobs[::-1], f"1/{count}")
+    for wrong in ("0/2", "3/2", "1", "a/b", "1/0"):
+        with pytest.raises(InputError, match="write I/N"):
+            shard_of(jobs, wrong)
+
+
+def test_no_jobs_and_an_unknown_executor(slides: list[Path], tmp_path: Path) -> None:
+    assert tile_slides([], tmp_path, PARAMS) == []
+    with pytest.raises(InputError, match="choose processes or ray"):
+        tile_slides(_jobs(slides), tmp_path, PARAMS, executor="dask")

@@ -2,18 +2,17 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorstore as ts
 
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import BusyError, InputError, OutputError
 from crcjax.slides.pixels import shard_regions
 from crcjax.slides.quality import QUALITY_NAMES, REASONS
 from crcjax.slides.reader import open_slide
-from crcjax.slides.store import StoreWriter, open_store, remove_partials, tiled_slides
+from crcjax.slides.store import StoreWriter, open_store, remove_partials, slide_lock, tiled_slides
 from crcjax.slides.tiling import RegionTiles, TilingParams, plan_tiles, read_regions
 
 PARAMS = TilingParams(("10x", "20x"), tile_px=32)
@@ -22,13 +21,12 @@ PARAMS = TilingParams(("10x", "20x"), tile_px=32)
 def _write(store: Path, slide_path: Path, params: TilingParams = PARAMS, pixels: str = "lossless") -> RegionTiles:
     with open_slide(slide_path) as slide:
         plan = plan_tiles(slide, params)
-        tiles = read_regions(slide, plan, 0, len(plan.origin))
         with StoreWriter(store, "a", slide, plan, pixels) as writer:
             for start in range(0, len(plan.origin), shard_regions(params)):
-                part = slice(start, start + shard_regions(params))
-                writer.write(start, RegionTiles(*(values[part] for values in astuple(tiles))))
+                stop = min(start + shard_regions(params), len(plan.origin))
+                writer.write(start, read_regions(slide, plan, start, stop, writer.pack))
             writer.commit()
-    return tiles
+        return read_regions(slide, plan, 0, len(plan.origin))
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +148,7 @@ def test_a_writer_that_is_left_early_leaves_nothing(small_slide: Path, tmp_path:
         with open_slide(small_slide) as slide:
             plan = plan_tiles(slide, PARAMS)
             with StoreWriter(tmp_path, "a", slide, plan, "jpeg") as writer:
-                writer.write(0, read_regions(slide, plan, 0, shard_regions(PARAMS)))
+                writer.write(0, read_regions(slide, plan, 0, shard_regions(PARAMS), writer.pack))
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -167,14 +165,40 @@ def test_a_second_writing_replaces_the_first(store: Path, small_slide: Path) -> 
 
 
 def test_only_what_dead_writers_left_is_removed(small_slide: Path, tmp_path: Path) -> None:
-    (tmp_path / ".partial" / "b.1").mkdir(parents=True)  # process 1 lives, but did not write this
+    (tmp_path / ".partial" / "b.zarr").mkdir(parents=True)
     with open_slide(small_slide) as slide:
         plan = plan_tiles(slide, PARAMS)
         with StoreWriter(tmp_path, "a", slide, plan, "jpeg"):
             code = "import sys, pathlib, crcjax.slides.store as s; s.remove_partials(pathlib.Path(sys.argv[1]))"
             subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
             remove_partials(tmp_path)
-            assert [path.name for path in (tmp_path / ".partial").iterdir()] == [f"a.{os.getpid()}"]
+            assert sorted(path.name for path in (tmp_path / ".partial").iterdir()) == ["a.lock", "a.zarr"]
+
+
+def test_of_several_processes_only_one_holds_a_lock_though_its_file_comes_and_goes(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys
+from crcjax.slides.store import file_lock
+folder = pathlib.Path(sys.argv[1])
+for _ in range(300):
+    with file_lock(folder / "locks" / "a.lock"):
+        count = int((folder / "count").read_text())
+        (folder / "count").write_text(str(count + 1))
+"""
+    (tmp_path / "count").write_text("0")
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    for running in [subprocess.Popen(command) for _ in range(4)]:
+        assert running.wait(timeout=60) == 0
+    assert (tmp_path / "count").read_text() == "1200"
+
+
+def test_a_slide_that_another_writes_is_busy_and_then_free(small_slide: Path, tmp_path: Path) -> None:
+    with open_slide(small_slide) as slide:
+        plan = plan_tiles(slide, PARAMS)
+        with slide_lock(tmp_path, "a"), pytest.raises(BusyError, match="another process writes the slide a"):
+            StoreWriter(tmp_path, "a", slide, plan, "none").__enter__()
+        with StoreWriter(tmp_path, "a", slide, plan, "none"):
+            pass
 
 
 @pytest.mark.parametrize(("free", "pixels"), [(0, "none"), (20_000, "jpeg"), (300_000, "jpeg"), (500_000, "lossless")])

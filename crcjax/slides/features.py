@@ -1,0 +1,111 @@
+"""Features of a slide's tiles in its store: one array an encoder, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from crcjax.errors import InputError, OutputError
+from crcjax.slides.arrays import create_array, first_line, open_array, write_group
+from crcjax.slides.store import open_store
+
+_CHUNK_VALUES = 1 << 18  # the least that is read, about half a MiB
+_SHARD_CHUNKS = 64
+
+
+def write_features(
+    store: str | Path,
+    slide_id: str,
+    encoder: str,
+    features: Float[np.ndarray, "region slot feature"],
+    attributes: dict,
+) -> None:
+    """Keeps features under the encoder's name, replacing older ones at once; a crash leaves those or the new ones.
+
+    They are float16 or float32, and made zero where the mask is False. `attributes` say how they came about: `encoder`,
+    `weights_sha256`, `mpp` and `dtype` at least. Raises InputError for another shape than the slide's or a name that
+    cannot be a folder's, OutputError if the store cannot be written.
+    """
+    opened = open_store(store, slide_id)
+    final = _folder(opened.path, encoder)
+    if features.shape[:2] != opened.mask.shape:
+        raise InputError(
+            f"{final}: features of {features.shape[:2]} regions and slots, the slide has {opened.mask.shape}"
+        )
+    regions, slots, width = features.shape
+    chunk = min(regions, max(1, _CHUNK_VALUES // (slots * width)))
+    shard = min(-(-regions // chunk), _SHARD_CHUNKS) * chunk
+    partial, older = (final.with_name(f".{encoder}.{kind}") for kind in (f"partial-{os.getpid()}", "older"))
+    values = np.where(opened.mask[..., None], features, features.dtype.type(0))
+    try:
+        final.parent.mkdir(exist_ok=True)
+        write_group(final.parent, {})
+        shutil.rmtree(partial, ignore_errors=True)
+        array = create_array(partial, str(values.dtype), values.shape, (shard, slots, width), (chunk, slots, width))
+        array.write(values).result()
+        document = json.loads((partial / "zarr.json").read_text()) | {"attributes": attributes}
+        (partial / "zarr.json").write_text(json.dumps(document, indent=1, sort_keys=True))
+        # A folder cannot replace one that is not empty: between the two renames, `_folder` finds the older one.
+        if final.exists():
+            shutil.rmtree(older, ignore_errors=True)
+            final.rename(older)
+        partial.rename(final)
+        shutil.rmtree(older, ignore_errors=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{final}: cannot be written ({first_line(error)}); free space, or ask for the rights"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_features(store: str | Path, slide_id: str, encoder: str) -> Float[np.ndarray, "region slot feature"]:
+    """All features of a slide. Raises InputError if it has none of that name, or they are damaged."""
+    folder = _found(store, slide_id, encoder)
+    try:
+        return open_array(folder).read().result()
+    except ValueError as error:
+        raise InputError(f"{folder}: damaged ({first_line(error)}); delete it and make the features again") from error
+
+
+def feature_attributes(store: str | Path, slide_id: str, encoder: str) -> dict | None:
+    """How a slide's features came about; None if it has none of that name. Raises InputError if they are damaged."""
+    if encoder not in feature_names(store, slide_id):
+        return None
+    folder = _found(store, slide_id, encoder)
+    try:
+        return json.loads((folder / "zarr.json").read_text())["attributes"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: damaged ({error}); delete it and make the features again") from error
+
+
+def feature_names(store: str | Path, slide_id: str) -> list[str]:
+    """The encoders whose features a slide has, sorted."""
+    folders = (Path(store) / f"{slide_id}.zarr" / "features").glob("*/zarr.json")
+    return sorted({_name(path.parent) for path in folders} - {""})
+
+
+def _name(folder: Path) -> str:
+    """The encoder of a folder of features; none for a partial one."""
+    name = folder.name.removesuffix(".older")
+    return name.removeprefix(".") if name != folder.name else "" if name.startswith(".") else name
+
+
+def _folder(slide: Path, encoder: str) -> Path:
+    if not encoder or encoder.startswith(".") or "/" in encoder:
+        raise InputError(f"features of the name {encoder!r}: choose one that can be a folder's")
+    return slide / "features" / encoder
+
+
+def _found(store: str | Path, slide_id: str, encoder: str) -> Path:
+    folder = _folder(Path(store) / f"{slide_id}.zarr", encoder)
+    older = folder.with_name(f".{encoder}.older")
+    if not folder.exists() and not older.exists():
+        have = ", ".join(feature_names(store, slide_id)) or "none"
+        raise InputError(f"{folder}: no such features (there are {have}); run crcjax embed, or crcjax import")
+    return folder if folder.exists() else older

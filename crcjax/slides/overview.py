@@ -1,0 +1,165 @@
+"""A page over the slides of a store: what was kept, what was rejected and why, as pictures and a table."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import jinja2
+import numpy as np
+from jaxtyping import Float64, UInt8
+from PIL import Image
+
+import crcjax
+from crcjax.errors import InputError, OutputError
+from crcjax.slides.quality import ABSENT, GLASS, REASONS
+from crcjax.slides.store import TileStore, open_store, tiled_slides
+from crcjax.slides.tissue import ink, optical_density
+
+VERDICTS = ("reject", "review", "accept")  # as the page lists them
+MAX_STAIN_DEGREES = 15.0  # from the cohort: further off, a slide's stain is named on the page
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+_COLOURS = {
+    "kept": (0, 158, 115),
+    "pen": (0, 114, 178),
+    "bubble": (86, 180, 233),
+    "fold": (213, 94, 0),
+    "blood": (150, 0, 24),
+    "blurred": (240, 228, 66),
+    "pale": (204, 121, 167),
+    "overstained": (60, 20, 110),
+}
+_SHEET_PX = 480  # width of each of a sheet's three panels
+_GAP_PX, _LEGEND_PX = 10, 24
+
+
+def write_overview(store: str | Path, places: Mapping[str, str] | None = None) -> Path:
+    """Writes STORE/overview/index.html and a contact sheet a slide beside it; returns the page's path.
+
+    With `places`, slide ids and where they come from (site and scanner), only these slides are shown, by place too, and
+    those that are not in the store are named. Raises InputError if the store has none of the slides or one is damaged,
+    OutputError if the page cannot be written.
+    """
+    store, tiled = Path(store), tiled_slides(store)
+    shown = [slide_id for slide_id in tiled if places is None or slide_id in places]
+    if not shown:
+        raise InputError(f"{store}: holds none of the slides; name the --out of crcjax tile, and its cohort")
+    folder, degrees = store / "overview", stain_degrees(store, shown)
+    lines, synthetic = [], False
+    try:
+        folder.mkdir(exist_ok=True)
+        for slide_id in shown:
+            slide = open_store(store, slide_id)
+            synthetic |= slide.info.synthetic
+            lines.append(_line(slide, places[slide_id] if places else "", degrees.get(slide_id)))
+            Image.fromarray(contact_sheet(slide)).save(folder / f"{slide_id}.jpg", quality=85)
+        lines.sort(key=lambda line: (VERDICTS.index(line["verdict"]), line["coverage"], line["slide_id"]))
+        page = _page(lines, sorted(set(places or ()) - set(tiled)), synthetic)
+        (folder / "index.html").write_text(page)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); free space or change its rights") from error
+    return folder / "index.html"
+
+
+def _line(slide: TileStore, place: str, degrees: float | None) -> dict:
+    """What the page says of one slide; a stain far from the cohort's asks for a review."""
+    found = slide.attributes["verdict"]
+    line = found | {"slide_id": slide.slide_id, "place": place, "degrees": degrees, "kept": int(slide.mask.sum())}
+    if degrees is not None and degrees > MAX_STAIN_DEGREES:
+        line["reasons"] = [*found["reasons"], f"the stain is {degrees:.0f} degrees from the cohort's"]
+        line["verdict"] = "reject" if found["verdict"] == "reject" else "review"
+    return line
+
+
+def _page(lines: list[dict], absent: list[str], synthetic: bool) -> str:
+    by_place: dict[str, Counter[str]] = defaultdict(Counter)
+    for line in lines:
+        by_place[line["place"]][line["verdict"]] += 1
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("crcjax.slides", ""), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("overview.html").render(
+        lines=lines,
+        absent=absent,
+        synthetic=synthetic,
+        with_stain=any(line["degrees"] is not None for line in lines),
+        by_place=dict(sorted(by_place.items())),
+        verdicts=VERDICTS,
+        colours={name: f"rgb{colour}" for name, colour in _COLOURS.items()},
+        version=crcjax.__version__,
+    )
+
+
+def contact_sheet(slide: TileStore) -> UInt8[np.ndarray, "y x 3"]:
+    """The slide, its tissue outlined, and its tiles by reason: kept ones framed, rejected ones filled; ink is shown
+    wherever it lies. Of several magnifications the coarsest is shown.
+    """
+    thumbnail, tissue = slide.thumbnail()
+    size = _SHEET_PX, max(1, round(_SHEET_PX * thumbnail.shape[0] / thumbnail.shape[1]))
+    picture = cv2.resize(thumbnail, size, interpolation=cv2.INTER_AREA)
+    mask = cv2.resize(tissue.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    outlined = np.where(mask[..., None] > 0, picture, (picture * 0.35 + 160 * 0.65).astype(np.uint8))
+    cv2.drawContours(outlined, cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[0], -1, (0, 0, 0), 1)
+    tiles = _tile_panel(slide, picture)
+    gap = np.full((size[1], _GAP_PX, 3), 255, np.uint8)
+    panels = np.concatenate([picture, gap, outlined, gap, tiles], axis=1)
+    return np.concatenate([panels, _legend(slide, panels.shape[1])])
+
+
+def _tile_panel(slide: TileStore, picture: np.ndarray) -> np.ndarray:
+    white = tuple(slide.attributes["white"])
+    tiles = picture // 2 + 127
+    tiles[ink(optical_density(picture, white))] = _COLOURS["pen"]
+    filled = tiles.copy()
+    scale = picture.shape[1] / slide.info.size[0]
+    corners = np.rint(slide.origin * scale).astype(int)
+    ends = np.rint((slide.origin + slide.region_px) * scale).astype(int) - 1
+    for (x, y), (right, bottom), code in zip(corners.tolist(), ends.tolist(), slide.reason[:, 0], strict=True):
+        if REASONS[code] in _COLOURS:
+            thickness = 1 if REASONS[code] == "kept" else cv2.FILLED
+            cv2.rectangle(filled, (x, y), (right, bottom), _COLOURS[REASONS[code]], thickness)
+    return cv2.addWeighted(filled, 0.7, tiles, 0.3, 0)
+
+
+def _legend(slide: TileStore, width: int) -> np.ndarray:
+    legend = np.full((_LEGEND_PX, width, 3), 255, np.uint8)
+    counts = Counter(slide.reason[:, 0].tolist())
+    x = 4
+    for code, name in enumerate(REASONS):
+        if code in (GLASS, ABSENT):
+            continue
+        cv2.rectangle(legend, (x, 6), (x + 12, 18), _COLOURS[name], 2 if name == "kept" else cv2.FILLED)
+        text = f"{name} {counts[code]}"
+        cv2.putText(legend, text, (x + 18, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        x += 32 + cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)[0][0]
+    return legend
+
+
+def stain_degrees(store: Path, slide_ids: Sequence[str]) -> dict[str, float]:
+    """How far each slide's stain vectors are from the median of these slides', the larger of the two angles in degrees.
+
+    Of the slides with an estimate in STORE/stain.json, by Macenko's method; none if fewer than three have one.
+    """
+    path = store / "stain.json"
+    if not path.exists():
+        return {}
+    try:
+        estimates = json.loads(path.read_text())
+        found = {slide_id: estimates.get(slide_id, {}).get("macenko") for slide_id in slide_ids}
+        vectors = {
+            name: np.array(estimate["vectors"], float).reshape(2, 3) for name, estimate in found.items() if estimate
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it, it is estimated again") from error
+    if len(vectors) < 3:
+        return {}
+    centre = np.median(list(vectors.values()), axis=0)
+    return {name: float(_angle(vector, centre).max()) for name, vector in vectors.items()}
+
+
+def _angle(one: Float64[np.ndarray, "stain 3"], other: Float64[np.ndarray, "stain 3"]) -> Float64[np.ndarray, " stain"]:
+    cosine = (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+    return np.degrees(np.arccos(np.clip(cosine, -1, 1)))

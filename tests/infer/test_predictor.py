@@ -1,0 +1,182 @@
+"""A trained run predicts the same whatever the threads, chunks, padding and order of regions; what is no run is named."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crcjax.errors import InputError, OutputError
+from crcjax.infer.pipeline import PredictJob, predict_slides
+from crcjax.infer.predictor import Predictor, SlidePrediction
+from crcjax.slides.reader import open_slide
+
+CASES = {"synthetic-0000": "train", "synthetic-0012": "val", "synthetic-0015": ""}
+
+
+@pytest.fixture(scope="module")
+def predictor(run: Path) -> Predictor:
+    return Predictor(run)
+
+
+@pytest.fixture(scope="module")
+def slide(painted: Path) -> Path:
+    return painted / "slides" / "synthetic-0015.svs"
+
+
+def _predict(predictor: Predictor, path: Path, threads: int = 2) -> SlidePrediction:
+    with open_slide(path) as slide:
+        return predictor.predict(slide, threads)
+
+
+def _with(run: Path, copy: Path, **data: object) -> Path:
+    """A copy of a run with other values of config.data."""
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"] |= data
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_probabilities_sum_to_one_and_attention_lies_on_kept_tiles_alone(predictor: Predictor, slide: Path) -> None:
+    found = _predict(predictor, slide)
+    assert found.probs.sum() == pytest.approx(1, abs=1e-6)
+    attention = np.asarray(found.prediction.region_attention[0])
+    assert attention.shape == (len(found.origin),)
+    assert attention.sum() == pytest.approx(1, abs=1e-5)
+    assert (attention[~found.mask.any(axis=1)] == 0).all()
+
+
+def test_the_number_of_threads_changes_no_bit(predictor: Predictor, slide: Path) -> None:
+    one, many = (_predict(predictor, slide, threads) for threads in (1, 5))
+    np.testing.assert_array_equal(one.prediction.alpha, many.prediction.alpha)
+    np.testing.assert_array_equal(one.prediction.region_attention, many.prediction.region_attention)
+
+
+def test_a_run_loaded_twice_is_the_same_model(run: Path, predictor: Predictor, slide: Path) -> None:
+    again = Predictor(run)
+    assert again.model_id == predictor.model_id
+    assert re.fullmatch("[0-9a-f]{12}", again.model_id)
+    np.testing.assert_array_equal(_predict(again, slide).probs, _predict(predictor, slide).probs)
+
+
+@pytest.mark.parametrize("data", [{"region_buckets": [512]}, {"region_buckets": [7]}, {"regions": 3}])
+def test_padding_and_chunks_change_nothing_but_rounding(
+    data: dict, run: Path, predictor: Predictor, slide: Path, tmp_path: Path
+) -> None:
+    wanted, found = _predict(predictor, slide), _predict(Predictor(_with(run, tmp_path / "run", **data)), slide)
+    np.testing.assert_allclose(found.probs, wanted.probs, atol=1e-5)
+    attention = [each.prediction.region_attention for each in (found, wanted)]
+    np.testing.assert_allclose(*attention, atol=1e-5)
+
+
+def test_the_order_of_regions_changes_nothing_but_rounding(predictor: Predictor, slide: Path) -> None:
+    found = _predict(predictor, slide)
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(*found.mask.shape, 16)).astype(np.float32)
+    position = (found.origin / found.plan.region_px).astype(np.float32)
+    order = rng.permutation(len(found.mask))
+    pool = predictor._forward.pool
+    wanted = pool(predictor._params, features, found.mask, position)
+    shuffled = pool(predictor._params, features[order], found.mask[order], position[order])
+    np.testing.assert_allclose(shuffled.probs, wanted.probs, atol=1e-5)
+    np.testing.assert_allclose(shuffled.region_attention[0], wanted.region_attention[0][order], atol=1e-5)
+
+
+def test_what_masked_tiles_hold_changes_no_bit(predictor: Predictor, slide: Path) -> None:
+    found = _predict(predictor, slide)
+    mask = found.mask.copy()
+    mask[::2] = False
+    features = np.random.default_rng(0).normal(size=(*mask.shape, 16)).astype(np.float32)
+    position = (found.origin / found.plan.region_px).astype(np.float32)
+    other = np.where(mask[..., None], features, 1e3).astype(np.float32)
+    one, two = (predictor._forward.pool(predictor._params, each, mask, position) for each in (features, other))
+    np.testing.assert_array_equal(one.alpha, two.alpha)
+
+
+def test_slides_that_the_run_was_fitted_or_chosen_on_are_told(
+    predictor: Predictor, painted: Path, tmp_path: Path
+) -> None:
+    """By the slide's id, or by the case's if the slide is another one."""
+    paths = {name: painted / "slides" / f"{name}.svs" for name in CASES}
+    jobs = [PredictJob(name, "x", path) for name, path in paths.items()]
+    jobs += [PredictJob(f"again-{name}", name, path) for name, path in paths.items()]
+    rows = predict_slides(predictor, jobs, tmp_path)
+    assert [row["split"] for row in rows] == [*CASES.values()] * 2
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        assert [row["split"] for row in csv.DictReader(file)] == [*CASES.values()] * 2
+
+
+def test_a_folder_that_cannot_be_written_is_named(predictor: Predictor, slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file: cannot be written"):
+        predict_slides(predictor, [PredictJob("a", "a", slide)], tmp_path / "file")
+
+
+def _empty(run: Path) -> None:
+    shutil.rmtree(run)
+    run.mkdir()
+
+
+def _truncated(run: Path) -> None:
+    (run / "config.json").write_text((run / "config.json").read_text()[:200])
+
+
+def _without_tiling(run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    del facts["tiling"]
+    (run / "run.json").write_text(json.dumps(facts))
+
+
+def _without_checkpoints(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def _without_steps(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_empty, "is no run directory"),
+        (_truncated, "is no run directory"),
+        (_without_tiling, "is no run directory"),
+        (_without_checkpoints, "has no checkpoints; train it"),
+        (_without_steps, "has no checkpoint yet; train it further"),
+    ],
+)
+def test_a_wrong_or_unfinished_run_is_named_with_the_remedy(
+    damage: Callable[[Path], None], words: str, run: Path, tmp_path: Path
+) -> None:
+    copy = _with(run, tmp_path / "broken")
+    damage(copy)
+    with pytest.raises(InputError, match=f"broken: {words}"):
+        Predictor(copy)
+
+
+def test_with_a_key_nothing_that_is_written_or_printed_names_the_slides(
+    run: Path, painted: Path, tmp_path: Path
+) -> None:
+    key, folder = tmp_path / "key", tmp_path / "patient-Doe"
+    key.write_text("k" * 32)
+    key.chmod(0o600)
+    folder.mkdir()
+    shutil.copy(painted / "slides" / "synthetic-0015.svs", folder / "S19-04711.svs")
+    (folder / "S19-empty.svs").touch()
+    command = [sys.executable, "-m", "crcjax.cli", "predict", str(folder), "--run", str(run)]
+    command += ["--out", str(tmp_path / "out"), "--pseudonym-key", str(key)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) == 3
+    contents = [done.stderr.encode(), *(path.read_bytes() + str(path.relative_to(tmp_path)).encode() for path in files)]
+    for word in (b"S19-04711", b"S19-empty", b"patient-Doe"):
+        assert not any(word in content for content in contents), word

@@ -1,0 +1,90 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crcjax.errors import InputError
+from crcjax.slides.executor import TileJob, tile_slides
+from crcjax.slides.overview import contact_sheet, stain_degrees, write_overview
+from crcjax.slides.painter import SITES, SlideSpec, paint_slide
+from crcjax.slides.quality import REASONS
+from crcjax.slides.store import open_store
+from crcjax.slides.tiling import TilingParams
+
+PEN = (0, 114, 178)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Painted slides: `penned`, and `plain` and `plain <b>`, which are the same, and whose name is no HTML."""
+    folder = tmp_path_factory.mktemp("overview")
+    jobs = []
+    for i, (name, artefacts) in enumerate({"penned": ("pen",), "plain": ()}.items()):
+        path = paint_slide(folder / f"{i}.svs", SlideSpec("stromal", 500 + i, SITES[i], artefacts=artefacts))
+        jobs.append(TileJob(name, path))
+    jobs.append(TileJob("plain <b>", jobs[-1].path))
+    outcomes = tile_slides(jobs, folder / "store", TilingParams(("10x", "20x")))
+    assert {outcome.status for outcome in outcomes} == {"tiled"}
+    return folder / "store"
+
+
+def test_a_store_keeps_why_every_tile_was_rejected_and_a_small_picture(store: Path) -> None:
+    slide = open_store(store, "penned")
+    np.testing.assert_array_equal(slide.mask, slide.reason == REASONS.index("kept"))
+    assert (slide.reason == REASONS.index("pen")).sum() > 0
+    assert slide.attributes["verdict"]["faults"]["pen"] > 0
+    picture, tissue = slide.thumbnail()
+    assert picture.shape[:2] == tissue.shape
+    assert max(tissue.shape) <= 1024
+    assert 0.1 < tissue.mean() < 0.9
+
+
+def test_a_contact_sheet_shows_pen_where_pen_is(store: Path) -> None:
+    penned, plain = (contact_sheet(open_store(store, slide_id))[:-24] for slide_id in ("penned", "plain <b>"))
+    assert (np.abs(penned.astype(int) - PEN).max(axis=-1) < 40).sum() > 1000
+    assert (np.abs(plain.astype(int) - PEN).max(axis=-1) < 40).sum() < 20
+
+
+def test_the_page_shows_every_slide_and_says_that_it_is_synthetic(store: Path) -> None:
+    page = write_overview(store)
+    text = page.read_text()
+    assert "SYNTHETIC SLIDES" in text
+    for slide_id in ("penned", "plain <b>"):
+        assert (page.parent / f"{slide_id}.jpg").stat().st_size > 10_000
+    assert 'id="penned"' in text
+    assert "plain &lt;b&gt;" in text
+    assert "<b>" not in text
+    assert str(store.parent) not in text
+
+
+def test_a_cohort_groups_by_place_and_names_what_is_absent(store: Path) -> None:
+    text = write_overview(store, {"penned": "north, A", "lost": "south, B"}).read_text()
+    assert "north, A" in text
+    assert "Not in the store: lost" in text
+    assert "plain" not in text
+
+
+def test_a_stain_far_from_the_cohorts_asks_for_a_review(store: Path) -> None:
+    near = [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]]
+    far = [[0.29, 0.70, 0.65], [0.07, 0.99, 0.11]]
+    vectors = {"penned": near, "plain": near, "plain <b>": far}
+    (store / "stain.json").write_text(json.dumps({name: {"macenko": {"vectors": v}} for name, v in vectors.items()}))
+    try:
+        degrees = stain_degrees(store, list(vectors))
+        assert degrees["penned"] == pytest.approx(0, abs=1e-6)
+        assert degrees["plain <b>"] == pytest.approx(30, abs=1)
+        assert "degrees from the cohort&#39;s" in write_overview(store).read_text()
+    finally:
+        (store / "stain.json").unlink()
+
+
+def test_damaged_estimates_of_stain_are_named(tmp_path: Path) -> None:
+    (tmp_path / "stain.json").write_text('{"a": {"macenko": ')
+    with pytest.raises(InputError, match=r"stain\.json: damaged"):
+        stain_degrees(tmp_path, ["a"])
+
+
+def test_an_empty_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of the slides"):
+        write_overview(tmp_path)
