@@ -111,7 +111,7 @@ def test_no_identifier_label_or_overview_is_in_the_copy_and_its_name(labelled: P
     files = sorted((tmp_path / "copy").iterdir())
     assert [file.name for file in files] == ["000.dcm", "001.dcm"]
     contents = [*(file.read_bytes() for file in files), report_path(tmp_path / "copy").read_bytes()]
-    for word in (*IDENTIFIERS.values(), "Doe", "04711", "20190411", "19570411"):
+    for word in (*IDENTIFIERS.values(), "Doe", "-04711", "20190411", "19570411"):
         assert not any(word.encode() in content for content in contents), word
     with _open(labelled) as original, _open(tmp_path / "copy") as copy:
         assert set(original.associated_images) == {"label", "macro"}
@@ -252,7 +252,7 @@ def test_any_damage_of_the_attributes_gives_a_named_error_or_a_right_copy(labell
             deidentify_slide(tmp_path / "damaged", copy)
             contents = b"".join(file.read_bytes() for file in copy.iterdir())
             assert b"Doe" not in contents
-            assert b"04711" not in contents
+            assert b"-04711" not in contents  # without its hyphen, it may stand in a new UID by chance
             endings.add("copied")
         except SlideError as error:
             endings.add(error.status)

@@ -1,5 +1,6 @@
 """On a real Ray cluster of this machine."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +24,10 @@ def cluster(required: Callable[[str], bool]) -> Iterator[None]:
         if required("ray"):
             pytest.fail("Ray is not installed")
         pytest.skip("Ray is not installed")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    with warnings.catch_warnings():
+        # Ray forks to run its own programs at once, which harms no thread of JAX.
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
     yield
     ray.shutdown()
 
