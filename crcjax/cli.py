@@ -79,6 +79,14 @@ def tile(
     mag: Annotated[str, typer.Option(help="magnifications: 20x, or 10x,20x,40x")] = "20x",
     tile_px: Annotated[int, typer.Option(help="side of a tile in pixels")] = 256,
     mpp: Mpp = None,
+    tissue_method: Annotated[
+        Literal["robust", "otsu", "entropy"], typer.Option(help="how tissue is found (see slides/tissue.py)")
+    ] = "robust",
+    include: Annotated[
+        Path | None, typer.Option(help="folder of SLIDE_ID.geojson (QuPath) or SLIDE_ID.png: tile only these areas")
+    ] = None,
+    exclude: Annotated[Path | None, typer.Option(help="such a folder: leave these areas out")] = None,
+    icc: Annotated[bool, typer.Option("--icc", help="turn colours to sRGB by each slide's ICC profile")] = False,
     pixels: Annotated[
         Literal["jpeg", "lossless"],
         typer.Option(help="JPEG streams (the slide's own if grids agree), or the bits as read, 7 times larger"),
@@ -106,6 +114,7 @@ def tile(
 
     STORE/manifest.jsonl has every slide's outcome.
     """
+    from crcjax.slides.annotation import areas_of
     from crcjax.slides.executor import Outcome, TileJob, shard_of, size_of, tile_slides
     from crcjax.slides.quality import parse_limits
     from crcjax.slides.tiling import TilingParams
@@ -113,9 +122,13 @@ def tile(
 
     if no_pixels and pseudonym_key:
         raise InputError("--no-pixels keeps the slides' paths, which --pseudonym-key hides; keep the pixels")
-    params = TilingParams(tuple(mag.split(",")), tile_px, quality=parse_limits(limit or ()))
+    limits = parse_limits(limit or ())
+    params = TilingParams(tuple(mag.split(",")), tile_px, quality=limits, tissue=tissue_method, icc=icc)
     named = _slides(slides, cohort, pseudonym_key)
-    jobs = [TileJob(slide_id, path, mpp, names_path=not pseudonym_key) for slide_id, _, path in named]
+    jobs = [
+        TileJob(slide_id, path, mpp, names_path=not pseudonym_key, areas=areas_of(slide_id, include, exclude))
+        for slide_id, _, path in named
+    ]
     if shard is not None:
         jobs = shard_of(jobs, shard)
     # The largest come first: by their number alone, the time that is left would be guessed too long.
@@ -143,8 +156,9 @@ def tile(
             on_outcome=show,
         )
     failed = [outcome for outcome in outcomes if not outcome.succeeded]
-    for outcome in failed:
-        _say.print(f"{outcome.status}: {outcome.path}: {outcome.reason}", markup=False)
+    for outcome in outcomes:
+        if outcome.reason:
+            _say.print(f"{outcome.status}: {outcome.path}: {outcome.reason}", markup=False)
     tiles = sum(outcome.tiles for outcome in outcomes)
     _say.print(f"{len(outcomes) - len(failed)} of {len(outcomes)} slides tiled, {tiles} tiles in {out}", markup=False)
     raise typer.Exit(1 if failed else 0)
@@ -218,29 +232,69 @@ def embed(
 @app.command()
 def predict(
     slides: Slides = None,
-    run: Annotated[Path, typer.Option(help="the --workdir of a training")] = ...,  # type: ignore[assignment]
+    run: Annotated[
+        list[Path], typer.Option(help="the --workdir of a training; repeated, a deep ensemble of runs of other seeds")
+    ] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="folder for predictions.csv, heatmaps and attention")] = ...,  # type: ignore[assignment]
     cohort: CohortFile = None,
     mpp: Mpp = None,
+    dropout_samples: Annotated[int, typer.Option(min=0, help="predictions with dropout (Monte Carlo) by each run")] = 0,
+    calibration: Annotated[
+        Path | None, typer.Option(help="calibration.json of crcjax calibrate: a temperature, and sets of subtypes")
+    ] = None,
+    attribution: Annotated[
+        Literal["attention", "gradient", "occlusion"],
+        typer.Option(help="what the heatmap shows; occlusion takes a pass of the bag for every tile"),
+    ] = "attention",
     workers: Annotated[int | None, typer.Option(min=1, help="threads that decode; all cores by default")] = None,
     pseudonym_key: PseudonymKey = None,
 ) -> None:
-    """Predicts the subtype of slides with a trained run."""
+    """Predicts the subtype of slides with a trained run, or with several."""
+    from crcjax.data.cohort import load_cohort
     from crcjax.infer.pipeline import PredictJob, predict_slides
     from crcjax.infer.predictor import Predictor
+    from crcjax.validation.calibration import load_calibration
 
-    jobs = [
-        PredictJob(slide_id, case_id, path, mpp) for slide_id, case_id, path in _slides(slides, cohort, pseudonym_key)
-    ]
-    predictor = Predictor(run)
+    predictor = Predictor(*run, dropout_samples=dropout_samples, attribution=attribution)
+    fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
+    site_of = {row.slide_id: row.site for row in load_cohort(cohort, None).rows} if cohort else {}
+    sites = [site_of.get(slide_id) for slide_id, _, _ in _named_slides(slides, cohort)]
+    named = _slides(slides, cohort, pseudonym_key)
+    jobs = [PredictJob(*slide, mpp, site) for slide, site in zip(named, sites, strict=True)]
     with _progress() as progress:
         task = progress.add_task("predicting", total=len(jobs))
-        rows = predict_slides(predictor, jobs, out, threads=workers, on_row=lambda row: progress.advance(task))
+        rows = predict_slides(
+            predictor, jobs, out, threads=workers, calibration=fitted, on_row=lambda row: progress.advance(task)
+        )
     failed = [(job, row) for job, row in zip(jobs, rows, strict=True) if row["status"] != "ok"]
     for job, row in failed:
         _say.print(f"{row['status']}: {job.slide_id if pseudonym_key else job.path}: {row['reason']}", markup=False)
     _say.print(f"{len(rows) - len(failed)} of {len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def calibrate(
+    predictions: Annotated[Path, typer.Option(help="predictions.csv of crcjax predict on the run's validation slides")],
+    cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id, subtype, and site for --by-site")],
+    out: Annotated[Path, typer.Option(help="calibration.json, for crcjax predict --calibration")],
+    method: Annotated[
+        Literal["lac", "aps"], typer.Option(help="the smallest sets, or sets that grow with doubt")
+    ] = "lac",
+    error: Annotated[float, typer.Option(help="how often a set may miss the true subtype")] = 0.1,
+    by_site: Annotated[bool, typer.Option("--by-site", help="a threshold for every site with enough cases")] = False,
+) -> None:
+    """Fits a temperature and conformal sets on the validation cases of a run (see docs/uncertainty.md)."""
+    from crcjax.validation.calibration import HOTTEST
+    from crcjax.validation.calibration import calibrate as fit
+
+    found = fit(predictions, cohort, out, method=method, error=error, by_site=by_site)
+    counts = ", ".join(f"{count} cases of {site or 'all sites'}" for site, count in found.cases.items())
+    _say.print(f"temperature {found.temperature:.3f}, sets by {counts}: {out}", markup=False)
+    if not 1.01 / HOTTEST < found.temperature < 0.99 * HOTTEST:
+        _say.print("warning: the temperature is at its limit; too few validation cases, or all called right or wrong")
+    if found.thresholds[""] == float("inf"):
+        _say.print(f"warning: too few cases for an error of {error}; every set is full", markup=False)
 
 
 @app.command()

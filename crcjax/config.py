@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.store = ""  # folder of tile stores, as `crcjax tile --out` wrote it
     data.cohort = ""  # CSV with slide_id, case_id, subtype and optionally path, site, scanner, split
+    data.features = False  # train on what crcjax embed stored for config.model.encoder, unaugmented
     data.classes = ("canonical", "immune", "stromal")  # the label scheme; CMS1 to CMS4 by override
     data.val_fraction = 0.2  # of the cases, for model selection, where the cohort has no split column
     data.test_fraction = 0.2  # of the cases, never seen by training, where the cohort has no split column
@@ -21,6 +22,10 @@ def get_config() -> ConfigDict:
     data.region_buckets = (64, 256, 1024, 4096)  # padded lengths of whole bags; XLA compiles one program each
     data.read_threads = 4  # threads that read stores ahead of the device
     data.prefetch = 4  # batches held ready
+
+    config.stain = stain = ConfigDict()
+    stain.method = "none"  # none, macenko, vahadane or reinhard: tiles brought to one stain, on the device
+    stain.reference = "standard"  # the published reference, or the slide_id of a slide in the store
 
     config.augment = augment = ConfigDict()
     augment.flips = True  # flips and right-angle turns: tissue has no up
@@ -52,6 +57,9 @@ def get_config() -> ConfigDict:
     train.focal_gamma = 2.0  # of the focal loss (Lin 2017); 0 is cross-entropy
     train.annealing_steps = 100  # steps until the evidential loss weighs its KL term fully
     train.instance_weight = 0.3  # of the instance loss of clam (Lu 2021: 0.3) and dsmil (Li 2021: 0.5)
+    train.class_balance = 1.0  # beta of the effective number (Cui 2019): 1, every class counts alike; 0, by its slides
+    train.contrastive_weight = 0.0  # of the supervised contrastive loss on embeddings (Khosla 2020); 0 leaves it out
+    train.contrastive_temperature = 0.1  # of that loss (Khosla 2020); lower looks at the hardest pairs
     train.label_smoothing = 0.05  # molecular references have errors of their own
 
     config.optimizer = optimizer = ConfigDict()

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"slides"},
     "models": set(),
     "train": {"data", "models", "monitor", "slides"},
-    "infer": {"data", "models", "monitor", "slides", "train"},
+    "infer": {"validation", "data", "models", "monitor", "slides", "train"},
 }
 
 

@@ -145,9 +145,11 @@ def test_predicting_from_the_file_equals_predicting_from_the_store(painted: Path
         found = predictor.predict(slide, threads=2)
     assert (found.origin == store.origin).all()
     assert (found.mask == store.mask).all()
-    forward, pixels = predictor._forward, store.read_pixels(range(len(store.mask)))
+    forward, pixels = predictor.members[0].forward, store.read_pixels(range(len(store.mask)))
     chunks = (pixels[start : start + forward.chunk] for start in range(0, len(pixels), forward.chunk))
-    stored = forward.bag(predictor._params, chunks, store.mask, (store.origin / store.region_px).astype(np.float32))
+    stored = forward.bag(
+        predictor.members[0].params, chunks, store.mask, (store.origin / store.region_px).astype(np.float32)
+    )
     np.testing.assert_array_equal(found.prediction.probs, stored.probs)
 
 

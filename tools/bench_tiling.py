@@ -25,12 +25,12 @@ CORES = sorted(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     slide: Path
     boxes: list[tuple[int, int, int]]  # x, y and side of every tile, in level-0 px
 
 
-def read_with_openslide(reading: _Reading) -> int:
+def read_with_openslide(reading: Reading) -> int:
     """Reads the slide's tiles and drops them."""
     with openslide.OpenSlide(reading.slide) as slide:
         for x, y, side in reading.boxes:
@@ -38,7 +38,7 @@ def read_with_openslide(reading: _Reading) -> int:
     return len(reading.boxes)
 
 
-def decode_with_libjpeg_turbo(reading: _Reading) -> float:
+def decode_with_libjpeg_turbo(reading: Reading) -> float:
     """Decodes the slide's own tiles that lie under the tiles, streams in memory, pixels dropped; returns the seconds."""
     with tifffile.TiffFile(reading.slide) as tiff:
         page = tiff.pages[0]
@@ -87,7 +87,7 @@ def _measure(slides: list[Path], folder: Path, cores: int, magnifications: tuple
     boxes = [(int(x), int(y), int(side)) for (x, y), side in zip(corners, slots[:, 2], strict=True)]
     store = folder / f"store-{cores}-{len(magnifications)}"
     os.sched_setaffinity(0, CORES[:cores])
-    readings = [_Reading(path, boxes) for path in slides]
+    readings = [Reading(path, boxes) for path in slides]
     list(run_jobs(read_with_openslide, readings[:1], 1))  # starts the server of worker processes, warms the page cache
     start = time.monotonic()
     list(run_jobs(read_with_openslide, readings, cores))

@@ -12,6 +12,9 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import tifffile
+from bench_tiling import Reading, decode_with_libjpeg_turbo
 from record import record
 
 from crcjax.errors import SlideError
@@ -19,9 +22,11 @@ from crcjax.infer.pipeline import PredictJob, predict_slides
 from crcjax.infer.predictor import Predictor
 from crcjax.slides.executor import Outcome, TileJob, tile_slides
 from crcjax.slides.reader import find_slides, open_slide, slide_id_of
+from crcjax.slides.store import TileStore, open_store
 from crcjax.slides.tiling import TilingParams
 
 ASSUMED_MPP = 0.5
+MAGNIFICATIONS = TilingParams(("10x", "20x", "40x"))
 
 
 def main(run: Path, out: Path, data: Path) -> None:
@@ -30,11 +35,14 @@ def main(run: Path, out: Path, data: Path) -> None:
         paths = find_slides([data / folder])
         given = {path: _missing_mpp(path) for path in paths}
         jobs = [TileJob(slide_id_of(path), path, given[path]) for path in paths]
-        tiled = tile_slides(jobs, out / "store", TilingParams(("20x",)), workers=1)
+        tiled = tile_slides(jobs, out / "store", MAGNIFICATIONS, workers=1)
         predictor = Predictor(run)
         predict = [PredictJob(job.slide_id, job.slide_id, job.path, job.mpp) for job in jobs]
         predicted = predict_slides(predictor, predict, out / folder)
-        rows += [_row(folder, outcome, row, given) for outcome, row in zip(tiled, predicted, strict=True)]
+        rows += [
+            _row(folder, job, out / "store", outcome, row)
+            for job, outcome, row in zip(jobs, tiled, predicted, strict=True)
+        ]
     command = "CRCJAX_REAL_DATA=… python tools/real_slides.py runs/demo/run runs/real"
     note = f"mpp marked * was not in the file and assumed to be {ASSUMED_MPP}. Seconds on one worker."
     record("real_slides", command, rows, note)
@@ -48,29 +56,48 @@ def _missing_mpp(path: Path) -> float | None:
     return None
 
 
-def _row(folder: str, outcome: Outcome, row: dict, given: dict[Path, float | None]) -> dict:
-    path = Path(outcome.path)
-    shown = {"size": "", "mpp": "", "vendor": ""}
-    try:
-        with open_slide(path, given[path]) as slide:
-            mark = "*" if given[path] else ""
-            shown = {
-                "size": "{}x{}".format(*slide.info.size),
-                "mpp": f"{slide.info.mpp[0]:.3g}{mark}",
-                "vendor": slide.info.vendor,
-            }
-    except SlideError:
-        pass
-    return {
-        "folder": folder,
-        "slide": path.name,
-        **shown,
-        "tiles at 20x": outcome.tiles or "",
+def _row(folder: str, job: TileJob, store: Path, outcome: Outcome, predicted: dict) -> dict:
+    row: dict = {"folder": folder, "slide": job.path.name}
+    shown = ("format", "size", "mpp", "mpp from", *MAGNIFICATIONS.magnifications, "verdict", "libjpeg-turbo s", "ratio")
+    row |= dict.fromkeys(shown, "")
+    if outcome.succeeded:
+        found = open_store(store, job.slide_id)
+        info, slots = found.info, np.repeat(MAGNIFICATIONS.magnifications, np.square(MAGNIFICATIONS.factors))
+        limit = _bare_seconds(found, job.path)
+        row |= {
+            "format": info.vendor,
+            "size": "{}x{}".format(*info.size),
+            "mpp": f"{info.mpp[0]:.3g}{'*' if job.mpp else ''}",
+            "mpp from": info.mpp_source,
+            **{name: int(found.mask[:, slots == name].sum()) for name in MAGNIFICATIONS.magnifications},
+            "verdict": found.attributes["verdict"]["verdict"],
+            "libjpeg-turbo s": "" if limit is None else f"{limit:.2f}",
+            "ratio": "" if limit is None else f"{limit / outcome.seconds:.2f}",
+        }
+    return row | {
         "tiling s": f"{outcome.seconds:.2f}" if outcome.succeeded else "",
-        "regions at 10x": row.get("regions", ""),
-        "prediction s": row.get("seconds", ""),
-        "refused because": "" if outcome.succeeded else outcome.reason.split(";")[0].replace(f"{path.parent}/", ""),
+        "regions predicted": predicted.get("regions", ""),
+        "prediction s": predicted.get("seconds", ""),
+        "refused because": "" if outcome.succeeded else outcome.reason.split(";")[0].replace(f"{job.path.parent}/", ""),
     }
+
+
+def _bare_seconds(found: TileStore, path: Path) -> float | None:
+    """Seconds that libjpeg-turbo alone takes for the slide's own tiles under the regions; None where they are no JPEG's."""
+    if found.info.vendor != "aperio":
+        return None
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        if page.compression != tifffile.COMPRESSION.JPEG:
+            return None
+    side = round(found.region_px)
+    boxes = []
+    for x, y in found.origin.tolist():
+        right, below = min(x + side, page.imagewidth), min(y + side, page.imagelength)
+        across, down = range(x, right, page.tilewidth), range(y, below, page.tilelength)
+        boxes += [(column, row, side) for row in (*down, below - 1) for column in (*across, right - 1)]
+    return decode_with_libjpeg_turbo(Reading(path, boxes))
 
 
 if __name__ == "__main__":

@@ -7,23 +7,29 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError
+from crcjax.slides.features import FeatureReader
+from crcjax.slides.stain import Estimate
 from crcjax.slides.store import TileStore, open_store, tiled_slides
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bag:
-    """Some slides' regions; `mask` is False for padding and for tiles that the store masks. On the host, of NumPy arrays."""
+    """Some slides' regions; `mask` is False for padding and for tiles that the store masks. On the host, of NumPy arrays.
 
-    pixels: UInt8[Array | np.ndarray, "batch region slot y x 3"]
+    `tiles` are pixels (y x 3, 8 bits) or stored features.
+    """
+
+    tiles: Num[Array | np.ndarray, "batch region slot *tile"]
     mask: Bool[Array | np.ndarray, "batch region slot"]
     position: Float32[Array | np.ndarray, "batch region 2"]  # (x, y) in sides of a region
     label: Int[Array | np.ndarray, " batch"]
     weight: Float[Array | np.ndarray, " batch"]  # of each bag in the loss
+    stain: Estimate | None = None  # of each bag's slide, if tiles are to be normalised
 
 
 def read_bag(
@@ -31,18 +37,21 @@ def read_bag(
     regions: Sequence[Int[np.ndarray, " _"]],
     labels: Int[np.ndarray, " batch"],
     padded: int,
+    stain: Estimate | None = None,
+    features: Sequence[FeatureReader] = (),
 ) -> Bag:
-    """The chosen regions of each slide, padded to `padded` regions."""
-    params = stores[0].params
-    shape = (len(stores), padded, params.slots)
-    pixels = np.zeros((*shape, params.tile_px, params.tile_px, 3), np.uint8)
+    """The chosen regions of each slide, padded to `padded` regions: their pixels, or each slide's features if given."""
+    shape = (len(stores), padded, stores[0].params.slots)
+    readers = [reader.read for reader in features] or [store.read_pixels for store in stores]
     mask = np.zeros(shape, bool)
     position = np.zeros((len(stores), padded, 2), np.float32)
+    parts = [read(chosen) for read, chosen in zip(readers, regions, strict=True)]
+    tiles = np.zeros((*shape, *parts[0].shape[2:]), parts[0].dtype)
     for i, (store, chosen) in enumerate(zip(stores, regions, strict=True)):
-        pixels[i, : len(chosen)] = store.read_pixels(chosen)
+        tiles[i, : len(chosen)] = parts[i]
         mask[i, : len(chosen)] = store.mask[chosen]
         position[i, : len(chosen)] = store.origin[chosen] / store.region_px
-    return Bag(pixels, mask, position, labels.astype(np.int32), np.ones(len(stores), np.float32))
+    return Bag(tiles, mask, position, labels.astype(np.int32), np.ones(len(stores), np.float32), stain)
 
 
 def open_stores(store: str, cohort: Cohort) -> list[TileStore]:
@@ -61,6 +70,26 @@ def open_stores(store: str, cohort: Cohort) -> list[TileStore]:
         if opened.params != stores[0].params:
             raise InputError(f"{opened.path}: tiled in another way than {stores[0].path}; tile it again")
     return stores
+
+
+def open_features(stores: Sequence[TileStore], encoder: str) -> list[FeatureReader]:
+    """The features of every slide by one encoder.
+
+    Raises InputError: a slide has none, they were made by other weights than the first's, or not of all magnifications.
+    """
+    readers = [FeatureReader(store.path.parent, store.slide_id, encoder) for store in stores]
+    first = readers[0]
+    for reader, store in zip(readers, stores, strict=True):
+        for name in ("weights_sha256", "dtype"):
+            if reader.attributes.get(name) != first.attributes.get(name):
+                raise InputError(f"{reader.path}: was made with another {name} than {first.path}; embed both anew")
+        magnifications = reader.attributes.get("magnifications", ())
+        if lacking := [name for name in store.params.magnifications if name not in magnifications]:
+            raise InputError(
+                f"{reader.path}: lacks the features of {', '.join(lacking)}, which the store has; delete it and run "
+                f"crcjax embed --mag {','.join(store.params.magnifications)}"
+            )
+    return readers
 
 
 def label_of(row: SlideRow, classes: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import grain
 import jax
@@ -10,13 +11,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from crcjax.data.bags import Bag, label_of, open_stores, read_bag
+from crcjax.data.bags import Bag, label_of, open_features, open_stores, read_bag
 from crcjax.data.cohort import Cohort
-from crcjax.data.sampling import draw_regions, draw_slides
+from crcjax.data.sampling import draw_regions, draw_slides, slide_weights
 from crcjax.errors import InputError
+from crcjax.slides.normaliser import StainNormaliser
 
 
-def train_batches(cohort: Cohort, config: ConfigDict, mesh: Mesh, start_step: int) -> Iterator[Bag]:
+def train_batches(
+    cohort: Cohort, config: ConfigDict, mesh: Mesh, start_step: int, normaliser: StainNormaliser | None = None
+) -> Iterator[Bag]:
     """Yields the bags of every step from `start_step` to config.train.steps, on the mesh, split over `data`.
 
     What a step sees depends on seed and step alone, so a resumed run reads what it would have read. Each process reads
@@ -29,6 +33,9 @@ def train_batches(cohort: Cohort, config: ConfigDict, mesh: Mesh, start_step: in
         raise InputError(f"config.data.bags {data.bags} is no multiple of the {mesh.shape['data']} devices; set it so")
     stores = open_stores(data.store, cohort)
     labels = np.array([label_of(row, cohort.classes) for row in cohort.rows])
+    weights = slide_weights(labels, config.train.class_balance)
+    features = open_features(stores, config.model.encoder) if data.features else []
+    stains = [normaliser.of_store(store) for store in stores] if normaliser else []
     local = data.bags // processes
     mine = range(jax.process_index() * local, (jax.process_index() + 1) * local)
 
@@ -38,7 +45,11 @@ def train_batches(cohort: Cohort, config: ConfigDict, mesh: Mesh, start_step: in
             draw_regions(stores[slide].mask, config.seed, step, bag, data.regions)
             for bag, slide in zip(mine, slides, strict=True)
         ]
-        return read_bag([stores[slide] for slide in slides], chosen, labels[slides], data.regions)
+        # Their leaves are stacked, since a batch is one estimate with a leading axis.
+        stain = jax.tree.map(lambda *leaves: np.stack(leaves), *(stains[slide] for slide in slides)) if stains else None
+        some = [features[slide] for slide in slides] if features else []
+        bag = read_bag([stores[slide] for slide in slides], chosen, labels[slides], data.regions, stain, some)
+        return replace(bag, weight=weights[slides])
 
     options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch)
     steps = grain.MapDataset.range(start_step, config.train.steps).map(load).to_iter_dataset(options)

@@ -48,10 +48,11 @@ def write_heatmap(
     coloured: UInt8[np.ndarray, "y x 3"],
     *,
     title: str,
+    meaning: str,
     um_per_px: float,
     synthetic: bool,
 ) -> None:
-    """A PNG with the slide, its attention, a scale bar and what the colours mean; `um_per_px` is the thumbnail's."""
+    """A PNG with the slide, its colours, a scale bar and the `meaning` of the colours; `um_per_px` is the thumbnail's."""
     height, width = thumbnail.shape[:2]
     figure = Figure(figsize=(10, 10 * height / (2 * width) + 0.9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -64,7 +65,7 @@ def write_heatmap(
     axes[0].text(0.02 * width, 0.955 * height, f"{bar_um:g} µm", va="bottom", fontsize=8)
     colours = matplotlib.cm.ScalarMappable(cmap=_COLOURS)
     figure.colorbar(colours, ax=axes, orientation="horizontal", shrink=0.4, pad=0.02, aspect=40).set_label(
-        "rank of the region's attention within this slide (attention, not evidence)", fontsize=8
+        f"rank of the region's {meaning} within this slide", fontsize=8
     )
     stamp = "SYNTHETIC SLIDE · " if synthetic else ""
     figure.suptitle(f"{stamp}{title}", fontsize=10)

@@ -1,24 +1,28 @@
-"""A trained run, ready to predict slides."""
+"""Trained runs, ready to predict slides."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
-from crcjax.models.mil import Params, Prediction, build_model
+from crcjax.errors import InputError
+from crcjax.infer.attribution import Method, attention_for, integrated_gradients, log_odds, occlusion
+from crcjax.models.mil import MILModel, Params, Prediction, build_model, combine
 from crcjax.slides.executor import read_ahead
 from crcjax.slides.reader import Slide
+from crcjax.slides.stain import Estimate
 from crcjax.slides.tiling import TilePlan, TilingParams, plan_tiles
 from crcjax.train.checkpoint import restore_params
 from crcjax.train.mesh import device_mesh, replicated
-from crcjax.train.run_directory import open_run
+from crcjax.train.run_directory import Run, open_run
 from crcjax.train.step import Forward
 
 
@@ -31,6 +35,7 @@ class SlidePrediction:
     mask: Bool[np.ndarray, "region slot"]
     synthetic: bool
     seconds: dict[str, float]
+    attribution: Float[np.ndarray, "region slot"]  # what each instance did for the class that is called
 
     @property
     def probs(self) -> Float[np.ndarray, " class"]:
@@ -42,44 +47,67 @@ class SlidePrediction:
 
 
 class Predictor:
-    """The best checkpoint of a run with the tiling that it was trained on.
+    """The best checkpoints of one run or several, a deep ensemble, with the tiling that they were trained on.
 
-    `split_of` holds the ids of the slides and cases that the run was fitted and chosen on. Raises InputError if the run
-    is not usable.
+    With `dropout_samples`, each predicts as often with dropout. `attribution` says how evidence is laid on instances.
+    `split_of` holds the ids of the slides and cases that a run was fitted or chosen on. Raises InputError if a run is not
+    usable, or does not go with the first.
     """
 
-    def __init__(self, run: str | Path):
-        opened = open_run(run)
-        config = opened.config
-        self.tiling: TilingParams = opened.tiling
-        self.classes: tuple[str, ...] = tuple(config.data.classes)
-        self.split_of = opened.split_of
-        model = build_model(config.model, len(self.classes), config.seed, self.tiling.factors)
-        params, self.step = restore_params(run, model)
-        self.model_id = _model_id(params)
-        mesh = device_mesh()
-        self._forward = Forward(model, config.data.region_buckets, config.data.regions, mesh)
-        self._params = jax.device_put(params, replicated(mesh))
+    def __init__(self, *runs: str | Path, dropout_samples: int = 0, attribution: Method = "attention"):
+        opened = [open_run(run) for run in runs]
+        first = opened[0]
+        self.tiling: TilingParams = first.tiling
+        self.classes: tuple[str, ...] = tuple(first.config.data.classes)
+        for other in opened[1:]:
+            _check_goes_with(first, other)
+        if dropout_samples and not first.config.model.dropout:
+            raise InputError(f"{first.path}: was trained without dropout; predict without --dropout-samples")
+        # A case that one member was fitted on is none that the ensemble can be judged on.
+        self.split_of = {name: split for split in ("val", "train") for run in opened for name in run.ids(split)}
+        self.attribution = attribution
+        self.members = [Member(run, attribution) for run in opened]
+        self.model_id = "+".join(member.model_id for member in self.members)
+        self.model_id += f" dropout {dropout_samples}" if dropout_samples else ""
+        keys = [jax.random.fold_in(jax.random.key(0), sample) for sample in range(dropout_samples)]
+        self._keys: list[Array | None] = [*keys] or [None]
 
     def predict(self, slide: Slide, threads: int) -> SlidePrediction:
         """The prediction of an open slide; `threads` decode ahead of the encoder. Raises SlideError."""
         start = time.monotonic()
         plan = plan_tiles(slide, self.tiling)
         seconds = {"plan": time.monotonic() - start, "wait": 0.0, "encode": 0.0}
-        features, masks = [], []
+        normalisers = [member.forward.normaliser for member in self.members]
+        stains = [normaliser.of_slide(slide, plan) if normaliser else None for normaliser in normalisers]
+        seconds["stain"] = time.monotonic() - start - seconds["plan"]
+        features: list[list[np.ndarray]] = [[] for _ in self.members]
+        masks = []
         shards = self._timed(read_ahead(slide, plan, threads), seconds, "wait")
         for _, tiles in shards:
             begun = time.monotonic()
-            for first in range(0, len(tiles.mask), self._forward.chunk):
-                pixels = tiles.pixels[first : first + self._forward.chunk]
-                features.append(np.asarray(self._forward.encode(self._params, pixels))[: len(pixels)])
+            for member, stain, parts in zip(self.members, stains, features, strict=True):
+                parts.extend(member.encode(tiles.pixels, stain))
             masks.append(tiles.mask)
             seconds["encode"] += time.monotonic() - begun
         begun = time.monotonic()
         mask, position = np.concatenate(masks), (plan.origin / plan.region_px).astype(np.float32)
-        prediction = self._forward.pool(self._params, np.concatenate(features), mask, position)
+        prediction, attribution = self.pool([np.concatenate(parts) for parts in features], mask, position)
         seconds["pool"] = time.monotonic() - begun
-        return SlidePrediction(prediction, plan, mask, slide.info.synthetic, seconds)
+        return SlidePrediction(prediction, plan, mask, slide.info.synthetic, seconds, attribution)
+
+    def pool(
+        self,
+        features: Sequence[Float32[np.ndarray, "region slot feature"]],
+        mask: Bool[np.ndarray, "region slot"],
+        position: Float32[np.ndarray, "region 2"],
+    ) -> tuple[Prediction, Float[np.ndarray, "region slot"]]:
+        """The prediction of one bag from each member's features, and the attribution of the class that it calls."""
+        bags = [(member, (part, mask, position)) for member, part in zip(self.members, features, strict=True)]
+        found = combine([member.forward.pool(member.params, *bag, key) for member, bag in bags for key in self._keys])
+        target = int(np.argmax(found.probs[0]))
+        if self.attribution == "attention":
+            return found, attention_for(found, target)
+        return found, np.mean([member.attribution(bag, target) for member, bag in bags], axis=0)
 
     @staticmethod
     def _timed(shards: Iterator, seconds: dict[str, float], stage: str) -> Iterator:
@@ -91,6 +119,62 @@ class Predictor:
             if shard is None:
                 return
             yield shard
+
+
+class Member:
+    """One run's model with its parameters on the devices."""
+
+    def __init__(self, run: Run, attribution: Method):
+        config = run.config
+        model = build_model(config.model, len(config.data.classes), config.seed, run.tiling.factors)
+        params, self.step = restore_params(run.path, model)
+        self.model_id = _model_id(params)
+        mesh = device_mesh()
+        self.forward = Forward(model, config.data.region_buckets, config.data.regions, mesh, run.normaliser)
+        self.params = jax.device_put(params, replicated(mesh))
+        self.attribute = None if attribution == "attention" else _attribute(model, attribution)
+
+    def encode(self, pixels: UInt8[np.ndarray, "region slot y x 3"], stain: Estimate | None) -> Iterator[np.ndarray]:
+        """The features of a shard's regions, some at a time."""
+        chunk = self.forward.chunk
+        for some in (pixels[first : first + chunk] for first in range(0, len(pixels), chunk)):
+            yield np.asarray(self.forward.encode(self.params, some, stain))[: len(some)]
+
+    def attribution(self, bag: tuple[np.ndarray, ...], target: int) -> Float32[np.ndarray, "region slot"]:
+        """What each instance did for a class, by gradients or occlusion."""
+        assert self.attribute is not None
+        padded = (part[0] for part in self.forward.padded(*bag))
+        return np.asarray(self.attribute(self.params, *padded, target))[: len(bag[0])]
+
+
+def _attribute(model: MILModel, method: Method) -> Callable[..., jax.Array]:
+    graph = nnx.graphdef(model)
+    of_score = integrated_gradients if method == "gradient" else occlusion
+
+    def attribute(params: Params, features: Array, mask: Array, position: Array, target: Array) -> Array:
+        def score(features: Array, mask: Array) -> Array:
+            found = nnx.merge(graph, params).pool(features[None], mask[None], position[None])
+            return log_odds(found.logits[0], target)
+
+        return of_score(score, features, mask)
+
+    return jax.jit(attribute)
+
+
+def _check_goes_with(first: Run, other: Run) -> None:
+    differing = [
+        name
+        for name, one, two in (
+            ("tiling", first.tiling, other.tiling),
+            ("config.data.classes", first.config.data.classes, other.config.data.classes),
+            ("config.model", first.config.model, other.config.model),
+        )
+        if one != two
+    ]
+    if differing:
+        raise InputError(
+            f"{other.path}: another {' and '.join(differing)} than {first.path}; give runs that differ in their seed"
+        )
 
 
 def _model_id(params: Params) -> str:

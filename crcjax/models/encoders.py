@@ -185,7 +185,11 @@ class PublishedEncoder(nnx.Module):
 
     def __call__(self, pixels: Num[Array, "tile y x 3"]) -> Float[Array, "tile feature"]:
         features = self.published(PRETRAINED[self.name].prepare(pixels))  # type: ignore[operator]
-        return self.project(jax.lax.stop_gradient(features) if self.frozen else features)
+        return self.from_stored(jax.lax.stop_gradient(features) if self.frozen else features)
+
+    def from_stored(self, features: Float[Array, "tile stored"]) -> Float[Array, "tile feature"]:
+        """What the encoder gives for tiles whose published features are at hand."""
+        return self.project(features)
 
 
 def build_encoder(config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:

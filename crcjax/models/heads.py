@@ -1,28 +1,47 @@
-"""Heads: a bag's logits to probabilities and, if evidential, to the Dirichlet distribution behind them."""
+"""Heads: a bag's logits to probabilities, and to the doubt that stands behind them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
+import jax.numpy as jnp
+from jax.scipy.special import digamma, xlogy
 from jaxtyping import Array, Float32
 
 Logits = Float32[Array, "batch class"]
-HeadOutput = tuple[Float32[Array, "batch class"] | None, Float32[Array, "batch class"], Float32[Array, " batch"] | None]
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """Probabilities, their expected entropy (nats) and, of the evidential head, Dirichlet parameters and vacuity.
+
+    The entropy is expected over the distributions that the head holds possible: with softmax, one alone.
+    """
+
+    probs: Float32[Array, "batch class"]
+    expected_entropy: Float32[Array, " batch"]
+    alpha: Float32[Array, "batch class"] | None = None
+    vacuity: Float32[Array, " batch"] | None = None
 
 
 def softmax_head(logits: Logits) -> HeadOutput:
-    """(None, probabilities, None)."""
-    return None, jax.nn.softmax(logits), None
+    """Softmax, which holds one distribution possible."""
+    probs = jax.nn.softmax(logits)
+    return HeadOutput(probs, -xlogy(probs, probs).sum(axis=-1))
 
 
 def evidential_head(logits: Logits) -> HeadOutput:
-    """(alpha, probabilities, vacuity): evidence is softplus of the logits (Sensoy et al. 2018, section 3).
+    """Evidence is softplus of the logits (Sensoy et al. 2018, section 3), alpha = evidence + 1.
 
-    alpha = evidence + 1, probabilities alpha / sum(alpha), vacuity K / sum(alpha). ReLU, as published, would leave bags
-    without any evidence no gradient.
+    Probabilities alpha / sum(alpha), vacuity K / sum(alpha). ReLU, as published, would leave bags without any evidence
+    no gradient.
     """
     alpha = jax.nn.softplus(logits) + 1.0
     strength = alpha.sum(axis=-1, keepdims=True)
-    return alpha, alpha / strength, alpha.shape[-1] / strength[:, 0]
+    probs = alpha / strength
+    expected = (probs * (digamma(strength + 1.0) - digamma(alpha + 1.0))).sum(axis=-1)
+    return HeadOutput(probs, jnp.asarray(expected), alpha, alpha.shape[-1] / strength[:, 0])
 
 
 HEADS = {"softmax": softmax_head, "evidential": evidential_head}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
 from crcjax.models.aggregators import ABMIL, CLAM, DSMIL, Aggregator, Instances, MaxPool, MeanPool
-from crcjax.models.encoders import build_encoder
+from crcjax.models.encoders import PublishedEncoder, build_encoder
 from crcjax.models.heads import HEADS
 from crcjax.models.hierarchical import HierarchicalAttentionMIL
 from crcjax.models.transmil import TransMIL
@@ -49,7 +49,9 @@ class Prediction:
 
     Attention sums to one over a bag and is zero where the mask is False; `class_attention` has a map for each branch of
     the aggregator (one in all, or one a class), the others are their mean. `alpha` and `vacuity` (0 to 1) are the
-    Dirichlet's of the evidential head, None with another. `instance_loss` is the aggregator's own, zero without labels.
+    Dirichlet's of the evidential head, None with another. `expected_entropy` (nats) is the mean over the distributions
+    held possible: the Dirichlet's, those of an ensemble's members, of dropout's draws, or softmax's one. `instance_loss`
+    is the aggregator's own, zero without labels.
     """
 
     logits: Float32[Array | np.ndarray, "batch class"]
@@ -60,7 +62,20 @@ class Prediction:
     class_attention: Float32[Array | np.ndarray, "batch region slot branch"]
     alpha: Float32[Array | np.ndarray, "batch class"] | None
     vacuity: Float32[Array | np.ndarray, " batch"] | None
+    expected_entropy: Float32[Array | np.ndarray, " batch"]
     instance_loss: Float32[Array | np.ndarray, " batch"]
+
+
+def combine(members: Sequence[Prediction]) -> Prediction:
+    """The mean of predictions of the same bags by an ensemble's members or dropout's draws, on the host.
+
+    Its logits are the logarithms of its probabilities. What the members disagree on is the entropy of the mean above
+    the mean entropy: the mutual information of class and member (Lakshminarayanan et al. 2017, Depeweg et al. 2018).
+    """
+    if len(members) == 1:
+        return members[0]
+    mean = jax.tree.map(lambda *parts: np.mean(np.stack(parts), axis=0), *members)
+    return replace(mean, logits=np.log(np.maximum(mean.probs, np.finfo(np.float32).tiny)))
 
 
 class MILModel(nnx.Module):
@@ -80,6 +95,13 @@ class MILModel(nnx.Module):
         self.norm = nnx.LayerNorm(config.features, rngs=rngs)
         self.slots = sum(factor**2 for factor in factors)
         self.aggregator = AGGREGATORS[config.mil](config, classes, factors, dtype=dtype, rngs=rngs)
+
+    def encode_stored(self, features: Float[Array, "*instance stored"]) -> Float32[Array, "*instance feature"]:
+        """As `encode`, from what a published encoder gave for the tiles."""
+        lead = features.shape[:-1]
+        assert isinstance(self.encoder, PublishedEncoder)
+        found = self.encoder.from_stored(features.reshape(-1, features.shape[-1]))
+        return self.norm(found.astype(jnp.float32)).reshape(*lead, -1)
 
     def encode(self, pixels: Num[Array, "*instance y x 3"]) -> Float32[Array, "*instance feature"]:
         """Features of tiles, 8-bit intensities (0 to 255) of any numeric type."""
@@ -110,18 +132,19 @@ class MILModel(nnx.Module):
             position = jnp.zeros((batch, regions, 2))
         bag = Instances(instances, mask.reshape(batch, -1), jnp.repeat(position, slots, axis=1))
         pooled = self.aggregator(bag, label)
-        alpha, probs, vacuity = self.head(pooled.logits)
+        head = self.head(pooled.logits)
         by_class = pooled.attention.reshape(batch, regions, slots, -1)
         by_slot = by_class.mean(axis=-1)
         return Prediction(
             pooled.logits,
-            probs,
+            head.probs,
             pooled.embedding,
             by_slot.sum(axis=-1),
             by_slot,
             by_class,
-            alpha,
-            vacuity,
+            head.alpha,
+            head.vacuity,
+            head.expected_entropy,
             pooled.instance_loss,
         )
 

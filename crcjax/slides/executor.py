@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from crcjax.errors import InputError, OutputError, SlideError
+from crcjax.slides.annotation import Areas
 from crcjax.slides.pixels import check_mode, shard_regions
 from crcjax.slides.quality import ABSENT, KEPT, REASONS
 from crcjax.slides.reader import Slide, SlideInfo, open_slide
 from crcjax.slides.store import StoreWriter, TileStore, file_lock, open_store, remove_partials, slide_lock, tiled_slides
-from crcjax.slides.tiling import Pack, RegionTiles, TilePlan, TilingParams, plan_tiles, read_regions
+from crcjax.slides.tiling import EVERYWHERE, Pack, RegionTiles, TilePlan, TilingParams, plan_tiles, read_regions
 from crcjax.slides.workers import NO_LIMITS, Done, JobFailed, JobLimits, run_jobs
 
 MANIFEST = "manifest.jsonl"
@@ -33,6 +34,7 @@ class TileJob:
     path: Path
     mpp: float | None = None
     names_path: bool = True
+    areas: Areas = EVERYWHERE
 
     @property
     def name(self) -> str:
@@ -44,6 +46,7 @@ class TileJob:
 class Outcome:
     """What became of one slide: `status` is `tiled`, `already tiled`, a JobFailed's or a SlideError's.
 
+    Of a slide that was tiled the `reason` is what a user should know of it, if anything.
     `seconds` are of the last of its `attempts`, in the process `worker` (machine:process).
     """
 
@@ -147,15 +150,15 @@ def _tile_slide(task: _TileTask) -> Outcome:
         outcome = Outcome(job.slide_id, job.name, "already tiled", content_hash=slide.info.content_hash)
         done = _already_tiled(task, slide.info)
         if done:
-            return replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()))
-        plan = plan_tiles(slide, task.params)
+            return replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()), reason=slide.info.warning)
+        plan = plan_tiles(slide, task.params, job.areas)
         kept = 0
         with StoreWriter(task.store, job.slide_id, slide, plan, task.pixels, locked=True) as writer:
             for first, tiles in read_ahead(slide, plan, task.threads, writer.pack):
                 writer.write(first, tiles)
                 kept += int(tiles.mask.sum())
             writer.commit()
-    return replace(outcome, status="tiled", regions=len(plan.origin), tiles=kept)
+    return replace(outcome, status="tiled", regions=len(plan.origin), tiles=kept, reason=slide.info.warning)
 
 
 def read_ahead(
@@ -195,7 +198,8 @@ def _already_tiled(task: _TileTask, info: SlideInfo) -> TileStore | None:
     same_slide = replace(found.info, path="") == replace(info, path="")
     # Without pixels of its own, a store must know where the slide is now.
     moved = task.pixels == "none" and found.info.path != info.path
-    return found if same_slide and found.pixels == task.pixels and not moved else None
+    same_areas = found.attributes.get("areas", "") == task.job.areas.id
+    return found if same_slide and same_areas and found.pixels == task.pixels and not moved else None
 
 
 def check_slide_ids(slides: Sequence[tuple[str, str | Path]]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +69,27 @@ def write_features(
 def read_features(store: str | Path, slide_id: str, encoder: str) -> Float[np.ndarray, "region slot feature"]:
     """All features of a slide. Raises InputError if it has none of that name, or they are damaged."""
     folder = _found(store, slide_id, encoder)
-    try:
+    with _checked(folder):
         return open_array(folder).read().result()
-    except ValueError as error:
-        raise InputError(f"{folder}: damaged ({first_line(error)}); delete it and make the features again") from error
+
+
+class FeatureReader:
+    """A slide's features, some regions at a time; any number of threads may read. Raises InputError if there are none."""
+
+    def __init__(self, store: str | Path, slide_id: str, encoder: str):
+        self.path = _found(store, slide_id, encoder)
+        self.attributes = feature_attributes(store, slide_id, encoder) or {}
+        with _checked(self.path):
+            self._array = open_array(self.path)
+        self.width: int = self._array.shape[-1]
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> Float[np.ndarray, "region slot feature"]:
+        """Raises InputError if they are damaged, or not finite."""
+        with _checked(self.path):
+            found = self._array[np.asarray(indices, np.int64)].read().result()
+        if not np.isfinite(found).all():
+            raise InputError(f"{self.path}: holds features that are not finite; delete it and make them again")
+        return found
 
 
 def feature_attributes(store: str | Path, slide_id: str, encoder: str) -> dict | None:
@@ -88,6 +107,14 @@ def feature_names(store: str | Path, slide_id: str) -> list[str]:
     """The encoders whose features a slide has, sorted."""
     folders = (Path(store) / f"{slide_id}.zarr" / "features").glob("*/zarr.json")
     return sorted({_name(path.parent) for path in folders} - {""})
+
+
+@contextmanager
+def _checked(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{folder}: damaged ({first_line(error)}); delete it and make the features again") from error
 
 
 def _name(folder: Path) -> str:

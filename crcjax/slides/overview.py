@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import cv2
 import jinja2
 import numpy as np
 from jaxtyping import Float64, UInt8
+from matplotlib.figure import Figure
 from PIL import Image
 
 import crcjax
 from crcjax.errors import InputError, OutputError
+from crcjax.slides.annotation import write_area
 from crcjax.slides.quality import ABSENT, GLASS, REASONS
 from crcjax.slides.store import TileStore, open_store, tiled_slides
 from crcjax.slides.tissue import ink, optical_density
@@ -34,10 +35,11 @@ _COLOURS = {
 }
 _SHEET_PX = 480  # width of each of a sheet's three panels
 _GAP_PX, _LEGEND_PX = 10, 24
+Stains = dict[str, Float64[np.ndarray, "stain 3"]]  # haematoxylin's and eosin's unit vectors by slide
 
 
 def write_overview(store: str | Path, places: Mapping[str, str] | None = None) -> Path:
-    """Writes STORE/overview/index.html and a contact sheet a slide beside it; returns the page's path.
+    """Writes STORE/overview/index.html, beside it a contact sheet a slide and its tissue as PNG and GeoJSON; returns the page's path.
 
     With `places`, slide ids and where they come from (site and scanner), only these slides are shown, by place too, and
     those that are not in the store are named. Raises InputError if the store has none of the slides or one is damaged,
@@ -47,15 +49,18 @@ def write_overview(store: str | Path, places: Mapping[str, str] | None = None) -
     shown = [slide_id for slide_id in tiled if places is None or slide_id in places]
     if not shown:
         raise InputError(f"{store}: holds none of the slides; name the --out of crcjax tile, and its cohort")
-    folder, degrees = store / "overview", stain_degrees(store, shown)
-    lines, synthetic = [], False
+    folder, slides = store / "overview", [open_store(store, slide_id) for slide_id in shown]
+    stains = slide_stains(slides)
+    degrees = stain_degrees(stains)
+    synthetic = any(slide.info.synthetic for slide in slides)
+    lines = []
     try:
         folder.mkdir(exist_ok=True)
-        for slide_id in shown:
-            slide = open_store(store, slide_id)
-            synthetic |= slide.info.synthetic
-            lines.append(_line(slide, places[slide_id] if places else "", degrees.get(slide_id)))
-            Image.fromarray(contact_sheet(slide)).save(folder / f"{slide_id}.jpg", quality=85)
+        for slide in slides:
+            lines.append(_line(slide, places[slide.slide_id] if places else "", degrees.get(slide.slide_id)))
+            Image.fromarray(contact_sheet(slide)).save(folder / f"{slide.slide_id}.jpg", quality=85)
+            write_area(folder / f"{slide.slide_id}.tissue", slide.thumbnail()[1], slide.info.size, "Tissue")
+        _stain_picture(stains, places or {}, synthetic).savefig(folder / "stains.png", dpi=110)
         lines.sort(key=lambda line: (VERDICTS.index(line["verdict"]), line["coverage"], line["slide_id"]))
         page = _page(lines, sorted(set(places or ()) - set(tiled)), synthetic)
         (folder / "index.html").write_text(page)
@@ -138,26 +143,53 @@ def _legend(slide: TileStore, width: int) -> np.ndarray:
     return legend
 
 
-def stain_degrees(store: Path, slide_ids: Sequence[str]) -> dict[str, float]:
-    """How far each slide's stain vectors are from the median of these slides', the larger of the two angles in degrees.
+def slide_stains(slides: Iterable[TileStore]) -> Stains:
+    """Macenko's estimate of every slide that gives one; without its pixels, which may be gone, a slide gives none.
 
-    Of the slides with an estimate in STORE/stain.json, by Macenko's method; none if fewer than three have one.
+    Raises InputError for a damaged estimate.
     """
-    path = store / "stain.json"
-    if not path.exists():
+    from crcjax.slides.normaliser import stored_estimate  # loads JAX
+
+    stains = {}
+    for slide in slides:
+        try:
+            slide.check_slide()
+        except InputError:
+            continue
+        estimate = stored_estimate(slide, "macenko")
+        if bool(estimate.reliable):
+            stains[slide.slide_id] = np.asarray(estimate.vectors, float)  # type: ignore[union-attr]
+    return stains
+
+
+def stain_degrees(stains: Stains) -> dict[str, float]:
+    """How far each slide's stains are from the median of these slides', the larger of the two angles in degrees.
+
+    None for fewer than three slides.
+    """
+    if len(stains) < 3:
         return {}
-    try:
-        estimates = json.loads(path.read_text())
-        found = {slide_id: estimates.get(slide_id, {}).get("macenko") for slide_id in slide_ids}
-        vectors = {
-            name: np.array(estimate["vectors"], float).reshape(2, 3) for name, estimate in found.items() if estimate
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({error}); delete it, it is estimated again") from error
-    if len(vectors) < 3:
-        return {}
-    centre = np.median(list(vectors.values()), axis=0)
-    return {name: float(_angle(vector, centre).max()) for name, vector in vectors.items()}
+    centre = np.median(list(stains.values()), axis=0)
+    return {name: float(_angle(vectors, centre).max()) for name, vectors in stains.items()}
+
+
+def _stain_picture(stains: Stains, places: Mapping[str, str], synthetic: bool) -> Figure:
+    """Of each slide's unit vectors the shares of red and of blue, by place."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for place in sorted(set(places.values()) or {""}):
+        of_place = np.array([vectors for slide_id, vectors in stains.items() if places.get(slide_id, "") == place])
+        if not len(of_place):
+            continue
+        drawn = axis.plot(of_place[:, 0, 0], of_place[:, 0, 2], "o", alpha=0.7, label=place or "all slides")
+        axis.plot(of_place[:, 1, 0], of_place[:, 1, 2], "^", alpha=0.7, color=drawn[0].get_color())
+    axis.set(xlabel="red share of the stain's optical density", ylabel="blue share", title="Stains of the slides")
+    axis.plot([], [], "ko", label="haematoxylin")
+    axis.plot([], [], "k^", label="eosin")
+    axis.legend(fontsize=8)
+    if synthetic:
+        figure.text(0.99, 0.01, "synthetic slides", ha="right", va="bottom", fontsize=7, color="crimson")
+    return figure
 
 
 def _angle(one: Float64[np.ndarray, "stain 3"], other: Float64[np.ndarray, "stain 3"]) -> Float64[np.ndarray, " stain"]:

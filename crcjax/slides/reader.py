@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +18,10 @@ import openslide
 import simplejpeg
 import tifffile
 from jaxtyping import UInt8
+from PIL import Image, ImageCms
 
 from crcjax.errors import InputError, SlideError
+from crcjax.slides.ome_tiff import OmeTiff
 
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"}
 PAINTED = "synthetic slide painted by crcjax"  # in the description of a painted slide
@@ -34,7 +36,8 @@ class SlideInfo:
     """What a slide file says of itself.
 
     `size` is (width, height) of level 0; `mpp` micrometres per level-0 pixel in (x, y), from `mpp_source`: `vendor`
-    (the scanner's property), `tiff` (the resolution tag) or `given`. `synthetic` slides say that the painter made them.
+    (the scanner's property), `tiff` (the resolution tag), `objective` (10 µm over its power: a guess) or `given`.
+    `synthetic` slides say that the painter made them; `has_icc` those that hold a colour profile.
     """
 
     path: str
@@ -46,6 +49,14 @@ class SlideInfo:
     objective_power: float | None
     content_hash: str
     synthetic: bool
+    has_icc: bool = False
+
+    @property
+    def warning(self) -> str:
+        """What a user should know of a slide that is used; empty if there is nothing."""
+        if self.mpp_source != "objective":
+            return ""
+        return f"{self.mpp[0]:g} µm per pixel is guessed from the objective power {self.objective_power:g}; give --mpp"
 
     def to_json(self) -> dict:
         """Plain values for a store's attributes."""
@@ -61,12 +72,13 @@ class SlideInfo:
 class Slide:
     """An open slide. Reading is thread-safe; close it, or use it as a context manager."""
 
-    def __init__(self, path: Path, file: Path, handle: openslide.OpenSlide, info: SlideInfo):
+    def __init__(self, path: Path, file: Path, handle: openslide.OpenSlide | OmeTiff, info: SlideInfo):
         self.info = info
         self._path = path
         self._handle = handle
         self._level_sizes = handle.level_dimensions
         self._jpeg = _JpegTiles.of(file, handle)
+        self._to_srgb: ImageCms.ImageCmsTransform | None = None
 
     def __enter__(self) -> Slide:
         return self
@@ -80,12 +92,33 @@ class Slide:
         if self._jpeg:
             self._jpeg.close()
 
+    def apply_icc(self) -> None:
+        """From now on pixels are sRGB by the file's ICC profile; a slide without one is taken to be sRGB already.
+
+        Raises SlideError (`corrupt`) if the profile is damaged.
+        """
+        profile = self._handle.color_profile
+        if self._to_srgb is not None or profile is None:
+            return
+        try:
+            srgb = ImageCms.createProfile("sRGB")
+            self._to_srgb = ImageCms.buildTransform(profile, srgb, "RGB", "RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError) as error:
+            reason = f"its ICC profile is damaged ({error})"
+            raise SlideError(self._path, "corrupt", reason, "copy it again, or tile without --icc") from error
+
     def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> UInt8[np.ndarray, "y x 3"]:
         """Pixels of a rectangle: (x, y) its top-left corner in level-0 px, width and height in px of `level`.
 
         Outside the slide and where the scanner recorded nothing it is white. On levels above 0 the corner is rounded
         to a whole pixel of the level. Raises SlideError (`corrupt`) if the file is damaged there.
         """
+        pixels = self._read(x, y, width, height, level)
+        if self._to_srgb is None:
+            return pixels
+        return np.asarray(ImageCms.applyTransform(Image.fromarray(pixels), self._to_srgb))
+
+    def _read(self, x: int, y: int, width: int, height: int, level: int) -> np.ndarray:
         try:
             if self._jpeg and level in self._jpeg.pages:
                 downsample = self.info.level_downsamples[level]
@@ -104,11 +137,11 @@ class Slide:
 
         It stands alone, and decodes to what `read` gives there. Raises SlideError (`corrupt`).
         """
-        if not self._jpeg or level not in self._jpeg.pages:
+        if not self._jpeg or level not in self._jpeg.pages or self._to_srgb is not None:
             return None
         try:
             return self._jpeg.stream_of(level, x, y, side)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise SlideError(
                 self._path, "corrupt", f"damaged at ({x}, {y}) of level {level} ({error})", "copy or scan it again"
             ) from error
@@ -158,18 +191,22 @@ class _JpegTiles:
     def __init__(self, file: Path, pages: dict[int, tifffile.TiffPage]):
         self.pages = pages
         self._file = os.open(file, os.O_RDONLY)
+        self._file_bytes = os.fstat(self._file).st_size
         self.close = weakref.finalize(self, os.close, self._file)  # closes it once, when called or forgotten
         self._local = threading.local()
 
     @classmethod
-    def of(cls, file: Path, handle: openslide.OpenSlide) -> _JpegTiles | None:
+    def of(cls, file: Path, handle: openslide.OpenSlide | OmeTiff) -> _JpegTiles | None:
         """None where the pixels might differ from OpenSlide's: other formats, compressions and colour spaces."""
+        if isinstance(handle, OmeTiff):
+            levels = {level: page for level, page in enumerate(handle.pages) if page.is_tiled and _is_plain_jpeg(page)}
+            return cls(file, levels) if levels else None
         if handle.properties.get("openslide.vendor") not in ("aperio", "generic-tiff"):
             return None
         try:
             with tifffile.TiffFile(file) as tiff:
                 tiled = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
-        except (tifffile.TiffFileError, ValueError, KeyError):
+        except Exception:  # on damaged directories tifffile stumbles in every way; what OpenSlide says of them counts
             return None
         pages = {}
         for level, (width, height) in enumerate(handle.level_dimensions):
@@ -239,9 +276,13 @@ class _JpegTiles:
         """A tile's JPEG stream with the page's tables and colour space in it; None if it is not recorded."""
         page = self.pages[level]
         index = row * -(-page.imagewidth // page.tilewidth) + column
+        if index >= min(len(page.dataoffsets), len(page.databytecounts)):
+            raise ValueError(f"the tile in row {row}, column {column} is not in the file's table of tiles")
         offset, count = page.dataoffsets[index], page.databytecounts[index]
         if count == 0:
             return None
+        if offset + count > self._file_bytes:
+            raise ValueError(f"the tile in row {row}, column {column} lies beyond the end of the file")
         stream = os.pread(self._file, count, offset)
         head, transform = stream[:64], _TRANSFORMS[page.photometric]
         if b"Adobe" in head or (transform == 0 and b"JFIF" in head):
@@ -274,8 +315,8 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     check_mpp(mpp)
     file = _first_file(path)
     try:
-        handle = openslide.OpenSlide(file)
-    except openslide.OpenSlideError as error:
+        handle = OmeTiff(file) if OmeTiff.holds(file) else openslide.OpenSlide(file)
+    except (openslide.OpenSlideError, ValueError) as error:
         raise _refusal(path, file, error) from error
     try:
         return Slide(path, file, handle, _info(path, handle, mpp))
@@ -319,22 +360,11 @@ def _refusal(path: Path, file: Path, error: Exception) -> SlideError:
     return SlideError(path, "unsupported", f"not a slide ({error})", "crcjax doctor lists the formats")
 
 
-def _info(path: Path, handle: openslide.OpenSlide, given: float | None) -> SlideInfo:
+def _info(path: Path, handle: openslide.OpenSlide | OmeTiff, given: float | None) -> SlideInfo:
     properties = handle.properties
-    try:
-        stated = float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"])
-    except (KeyError, ValueError):
-        stated = None
     vendor = properties.get("openslide.vendor", "unknown")
-    if given is not None:
-        mpp, source = (given, given), "given"
-    elif stated is None:
-        raise SlideError(path, "mpp_missing", "does not state its micrometres per pixel", "give --mpp")
-    elif not all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in stated):
-        raise SlideError(path, "mpp_missing", f"states an impossible {stated[0]:g} µm per pixel", "give --mpp")
-    else:
-        mpp, source = stated, "tiff" if vendor == "generic-tiff" else "vendor"
-    power = properties.get("openslide.objective-power")
+    power = _number(properties, "openslide.objective-power")
+    mpp, source = ((given, given), "given") if given is not None else _mpp(path, properties, vendor, power)
     return SlideInfo(
         path=str(path),
         vendor=vendor,
@@ -342,10 +372,41 @@ def _info(path: Path, handle: openslide.OpenSlide, given: float | None) -> Slide
         level_downsamples=tuple(float(d) for d in handle.level_downsamples),
         mpp=mpp,
         mpp_source=source,
-        objective_power=float(power) if power else None,
+        objective_power=power,
         content_hash=_content_hash(path),
         synthetic=PAINTED in properties.get("openslide.comment", ""),
+        has_icc=handle.color_profile is not None,
     )
+
+
+def _mpp(
+    path: Path, properties: Mapping[str, str], vendor: str, power: float | None
+) -> tuple[tuple[float, float], str]:
+    """Micrometres per pixel and where they are from: the best source that says something possible."""
+    stated = [_number(properties, f"openslide.mpp-{axis}") for axis in "xy"]
+    tiff = [_number(properties, f"tiff.{axis}Resolution") for axis in "XY"]
+    unit_um = {"centimeter": 1e4, "inch": 25400.0}.get(properties.get("tiff.ResolutionUnit", ""), 0.0)
+    sources = [
+        ("tiff" if vendor == "generic-tiff" else "vendor", stated),
+        ("tiff", [unit_um / value if value else None for value in tiff]),
+    ]
+    for source, (x, y) in sources:
+        if x is not None and y is not None and all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in (x, y)):
+            return (x, y), source
+    if stated[0] is not None and stated[1] is not None:  # a unit error: the rest of the file is no better
+        raise SlideError(path, "mpp_missing", f"states an impossible {stated[0]:g} µm per pixel", "give --mpp")
+    if power is not None and MPP_RANGE[0] <= 10 / power <= MPP_RANGE[1]:
+        return (10 / power, 10 / power), "objective"
+    raise SlideError(path, "mpp_missing", "does not state its micrometres per pixel", "give --mpp")
+
+
+def _number(properties: Mapping[str, str], name: str) -> float | None:
+    """A property that is a number above 0, else None."""
+    try:
+        value = float(properties[name])
+    except (KeyError, ValueError):
+        return None
+    return value if value > 0 else None
 
 
 def _content_hash(path: Path) -> str:

@@ -6,6 +6,7 @@ OD = -ln((I + 1) / (I0 + 1)), with the slide's own white I0: another white tilts
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -132,7 +133,7 @@ def fit_reinhard(pixels: Pixels, mask: Mask, white: White) -> ColourMoments:
     )
 
 
-METHODS = {
+METHODS: dict[str, tuple[Callable[[Pixels, Mask, White], Estimate], Estimate]] = {
     "macenko": (fit_macenko, STANDARD),
     "vahadane": (fit_vahadane, STANDARD),
     "reinhard": (fit_reinhard, STANDARD_MOMENTS),
@@ -162,10 +163,19 @@ def normalise_colour(
 ) -> UInt8[Array, "*tile y x 3"]:
     """Tiles with the reference's moments; background, which the moments do not describe, is left as it is."""
     tiles = jnp.asarray(tiles)
-    values = (_to_lab(tiles.astype(jnp.float32)) - source.mean) / source.deviation
-    light = _from_lab(values * reference.deviation + reference.mean)
-    tissue = optical_density(tiles, source.white).mean(axis=-1, keepdims=True) >= BETA
-    return jnp.where(tissue, jnp.clip(jnp.round(light), 0, 255).astype(jnp.uint8), tiles)
+    back = np.linalg.inv(_LAB).astype(np.float32)
+    gain = jnp.asarray(reference.deviation) / source.deviation
+    # All that is linear between the logarithm and the exponential is one matrix.
+    change = back @ (gain[:, None] * _LAB)
+    offset = back @ (reference.mean - gain * source.mean)
+    channels = [tiles[..., i].astype(jnp.float32) + 1.0 for i in range(3)]
+    cones = [jnp.log(jnp.maximum(mixed, 1e-3)) for mixed in _mixed(_LMS, channels)]
+    changed = [jnp.exp(mixed + offset[i]) for i, mixed in enumerate(_mixed(change, cones))]
+    light = [jnp.clip(jnp.round(mixed - 1.0), 0, 255) for mixed in _mixed(np.linalg.inv(_LMS), changed)]
+    # Of transmitted light, what the mean optical density is by its logarithm.
+    passed = [jnp.minimum(channel / (source.white[i] + 1.0), 1.0) for i, channel in enumerate(channels)]
+    tissue = passed[0] * passed[1] * passed[2] <= np.exp(-3 * BETA)
+    return jnp.where(tissue[..., None], jnp.stack(light, axis=-1).astype(jnp.uint8), tiles)
 
 
 def normalise(
@@ -259,5 +269,6 @@ def _to_lab(pixels: Float32[Array, "*pixel 3"]) -> Float32[Array, "*pixel 3"]:
     return jnp.log(jnp.maximum((pixels + 1.0) @ _LMS.T, 1e-3)) @ _LAB.T
 
 
-def _from_lab(values: Float32[Array, "*pixel 3"]) -> Float32[Array, "*pixel 3"]:
-    return jnp.exp(values @ np.linalg.inv(_LAB).T.astype(np.float32)) @ np.linalg.inv(_LMS).T - 1.0
+def _mixed(matrix: Float[Array | np.ndarray, "3 3"], channels: Sequence[Array]) -> list[Array]:
+    """A matrix times three channels, in a form that compilers fuse with what comes before and after."""
+    return [sum((matrix[i, j] * channels[j] for j in range(1, 3)), matrix[i, 0] * channels[0]) for i in range(3)]

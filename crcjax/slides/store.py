@@ -164,6 +164,7 @@ class StoreWriter:
                 "region_px": plan.region_px,
                 "regions": regions,
                 "rejected": _rejected(plan, self._reason),
+                "areas": plan.areas_id,
                 "quality": list(QUALITY_NAMES),
                 "verdict": slide_verdict(self._quality, self._reason, plan.params.quality),
                 "white": list(plan.tissue.white),

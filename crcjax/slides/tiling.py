@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
 from crcjax.errors import InputError, SlideError
+from crcjax.slides.annotation import Areas
 from crcjax.slides.quality import ABSENT, GLASS, KEPT, QUALITY_NAMES, QualityLimits, judge, score_tile
 from crcjax.slides.reader import Slide, SlideInfo
 from crcjax.slides.tissue import (
+    METHODS,
     THUMBNAIL_UM_PER_PX,
     NotBrightfieldError,
     TissueModel,
@@ -22,6 +24,7 @@ from crcjax.slides.tissue import (
 )
 
 _JUDGED_TOGETHER = 32  # tiles: one by one, NumPy's calls would take longer than its arithmetic
+EVERYWHERE = Areas()
 SAME_SCALE = 0.02  # a level within 2 % of the wanted mpp is read as it is
 
 
@@ -42,7 +45,8 @@ class TilingParams:
 
     `magnifications` are kept from coarse to fine and differ by powers of two; a region is one tile of the first.
     `min_tissue` is the least fraction of a tile within the tissue, lumina counted; `quality` limits the scores of its
-    own pixels.
+    own pixels. `tissue` is the method that finds tissue, one of tissue.METHODS; with `icc` colours are
+    turned to sRGB by the slide's ICC profile.
     Raises InputError.
     """
 
@@ -50,6 +54,8 @@ class TilingParams:
     tile_px: int = 256
     min_tissue: float = 0.25
     quality: QualityLimits = field(default_factory=QualityLimits)
+    tissue: str = "robust"
+    icc: bool = False
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(dict.fromkeys(self.magnifications), key=mpp_of, reverse=True))
@@ -63,6 +69,8 @@ class TilingParams:
             raise InputError(f"tile_px {self.tile_px} is outside 16 to 4096")
         if not 0 < self.min_tissue <= 1:
             raise InputError(f"min_tissue {self.min_tissue} is outside 0 to 1")
+        if self.tissue not in METHODS:
+            raise InputError(f"tissue method {self.tissue!r}: choose {', '.join(METHODS)}")
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -116,6 +124,7 @@ class TilePlan:
     thumbnail: UInt8[np.ndarray, "y x 3"]
     tissue_mask: Bool[np.ndarray, "y x"]
     rejected: dict[str, int] = field(default_factory=dict)
+    areas_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,11 +173,14 @@ def slot_boxes(params: TilingParams) -> Float32[np.ndarray, "slot 3"]:
     return np.array(boxes, np.float32)
 
 
-def plan_tiles(slide: Slide, params: TilingParams) -> TilePlan:
-    """The regions with tissue, from a thumbnail of 8 µm per pixel.
+def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) -> TilePlan:
+    """The regions with tissue, within the areas that may be tiled, from a thumbnail of 8 µm per pixel.
 
-    Raises SlideError: `too_coarse`, `no_tissue`, `unsupported` (not a brightfield picture), `corrupt`.
+    Raises SlideError: `too_coarse`, `no_tissue`, `unsupported` (not a brightfield picture), `corrupt`; InputError if a
+    region file is not usable.
     """
+    if params.icc:
+        slide.apply_icc()
     info = slide.info
     scale = slide_scale(info, params)
     region_px = params.tile_px * params.factors[scale.finest] * scale.downsample
@@ -178,7 +190,8 @@ def plan_tiles(slide: Slide, params: TilingParams) -> TilePlan:
     except NotBrightfieldError as error:
         raise SlideError(info.path, "unsupported", str(error), "give the H&E scan itself") from error
     shrink = max(info.size) / max(thumbnail.shape[:2])
-    mask = tissue_mask(thumbnail, model, info.mpp[0] * shrink)
+    mask = tissue_mask(thumbnail, model, info.mpp[0] * shrink, params.tissue)
+    mask &= areas.mask((mask.shape[0], mask.shape[1]), info.size)
     columns, rows = (max(1, int(np.ceil(side / region_px - 0.01))) for side in info.size)
     fraction = _tile_fractions(mask, region_px / shrink, rows, columns, params)
     enough = fraction >= params.min_tissue
@@ -192,7 +205,7 @@ def plan_tiles(slide: Slide, params: TilingParams) -> TilePlan:
     row, column = np.nonzero(kept)
     origin = np.rint(np.stack([column, row], axis=1) * region_px).astype(np.int32)
     rejected = {"glass": int((fraction[:, :, :present] < params.min_tissue).sum())}
-    return TilePlan(params, scale, region_px, model, origin, enough[kept], thumbnail, mask, rejected)
+    return TilePlan(params, scale, region_px, model, origin, enough[kept], thumbnail, mask, rejected, areas.id)
 
 
 def _tile_fractions(
@@ -255,6 +268,8 @@ def region_tiles(slide: Slide, params: TilingParams, scale: Scale, x: int, y: in
 
     Raises SlideError (`corrupt`).
     """
+    if params.icc:
+        slide.apply_icc()  # of a slide that was opened to read the tiles of a store
     side = params.tile_px * params.factors[scale.finest]
     level_side = round(side * scale.downsample / slide.info.level_downsamples[scale.level])
     region = slide.read(x, y, level_side, level_side, scale.level)

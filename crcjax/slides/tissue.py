@@ -25,6 +25,10 @@ _DARKEST = 2.0  # optical density in every channel: borders, black ink, folds of
 _SMALLEST_UM2 = 20_000.0  # of a piece of tissue: smaller is dust or a lost cell cluster
 _HOLE_UM2 = 150_000.0  # holes below it are lumina, mucin and fat, which belong to the tissue
 _CLOSING_UM = 50.0  # gaps between fat cells
+METHODS = ("robust", "otsu", "entropy")
+_LEAST_SATURATION = 12  # of 255: where a slide is glass alone, Otsu's threshold would halve its noise
+_GREYS, _WINDOW_PX = 16, 9  # grey levels and side of the square of which the entropy is taken
+_ENTROPY_BITS = (0.5, 1.5)  # bounds of Otsu's threshold: the noise of glass, and a slide that is all tissue
 
 
 class NotBrightfieldError(CrcjaxError):
@@ -76,10 +80,22 @@ def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
     return TissueModel(light, threshold, *medians)
 
 
-def tissue_mask(thumbnail: UInt8[np.ndarray, "y x 3"], model: TissueModel, um_per_px: float) -> Bool[np.ndarray, "y x"]:
-    """Tissue of a thumbnail, small gaps closed, lumina filled and specks removed; `um_per_px` is the thumbnail's."""
+def tissue_mask(
+    thumbnail: UInt8[np.ndarray, "y x 3"], model: TissueModel, um_per_px: float, method: str = "robust"
+) -> Bool[np.ndarray, "y x"]:
+    """Tissue of a thumbnail, small gaps closed, lumina filled and specks removed; `um_per_px` is the thumbnail's.
+
+    Of the METHODS, `robust` is the model's; `otsu` Otsu's threshold on the saturation, as CLAM's (Lu et al. 2021), which
+    loses faint tissue beside dense; `entropy` one on the local entropy of grey, as HistoQC's (Janowczyk et al. 2019), which
+    loses what has no texture. Ink and black are tissue to none.
+    """
     smooth = cv2.GaussianBlur(thumbnail, (0, 0), 1.0)
-    mask: np.ndarray = model.stained(smooth).astype(np.uint8)
+    stained = {
+        "robust": lambda: model.stained(smooth),
+        "otsu": lambda: _saturated(smooth),
+        "entropy": lambda: _textured(thumbnail, model.white),
+    }
+    mask: np.ndarray = stained[method]().astype(np.uint8)
     radius = max(1, round(_CLOSING_UM / um_per_px / 2))
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     padded = cv2.copyMakeBorder(mask, radius, radius, radius, radius, cv2.BORDER_REPLICATE)
@@ -89,6 +105,29 @@ def tissue_mask(thumbnail: UInt8[np.ndarray, "y x 3"], model: TissueModel, um_pe
     glass = cv2.copyMakeBorder(1 - mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
     filled = 1 - _without_small(glass, _HOLE_UM2 / um_per_px**2, always=(0, 0))[1:-1, 1:-1]
     return filled.astype(bool) & _plausible(optical_density(smooth, model.white))
+
+
+def _saturated(pixels: np.ndarray) -> np.ndarray:
+    saturation = cv2.medianBlur(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)[..., 1], 7)
+    otsu, _ = cv2.threshold(saturation, 0, 255, cv2.THRESH_OTSU)
+    return saturation > max(otsu, _LEAST_SATURATION)
+
+
+def _textured(pixels: np.ndarray, white: tuple[float, float, float]) -> np.ndarray:
+    """Where it is darker than glass amid differing grey levels: their entropy, in bits, is above Otsu's threshold."""
+    step = 256 // _GREYS
+    glass = float(np.mean(white))
+    # The glass is the middle of a level, so that its noise does not cross into another.
+    level = np.clip((glass - pixels.mean(axis=2) + step / 2) // step, 0, _GREYS - 1)
+    level[~_plausible(optical_density(pixels, white))] = 0  # the edges of ink and of black are no texture
+    darker = glass - cv2.GaussianBlur(pixels, (0, 0), 1.0).mean(axis=2) > step / 2
+    bits = np.zeros(level.shape, np.float32)
+    for grey in range(_GREYS):
+        share = cv2.boxFilter((level == grey).astype(np.float32), -1, (_WINDOW_PX, _WINDOW_PX)).clip(1e-6, 1)
+        bits -= share * np.log2(share)
+    scale = 255 / np.log2(_GREYS)
+    otsu, _ = cv2.threshold((bits * scale).clip(0, 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
+    return darker & (bits > np.clip(otsu / scale, *_ENTROPY_BITS))
 
 
 def _without_small(mask: np.ndarray, smallest_px: float, always: tuple[int, int] | None = None) -> np.ndarray:

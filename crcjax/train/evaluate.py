@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Num
 from sklearn.metrics import balanced_accuracy_score
 
-from crcjax.data.bags import label_of, open_stores
+from crcjax.data.bags import label_of, open_features, open_stores
 from crcjax.data.cohort import Cohort
 from crcjax.models.mil import Params
 from crcjax.slides.store import TileStore
@@ -18,10 +18,13 @@ from crcjax.train.step import Forward
 class Evaluation:
     """The slides of one split, all of their regions, by slide."""
 
-    def __init__(self, store: str, cohort: Cohort, forward: Forward):
+    def __init__(self, store: str, cohort: Cohort, forward: Forward, encoder: str):
         self._stores = open_stores(store, cohort) if cohort.rows else []
         self._labels = [label_of(row, cohort.classes) for row in cohort.rows]
         self._forward = forward
+        features = open_features(self._stores, encoder) if forward.stored and self._stores else []
+        self._readers = [reader.read for reader in features] or [store.read_pixels for store in self._stores]
+        self._stains = [forward.normaliser.of_store(store) if forward.normaliser else None for store in self._stores]
 
     def metrics(self, params: Params) -> dict[str, float] | None:
         """`loss` (nats) and `balanced_accuracy` over the slides; None for an empty split."""
@@ -29,8 +32,10 @@ class Evaluation:
             return None
         probs = np.concatenate(
             [
-                self._forward.bag(params, self._chunks(store), store.mask, _position(store)).probs
-                for store in self._stores
+                self._forward.bag(
+                    params, self._chunks(len(store.mask), read), store.mask, _position(store), stain
+                ).probs
+                for store, read, stain in zip(self._stores, self._readers, self._stains, strict=True)
             ]
         )
         called = probs.argmax(axis=1)
@@ -39,10 +44,11 @@ class Evaluation:
             "balanced_accuracy": float(balanced_accuracy_score(self._labels, called)),
         }
 
-    def _chunks(self, store: TileStore) -> Iterator[UInt8[np.ndarray, "region slot y x 3"]]:
-        indices: Sequence[int] = range(len(store.mask))
-        for start in range(0, len(indices), self._forward.chunk):
-            yield store.read_pixels(indices[start : start + self._forward.chunk])
+    def _chunks(
+        self, regions: int, read: Callable[[Sequence[int]], np.ndarray]
+    ) -> Iterator[Num[np.ndarray, "region slot *tile"]]:
+        for start in range(0, regions, self._forward.chunk):
+            yield read(range(regions)[start : start + self._forward.chunk])
 
 
 def _position(store: TileStore) -> Float32[np.ndarray, "region 2"]:

@@ -12,7 +12,7 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from crcjax.data.bags import open_stores
+from crcjax.data.bags import open_features, open_stores
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import train_batches
 from crcjax.data.splits import assign_splits
@@ -20,6 +20,7 @@ from crcjax.errors import InputError
 from crcjax.models.encoders import PRETRAINED
 from crcjax.models.mil import build_model
 from crcjax.monitor.metrics import MetricWriter
+from crcjax.slides.normaliser import stain_normaliser
 from crcjax.train.checkpoint import Checkpointer
 from crcjax.train.evaluate import Evaluation
 from crcjax.train.losses import check_loss
@@ -39,19 +40,27 @@ def train(config: ConfigDict, run: Path) -> None:
     cohort = _cohort(config)
     check_loss(config.train.loss, config.model.head)
     tiling = open_stores(config.data.store, cohort)[0].params
-    start_run(run, config, tiling, cohort)
+    if config.data.features and (config.model.encoder not in PRETRAINED or not config.model.frozen):
+        raise InputError("config.data.features needs config.model.encoder of docs/encoders.md and config.model.frozen")
+    if config.data.features and config.stain.method != "none":
+        raise InputError("config.data.features were made of tiles as they are; set config.stain.method to none")
+    normaliser = stain_normaliser(config.stain.method, config.stain.reference, config.data.store)
     _use_compilation_cache()
     mesh = device_mesh()
     model = build_model(config.model, len(cohort.classes), config.seed, tiling.factors)
     kept = None
     if config.model.encoder in PRETRAINED:
-        _say(f"{config.model.weights}: SHA-256 {load_published(model, config.model)}")
+        sha256 = load_published(model, config.model)
+        _say(f"{config.model.weights}: SHA-256 {sha256}")
+        if config.data.features:
+            _check_features(config, cohort, sha256)
         kept = partial(is_kept, config.model.frozen)
+    start_run(run, config, tiling, cohort, normaliser)
     optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
     rate = learning_rate(config.optimizer, config.train.steps)
-    step = build_step(model, optimizer, config, mesh)
-    forward = Forward(model, config.data.region_buckets, config.data.regions, mesh)
-    validation = Evaluation(config.data.store, cohort.split("val"), forward)
+    step = build_step(model, optimizer, config, mesh, normaliser)
+    forward = Forward(model, config.data.region_buckets, config.data.regions, mesh, normaliser, config.data.features)
+    validation = Evaluation(config.data.store, cohort.split("val"), forward, config.model.encoder)
     checkpoints = Checkpointer(run, config.train.keep_best)
     state = checkpoints.restore(init_state(model, optimizer, mesh))
     start = int(state.step)
@@ -60,7 +69,8 @@ def train(config: ConfigDict, run: Path) -> None:
 
     with MetricWriter(run, start) as writer:
         progress = _Progress(start, config)
-        for number, bags in enumerate(train_batches(cohort.split("train"), config, mesh, start), start + 1):
+        batches = train_batches(cohort.split("train"), config, mesh, start, normaliser)
+        for number, bags in enumerate(batches, start + 1):
             state, metrics = step(state, bags)
             last = number == config.train.steps
             evaluates = last or number % config.train.eval_every == 0
@@ -92,6 +102,13 @@ def _cohort(config: ConfigDict) -> Cohort:
     if not rows:
         raise InputError(f"{config.data.cohort}: has no labelled slide to train on; fill in the column subtype")
     return Cohort(rows, cohort.classes)
+
+
+def _check_features(config: ConfigDict, cohort: Cohort, sha256: str) -> None:
+    """Prediction computes features with the run's weights: those that it was trained on must be the same."""
+    found = open_features(open_stores(config.data.store, cohort), config.model.encoder)[0]
+    if found.attributes.get("weights_sha256") != sha256:
+        raise InputError(f"{found.path}: was made with other weights than {config.model.weights}; embed with these")
 
 
 def _checked(metrics: Metrics, number: int) -> dict[str, float]:

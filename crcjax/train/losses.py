@@ -43,6 +43,25 @@ def weighted_mean(losses: Float32[Array, " batch"], weight: Float[Array, " batch
     return (losses * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
 
 
+def supervised_contrastive(
+    embedding: Float32[Array, "batch embedding"],
+    label: Int[Array, " batch"],
+    temperature: float,
+) -> Float32[Array, ""]:
+    """Supervised contrastive loss of normalised embeddings (Khosla et al. 2020, equation 2).
+
+    The mean over the bags that have another one of their class in the batch; zero where none has.
+    """
+    length = jnp.maximum(jnp.sqrt((embedding**2).sum(axis=-1, keepdims=True) + 1e-12), 1e-6)
+    near = (embedding / length) @ (embedding / length).T / temperature
+    other = ~jnp.eye(len(label), dtype=bool)
+    log_share = near - jax.nn.logsumexp(jnp.where(other, near, -jnp.inf), axis=-1, keepdims=True)
+    positive = (label[:, None] == label) & other
+    count = positive.sum(axis=-1)
+    losses = -jnp.where(positive, log_share, 0.0).sum(axis=-1) / jnp.maximum(count, 1)
+    return weighted_mean(losses, (count > 0).astype(jnp.float32))
+
+
 def focal(
     logits: Float32[Array, "batch class"], target: Float32[Array, "batch class"], gamma: float
 ) -> Float32[Array, " batch"]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 import crcjax
 from crcjax.data.cohort import Cohort
 from crcjax.errors import InputError, OutputError
+from crcjax.slides.normaliser import StainNormaliser
 from crcjax.slides.tiling import TilingParams
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "openslide-bin")
@@ -29,6 +30,11 @@ class Run:
     config: ConfigDict
     tiling: TilingParams
     split_of: dict[str, str]
+    normaliser: StainNormaliser | None
+
+    def ids(self, split: str) -> list[str]:
+        """The slides and cases of one split."""
+        return [name for name, of in self.split_of.items() if of == split]
 
 
 def open_run(path: str | Path) -> Run:
@@ -37,15 +43,17 @@ def open_run(path: str | Path) -> Run:
     try:
         config = json.loads((path / "config.json").read_text())
         facts = json.loads((path / "run.json").read_text())
-        tiling, split_of = TilingParams.from_json(facts["tiling"]), facts["split_of"]
+        tiling, split_of, stain = TilingParams.from_json(facts["tiling"]), facts["split_of"], facts["stain"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{path}: is no run directory ({error}); give the --workdir of python -m crcjax.main"
         ) from error
-    return Run(path, ConfigDict(_tuples(config)), tiling, split_of)
+    return Run(path, ConfigDict(_tuples(config)), tiling, split_of, StainNormaliser.from_json(stain) if stain else None)
 
 
-def start_run(path: Path, config: ConfigDict, tiling: TilingParams, cohort: Cohort) -> None:
+def start_run(
+    path: Path, config: ConfigDict, tiling: TilingParams, cohort: Cohort, normaliser: StainNormaliser | None = None
+) -> None:
     """Writes config.json and run.json, or checks that a run to be resumed has the same config, tiling and cases.
 
     Raises InputError naming what differs, OutputError if the directory cannot be written.
@@ -69,6 +77,10 @@ def start_run(path: Path, config: ConfigDict, tiling: TilingParams, cohort: Coho
         if moved:
             shown = f"{moved[0]} was in {run.split_of.get(moved[0])}, is in {split_of.get(moved[0])}"
             raise InputError(f"{path}: was started on another cohort ({shown}); give another --workdir")
+        if normaliser and (not run.normaliser or run.normaliser.to_json() != normaliser.to_json()):
+            raise InputError(
+                f"{path}: config.stain.reference was tiled anew since it was started; give another --workdir"
+            )
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -78,6 +90,7 @@ def start_run(path: Path, config: ConfigDict, tiling: TilingParams, cohort: Coho
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "tiling": tiling.to_json(),
             "split_of": split_of,
+            "stain": normaliser.to_json() if normaliser else None,
         }
         (path / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
         # Last, since its presence says that the run has started.

@@ -12,13 +12,15 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float32, Int, UInt8
+from jaxtyping import Array, Bool, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
 from crcjax.data.augment import augment, draw_augmentation
 from crcjax.data.bags import Bag
 from crcjax.models.mil import MILModel, Params, Prediction, params_of
-from crcjax.train.losses import bag_losses, weighted_mean
+from crcjax.slides.normaliser import StainNormaliser
+from crcjax.slides.stain import Estimate
+from crcjax.train.losses import bag_losses, supervised_contrastive, weighted_mean
 from crcjax.train.mesh import over_data, replicated
 
 
@@ -44,7 +46,11 @@ def init_state(model: MILModel, optimizer: optax.GradientTransformation, mesh: M
 
 
 def build_step(
-    model: MILModel, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+    model: MILModel,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: Mesh,
+    normaliser: StainNormaliser | None = None,
 ) -> Callable[[TrainState, Bag], tuple[TrainState, Metrics]]:
     """The jitted step: state and bags to the next state and metrics. The state is donated."""
     graph = nnx.graphdef(model)
@@ -62,16 +68,23 @@ def build_step(
         batch, regions, slots = bag.mask.shape
         drawn = draw_augmentation(augment_key, (batch, regions, slots), config.augment)
 
+        def prepare(pixels: Array, first: Int[Array, ""] | int) -> Array:
+            if normaliser and bag.stain is not None:
+                pixels = normaliser.batch(pixels, bag.stain)
+            return augment(pixels, drawn, first)
+
         def loss_of(params: Params) -> tuple[Array, Prediction]:
-            prediction = nnx.merge(graph, params)(
-                bag.pixels,
-                bag.mask,
-                bag.position,
-                dropout_key,
-                label,
-                lambda pixels, first: augment(pixels, drawn, first),
-            )
-            return weighted_mean(bag_losses(prediction, label, state.step, config.train), weight), prediction
+            model = nnx.merge(graph, params)
+            rest = (bag.mask, bag.position, dropout_key, label)
+            if config.data.features:
+                prediction = model.pool(model.encode_stored(jnp.asarray(bag.tiles)), *rest)
+            else:
+                prediction = model(bag.tiles, *rest, prepare)
+            loss = weighted_mean(bag_losses(prediction, label, state.step, config.train), weight)
+            if config.train.contrastive_weight:
+                embedding, temperature = jnp.asarray(prediction.embedding), config.train.contrastive_temperature
+                loss += config.train.contrastive_weight * supervised_contrastive(embedding, label, temperature)
+            return loss, prediction
 
         (loss, prediction), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, moments = optimizer.update(gradient, state.moments, state.params)
@@ -89,24 +102,43 @@ class Forward:
     Training's evaluation and prediction both use it. XLA compiles one program for the chunks and one a bucket.
     """
 
-    def __init__(self, model: MILModel, buckets: tuple[int, ...], chunk: int, mesh: Mesh):
+    def __init__(
+        self,
+        model: MILModel,
+        buckets: tuple[int, ...],
+        chunk: int,
+        mesh: Mesh,
+        normaliser: StainNormaliser | None = None,
+        stored: bool = False,
+    ):
         graph = nnx.graphdef(model)
         devices = mesh.shape["data"]
         self.chunk = -(-chunk // devices) * devices
         self._buckets = sorted(buckets)
+        self.normaliser, self.stored = normaliser, stored
+
+        def encode(params: Params, tiles: Array, stain: Estimate | None) -> Array:
+            model = nnx.merge(graph, params)
+            if stored:
+                return model.encode_stored(tiles)
+            return model.encode(normaliser(tiles, stain) if normaliser and stain is not None else tiles)
+
         self._encode = jax.jit(
-            lambda params, pixels: nnx.merge(graph, params).encode(pixels),
-            in_shardings=(replicated(mesh), over_data(mesh)),
+            encode,
+            in_shardings=(replicated(mesh), over_data(mesh), replicated(mesh)),
             out_shardings=replicated(mesh),
         )
-        self._pool = jax.jit(
-            lambda params, features, mask, position: nnx.merge(graph, params).pool(features, mask, position)
-        )
+        self._pool = jax.jit(lambda params, *bag: nnx.merge(graph, params).pool(*bag))
 
-    def encode(self, params: Params, pixels: UInt8[np.ndarray, "region slot y x 3"]) -> Array:
-        """Features of at most `chunk` regions, padded to `chunk`; not waited for."""
-        padding = [(0, self.chunk - len(pixels)), *[(0, 0)] * (pixels.ndim - 1)]
-        return self._encode(params, np.pad(pixels, padding))
+    def encode(
+        self, params: Params, tiles: Num[np.ndarray, "region slot *tile"], stain: Estimate | None = None
+    ) -> Array:
+        """Features of at most `chunk` regions, padded to `chunk`; not waited for. `stain` is for the normaliser.
+
+        `tiles` are pixels, or with `stored`, what a published encoder gave for them.
+        """
+        padding = [(0, self.chunk - len(tiles)), *[(0, 0)] * (tiles.ndim - 1)]
+        return self._encode(params, np.pad(tiles, padding), stain)
 
     def pool(
         self,
@@ -114,15 +146,11 @@ class Forward:
         features: Float32[np.ndarray, "region slot feature"],
         mask: Bool[np.ndarray, "region slot"],
         position: Float32[np.ndarray, "region 2"],
+        key: Key[Array, ""] | None = None,
     ) -> Prediction:
-        """The prediction for one bag, as arrays of the host without its padding."""
+        """The prediction for one bag, as arrays of the host without its padding; with a key, with dropout."""
         regions = len(mask)
-        largest = self._buckets[-1]
-        # Bags above the largest bucket are padded to its multiples.
-        padded = next((size for size in self._buckets if size >= regions), -(-regions // largest) * largest)
-        padding = ((0, padded - regions), (0, 0))
-        padded_bag = (np.pad(features, (*padding, (0, 0))), np.pad(mask, padding), np.pad(position, padding))
-        result = jax.device_get(self._pool(params, *(part[None] for part in padded_bag)))
+        result = jax.device_get(self._pool(params, *self.padded(features, mask, position), key))
         return replace(
             result,
             region_attention=result.region_attention[:, :regions],
@@ -130,13 +158,28 @@ class Forward:
             class_attention=result.class_attention[:, :regions],
         )
 
+    def padded(
+        self,
+        features: Float32[np.ndarray, "region slot feature"],
+        mask: Bool[np.ndarray, "region slot"],
+        position: Float32[np.ndarray, "region 2"],
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A batch of one bag, with regions added up to a bucket's."""
+        largest = self._buckets[-1]
+        # Bags above the largest bucket are padded to its multiples.
+        size = next((size for size in self._buckets if size >= len(mask)), -(-len(mask) // largest) * largest)
+        padding = ((0, size - len(mask)), (0, 0))
+        whole = (np.pad(features, (*padding, (0, 0))), np.pad(mask, padding), np.pad(position, padding))
+        return whole[0][None], whole[1][None], whole[2][None]
+
     def bag(
         self,
         params: Params,
-        chunks: Iterable[UInt8[np.ndarray, "region slot y x 3"]],
+        chunks: Iterable[Num[np.ndarray, "region slot *tile"]],
         mask: Bool[np.ndarray, "region slot"],
         position: Float32[np.ndarray, "region 2"],
+        stain: Estimate | None = None,
     ) -> Prediction:
         """The prediction for one bag from its regions, `chunk` at a time."""
-        features = [np.asarray(self.encode(params, pixels))[: len(pixels)] for pixels in chunks]
+        features = [np.asarray(self.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks]
         return self.pool(params, np.concatenate(features), mask, position)

@@ -179,6 +179,11 @@ def brier(label: np.ndarray, probs: np.ndarray) -> float:
     return float(((probs - np.eye(probs.shape[1])[label]) ** 2).sum(axis=1).mean())
 
 
+def entropy(probs: Float[np.ndarray, " class"]) -> float:
+    """Entropy in nats."""
+    return float(-(probs * np.log(np.maximum(probs, 1e-300))).sum())
+
+
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import itertools
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import jinja2
@@ -21,56 +20,10 @@ from crcjax.errors import InputError, OutputError
 from crcjax.validation.attention import attention_auroc, truth_of
 from crcjax.validation.figures import confusion_figure, reliability_figure, roc_figure
 from crcjax.validation.metrics import Estimate, aggregate_cases, evaluate
+from crcjax.validation.predictions import Predictions, load_predictions
+from crcjax.validation.uncertainty import doubt_statistics
 
 HEATMAPS = 6
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """predictions.csv read back; `probs` only of the rows whose status is ok."""
-
-    rows: list[dict[str, str]]
-    classes: tuple[str, ...]
-
-    @property
-    def evaluable(self) -> list[dict[str, str]]:
-        return [row for row in self.rows if row["status"] == "ok"]
-
-    def probs(self, rows: list[dict[str, str]]) -> np.ndarray:
-        return np.array([[float(row[f"p_{name}"]) for name in self.classes] for row in rows])
-
-
-def load_predictions(path: Path) -> Predictions:
-    """Reads predictions.csv. Raises InputError naming the line: missing columns, doubled slides, no probabilities."""
-    try:
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or ())
-            lines = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give the predictions.csv of crcjax predict") from error
-    classes = tuple(name.removeprefix("p_") for name in columns if name.startswith("p_"))
-    missing = {"slide_id", "case_id", "status", "reason", "model"} - set(columns)
-    if missing or len(classes) < 2:
-        wanted = ", ".join(sorted(missing)) or "p_SUBTYPE of each class"
-        raise InputError(f"{path}: lacks {wanted}; give the predictions.csv of crcjax predict")
-    seen: set[str] = set()
-    for number, row in lines:
-        if row["slide_id"] in seen:
-            raise InputError(f"{path}, line {number}: slide {row['slide_id']} stands there twice; keep one row")
-        seen.add(row["slide_id"])
-        if row["status"] == "ok":
-            _check_probabilities(path, number, [row[f"p_{name}"] for name in classes])
-    return Predictions([row for _, row in lines], classes)
-
-
-def _check_probabilities(path: Path, number: int, texts: list[str]) -> None:
-    try:
-        values = [float(text) for text in texts]
-    except (TypeError, ValueError):
-        values = [math.nan]
-    if not all(0 <= value <= 1 for value in values) or abs(sum(values) - 1) > 1e-3:
-        raise InputError(f"{path}, line {number}: {texts} are no probabilities that sum to 1; predict the slide again")
 
 
 def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | None = None, seed: int = 0) -> dict:
@@ -102,6 +55,7 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
     absent = {row.case_id for row in cohort.values() if row.subtype and row.case_id not in seen}
     absent -= {cohort[row["slide_id"]].case_id for row in known}
     statistics = evaluate(label, probs, predictions.classes, seed, len(no_calls))
+    doubt = doubt_statistics(referenced, [cohort[row["slide_id"]] for row in referenced])
     attention = _attention(truth, predictions_csv.parent, referenced, cohort, predictions)
     synthetic = truth is not None or any(row.get("synthetic") == "yes" for row in predictions.rows)
     result = {
@@ -118,6 +72,7 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
             "cases of the cohort that were not given to crcjax predict": len(absent),
         },
         "statistics": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in statistics.items()},
+        "doubt": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in doubt.items()},
         "attention": attention,
         "provenance": {
             "crcjax": crcjax.__version__,
@@ -194,6 +149,7 @@ def _page(
         result=result,
         classes=classes,
         estimates={k: v for k, v in result["statistics"].items() if isinstance(v, dict)},
+        doubt=result["doubt"],
         numbers={k: v for k, v in result["statistics"].items() if isinstance(v, float)},
         failed=Counter((row["status"], row["reason"]) for row in predictions.rows if row["status"] != "ok"),
         figures={name: base64.b64encode(png).decode() for name, png in figures.items()},

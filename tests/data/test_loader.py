@@ -22,9 +22,9 @@ def _cohort(painted: Path, config) -> Cohort:
 def test_batches_hold_the_stores_pixels_masks_and_labels(painted: Path, small_config) -> None:
     cohort = _cohort(painted, small_config).split("train")
     bag = next(train_batches(cohort, small_config, device_mesh(), 0))
-    assert bag.pixels.shape == (4, 4, 1, 64, 64, 3)
+    assert bag.tiles.shape == (4, 4, 1, 64, 64, 3)
     stored = {row.slide_id: open_store(painted / "store", row.slide_id) for row in cohort.rows}
-    for pixels, label in zip(np.asarray(bag.pixels), np.asarray(bag.label), strict=True):
+    for pixels, label in zip(np.asarray(bag.tiles), np.asarray(bag.label), strict=True):
         found = [
             row.subtype
             for row in cohort.rows
@@ -36,9 +36,9 @@ def test_batches_hold_the_stores_pixels_masks_and_labels(painted: Path, small_co
 
 def test_a_resumed_stream_goes_on_as_the_first_one_whatever_the_threads(painted: Path, small_config) -> None:
     cohort = _cohort(painted, small_config).split("train")
-    whole = [np.asarray(bag.pixels) for bag in train_batches(cohort, small_config, device_mesh(), 0)]
+    whole = [np.asarray(bag.tiles) for bag in train_batches(cohort, small_config, device_mesh(), 0)]
     small_config.data.read_threads, small_config.data.prefetch = 1, 1
-    rest = [np.asarray(bag.pixels) for bag in train_batches(cohort, small_config, device_mesh(), 2)]
+    rest = [np.asarray(bag.tiles) for bag in train_batches(cohort, small_config, device_mesh(), 2)]
     assert len(whole) == 6
     assert all((a == b).all() for a, b in zip(whole[2:], rest, strict=True))
 
@@ -61,7 +61,7 @@ def test_a_store_without_pixels_gives_the_same_batches_from_the_slides(
     for pixels in ("none", "lossless"):
         tile_slides(jobs, tmp_path / pixels, TilingParams(("10x",), tile_px=64), pixels=pixels)
         small_config.data.store = str(tmp_path / pixels)
-        batches.append(np.asarray(next(train_batches(cohort, small_config, device_mesh(), 0)).pixels))
+        batches.append(np.asarray(next(train_batches(cohort, small_config, device_mesh(), 0)).tiles))
     np.testing.assert_array_equal(*batches)
 
 

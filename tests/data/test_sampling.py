@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 
-from crcjax.data.sampling import draw_regions, draw_slides
+from crcjax.data.sampling import draw_regions, draw_slides, slide_weights
 
 LABELS = np.array([0] * 10 + [1] * 3 + [2] * 5)
 
@@ -27,3 +27,13 @@ def test_regions_are_different_filled_and_all_when_few() -> None:
     assert len(set(drawn.tolist())) == 12
     assert (drawn % 2 == 1).all()
     assert draw_regions(mask, 0, 3, 1, 30).tolist() == list(range(1, 40, 2))
+
+
+def test_drawing_times_weight_counts_each_class_by_its_effective_number() -> None:
+    counts = np.bincount(LABELS)
+    for beta in (0.9, 0.99):
+        wanted = counts / ((1 - beta**counts) / (1 - beta))
+        found = np.array([slide_weights(LABELS, beta)[k == LABELS][0] for k in range(3)])
+        np.testing.assert_allclose(found, wanted / wanted.mean(), rtol=1e-6)
+    assert (slide_weights(LABELS, 1.0) == 1).all()
+    np.testing.assert_allclose(slide_weights(LABELS, 0.0)[[0, 10]], np.array([10, 3]) / 6, rtol=1e-6)

@@ -16,7 +16,10 @@ from crcjax.errors import InputError, OutputError
 from crcjax.infer.pipeline import PredictJob, predict_slides
 from crcjax.infer.predictor import Predictor, SlidePrediction
 from crcjax.slides.reader import open_slide
+from crcjax.validation.calibration import Calibration
+from crcjax.validation.metrics import entropy
 
+CLASSES = ("canonical", "immune", "stromal")
 CASES = {"synthetic-0000": "train", "synthetic-0012": "val", "synthetic-0015": ""}
 
 
@@ -82,9 +85,9 @@ def test_the_order_of_regions_changes_nothing_but_rounding(predictor: Predictor,
     features = rng.normal(size=(*found.mask.shape, 16)).astype(np.float32)
     position = (found.origin / found.plan.region_px).astype(np.float32)
     order = rng.permutation(len(found.mask))
-    pool = predictor._forward.pool
-    wanted = pool(predictor._params, features, found.mask, position)
-    shuffled = pool(predictor._params, features[order], found.mask[order], position[order])
+    pool = predictor.members[0].forward.pool
+    wanted = pool(predictor.members[0].params, features, found.mask, position)
+    shuffled = pool(predictor.members[0].params, features[order], found.mask[order], position[order])
     np.testing.assert_allclose(shuffled.probs, wanted.probs, atol=1e-5)
     np.testing.assert_allclose(shuffled.region_attention[0], wanted.region_attention[0][order], atol=1e-5)
 
@@ -96,7 +99,10 @@ def test_what_masked_tiles_hold_changes_no_bit(predictor: Predictor, slide: Path
     features = np.random.default_rng(0).normal(size=(*mask.shape, 16)).astype(np.float32)
     position = (found.origin / found.plan.region_px).astype(np.float32)
     other = np.where(mask[..., None], features, 1e3).astype(np.float32)
-    one, two = (predictor._forward.pool(predictor._params, each, mask, position) for each in (features, other))
+    one, two = (
+        predictor.members[0].forward.pool(predictor.members[0].params, each, mask, position)
+        for each in (features, other)
+    )
     np.testing.assert_array_equal(one.alpha, two.alpha)
 
 
@@ -111,6 +117,39 @@ def test_slides_that_the_run_was_fitted_or_chosen_on_are_told(
     assert [row["split"] for row in rows] == [*CASES.values()] * 2
     with open(tmp_path / "predictions.csv", newline="") as file:
         assert [row["split"] for row in csv.DictReader(file)] == [*CASES.values()] * 2
+
+
+def test_an_ensemble_of_one_run_twice_has_no_disagreement_and_dropout_has(
+    run: Path, predictor: Predictor, slide: Path
+) -> None:
+    alone, twice = _predict(predictor, slide), _predict(Predictor(run, run), slide)
+    np.testing.assert_allclose(twice.probs, alone.probs, rtol=1e-6)
+    np.testing.assert_allclose(twice.prediction.expected_entropy, entropy(alone.probs), rtol=1e-4)
+    dropped = _predict(Predictor(run, dropout_samples=5), slide)
+    assert entropy(dropped.probs) > float(dropped.prediction.expected_entropy[0])
+    np.testing.assert_array_equal(dropped.probs, _predict(Predictor(run, dropout_samples=5), slide).probs)
+
+
+def test_runs_of_other_models_are_no_ensemble(run: Path, tmp_path: Path) -> None:
+    other = _with(run, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["model"]["mil"] = "mean"
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"other: another config\.model than"):
+        Predictor(run, other)
+
+
+@pytest.mark.parametrize("attribution", ["gradient", "occlusion"])
+def test_attributions_lie_on_kept_tiles_and_reach_the_attention_file(
+    attribution: str, run: Path, slide: Path, tmp_path: Path
+) -> None:
+    calibration = Calibration("any", CLASSES, 2.0, "lac", 0.1, {"": 1.0}, {"": 30})
+    job = PredictJob("a", "a", slide)
+    (row,) = predict_slides(Predictor(run, attribution=attribution), [job], tmp_path, calibration=calibration)
+    assert (row["set"], row["calibration"]) == ("|".join(CLASSES), calibration.id)
+    with np.load(tmp_path / "attention" / "a.npz") as saved:
+        assert saved["attribution"].any()
+        assert not saved["attribution"][saved["slot_attention"] == 0].any()
 
 
 def test_a_folder_that_cannot_be_written_is_named(predictor: Predictor, slide: Path, tmp_path: Path) -> None:

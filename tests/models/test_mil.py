@@ -78,7 +78,8 @@ def test_a_bag_of_another_tiling_is_refused(model: MILModel) -> None:
 
 
 def test_evidence_gives_probabilities_and_a_vacuity_that_falls_with_it() -> None:
-    alpha, probs, vacuity = evidential_head(jnp.array([[-20.0, -20, -20], [5, 0, -20], [50, 0, -20]]))
+    head = evidential_head(jnp.array([[-20.0, -20, -20], [5, 0, -20], [50, 0, -20]]))
+    alpha, probs, vacuity = head.alpha, head.probs, head.vacuity
     np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(vacuity, 3 / alpha.sum(axis=1), rtol=1e-6)
     assert float(vacuity[0]) == pytest.approx(1)

@@ -30,12 +30,22 @@ def tissue_picture() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def write_slide() -> Callable[..., Path]:
-    """write_slide(path, picture, mpp=0.5, levels=1, **tifffile options) writes an Aperio slide; mpp None omits it."""
+    """write_slide(path, picture, mpp=0.5, levels=1, **tifffile options) writes an Aperio slide; mpp None omits it.
+
+    Without mpp the objective's `power` is stated only if given.
+    """
 
     def write(
-        path: Path, picture: np.ndarray, mpp: float | None = 0.5, levels: int = 1, aperio: bool = True, **options
+        path: Path,
+        picture: np.ndarray,
+        mpp: float | None = 0.5,
+        levels: int = 1,
+        aperio: bool = True,
+        power: int | None = None,
+        **options,
     ) -> Path:
-        description = "Aperio test slide|AppMag = 20" + (f"|MPP = {mpp}" if mpp else "")
+        power = power or (20 if mpp else None)
+        description = "Aperio test slide" + (f"|AppMag = {power}" if power else "") + (f"|MPP = {mpp}" if mpp else "")
         options = {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2)} | options
         if not aperio:
             description = ""

@@ -6,7 +6,7 @@ import pytest
 
 from crcjax.errors import InputError
 from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.overview import contact_sheet, stain_degrees, write_overview
+from crcjax.slides.overview import contact_sheet, slide_stains, stain_degrees, write_overview
 from crcjax.slides.painter import SITES, SlideSpec, paint_slide
 from crcjax.slides.quality import REASONS
 from crcjax.slides.store import open_store
@@ -68,21 +68,21 @@ def test_a_cohort_groups_by_place_and_names_what_is_absent(store: Path) -> None:
 def test_a_stain_far_from_the_cohorts_asks_for_a_review(store: Path) -> None:
     near = [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]]
     far = [[0.29, 0.70, 0.65], [0.07, 0.99, 0.11]]
-    vectors = {"penned": near, "plain": near, "plain <b>": far}
-    (store / "stain.json").write_text(json.dumps({name: {"macenko": {"vectors": v}} for name, v in vectors.items()}))
+    kept = {name: store / f"{name}.zarr" / "stain" / "macenko.json" for name in ("penned", "plain", "plain <b>")}
+    slide_stains(open_store(store, name) for name in kept)
+    before = {name: path.read_text() for name, path in kept.items()}
     try:
-        degrees = stain_degrees(store, list(vectors))
-        assert degrees["penned"] == pytest.approx(0, abs=1e-6)
+        for name, vectors in {"penned": near, "plain": near, "plain <b>": far}.items():
+            kept[name].write_text(json.dumps(json.loads(before[name]) | {"vectors": vectors}))
+        degrees = stain_degrees(slide_stains(open_store(store, name) for name in kept))
+        assert degrees["penned"] == pytest.approx(0, abs=1e-3)
         assert degrees["plain <b>"] == pytest.approx(30, abs=1)
-        assert "degrees from the cohort&#39;s" in write_overview(store).read_text()
+        page = write_overview(store)
+        assert "degrees from the cohort&#39;s" in page.read_text()
+        assert (page.parent / "stains.png").stat().st_size > 10_000
     finally:
-        (store / "stain.json").unlink()
-
-
-def test_damaged_estimates_of_stain_are_named(tmp_path: Path) -> None:
-    (tmp_path / "stain.json").write_text('{"a": {"macenko": ')
-    with pytest.raises(InputError, match=r"stain\.json: damaged"):
-        stain_degrees(tmp_path, ["a"])
+        for name, path in kept.items():
+            path.write_text(before[name])
 
 
 def test_an_empty_store_is_refused(tmp_path: Path) -> None:

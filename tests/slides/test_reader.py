@@ -9,7 +9,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageCms
 
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.reader import SlideInfo, _over_white, find_slides, open_slide, slide_id_of
@@ -101,6 +101,74 @@ def test_mpp_comes_from_the_vendor_else_the_tiff_resolution_and_is_overridden(
             assert slide.info.mpp_source == source
         with open_slide(path, mpp=1.5) as slide:
             assert (slide.info.mpp, slide.info.mpp_source) == ((1.5, 1.5), "given")
+
+
+def test_without_better_the_mpp_is_guessed_from_the_objective_with_a_warning(
+    tmp_path: Path, write_slide: Writer
+) -> None:
+    guessed = write_slide(tmp_path / "a.svs", _picture(), mpp=None, power=40)
+    with open_slide(guessed) as slide:
+        assert (slide.info.mpp, slide.info.mpp_source) == ((0.25, 0.25), "objective")
+        assert slide.info.warning == "0.25 µm per pixel is guessed from the objective power 40; give --mpp"
+    resolution = {"resolution": (1e4 / 0.3, 1e4 / 0.3), "resolutionunit": "CENTIMETER"}
+    with open_slide(write_slide(tmp_path / "b.svs", _picture(), mpp=None, power=40, **resolution)) as slide:
+        assert slide.info.mpp == pytest.approx((0.3, 0.3))
+        assert (slide.info.mpp_source, slide.info.warning) == ("tiff", "")
+
+
+@pytest.mark.parametrize("layout", ["deflate", "jpeg", "strips"])
+def test_the_pyramid_and_mpp_of_an_ome_tiff_are_read(layout: str, tmp_path: Path) -> None:
+    picture, path = _picture(), tmp_path / "a.ome.tiff"
+    half = cv2.resize(picture, (350, 250), interpolation=cv2.INTER_AREA)
+    options = {"photometric": "rgb", "compression": "jpeg" if layout == "jpeg" else "deflate"}
+    options |= {"rowsperstrip": 16} if layout == "strips" else {"tile": (128, 128)}
+    stated = {"axes": "YXS", "PhysicalSizeX": 500.0, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.5}
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        tiff.write(picture, subifds=1, metadata=stated, **options)
+        tiff.write(half, subfiletype=1, **options)
+    if layout == "jpeg":
+        picture, half = (tifffile.imread(path, level=level) for level in (0, 1))
+    with open_slide(path) as slide:
+        assert (slide.info.size, slide.info.level_downsamples) == ((700, 500), (1.0, 2.0))
+        assert (slide.info.vendor, slide.info.mpp, slide.info.mpp_source) == ("ome", (0.5, 0.5), "vendor")
+        padded = cv2.copyMakeBorder(picture, 30, 30, 50, 50, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        np.testing.assert_array_equal(slide.read(-50, -30, 800, 560), padded)
+        np.testing.assert_array_equal(slide.read(100, 60, 200, 150, 1), half[30:180, 50:250])
+        assert slide.thumbnail(175).shape == (125, 175, 3)
+
+
+def test_a_damaged_ome_tiff_is_one_clear_error(tmp_path: Path) -> None:
+    path, options = tmp_path / "a.ome.tiff", {"photometric": "rgb", "compression": "deflate", "tile": (128, 128)}
+    tifffile.imwrite(path, _picture(), ome=True, metadata={"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}, **options)
+    with tifffile.TiffFile(path) as tiff:
+        offset = tiff.pages[0].dataoffsets[0]
+    with open(path, "r+b") as file:
+        file.seek(offset + 100)
+        file.write(bytes(100))
+    with open_slide(path) as slide, pytest.raises(SlideError, match=r"damaged at \(0, 0\) of level 0"):
+        slide.read(0, 0, 100, 100)
+    tifffile.imwrite(path, _picture()[..., 0], ome=True, metadata={})
+    with pytest.raises(SlideError, match="not 8-bit RGB"):
+        open_slide(path)
+
+
+def test_an_icc_profile_is_applied_on_request_and_then_no_stream_is_copied(tmp_path: Path, write_slide: Writer) -> None:
+    swapped = _profile_with_red_for_green()
+    path = write_slide(tmp_path / "a.svs", _picture(), iccprofile=swapped)
+    with open_slide(path) as slide:
+        assert slide.info.has_icc
+        before = slide.read(0, 0, 240, 240)
+        assert slide.jpeg_stream(0, 0, 0, 240) is not None
+        slide.apply_icc()
+        after = slide.read(0, 0, 240, 240)
+        assert slide.jpeg_stream(0, 0, 0, 240) is None
+    np.testing.assert_allclose(after, before[..., [1, 0, 2]], atol=12)
+
+
+def _profile_with_red_for_green() -> bytes:
+    """sRGB with the names of its red and green primaries changed."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"tmpZ").replace(b"gXYZ", b"rXYZ").replace(b"tmpZ", b"gXYZ")
 
 
 def test_what_is_known_of_a_slide_survives_json(small_slide: Path) -> None:

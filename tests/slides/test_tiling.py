@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from crcjax.errors import InputError, SlideError
+from crcjax.slides.quality import ABSENT
 from crcjax.slides.reader import open_slide
 from crcjax.slides.tiling import TilingParams, mpp_of, plan_tiles, read_regions, slide_scale, slot_boxes
 
@@ -38,6 +40,7 @@ def test_magnifications_are_ordered_from_coarse_to_fine() -> None:
         ({"tile_px": 8}, "outside 16 to 4096"),
         ({"min_tissue": 0.0}, "min_tissue"),
         ({"min_tissue": 1.5}, "min_tissue"),
+        ({"tissue": "magic"}, "choose robust, otsu, entropy"),
     ],
 )
 def test_senseless_parameters_are_refused(changes: dict, message: str) -> None:
@@ -136,6 +139,32 @@ def test_a_magnification_that_the_slide_lacks_is_masked(small_slide: Path) -> No
     assert tiles.mask[:, :5].any(axis=0).all()
     assert not tiles.mask[:, 5:].any()
     assert not tiles.pixels[:, 5:].any()
+
+
+@pytest.mark.parametrize("mpp", [0.17, 0.25, 0.29, 0.5, 0.62, 1.0, 1.3])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_combination_of_magnifications_is_read_from_any_base_and_never_upsampled(
+    mpp: float, count: int, tmp_path: Path, write_slide: Writer, tissue_picture: Callable
+) -> None:
+    side_px = round(700 / mpp) if mpp > 0.3 else 2400
+    with open_slide(write_slide(tmp_path / "a.svs", tissue_picture(side_px, side_px), mpp=mpp, levels=2)) as slide:
+        for chosen in itertools.combinations(("40x", "20x", "10x"), count):
+            params = TilingParams(chosen, tile_px=32)
+            present = [mpp_of(name) >= mpp * 0.98 for name in params.magnifications]
+            if not any(present):
+                with pytest.raises(SlideError, match="nothing is upsampled"):
+                    plan_tiles(slide, params)
+                continue
+            plan = plan_tiles(slide, params)
+            step_um = plan.scale.downsample * mpp
+            assert step_um >= mpp * 0.98
+            assert plan.region_px * mpp == pytest.approx(32 * mpp_of(params.magnifications[0]), rel=0.02)
+            held = np.repeat(present, np.square(params.factors))
+            assert not plan.mask[:, ~held].any()
+            assert plan.mask[:, held].any(axis=0).all()
+            tiles = read_regions(slide, plan, 0, min(4, len(plan.origin)))
+            assert not tiles.pixels[:, ~held].any()
+            assert (tiles.reason[:, ~held] == ABSENT).all()
 
 
 def test_each_slot_is_judged_alone_and_masked_slots_are_black(fine_slide: Path) -> None:

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from crcjax.slides.tissue import NotBrightfieldError, TissueModel, tissue_mask, tissue_model
+from crcjax.slides.tissue import METHODS, NotBrightfieldError, TissueModel, tissue_mask, tissue_model
 
 UM_PER_PX = 8.0
 PINK, FAINT, NUCLEI, GLASS = (225, 150, 190), (240, 222, 234), (110, 70, 150), (243, 242, 244)
@@ -55,6 +55,28 @@ def test_fat_at_the_edge_of_the_tissue_is_kept() -> None:
     cells[::6] = cells[:, ::6] = True  # membranes about fat cells of 48 um
     picture[fat & cells] = PINK
     assert _mask(picture)[fat].mean() > 0.8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_finds_textured_tissue_and_neither_glass_nor_black_nor_ink(method: str) -> None:
+    nuclei = np.random.default_rng(1).random((300, 300, 1)) < 0.3
+    picture = np.where(DISC[..., None], np.where(nuclei, NUCLEI, PINK), GLASS).astype(np.uint8)
+    picture[:20], picture[270:290, 20:80] = (8, 8, 8), (40, 60, 160)
+    found = tissue_mask(picture, tissue_model(picture), UM_PER_PX, method)
+    assert _overlap(found, DISC) > 0.85
+    assert not found[:20].any()
+    assert not found[270:290, 20:80].any()
+    noise = np.random.default_rng(0).integers(-4, 5, picture.shape)
+    glass = (GLASS + noise).astype(np.uint8)
+    assert not tissue_mask(glass, tissue_model(glass), UM_PER_PX, method).any()
+
+
+def test_faint_tissue_beside_dense_is_found_by_the_robust_method_not_by_otsus() -> None:
+    picture = _slide(NUCLEI)
+    picture[:, :150][DISC[:, :150]] = FAINT
+    model, faint = tissue_model(picture), DISC & (np.arange(300) < 140)
+    assert tissue_mask(picture, model, UM_PER_PX)[faint].mean() > 0.95
+    assert tissue_mask(picture, model, UM_PER_PX, "otsu")[faint].mean() < 0.2
 
 
 def test_specks_are_dropped() -> None:

@@ -7,7 +7,15 @@ from scipy import stats
 from crcjax.config import get_config
 from crcjax.errors import InputError
 from crcjax.models.mil import build_model
-from crcjax.train.losses import bag_losses, check_loss, evidential, focal, misleading_evidence, weighted_mean
+from crcjax.train.losses import (
+    bag_losses,
+    check_loss,
+    evidential,
+    focal,
+    misleading_evidence,
+    supervised_contrastive,
+    weighted_mean,
+)
 
 LOGITS = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
 TARGET = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -62,6 +70,26 @@ def test_every_loss_has_gradients_also_for_large_and_for_no_evidence(loss: str, 
 
     for scale in (0.0, 1.0, 1e4):
         assert np.isfinite(jax.grad(total)(scale))
+
+
+def test_the_supervised_contrastive_loss_is_the_published_one_and_leaves_out_bags_without_a_partner() -> None:
+    embedding = np.random.default_rng(0).normal(size=(7, 5))
+    label, temperature = np.array([0, 1, 0, 2, 1, 0, 3]), 0.3
+    unit = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
+    losses = []
+    for i in range(7):
+        others = [a for a in range(7) if a != i]
+        total = sum(np.exp(unit[i] @ unit[a] / temperature) for a in others)
+        same = [p for p in others if label[p] == label[i]]
+        if same:
+            losses.append(-np.mean([np.log(np.exp(unit[i] @ unit[p] / temperature) / total) for p in same]))
+    found = supervised_contrastive(jnp.asarray(embedding, jnp.float32), jnp.asarray(label), temperature)
+    assert len(losses) == 5
+    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
+    for values in (jnp.zeros((3, 4)), jnp.ones((3, 4))):
+        loss, gradient = jax.value_and_grad(lambda z: supervised_contrastive(z, jnp.arange(3), 0.1))(values)
+        assert float(loss) == 0.0
+        assert np.isfinite(gradient).all()
 
 
 def test_unknown_losses_and_those_of_the_other_head_are_refused() -> None:

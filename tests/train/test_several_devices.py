@@ -30,7 +30,7 @@ for mesh in (one, device_mesh()):
     step, state = build_step(model, optimizer, config, mesh), init_state(model, optimizer, mesh)
     losses = []
     for bags in train_batches(cohort, config, mesh, 0):
-        assert len(bags.pixels.sharding.device_set) == mesh.size
+        assert len(bags.tiles.sharding.device_set) == mesh.size
         state, metrics = step(state, bags)
         losses.append(float(metrics["loss"]))
     print(mesh.size, *losses)

@@ -1,0 +1,65 @@
+"""What each instance of a bag did for a class: attention, gradients, and what is lost without it.
+
+Attention says where a model looked, not what for; in a model whose instances see each other it may lie on another instance
+than the evidence (Jain and Wallace 2019). The other two hold for any aggregator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from crcjax.models.mil import Prediction
+
+Method = Literal["attention", "gradient", "occlusion"]
+METHODS: tuple[str, ...] = get_args(Method)
+_STEPS = 32  # of the path of integrated gradients
+
+Features = Float32[Array, "region slot feature"]
+Mask = Bool[Array, "region slot"]
+Score = Callable[[Features, Mask], Float32[Array, ""]]
+
+
+def attention_for(prediction: Prediction, target: int) -> Float[np.ndarray, "region slot"]:
+    """The attention of the class's own branch where the aggregator has one a class, else its mean, of a single bag."""
+    maps = np.asarray(prediction.class_attention[0])
+    classes = prediction.logits.shape[-1]
+    return maps[..., target] if maps.shape[-1] == classes else maps.mean(axis=-1)
+
+
+def log_odds(logits: Float32[Array, " class"], target: Int[Array, ""] | int) -> Float32[Array, ""]:
+    """Logit of the class less the log-sum-exp of the others (nats): gradients do not vanish where it is all but certain."""
+    others = jnp.where(jnp.arange(len(logits)) == target, -jnp.inf, logits)
+    return logits[target] - jax.nn.logsumexp(others)
+
+
+def integrated_gradients(score: Score, features: Features, mask: Mask) -> Float32[Array, "region slot"]:
+    """Gradient of the score times displacement, along the line from the bag's mean instance everywhere to the bag.
+
+    Sundararajan et al. 2017, equation 3, by the midpoint rule; they sum to the score less that of the mean instances.
+    """
+    held = mask[..., None]
+    mean = (features * held).sum(axis=(0, 1)) / jnp.maximum(held.sum(), 1)
+    way = jnp.where(held, features - mean, 0.0)
+
+    def at(part: Float32[Array, ""]) -> Float32[Array, "region slot"]:
+        return (jax.grad(score)(features - (1.0 - part) * way, mask) * way).sum(axis=-1)
+
+    return jax.lax.map(at, (jnp.arange(_STEPS) + 0.5) / _STEPS).mean(axis=0)
+
+
+def occlusion(score: Score, features: Features, mask: Mask) -> Float32[Array, "region slot"]:
+    """What the score loses when an instance is masked (Zeiler and Fergus 2014), one pass of the bag an instance."""
+    order = jnp.argsort(~mask.ravel(), stable=True)  # those that are held come first
+    whole = score(features, mask)
+
+    def without(i: Int[Array, ""], lost: Float32[Array, " instance"]) -> Float32[Array, " instance"]:
+        rest = mask.ravel().at[order[i]].set(False).reshape(mask.shape)
+        return lost.at[order[i]].set(whole - score(features, rest))
+
+    return jax.lax.fori_loop(0, mask.sum(), without, jnp.zeros(mask.size)).reshape(mask.shape)

@@ -1,0 +1,151 @@
+"""Areas of a slide as files: mask images, and GeoJSON as QuPath reads and writes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image
+
+from crcjax.errors import InputError
+
+SUFFIXES = (".geojson", ".json", ".png")
+_SAME_SHAPE = 0.02  # of the aspect ratios of a slide and of a mask of it
+_FRACTION_BITS = 4
+
+
+@dataclass(frozen=True)
+class Areas:
+    """Region files of one slide: tiles are sought within `include` only, and outside `exclude`."""
+
+    include: Path | None = None
+    exclude: Path | None = None
+
+    @property
+    def id(self) -> str:
+        """SHA-256 over the files' content, empty without any. Raises InputError."""
+        if not self.include and not self.exclude:
+            return ""
+        parts = [_bytes_of(path) if path else b"" for path in (self.include, self.exclude)]
+        return hashlib.sha256(len(parts[0]).to_bytes(8, "little") + b"".join(parts)).hexdigest()
+
+    def mask(self, shape: tuple[int, int], size: tuple[int, int]) -> Bool[np.ndarray, "y x"]:
+        """What may be tiled, `shape` rows and columns over a slide of `size` (width, height) level-0 px. Raises InputError."""
+        allowed = read_area(self.include, shape, size) if self.include else np.ones(shape, bool)
+        return allowed & ~read_area(self.exclude, shape, size) if self.exclude else allowed
+
+
+def areas_of(slide_id: str, include: Path | None, exclude: Path | None) -> Areas:
+    """The files of a slide's name in two folders of region files; a slide may lack one in `exclude`. Raises InputError."""
+    found = {}
+    for name, folder in (("include", include), ("exclude", exclude)):
+        if folder and not folder.is_dir():
+            raise InputError(f"--{name} {folder}: name a folder of files such as {slide_id}.geojson or {slide_id}.png")
+        files = [path for suffix in SUFFIXES if folder and (path := folder / f"{slide_id}{suffix}").exists()]
+        if len(files) > 1:
+            raise InputError(f"--{name} {folder}: holds {files[0].name} and {files[1].name}; leave one")
+        found[name] = files[0] if files else None
+    if include and not found["include"]:
+        raise InputError(
+            f"--include {include}: holds no {slide_id}.geojson or {slide_id}.png; draw it, or leave it out"
+        )
+    return Areas(**found)
+
+
+def read_area(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> Bool[np.ndarray, "y x"]:
+    """A region file as a mask of `shape` rows and columns over a slide of `size` (width, height) level-0 px.
+
+    GeoJSON polygons are in level-0 px, as QuPath exports them, their holes kept; of an image all that is not black counts,
+    whatever its resolution. Raises InputError.
+    """
+    if path.suffix == ".png":
+        return _read_image(path, shape, size)
+    scale = np.array([shape[1] / size[0], shape[0] / size[1]])
+    mask = np.zeros(shape, np.uint8)
+    for polygon in _polygons(path):
+        one = np.zeros(shape, np.uint8)
+        for value, ring in zip([1] + [0] * (len(polygon) - 1), polygon, strict=True):
+            # A point at x is x pixels from the left edge; OpenCV counts from the first pixel's middle.
+            points = np.rint((ring * scale - 0.5) * 2**_FRACTION_BITS).astype(np.int32)
+            cv2.fillPoly(one, [points], value, shift=_FRACTION_BITS)
+        mask |= one
+    return mask.astype(bool)
+
+
+def _read_image(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image.convert("L"))
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{path}: cannot be read as a picture ({error}); export the mask again") from error
+    ratio = values.shape[1] / values.shape[0] / (size[0] / size[1])
+    if abs(ratio - 1) > _SAME_SHAPE + 1 / min(values.shape):
+        shown = f"{values.shape[1]} x {values.shape[0]} px is no picture of the whole slide, {size[0]} x {size[1]} px"
+        raise InputError(f"{path}: {shown}; export the mask of the whole slide")
+    return cv2.resize((values > 0).astype(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
+def _polygons(path: Path) -> list[list[np.ndarray]]:
+    """Every polygon's rings, the outer one first."""
+    try:
+        found = json.loads(_bytes_of(path))
+        features = found if isinstance(found, list) else found.get("features", [found])
+        polygons = []
+        for feature in features:
+            geometry = feature.get("geometry", feature)
+            many = {"Polygon": lambda held: [held], "MultiPolygon": list}.get(geometry["type"])
+            if many is None:
+                raise InputError(f"{path}: holds a {geometry['type']}; only areas (Polygon, MultiPolygon) are regions")
+            polygons += [
+                [np.array(ring, np.float64)[:, :2] for ring in polygon] for polygon in many(geometry["coordinates"])
+            ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{path}: is not GeoJSON ({error}); export it from QuPath as GeoJSON") from error
+    if not polygons:
+        raise InputError(f"{path}: holds no area; draw one, or leave the file out")
+    return polygons
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from error
+
+
+def write_area(stem: Path, mask: Bool[np.ndarray, "y x"], size: tuple[int, int], name: str) -> None:
+    """Writes a mask over a slide of `size` level-0 px as STEM.png and STEM.geojson, an annotation called `name` in QuPath."""
+    Image.fromarray(mask.astype(np.uint8) * 255).save(f"{stem}.png")
+    polygons = [[_closed(ring) for ring in rings] for rings in _outlines(mask, size)]
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "MultiPolygon", "coordinates": polygons},
+        "properties": {"objectType": "annotation", "classification": {"name": name, "color": [0, 158, 115]}},
+    }
+    Path(f"{stem}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+
+
+def _outlines(mask: np.ndarray, size: tuple[int, int]) -> list[list[np.ndarray]]:
+    """Of each piece its outer ring and its holes' rings, along the pixels' edges, in level-0 px."""
+    # Outlines run through the middles of the outer pixels: four times larger, that is an eighth of a pixel off the edge.
+    large = cv2.copyMakeBorder(
+        mask.repeat(4, axis=0).repeat(4, axis=1).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT
+    )
+    rings, tree = cv2.findContours(large, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    scale = np.array([size[0] / mask.shape[1], size[1] / mask.shape[0]]) / 4
+    polygons: dict[int, list[np.ndarray]] = {}
+    for i, ring in enumerate(rings):
+        parent = int(tree[0, i, 3])
+        if len(ring) >= 3:
+            polygons.setdefault(i if parent < 0 else parent, []).append((ring[:, 0] - 0.5) * scale)
+    return list(polygons.values())
+
+
+def _closed(ring: np.ndarray) -> list[list[float]]:
+    points = np.round(ring, 1).tolist()
+    return [*points, points[0]]

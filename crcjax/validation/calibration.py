@@ -1,0 +1,161 @@
+"""Temperature scaling and conformal sets, fitted on the validation cases of a run and kept in calibration.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.optimize import minimize_scalar
+
+from crcjax.data.cohort import load_cohort
+from crcjax.errors import InputError, OutputError
+from crcjax.validation.predictions import load_predictions
+
+METHODS = ("lac", "aps")
+HOTTEST = 10.0  # temperatures are sought from its inverse to it: beyond, a few cases would decide alone
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature, and the largest score of a class in a slide's set, by site; `""` is for every other site.
+
+    `error` is how often sets may miss the true class; `cases` are those that each threshold was fitted on.
+    """
+
+    model: str
+    classes: tuple[str, ...]
+    temperature: float
+    method: str
+    error: float
+    thresholds: dict[str, float]
+    cases: dict[str, int]
+
+    @property
+    def id(self) -> str:
+        """The first 12 hex digits of the SHA-256 of its values."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def probs(self, probs: Float[np.ndarray, "slide class"]) -> Float[np.ndarray, "slide class"]:
+        """Probabilities at the temperature."""
+        return at_temperature(probs, self.temperature)
+
+    def set_of(self, probs: Float[np.ndarray, " class"], slide_id: str, site: str | None) -> tuple[str, ...]:
+        """The conformal set of a slide with the model's own probabilities; it may be empty."""
+        scores = nonconformity(probs[None], self.method, np.array([_draw(slide_id)]))[0]
+        threshold = self.thresholds.get(site or "", self.thresholds[""])
+        return tuple(name for name, score in zip(self.classes, scores, strict=True) if score <= threshold)
+
+
+def calibrate(
+    predictions_csv: Path, cohort_csv: Path, out: Path, *, method: str, error: float, by_site: bool
+) -> Calibration:
+    """Fits on the validation cases of the run that predicted, the first slide of each, and writes calibration.json.
+
+    Other cases are not read: the model was fitted on some, and others will judge it. With `by_site`, sites with enough
+    cases have thresholds of their own. Raises InputError, OutputError.
+    """
+    if method not in METHODS or not 0 < error < 1:
+        raise InputError(f"--method {method}, --error {error}: give lac or aps, and an error between 0 and 1")
+    predictions = load_predictions(predictions_csv)
+    cohort = {row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes).rows}
+    usable = [row for row in predictions.evaluable if row.get("split") == "val" and row["slide_id"] in cohort]
+    rows = {cohort[row["slide_id"]].case_id: row for row in reversed(usable) if cohort[row["slide_id"]].subtype}
+    if any(row.get("calibration") for row in rows.values()):
+        raise InputError(f"{predictions_csv}: is calibrated already; predict without --calibration first")
+    models = {row["model"] for row in rows.values()}
+    if len(models) != 1:
+        raise InputError(
+            f"{predictions_csv}: has {'no' if not models else 'several models for the'} validation cases of "
+            f"{cohort_csv}; predict the run's validation slides with one model"
+        )
+    slides = [cohort[row["slide_id"]] for row in rows.values()]
+    label = np.array([predictions.classes.index(slide.subtype or "") for slide in slides])
+    probs = predictions.probs(list(rows.values()))
+    temperature = fit_temperature(probs, label)
+    draws = np.array([_draw(slide.slide_id) for slide in slides])
+    # Of the model's own probabilities: a temperature fitted on the same cases would favour them.
+    scores = nonconformity(probs, method, draws)[np.arange(len(label)), label]
+    groups = {"": scores}
+    if by_site:
+        sites = np.array([slide.site or "" for slide in slides])
+        groups |= {site: scores[sites == site] for site in sorted(set(sites.tolist()) - {""})}
+    thresholds = {name: conformal_threshold(values, error) for name, values in groups.items()}
+    thresholds = {name: value for name, value in thresholds.items() if math.isfinite(value) or not name}
+    cases = {name: len(groups[name]) for name in thresholds}
+    found = Calibration(models.pop(), predictions.classes, temperature, method, error, thresholds, cases)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(_with_text(asdict(found)), indent=1) + "\n")
+    except OSError as fault:
+        raise OutputError(f"{out}: cannot be written ({fault.strerror}); choose another --out") from fault
+    return found
+
+
+def load_calibration(path: Path, model: str, classes: tuple[str, ...]) -> Calibration:
+    """Reads calibration.json. Raises InputError if it is none, or not of this model and these classes."""
+    try:
+        values = json.loads(path.read_text())
+        thresholds = {name: float(value) for name, value in values["thresholds"].items()}
+        values |= {"classes": tuple(values["classes"]), "thresholds": {"": thresholds[""]} | thresholds}
+        found = Calibration(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is no calibration ({error}); make it with crcjax calibrate") from error
+    if (found.model, found.classes) != (model, classes):
+        raise InputError(
+            f"{path}: is of model {found.model}, not {model}; predict the validation slides with this one, and calibrate"
+        )
+    return found
+
+
+def at_temperature(probs: Float[np.ndarray, "slide class"], temperature: float) -> Float[np.ndarray, "slide class"]:
+    """Softmax of log-probabilities over the temperature (Guo et al. 2017, section 4.2); whatever made them."""
+    logits = np.log(np.maximum(probs, 1e-15)) / temperature
+    scaled = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return scaled / scaled.sum(axis=-1, keepdims=True)
+
+
+def fit_temperature(probs: Float[np.ndarray, "case class"], label: Int[np.ndarray, " case"]) -> float:
+    """The temperature with the least mean negative log-likelihood, within HOTTEST and its inverse."""
+
+    def loss(log_temperature: float) -> float:
+        scaled = at_temperature(probs, math.exp(log_temperature))[np.arange(len(label)), label]
+        return -float(np.log(np.maximum(scaled, 1e-300)).mean())
+
+    limit = math.log(HOTTEST)
+    return math.exp(minimize_scalar(loss, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-5}).x)
+
+
+def nonconformity(
+    probs: Float[np.ndarray, "slide class"], method: str, draws: Float[np.ndarray, " slide"]
+) -> Float[np.ndarray, "slide class"]:
+    """The score of every class: LAC, 1 - p (Sadinle et al. 2019); APS, the mass of the classes above, and a drawn share
+    (0 to 1) of its own (Romano et al. 2020, equation 5)."""
+    if method == "lac":
+        return 1.0 - probs
+    above = np.where(probs[:, None, :] > probs[:, :, None], probs[:, None, :], 0.0).sum(axis=-1)
+    return above + draws[:, None] * probs
+
+
+def conformal_threshold(scores: Float[np.ndarray, " case"], error: float) -> float:
+    """The ⌈(n + 1)(1 - error)⌉-th smallest score of n cases; infinite, so that sets are full, where n is too small.
+
+    A further score, exchangeable with these, is at most it with a probability of at least 1 - error.
+    """
+    # Rounded first: (9 + 1)(1 - 0.1) is 9, whatever floating point makes of it.
+    rank = math.ceil(round((len(scores) + 1) * (1 - error), 9))
+    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else math.inf
+
+
+def _draw(slide_id: str) -> float:
+    """A number from 0 to 1 that the slide's id alone decides, so that its set is the same every time."""
+    return int.from_bytes(hashlib.sha256(slide_id.encode()).digest()[:6]) / 2**48
+
+
+def _with_text(values: dict) -> dict:
+    """JSON has no infinity."""
+    return values | {"thresholds": {name: str(value) for name, value in values["thresholds"].items()}}

@@ -1,0 +1,96 @@
+"""Stain estimates of stores and slides, and a run that is trained and predicts with normalised tiles."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from crcjax.data.cohort import load_cohort
+from crcjax.errors import InputError
+from crcjax.infer.predictor import Predictor
+from crcjax.slides.executor import TileJob, tile_slides
+from crcjax.slides.normaliser import StainNormaliser, stain_normaliser, stored_estimate
+from crcjax.slides.reader import open_slide
+from crcjax.slides.stain import METHODS
+from crcjax.slides.store import open_store
+from crcjax.slides.tiling import TilingParams, plan_tiles
+from crcjax.train.loop import train
+
+
+@pytest.fixture
+def slide(painted: Path) -> tuple[str, Path]:
+    row = load_cohort(painted / "cohort.csv", None).rows[0]
+    return row.slide_id, Path(str(row.path))
+
+
+def _degrees(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.degrees(np.arccos(np.clip((np.asarray(one) * np.asarray(other)).sum(axis=-1), -1, 1)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_slide_and_its_lossless_store_give_the_same_estimate_which_is_kept(
+    method: str, slide: tuple[str, Path], tmp_path: Path
+) -> None:
+    slide_id, path = slide
+    params = TilingParams(("5x", "10x"), tile_px=64)
+    assert tile_slides([TileJob(slide_id, path)], tmp_path, params, pixels="lossless")[0].succeeded
+    store = open_store(tmp_path, slide_id)
+    made = stored_estimate(store, method)
+    kept = tmp_path / f"{slide_id}.zarr" / "stain" / f"{method}.json"
+    assert json.loads(kept.read_text())["reliable"] is True
+    with open_slide(path) as opened:
+        of_slide = StainNormaliser(method, METHODS[method][1]).of_slide(opened, plan_tiles(opened, params))
+    for again in (of_slide, stored_estimate(store, method)):
+        for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(again), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_slides_of_different_sites_are_nearer_to_each_other_once_they_are_normalised(painted: Path) -> None:
+    normaliser = stain_normaliser("macenko", "standard", painted / "store")
+    assert normaliser
+    rows = load_cohort(painted / "cohort.csv", None).rows
+    means: dict[bool, list] = {False: [], True: []}
+    for row in {row.site: row for row in rows}.values():
+        store = open_store(painted / "store", row.slide_id)
+        tiles, estimate = store.read_pixels(range(len(store.mask)))[store.mask], normaliser.of_store(store)
+        for after, pixels in ((False, tiles), (True, np.asarray(normaliser(tiles, estimate)))):
+            means[after].append(pixels.reshape(-1, 3).astype(float).mean(axis=0))
+    before, after = (np.std(means[key], axis=0).mean() for key in (False, True))
+    assert len(means[True]) > 1
+    assert after < 0.6 * before
+
+
+def test_a_run_is_trained_to_a_chosen_slides_stain_and_predicts_with_it_unasked(
+    small_config, painted: Path, slide: tuple[str, Path], tmp_path: Path
+) -> None:
+    slide_id, path = slide
+    small_config.stain.method, small_config.stain.reference = "macenko", slide_id
+    train(small_config, tmp_path / "run")
+    predictor = Predictor(tmp_path / "run")
+    expected = stored_estimate(open_store(painted / "store", slide_id), "macenko")
+    found = predictor.members[0].forward.normaliser
+    assert found
+    np.testing.assert_allclose(found.reference.vectors, expected.vectors, rtol=1e-6)
+    with open_slide(path) as opened:
+        shown = predictor.predict(opened, 1)
+        predictor.members[0].forward.normaliser = None
+    assert np.isfinite(shown.probs).all()
+    assert shown.seconds["stain"] > 0
+
+
+@pytest.mark.parametrize(("method", "reference", "words"), [("x", "standard", "choose"), ("macenko", "Z", "not in")])
+def test_an_unknown_method_or_reference_is_named(method: str, reference: str, words: str, painted: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        stain_normaliser(method, reference, painted / "store")
+
+
+def test_a_damaged_estimate_is_named(slide: tuple[str, Path], tmp_path: Path) -> None:
+    slide_id, path = slide
+    tile_slides([TileJob(slide_id, path)], tmp_path, TilingParams(("10x",), tile_px=64))
+    store = open_store(tmp_path, slide_id)
+    stored_estimate(store, "reinhard")
+    (store.path / "stain" / "reinhard.json").write_text("{")
+    with pytest.raises(InputError, match="delete it"):
+        stored_estimate(store, "reinhard")
