@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -87,6 +88,15 @@ def tile(
     ] = None,
     exclude: Annotated[Path | None, typer.Option(help="such a folder: leave these areas out")] = None,
     icc: Annotated[bool, typer.Option("--icc", help="turn colours to sRGB by each slide's ICC profile")] = False,
+    stain: Annotated[
+        Literal["macenko", "vahadane", "reinhard"] | None,
+        typer.Option(
+            help="keep tiles with one reference's stain; config.stain does so in training, and can be changed"
+        ),
+    ] = None,
+    stain_reference: Annotated[
+        Path | None, typer.Option(help="the slide whose stain is the reference; by default the published one")
+    ] = None,
     pixels: Annotated[
         Literal["jpeg", "lossless"],
         typer.Option(help="JPEG streams (the slide's own if grids agree), or the bits as read, 7 times larger"),
@@ -124,6 +134,12 @@ def tile(
         raise InputError("--no-pixels keeps the slides' paths, which --pseudonym-key hides; keep the pixels")
     limits = parse_limits(limit or ())
     params = TilingParams(tuple(mag.split(",")), tile_px, quality=limits, tissue=tissue_method, icc=icc)
+    if stain_reference and not stain:
+        raise InputError("--stain-reference needs --stain macenko, vahadane or reinhard")
+    if stain:
+        from crcjax.slides.normaliser import reference_stain  # loads JAX
+
+        params = replace(params, stain=reference_stain(stain, stain_reference, params, mpp))
     named = _slides(slides, cohort, pseudonym_key)
     jobs = [
         TileJob(slide_id, path, mpp, names_path=not pseudonym_key, areas=areas_of(slide_id, include, exclude))

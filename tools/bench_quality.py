@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from crcjax.slides.architecture import SUBTYPES, Tissue
 from crcjax.slides.painter import SITES, SlideSpec, load_truth, paint_slide, truth_path
-from crcjax.slides.quality import QUALITY_NAMES, QualityLimits, judge, score_tile
+from crcjax.slides.quality import QUALITY_NAMES, QualityLimits, judge, score_tiles
 from crcjax.slides.reader import open_slide
 from crcjax.slides.tiling import TilingParams, mpp_of, plan_tiles, region_tiles
 
@@ -77,7 +77,7 @@ def score(paths: list[Path], magnification: str) -> tuple[Tiles, float]:
                     corner = (round(x / slide.info.mpp[0]), round(y / slide.info.mpp[1]))
                     tile = region_tiles(slide, params, plan.scale, *corner)[0]
                     start = time.thread_time()
-                    scores.append(score_tile(tile, plan.tissue, mpp))
+                    scores.append(score_tiles([tile], plan.tissue, mpp)[0])
                     seconds += time.thread_time() - start
                     spoilt.append([truth.spoilt_share(name, x, y, side) for name in SCORE_OF])
                     smooth.append(truth.tissue_share(x, y, side, SMOOTH) > 0.6)

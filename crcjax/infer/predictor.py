@@ -17,6 +17,7 @@ from crcjax.errors import InputError
 from crcjax.infer.attribution import Method, attention_for, integrated_gradients, log_odds, occlusion
 from crcjax.models.mil import MILModel, Params, Prediction, build_model, combine
 from crcjax.slides.executor import read_ahead
+from crcjax.slides.normaliser import slide_stain
 from crcjax.slides.reader import Slide
 from crcjax.slides.stain import Estimate
 from crcjax.slides.tiling import TilePlan, TilingParams, plan_tiles
@@ -79,10 +80,11 @@ class Predictor:
         seconds = {"plan": time.monotonic() - start, "wait": 0.0, "encode": 0.0}
         normalisers = [member.forward.normaliser for member in self.members]
         stains = [normaliser.of_slide(slide, plan) if normaliser else None for normaliser in normalisers]
+        transform = slide_stain(slide, plan)
         seconds["stain"] = time.monotonic() - start - seconds["plan"]
         features: list[list[np.ndarray]] = [[] for _ in self.members]
         masks = []
-        shards = self._timed(read_ahead(slide, plan, threads), seconds, "wait")
+        shards = self._timed(read_ahead(slide, plan, threads, transform=transform), seconds, "wait")
         for _, tiles in shards:
             begun = time.monotonic()
             for member, stain, parts in zip(self.members, stains, features, strict=True):

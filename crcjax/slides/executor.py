@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crcjax.errors import InputError, OutputError, SlideError
 from crcjax.slides.annotation import Areas
@@ -16,8 +17,20 @@ from crcjax.slides.pixels import check_mode, shard_regions
 from crcjax.slides.quality import ABSENT, KEPT, REASONS
 from crcjax.slides.reader import Slide, SlideInfo, open_slide
 from crcjax.slides.store import StoreWriter, TileStore, file_lock, open_store, remove_partials, slide_lock, tiled_slides
-from crcjax.slides.tiling import EVERYWHERE, Pack, RegionTiles, TilePlan, TilingParams, plan_tiles, read_regions
+from crcjax.slides.tiling import (
+    EVERYWHERE,
+    Pack,
+    RegionTiles,
+    TilePlan,
+    TilingParams,
+    Transform,
+    plan_tiles,
+    read_regions,
+)
 from crcjax.slides.workers import NO_LIMITS, Done, JobFailed, JobLimits, run_jobs
+
+if TYPE_CHECKING:
+    from crcjax.slides.normaliser import SlideStain
 
 MANIFEST = "manifest.jsonl"
 EXECUTORS = ("processes", "ray")
@@ -87,6 +100,8 @@ def tile_slides(
     cannot be written.
     """
     check_mode(pixels)
+    if params.stain and pixels == "none":
+        raise InputError("--stain changes the tiles, which --no-pixels does not keep; set config.stain in training")
     if executor not in EXECUTORS:
         raise InputError(f"executor {executor!r}: choose {' or '.join(EXECUTORS)}")
     check_slide_ids([(job.slide_id, job.name) for job in jobs])
@@ -152,17 +167,29 @@ def _tile_slide(task: _TileTask) -> Outcome:
         if done:
             return replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()), reason=slide.info.warning)
         plan = plan_tiles(slide, task.params, job.areas)
+        stain = _stain_of(slide, plan)
         kept = 0
         with StoreWriter(task.store, job.slide_id, slide, plan, task.pixels, locked=True) as writer:
-            for first, tiles in read_ahead(slide, plan, task.threads, writer.pack):
+            for first, tiles in read_ahead(slide, plan, task.threads, writer.pack, stain):
                 writer.write(first, tiles)
                 kept += int(tiles.mask.sum())
+            if stain:
+                writer.keep(stain.files())
             writer.commit()
     return replace(outcome, status="tiled", regions=len(plan.origin), tiles=kept, reason=slide.info.warning)
 
 
+def _stain_of(slide: Slide, plan: TilePlan) -> SlideStain | None:
+    if plan.params.stain is None:
+        return None
+    os.environ["JAX_PLATFORMS"] = "cpu"  # workers of one machine would each take the GPU's memory
+    from crcjax.slides.normaliser import slide_stain  # loads JAX
+
+    return slide_stain(slide, plan)
+
+
 def read_ahead(
-    slide: Slide, plan: TilePlan, threads: int, pack: Pack | None = None
+    slide: Slide, plan: TilePlan, threads: int, pack: Pack | None = None, transform: Transform | None = None
 ) -> Iterator[tuple[int, RegionTiles]]:
     """Yields (first region, tiles) shard by shard in order, decoded and packed by `threads` threads, a few shards ahead.
 
@@ -177,7 +204,7 @@ def read_ahead(
                 while starts and len(ahead) <= threads:
                     first = starts.popleft()
                     last = min(first + step, len(plan.origin))
-                    ahead.append((first, pool.submit(read_regions, slide, plan, first, last, pack)))
+                    ahead.append((first, pool.submit(read_regions, slide, plan, first, last, pack, transform)))
                 first, future = ahead.popleft()
                 tiles = future.result()
                 seen.update(tiles.reason.ravel().tolist())

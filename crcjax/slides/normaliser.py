@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import jax
@@ -14,14 +14,15 @@ import numpy as np
 from jaxtyping import Array, Bool, UInt8
 
 from crcjax.errors import InputError
-from crcjax.slides.reader import Slide
+from crcjax.slides.reader import Slide, open_slide
 from crcjax.slides.stain import METHODS, Estimate, normalise
 from crcjax.slides.store import TileStore, open_store
-from crcjax.slides.tiling import TilePlan, TilingParams, read_regions
+from crcjax.slides.tiling import TilePlan, TilingParams, plan_tiles, read_regions
 
 STANDARD = "standard"
 _SAMPLED_REGIONS, _SAMPLED_PIXELS = 48, 512  # of a slide, and of each of them
 _SEED = 0
+_TOGETHER_PX = 32 << 16  # of the tiles that are normalised at a time
 
 Tiles = UInt8[np.ndarray, "region slot y x 3"]
 Kept = Bool[np.ndarray, "region slot"]
@@ -47,7 +48,10 @@ class StainNormaliser:
         return jax.vmap(self)(pixels, source)
 
     def of_store(self, store: TileStore) -> Estimate:
-        """A tiled slide's estimate. Raises InputError as `stored_estimate`."""
+        """A tiled slide's estimate. Raises InputError as `stored_estimate`, and if its tiles were normalised already."""
+        if store.params.stain:
+            done = store.params.stain["method"]
+            raise InputError(f"{store.path}: was normalised ({done}) when it was tiled; set config.stain.method none")
         return stored_estimate(store, self.method)
 
     def of_slide(self, slide: Slide, plan: TilePlan) -> Estimate:
@@ -67,6 +71,57 @@ class StainNormaliser:
         return cls(values["method"], _from_json(values["method"], values["reference"]))
 
 
+@dataclass(frozen=True)
+class SlideStain:
+    """A slide's estimates by method, and its tiles brought to the reference of its tiling (`TilingParams.stain`)."""
+
+    normaliser: StainNormaliser
+    estimates: dict[str, Estimate]
+
+    def __call__(self, tiles: UInt8[np.ndarray, "tile y x 3"]) -> UInt8[np.ndarray, "tile y x 3"]:
+        """The tiles, some at a time, so that memory does not grow with them and one program serves all."""
+        some = max(1, _TOGETHER_PX // (tiles.shape[1] * tiles.shape[2]))
+        parts = [tiles[first : first + some] for first in range(0, len(tiles), some)]
+        method, reference = self.normaliser.method, self.normaliser.reference
+        source = self.estimates[method]
+        padded = [np.pad(part, ((0, some - len(part)), (0, 0), (0, 0), (0, 0))) for part in parts]
+        return np.concatenate([_normalised(method, part, source, reference) for part in padded])[: len(tiles)]
+
+    def files(self) -> dict[str, str]:
+        """The estimates as a store keeps them: later they could not be told from its tiles."""
+        return {f"stain/{method}.json": _text(estimate) for method, estimate in self.estimates.items()}
+
+
+_normalised = jax.jit(normalise, static_argnums=0)
+
+
+def slide_stain(slide: Slide, plan: TilePlan) -> SlideStain | None:
+    """What brings an open slide's tiles to the reference of its tiling; None without one. Raises SlideError."""
+    if plan.params.stain is None:
+        return None
+    normaliser = StainNormaliser.from_json(plan.params.stain)
+    methods = dict.fromkeys((normaliser.method, "macenko"))  # by which the overview compares slides
+    return SlideStain(normaliser, {name: replace(normaliser, method=name).of_slide(slide, plan) for name in methods})
+
+
+def reference_stain(method: str, slide: str | Path | None, params: TilingParams, mpp: float | None = None) -> dict:
+    """`TilingParams.stain` for one of stain.METHODS: to the published reference, or to the stain of a slide file.
+
+    Raises InputError if the slide's stains could not be told, SlideError.
+    """
+    if slide is None:
+        return StainNormaliser(method, METHODS[method][1]).to_json()
+    with open_slide(slide, mpp) as opened:
+        estimate = StainNormaliser(method, METHODS[method][1]).of_slide(opened, plan_tiles(opened, params))
+    return StainNormaliser(method, _reliable(estimate, str(slide))).to_json()
+
+
+def _reliable(estimate: Estimate, name: str) -> Estimate:
+    if not bool(estimate.reliable):
+        raise InputError(f"{name}: its stains could not be told apart; choose another slide as the reference")
+    return estimate
+
+
 def stain_normaliser(method: str, reference: str, store: str | Path) -> StainNormaliser | None:
     """None for the method "none". `reference` is "standard" or the id of a slide in the store.
 
@@ -79,11 +134,7 @@ def stain_normaliser(method: str, reference: str, store: str | Path) -> StainNor
     if reference == STANDARD:
         return StainNormaliser(method, METHODS[method][1])
     estimate = stored_estimate(open_store(store, reference), method)
-    if not bool(estimate.reliable):
-        raise InputError(
-            f"config.stain.reference {reference}: its stains could not be told apart; choose another slide"
-        )
-    return StainNormaliser(method, estimate)
+    return StainNormaliser(method, _reliable(estimate, f"config.stain.reference {reference}"))
 
 
 def stored_estimate(store: TileStore, method: str) -> Estimate:
@@ -98,13 +149,15 @@ def stored_estimate(store: TileStore, method: str) -> Estimate:
         pass
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); delete it, and it is made anew") from error
+    if store.params.stain:
+        raise InputError(f"{path}: is missing, and the tiles kept are normalised ones; tile the slide again")
     chosen = _sampled_regions(len(store.origin))
     white = store.attributes["white"]
     estimate = _fit(method, store.read_pixels(chosen), store.mask[chosen], store.params, white)
     partial = path.with_name(f".{method}.{os.getpid()}")
     with suppress(OSError):  # a store that may only be read is estimated anew by every run
         path.parent.mkdir(exist_ok=True)
-        partial.write_text(json.dumps(_to_json(estimate), indent=1) + "\n")
+        partial.write_text(_text(estimate))
         partial.rename(path)
     return estimate
 
@@ -129,6 +182,10 @@ def _fit(method: str, tiles: Tiles, kept: Kept, params: TilingParams, white: Seq
     fit, _ = METHODS[method]
     estimate = fit(pixels.reshape(-1, 3), mask.reshape(-1), np.asarray(white, np.float32))
     return jax.device_get(estimate)
+
+
+def _text(estimate: Estimate) -> str:
+    return json.dumps(_to_json(estimate), indent=1) + "\n"
 
 
 def _to_json(estimate: Estimate) -> dict:

@@ -156,7 +156,7 @@ def slide_stains(slides: Iterable[TileStore]) -> Stains:
             slide.check_slide()
         except InputError:
             continue
-        estimate = stored_estimate(slide, "macenko")
+        estimate = stored_estimate(slide, "macenko")  # of the scanned tiles, also where others are kept
         if bool(estimate.reliable):
             stains[slide.slide_id] = np.asarray(estimate.vectors, float)  # type: ignore[union-attr]
     return stains

@@ -156,8 +156,8 @@ class JpegWriter:
         scale, factors = self._plan.scale, self._plan.params.factors
         first = sum(factor**2 for factor in factors[: scale.finest])
         downsample = self._slide.info.level_downsamples[scale.level]
-        if slot < first or scale.downsample != downsample:
-            return None  # a mean of finer pixels
+        if slot < first or scale.downsample != downsample or self._plan.params.stain:
+            return None  # a mean of finer pixels, or their colours changed
         row, column = divmod(slot - first, factors[scale.finest])
         side = self._plan.params.tile_px
         x, y = (round(int(corner) / downsample) for corner in self._plan.origin[region])

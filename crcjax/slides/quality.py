@@ -27,7 +27,7 @@ _PATCHES, _DENSEST = 16, 6  # of 16 x 16 patches the sixth densest is the fold's
 
 @dataclass(frozen=True)
 class QualityLimits:
-    """The scores (see `score_tile`) that a tile may have, and what a slide needs to be accepted; tuned on painted and
+    """The scores (see `score_tiles`) that a tile may have, and what a slide needs to be accepted; tuned on painted and
     looked at on real slides.
 
     `min_coverage` is the fraction of the tissue's tiles that must be kept for a slide not to be rejected;
@@ -120,8 +120,10 @@ def slide_verdict(
     return {"verdict": verdict, "reasons": reasons, "coverage": coverage, "faults": faults, **found}
 
 
-def score_tile(tile: UInt8[np.ndarray, "y x 3"], model: TissueModel, mpp: float = 0.5) -> Float32[np.ndarray, " score"]:
-    """The scores named in QUALITY_NAMES, of a square tile of `mpp` µm per pixel.
+def score_tiles(
+    tiles: Sequence[UInt8[np.ndarray, "y x 3"]], model: TissueModel, mpp: float = 0.5
+) -> Float32[np.ndarray, "tile score"]:
+    """The scores named in QUALITY_NAMES, of square tiles of one size, of `mpp` µm per pixel.
 
     `tissue`: the stained fraction of the tile. `sharpness`: the variance of the Laplacian over the variance of the green
     channel, so that pale and dense tissue compare; about 0.5 to 3 in focus, towards 0 when blurred, 0 on a tile of one
@@ -131,36 +133,44 @@ def score_tile(tile: UInt8[np.ndarray, "y x 3"], model: TissueModel, mpp: float 
     than a nucleus over that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
     `stain`: the mean optical density of the stained pixels, the three channels' sum.
     """
-    cells = min(max(2, round(len(tile) * mpp / _SCORED_UM / _CELL_PX)), _MOST_CELLS)
-    detail = _halved(tile, mpp)
-    small = cv2.resize(detail, (cells * _CELL_PX, cells * _CELL_PX), interpolation=cv2.INTER_AREA)
-    density = optical_density(small, model.white)
+    count = len(tiles)
+    cells = min(max(2, round(len(tiles[0]) * mpp / _SCORED_UM / _CELL_PX)), _MOST_CELLS)
+    side = cells * _CELL_PX
+    # One below the other: on pictures this small NumPy's calls would take longer than its arithmetic.
+    small = np.empty((count, side, side, 3), np.uint8)
+    sharpness = np.empty(count, np.float32)
+    for i, tile in enumerate(tiles):
+        detail = _halved(tile, mpp)
+        cv2.resize(detail, (side, side), dst=small[i], interpolation=cv2.INTER_AREA)
+        sharpness[i] = _sharpness(detail)
+    density = optical_density(small.reshape(-1, side, 3), model.white)
     total, least, excess, inked = density.sum(axis=0), density.min(axis=0), excess_green(density), ink(density)
     stained = (excess > model.threshold) & ~inked
     grey = (least > _GREY) & (least > _NEUTRAL * excess) & ~inked
     focus, tissue = _cell_focus(small, cells), _cell_means(stained, cells) > 0.3
     veiled = (focus < _BLURRED) & tissue & (_cell_means(total, cells) < _VEILED * model.density)
-    judged = focus[tissue] if tissue.any() else focus.ravel()
+    judged = np.sort(np.where(tissue | ~tissue.any(axis=1, keepdims=True), focus, np.inf))
+    quarter = np.where(tissue.any(axis=1), tissue.sum(axis=1), cells**2) // 4
     # Both double in a fold; dense epithelium and keratin exceed the slide's density alone.
-    layers = cv2.erode(np.minimum(total / model.density, excess / model.excess), _FOLD)
-    patches = cv2.resize(layers, (_PATCHES, _PATCHES), interpolation=cv2.INTER_NEAREST).ravel()
-    return np.array(
+    layers = _eroded(np.minimum(total / model.density, excess / model.excess), side)
+    patches = cv2.resize(layers, (_PATCHES, count * _PATCHES), interpolation=cv2.INTER_NEAREST).reshape(count, -1)
+
+    def share(pixels: np.ndarray) -> np.ndarray:
+        return pixels.reshape(count, -1).mean(axis=1, dtype=np.float32)
+
+    return np.stack(
         [
-            _share(stained),
-            _sharpness(detail),
-            np.partition(judged, len(judged) // 4)[len(judged) // 4],
-            _share(inked),
-            _share(grey) + _share(veiled),
-            np.partition(patches, -_DENSEST)[-_DENSEST],
-            _share(blood(density)),
-            cv2.mean(total, stained.view(np.uint8))[0],
+            share(stained),
+            sharpness,
+            judged[np.arange(count), quarter],
+            share(inked),
+            share(grey) + share(veiled),
+            np.partition(patches, -_DENSEST)[:, -_DENSEST],
+            share(blood(density)),
+            share(np.where(stained, total, 0)) / np.maximum(share(stained), 1e-9),
         ],
-        np.float32,
-    )
-
-
-def _share(pixels: np.ndarray) -> float:
-    return np.count_nonzero(pixels) / pixels.size
+        axis=1,
+    ).astype(np.float32, copy=False)
 
 
 def _halved(tile: np.ndarray, mpp: float) -> UInt8[np.ndarray, "y x 3"]:
@@ -178,12 +188,32 @@ def _sharpness(detail: np.ndarray) -> float:
     return max(0.0, energy - _ROUNDING) / contrast if contrast > 1 else 0.0
 
 
-def _cell_focus(small: np.ndarray, cells: int) -> Float32[np.ndarray, "row column"]:
-    fine = cv2.extractChannel(small, 1)
-    coarse = cv2.resize(fine, (len(fine) // 2, len(fine) // 2), interpolation=cv2.INTER_AREA)
-    energy = [_cell_means(cv2.Laplacian(picture, cv2.CV_32F) ** 2, cells) for picture in (fine, coarse)]
+def _cell_focus(small: np.ndarray, cells: int) -> Float32[np.ndarray, "tile cell"]:
+    side = small.shape[1]
+    fine = cv2.extractChannel(small.reshape(-1, side, 3), 1)
+    coarse = cv2.resize(fine, (side // 2, len(fine) // 2), interpolation=cv2.INTER_AREA)
+    energy = [_cell_means(_laplacians(picture) ** 2, cells) for picture in (fine, coarse)]
     return (energy[0] + _NOISE_FINE) / (energy[1] + _NOISE_COARSE)
 
 
-def _cell_means(values: np.ndarray, cells: int) -> Float32[np.ndarray, "row column"]:
-    return cv2.resize(values.astype(np.float32, copy=False), (cells, cells), interpolation=cv2.INTER_AREA)
+def _laplacians(pictures: np.ndarray) -> np.ndarray:
+    """Of square pictures one below the other, each as if it were alone."""
+    found = np.empty(pictures.shape, np.float32)
+    side = pictures.shape[1]
+    for top in range(0, len(pictures), side):
+        cv2.Laplacian(pictures[top : top + side], cv2.CV_32F, dst=found[top : top + side])
+    return found
+
+
+def _eroded(pictures: np.ndarray, side: int) -> np.ndarray:
+    """Erosion by `_FOLD` of pictures one below the other, each as if it were alone."""
+    apart = np.full((len(pictures) // side, side + len(_FOLD) // 2, side), np.inf, np.float32)
+    apart[:, :side] = pictures.reshape(-1, side, side)
+    eroded = cv2.erode(apart.reshape(-1, side), _FOLD)
+    return eroded.reshape(apart.shape)[:, :side].reshape(-1, side)
+
+
+def _cell_means(values: np.ndarray, cells: int) -> Float32[np.ndarray, "tile cell"]:
+    tiles = len(values) // values.shape[1]
+    means = cv2.resize(values.astype(np.float32, copy=False), (cells, tiles * cells), interpolation=cv2.INTER_AREA)
+    return means.reshape(tiles, -1)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -144,6 +144,16 @@ class StoreWriter:
         try:
             self._pixels.write(start, tiles)
         except ValueError as error:
+            self._fail(error)
+
+    def keep(self, files: Mapping[str, str]) -> None:
+        """Small texts beside the arrays, by their names within the slide's folder."""
+        try:
+            for name, text in files.items():
+                path = self._partial / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text)
+        except OSError as error:
             self._fail(error)
 
     def commit(self) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.annotation import Areas
-from crcjax.slides.quality import ABSENT, GLASS, KEPT, QUALITY_NAMES, QualityLimits, judge, score_tile
+from crcjax.slides.quality import ABSENT, GLASS, KEPT, QUALITY_NAMES, QualityLimits, judge, score_tiles
 from crcjax.slides.reader import Slide, SlideInfo
 from crcjax.slides.tissue import (
     METHODS,
@@ -46,7 +46,8 @@ class TilingParams:
     `magnifications` are kept from coarse to fine and differ by powers of two; a region is one tile of the first.
     `min_tissue` is the least fraction of a tile within the tissue, lumina counted; `quality` limits the scores of its
     own pixels. `tissue` is the method that finds tissue, one of tissue.METHODS; with `icc` colours are
-    turned to sRGB by the slide's ICC profile.
+    turned to sRGB by the slide's ICC profile. With `stain`, a StainNormaliser as its `to_json` gives it, kept tiles are
+    brought to its reference once they were judged.
     Raises InputError.
     """
 
@@ -56,6 +57,7 @@ class TilingParams:
     quality: QualityLimits = field(default_factory=QualityLimits)
     tissue: str = "robust"
     icc: bool = False
+    stain: dict | None = None
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(dict.fromkeys(self.magnifications), key=mpp_of, reverse=True))
@@ -229,13 +231,17 @@ def _tile_fractions(
 
 
 Pack = Callable[[int, int, UInt8[np.ndarray, "y x 3"]], Any]  # of a region's number, a slot, and the tile there
+Transform = Callable[[UInt8[np.ndarray, "tile y x 3"]], UInt8[np.ndarray, "tile y x 3"]]
 
 
-def read_regions(slide: Slide, plan: TilePlan, start: int, stop: int, pack: Pack | None = None) -> RegionTiles:
+def read_regions(
+    slide: Slide, plan: TilePlan, start: int, stop: int, pack: Pack | None = None, transform: Transform | None = None
+) -> RegionTiles:
     """The tiles of regions start to stop, from one decode a region: coarser tiles are area means of the finest.
 
     Masked slots are zero. With `pack`, what it makes of each kept tile is returned instead of the pixels, which then need
-    no memory of their own. Raises SlideError (`corrupt`).
+    no memory of their own. Tiles are judged as they were scanned, then those that are kept go through `transform`. Raises
+    SlideError (`corrupt`).
     """
     params, count = plan.params, stop - start
     pixels = np.zeros((0 if pack else count, params.slots, params.tile_px, params.tile_px, 3), np.uint8)
@@ -252,15 +258,28 @@ def read_regions(slide: Slide, plan: TilePlan, start: int, stop: int, pack: Pack
             for slot, tile in enumerate(region_tiles(slide, params, plan.scale, x, y)):
                 if plan.mask[start + i, slot]:
                     tiles[i, slot] = tile
-                    quality[i, slot] = score_tile(tile, plan.tissue, mpp[slot])
+        _score(tiles, plan, mpp, quality)
         places = tuple(np.array(list(tiles), np.intp).reshape(-1, 2).T)
         reason[places] = judge(quality[places], params.quality)
-        for (i, slot), tile in tiles.items():
-            if reason[i, slot] == KEPT and pack:
+        kept = {place: tile for place, tile in tiles.items() if reason[place] == KEPT}
+        if transform and kept:
+            kept = dict(zip(kept, transform(np.stack(list(kept.values()))), strict=True))
+        for (i, slot), tile in kept.items():
+            if pack:
                 packed[start + i, slot] = pack(start + i, slot, tile)
-            elif reason[i, slot] == KEPT:
+            else:
                 pixels[i, slot] = tile
     return RegionTiles(pixels, reason == KEPT, quality, reason, packed)
+
+
+def _score(tiles: dict[tuple[int, int], np.ndarray], plan: TilePlan, mpp: np.ndarray, quality: np.ndarray) -> None:
+    """Fills in the scores of some tiles, those of one magnification at a time."""
+    by_mpp: dict[float, list[tuple[int, int]]] = {}
+    for place in tiles:
+        by_mpp.setdefault(float(mpp[place[1]]), []).append(place)
+    for of_tiles, places in by_mpp.items():
+        scores = score_tiles([tiles[place] for place in places], plan.tissue, of_tiles)
+        quality[tuple(np.array(places).T)] = scores
 
 
 def region_tiles(slide: Slide, params: TilingParams, scale: Scale, x: int, y: int) -> list[UInt8[np.ndarray, "y x 3"]]:

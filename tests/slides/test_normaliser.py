@@ -1,6 +1,7 @@
 """Stain estimates of stores and slides, and a run that is trained and predicts with normalised tiles."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
 from crcjax.infer.predictor import Predictor
 from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.normaliser import StainNormaliser, stain_normaliser, stored_estimate
+from crcjax.slides.normaliser import StainNormaliser, reference_stain, stain_normaliser, stored_estimate
 from crcjax.slides.reader import open_slide
 from crcjax.slides.stain import METHODS
 from crcjax.slides.store import open_store
@@ -78,6 +79,67 @@ def test_a_run_is_trained_to_a_chosen_slides_stain_and_predicts_with_it_unasked(
         predictor.members[0].forward.normaliser = None
     assert np.isfinite(shown.probs).all()
     assert shown.seconds["stain"] > 0
+
+
+@pytest.mark.parametrize("pixels", ["lossless", "jpeg"])
+def test_tiles_are_normalised_once_when_tiling_as_they_would_be_on_the_device(
+    pixels: str, slide: tuple[str, Path], tmp_path: Path
+) -> None:
+    slide_id, path = slide
+    as_scanned = TilingParams(("5x", "10x"), tile_px=64)
+    stain = reference_stain("vahadane", None, as_scanned)
+    params = replace(as_scanned, stain=stain)
+    for folder, how, kind in (("raw", as_scanned, "lossless"), ("stained", params, pixels)):
+        assert tile_slides([TileJob(slide_id, path)], tmp_path / folder, how, pixels=kind)[0].succeeded
+    raw, stained = (open_store(tmp_path / folder, slide_id) for folder in ("raw", "stained"))
+    np.testing.assert_array_equal(raw.mask, stained.mask)
+    np.testing.assert_array_equal(raw.quality, stained.quality)
+    normaliser = StainNormaliser.from_json(stain)
+    shown = (store.read_pixels(range(len(store.mask)))[store.mask] for store in (raw, stained))
+    before, found = (tiles.astype(np.int16) for tiles in shown)
+    expected = np.asarray(normaliser(before.astype(np.uint8), normaliser.of_store(raw))).astype(np.int16)
+    off = np.abs(found - expected)
+    assert off.max() <= 1 if pixels == "lossless" else off.mean() < 2.5
+    assert np.abs(before - expected).mean() > 5
+    # The scanned tiles' estimates stay; no other can be made, and nothing is normalised twice.
+    assert _degrees(stored_estimate(stained, "macenko").vectors, stored_estimate(raw, "macenko").vectors).max() < 0.1
+    with pytest.raises(InputError, match="normalised"):
+        stored_estimate(stained, "reinhard")
+    with pytest.raises(InputError, match=r"config\.stain\.method none"):
+        normaliser.of_store(stained)
+
+
+def test_a_run_on_a_normalised_store_predicts_slides_as_its_tiles_were(
+    small_config, painted: Path, tmp_path: Path
+) -> None:
+    rows = load_cohort(painted / "cohort.csv", None).rows
+    params = open_store(painted / "store", rows[0].slide_id).params
+    params = replace(params, stain=reference_stain("macenko", rows[0].path, params))
+    store = tmp_path / "store"
+    assert all(
+        outcome.succeeded
+        for outcome in tile_slides([TileJob(row.slide_id, Path(str(row.path))) for row in rows], store, params)
+    )
+    small_config.data.store = str(store)
+    train(small_config, tmp_path / "run")
+    predictor = Predictor(tmp_path / "run")
+    assert predictor.tiling.stain == params.stain
+    seen = []
+    predictor.members[0].encode = lambda pixels, stain, real=predictor.members[0].encode: (  # type: ignore[method-assign]
+        seen.append(pixels) or real(pixels, stain)
+    )
+    with open_slide(str(rows[1].path)) as slide:
+        found = predictor.predict(slide, 1)
+    tiles, kept = np.concatenate(seen)[found.mask], open_store(store, rows[1].slide_id)
+    assert np.abs(tiles.astype(int) - kept.read_pixels(range(len(kept.mask)))[kept.mask]).mean() < 3
+
+
+def test_what_does_not_go_with_a_stain_at_tiling_is_refused(slide: tuple[str, Path], tmp_path: Path) -> None:
+    slide_id, path = slide
+    params = TilingParams(("10x",), tile_px=64)
+    stained = replace(params, stain=reference_stain("macenko", None, params))
+    with pytest.raises(InputError, match="--no-pixels"):
+        tile_slides([TileJob(slide_id, path)], tmp_path, stained, pixels="none")
 
 
 @pytest.mark.parametrize(("method", "reference", "words"), [("x", "standard", "choose"), ("macenko", "Z", "not in")])
