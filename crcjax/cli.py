@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 # jax 0.10 queues collectives on a thread pool as large as the cores and hangs where several CPU devices share few.
 os.environ.setdefault("PJRT_NPROC", "16")
@@ -28,6 +29,7 @@ from crcjax.errors import CrcjaxError, InputError, OutputError, SlideError
 
 if TYPE_CHECKING:
     from crcjax.data.cohort import SlideRow
+    from crcjax.slides.executor import Outcome
 
 HELP = """Molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
 
@@ -125,7 +127,7 @@ def tile(
     STORE/manifest.jsonl has every slide's outcome.
     """
     from crcjax.slides.annotation import areas_of
-    from crcjax.slides.executor import Outcome, TileJob, shard_of, size_of, tile_slides
+    from crcjax.slides.executor import TileJob, shard_of, size_of, tile_slides
     from crcjax.slides.quality import parse_limits
     from crcjax.slides.tiling import TilingParams
     from crcjax.slides.workers import JobLimits
@@ -171,13 +173,7 @@ def tile(
             limits=JobLimits(slide_timeout_s, slide_memory_gib),
             on_outcome=show,
         )
-    failed = [outcome for outcome in outcomes if not outcome.succeeded]
-    for outcome in outcomes:
-        if outcome.reason:
-            _say.print(f"{outcome.status}: {outcome.path}: {outcome.reason}", markup=False)
-    tiles = sum(outcome.tiles for outcome in outcomes)
-    _say.print(f"{len(outcomes) - len(failed)} of {len(outcomes)} slides tiled, {tiles} tiles in {out}", markup=False)
-    raise typer.Exit(1 if failed else 0)
+    _say_outcomes(outcomes, "tiled", out)
 
 
 @app.command()
@@ -194,6 +190,58 @@ def overview(
     rows = load_cohort(cohort, None).rows if cohort else ()
     places = {row.slide_id: ", ".join(filter(None, (row.site, row.scanner))) for row in rows}
     _say.print(f"{write_overview(store, places if cohort else None)}", markup=False)
+
+
+@app.command("import")
+def import_(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE_OR_FOLDER...", help=".h5 of CLAM, TRIDENT or STAMP")],
+    out: Annotated[Path, typer.Option(help="folder of the tile stores")],
+    slides: Annotated[
+        list[Path] | None,
+        typer.Option(help="slide file, or folder to search: their pixels can then be read; repeatable"),
+    ] = None,
+    cohort: Annotated[Path | None, typer.Option(help="CSV with slide_id, case_id and path of the slides")] = None,
+    encoder: Annotated[str | None, typer.Option(help="name of the features, by default the file's")] = None,
+    mpp: Annotated[float | None, typer.Option(help="µm per level-0 pixel, for all files")] = None,
+    side_px: Annotated[
+        float | None, typer.Option(help="side of a tile in level-0 pixels, for files that do not state it")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="cores to use; all by default")] = None,
+) -> None:
+    """Imports other tools' tiles and features, in a store that training reads (see docs/interchange.md).
+
+    Started again, it does what is missing.
+    """
+    from crcjax.slides.interchange import import_files
+
+    named = {slide_id: path for slide_id, _, path in _slides(slides, cohort)} if slides or cohort else None
+    with _progress() as progress:
+        task = progress.add_task("importing", total=None)
+        outcomes = import_files(
+            files,
+            out,
+            slides=named,
+            encoder=encoder,
+            mpp=mpp,
+            side_px=side_px,
+            threads=workers,
+            on_outcome=lambda outcome: progress.advance(task),
+        )
+    _say_outcomes(outcomes, "imported", out)
+
+
+@app.command()
+def export(
+    store: Annotated[Path, typer.Argument(help="the --out of crcjax tile or crcjax import")],
+    out: Annotated[Path, typer.Option(help="folder of the files, one a slide")],
+    layout: Annotated[
+        Literal["geojson", "trident"], typer.Option("--format", help="for QuPath, or HDF5 coordinates for TRIDENT")
+    ] = "geojson",
+) -> None:
+    """Writes the kept tiles of a store for other tools (see docs/interchange.md)."""
+    from crcjax.slides.export import export_store
+
+    _say_outcomes(export_store(store, out, layout), "exported", out)
 
 
 @app.command()
@@ -443,6 +491,16 @@ def _named_slides(paths: list[Path] | None, cohort: Path | None) -> list[tuple[s
             raise InputError(f"{path}: is not in {cohort}; add a row, or leave the slide out")
         chosen.append((row.slide_id, row.case_id, path))
     return chosen
+
+
+def _say_outcomes(outcomes: Sequence[Outcome], done: str, out: Path) -> NoReturn:
+    """A line for every outcome with a reason, and one for all; ends with the exit status."""
+    for outcome in outcomes:
+        if outcome.reason:
+            _say.print(f"{outcome.status}: {outcome.path}: {outcome.reason}", markup=False)
+    succeeded, tiles = sum(outcome.succeeded for outcome in outcomes), sum(outcome.tiles for outcome in outcomes)
+    _say.print(f"{succeeded} of {len(outcomes)} slides {done}, {tiles} tiles in {out}", markup=False)
+    raise typer.Exit(1 if succeeded < len(outcomes) else 0)
 
 
 def _copies(paths: list[Path], out: Path, pseudonym_key: Path | None) -> list[Path]:

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.store = ""  # folder of tile stores, as `crcjax tile --out` wrote it
     data.cohort = ""  # CSV with slide_id, case_id, subtype and optionally path, site, scanner, split
-    data.features = False  # train on what crcjax embed stored for config.model.encoder, unaugmented
+    data.features = False  # train on what crcjax embed or import stored for config.model.encoder, unaugmented
     data.classes = ("canonical", "immune", "stromal")  # the label scheme; CMS1 to CMS4 by override
     data.val_fraction = 0.2  # of the cases, for model selection, where the cohort has no split column
     data.test_fraction = 0.2  # of the cases, never seen by training, where the cohort has no split column
@@ -34,6 +34,9 @@ def get_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.encoder = "compact"  # the tile encoder, trained end to end from pixels, or one of docs/encoders.md
     model.weights = ""  # file of a published encoder's weights, read when training starts
+    model.imported_features = (
+        0  # numbers an imported feature; training sets it, and needs no weights, where it uses such
+    )
     model.frozen = True  # a published encoder stays as it is, and the model learns on its features
     model.encode_regions = 64  # of each bag encoded at a time in training; memory grows with it, not with the bag
     model.width = 32  # channels of the encoder's first stage; doubles per stage

@@ -54,8 +54,11 @@ def read_bag(
     return Bag(tiles, mask, position, labels.astype(np.int32), np.ones(len(stores), np.float32), stain)
 
 
-def open_stores(store: str, cohort: Cohort) -> list[TileStore]:
-    """The store of every slide of the cohort. Raises InputError: slides not tiled, or in different ways."""
+def open_stores(store: str, cohort: Cohort, pixels: bool = True) -> list[TileStore]:
+    """The store of every slide of the cohort, its pixels at hand if they are to be read.
+
+    Raises InputError: slides not tiled, or in different ways.
+    """
     tiled = set(tiled_slides(store))
     missing = [row.slide_id for row in cohort.rows if row.slide_id not in tiled]
     if missing:
@@ -66,7 +69,8 @@ def open_stores(store: str, cohort: Cohort) -> list[TileStore]:
         )
     stores = [open_store(store, row.slide_id) for row in cohort.rows]
     for opened in stores:
-        opened.check_slide()
+        if pixels:
+            opened.check_slide()
         if opened.params != stores[0].params:
             raise InputError(f"{opened.path}: tiled in another way than {stores[0].path}; tile it again")
     return stores
@@ -80,7 +84,7 @@ def open_features(stores: Sequence[TileStore], encoder: str) -> list[FeatureRead
     readers = [FeatureReader(store.path.parent, store.slide_id, encoder) for store in stores]
     first = readers[0]
     for reader, store in zip(readers, stores, strict=True):
-        for name in ("weights_sha256", "dtype"):
+        for name in ("weights_sha256", "dtype", "stated_encoder", "width"):
             if reader.attributes.get(name) != first.attributes.get(name):
                 raise InputError(f"{reader.path}: was made with another {name} than {first.path}; embed both anew")
         magnifications = reader.attributes.get("magnifications", ())

@@ -31,7 +31,7 @@ def train_batches(
     data, processes = config.data, jax.process_count()
     if data.bags % mesh.shape["data"]:
         raise InputError(f"config.data.bags {data.bags} is no multiple of the {mesh.shape['data']} devices; set it so")
-    stores = open_stores(data.store, cohort)
+    stores = open_stores(data.store, cohort, pixels=not data.features)
     labels = np.array([label_of(row, cohort.classes) for row in cohort.rows])
     weights = slide_weights(labels, config.train.class_balance)
     features = open_features(stores, config.model.encoder) if data.features else []

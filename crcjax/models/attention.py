@@ -18,15 +18,17 @@ class AttentionScores(nnx.Module):
     """
 
     def __init__(self, features: int, hidden: int, branches: int, *, gated: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.content = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
-        self.gate = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs) if gated else None
+        # Content and gate are one product, so that the features, by far the most to read, are read once.
+        self.gated = gated
+        self.hidden = nnx.Linear(features, 2 * hidden if gated else hidden, dtype=dtype, rngs=rngs)
         self.score = nnx.Linear(hidden, branches, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, features: Float[Array, "*bag instance feature"]) -> Float32[Array, "*bag instance branch"]:
-        hidden = jnp.tanh(self.content(features))
-        if self.gate is not None:
-            hidden = hidden * jax.nn.sigmoid(self.gate(features))
-        return self.score(hidden).astype(jnp.float32)
+        hidden = self.hidden(features)
+        if self.gated:
+            content, gate = jnp.split(hidden, 2, axis=-1)
+            return self.score(jnp.tanh(content) * jax.nn.sigmoid(gate)).astype(jnp.float32)
+        return self.score(jnp.tanh(hidden)).astype(jnp.float32)
 
 
 def masked_softmax(

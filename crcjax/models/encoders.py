@@ -192,8 +192,21 @@ class PublishedEncoder(nnx.Module):
         return self.project(features)
 
 
+class ImportedFeatures(nnx.Module):
+    """Stands for an encoder whose features were imported and whose weights are not known: projects the features."""
+
+    def __init__(self, config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.project = linear(config.imported_features, config.features, dtype=dtype, rngs=rngs)
+
+    def from_stored(self, features: Float[Array, "tile stored"]) -> Float[Array, "tile feature"]:
+        """What the model sees of tiles whose features are at hand."""
+        return self.project(features)
+
+
 def build_encoder(config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
     """The tile encoder that `config.encoder` names, its weights drawn at random. Raises InputError for an unknown one."""
+    if config.imported_features:
+        return ImportedFeatures(config, dtype=dtype, rngs=rngs)
     if config.encoder == "compact":
         return CompactEncoder(config, dtype=dtype, rngs=rngs)
     if config.encoder in PRETRAINED:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
 from crcjax.models.aggregators import ABMIL, CLAM, DSMIL, Aggregator, Instances, MaxPool, MeanPool
-from crcjax.models.encoders import PublishedEncoder, build_encoder
+from crcjax.models.encoders import ImportedFeatures, PublishedEncoder, build_encoder
 from crcjax.models.heads import HEADS
 from crcjax.models.hierarchical import HierarchicalAttentionMIL
 from crcjax.models.transmil import TransMIL
@@ -99,7 +99,7 @@ class MILModel(nnx.Module):
     def encode_stored(self, features: Float[Array, "*instance stored"]) -> Float32[Array, "*instance feature"]:
         """As `encode`, from what a published encoder gave for the tiles."""
         lead = features.shape[:-1]
-        assert isinstance(self.encoder, PublishedEncoder)
+        assert isinstance(self.encoder, PublishedEncoder | ImportedFeatures)
         found = self.encoder.from_stored(features.reshape(-1, features.shape[-1]))
         return self.norm(found.astype(jnp.float32)).reshape(*lead, -1)
 

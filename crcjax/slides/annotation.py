@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 from PIL import Image
 
 from crcjax.errors import InputError
@@ -122,12 +123,29 @@ def write_area(stem: Path, mask: Bool[np.ndarray, "y x"], size: tuple[int, int],
     """Writes a mask over a slide of `size` level-0 px as STEM.png and STEM.geojson, an annotation called `name` in QuPath."""
     Image.fromarray(mask.astype(np.uint8) * 255).save(f"{stem}.png")
     polygons = [[_closed(ring) for ring in rings] for rings in _outlines(mask, size)]
-    feature = {
-        "type": "Feature",
-        "geometry": {"type": "MultiPolygon", "coordinates": polygons},
-        "properties": {"objectType": "annotation", "classification": {"name": name, "color": [0, 158, 115]}},
-    }
-    Path(f"{stem}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    _write_geojson(Path(f"{stem}.geojson"), [_feature("MultiPolygon", polygons, "annotation", name)])
+
+
+def write_boxes(path: Path, boxes: Iterable[tuple[Float64[np.ndarray, " 2"], float, str, dict[str, float]]]) -> None:
+    """Writes squares as tiles for QuPath, whole or not at all: corner and side in level-0 px, class and measurements."""
+    features = []
+    for corner, side, name, measurements in boxes:
+        ring = corner + side * np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
+        measured = {score: round(value, 4) for score, value in measurements.items()}
+        features.append(_feature("Polygon", [_closed(ring)], "tile", name, measurements=measured))
+    partial = path.with_suffix(".partial")
+    _write_geojson(partial, features)
+    partial.replace(path)
+
+
+def _feature(shape: str, coordinates: list, kind: str, name: str, **others: object) -> dict:
+    """A GeoJSON feature as QuPath reads it, an object of this kind and class."""
+    properties = {"objectType": kind, "classification": {"name": name, "color": [0, 158, 115]}} | others
+    return {"type": "Feature", "geometry": {"type": shape, "coordinates": coordinates}, "properties": properties}
+
+
+def _write_geojson(path: Path, features: list[dict]) -> None:
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
 
 
 def _outlines(mask: np.ndarray, size: tuple[int, int]) -> list[list[np.ndarray]]:

@@ -76,7 +76,7 @@ class Outcome:
 
     @property
     def succeeded(self) -> bool:
-        return self.status in ("tiled", "already tiled")
+        return self.status in ("tiled", "already tiled", "imported", "already imported", "exported")
 
 
 def tile_slides(
@@ -117,7 +117,7 @@ def tile_slides(
             if outcome.status == "already tiled" and outcome.slide_id not in noted:
                 noted = _tiled_in_manifest(store)  # another run may have tiled it meanwhile
             if outcome.status != "already tiled" or outcome.slide_id not in noted:
-                _note(store, outcome)
+                note_outcome(store, outcome)
             on_outcome(outcome)
     finally:
         remove_partials(store)
@@ -305,7 +305,8 @@ def _tiled_in_manifest(store: Path) -> set[str]:
     return {slide_id for slide_id, outcome in read_manifest(store).items() if outcome["status"] in tiled}
 
 
-def _note(store: Path, outcome: Outcome) -> None:
+def note_outcome(store: Path, outcome: Outcome) -> None:
+    """Adds a line to STORE/manifest.jsonl. Raises OutputError."""
     line = json.dumps(asdict(outcome) | {"seconds": round(outcome.seconds, 3)}) + "\n"
     try:
         # One line after the other, also on a network file system, where appending alone is not atomic.

@@ -27,6 +27,7 @@ MODES = {
     "lossless": "the pixels as they were read, compressed by zstd",
     "none": "only a checksum of each tile: pixels are read from the slide file, which must stay where it is",
 }
+NO_PIXELS = "absent"  # the mode of tiles that were imported without their slide
 JPEG_QUALITY = 90
 JPEG_SUBSAMPLING = "444"  # stains are told apart by colour: at equal bytes 4:4:4 errs less than 4:2:0
 _SHARD_TILES = 128  # tiles a shard at most: whole shards are written at once, single tiles are read
@@ -35,6 +36,7 @@ _SHARD_BYTES = 4 << 20
 _CHUNK_BYTES = 16 << 10  # about half a stream: what one tile's reading reads too much
 _UNBOUNDED = (1 << 62) - 2  # TensorStore's longest axis: the streams' total is known at the end
 _DECODED_TOGETHER = 8  # tiles a task: less, and the handing over shows
+_WITH_SLIDES = "delete it and run crcjax import with --slides"
 _OPEN_SLIDES = 8  # each holds some decoded tiles a thread
 
 
@@ -189,11 +191,39 @@ class ChecksumWriter:
         """Nothing is under way."""
 
 
-PixelWriter = LosslessWriter | JpegWriter | ChecksumWriter
+class NoPixels:
+    """Neither writes nor reads: of tiles that were imported without their slide."""
+
+    pack = None
+
+    def __init__(self, folder: Path):
+        self._store = folder.parent
+
+    def write(self, start: int, tiles: RegionTiles) -> None:
+        """There is nothing to write."""
+
+    def finish(self) -> dict:
+        """What the store's attributes say of the pixels: nothing more."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+    def read(self, chosen: Int[np.ndarray, " region"]) -> UInt8[np.ndarray, "region slot y x 3"]:
+        """Raises InputError."""
+        raise InputError(f"{self._store}: was imported without its slide and has no pixels; {_WITH_SLIDES}")
 
 
-def pixel_writer(mode: str, folder: Path, plan: TilePlan, slide: Slide) -> PixelWriter:
-    """A writer into `folder`. Raises InputError for another mode than `MODES`, ValueError where it cannot write."""
+PixelWriter = LosslessWriter | JpegWriter | ChecksumWriter | NoPixels
+
+
+def pixel_writer(mode: str, folder: Path, plan: TilePlan, slide: Slide | SlideInfo) -> PixelWriter:
+    """A writer into `folder`; a SlideInfo alone is of a slide that is not there, and `mode` then NO_PIXELS.
+
+    Raises InputError for another mode than `MODES`, ValueError where it cannot write.
+    """
+    if isinstance(slide, SlideInfo):
+        return NoPixels(folder)
     check_mode(mode)
     if mode == "jpeg":
         return JpegWriter(folder, plan, slide)
@@ -320,7 +350,7 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "pixels")
 
 
-PixelReader = LosslessReader | JpegReader | SlideReader
+PixelReader = LosslessReader | JpegReader | SlideReader | NoPixels
 
 
 def pixel_reader(
@@ -332,6 +362,8 @@ def pixel_reader(
     mask: Bool[np.ndarray, "region slot"],
 ) -> PixelReader:
     """A reader of `folder`, for any number of threads. Raises ValueError if what it holds is damaged."""
+    if mode == NO_PIXELS:
+        return NoPixels(folder)
     if mode == "none":
         return SlideReader(folder, params, info, origin, mask)
     return JpegReader(folder, params) if mode == "jpeg" else LosslessReader(folder, params)

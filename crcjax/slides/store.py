@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 import crcjax
 from crcjax.errors import BusyError, InputError, OutputError
 from crcjax.slides.arrays import create_array, first_line, open_array, write_group
-from crcjax.slides.pixels import PixelReader, PixelWriter, check_mode, pixel_reader, pixel_writer
+from crcjax.slides.pixels import NO_PIXELS, PixelReader, PixelWriter, check_mode, pixel_reader, pixel_writer
 from crcjax.slides.quality import QUALITY_NAMES, REASONS, slide_verdict
 from crcjax.slides.reader import Slide, SlideInfo
 from crcjax.slides.tiling import Pack, RegionTiles, TilePlan, TilingParams
@@ -53,7 +53,7 @@ class TileStore:
 
     @property
     def pixels(self) -> str:
-        """How it keeps them, one of slides.pixels.MODES."""
+        """How it keeps them, one of slides.pixels.MODES, or NO_PIXELS."""
         return self.attributes["pixels"]
 
     def read_pixels(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "region slot y x 3"]:
@@ -69,6 +69,10 @@ class TileStore:
 
     def check_slide(self) -> None:
         """Raises InputError if pixels are to be read from a slide that is not where it was, before a long run finds out."""
+        if self.pixels == NO_PIXELS:
+            raise InputError(
+                f"{self.path}: was imported without its slide and has no pixels; delete it and run crcjax import with --slides"
+            )
         if self.pixels == "none" and not os.path.exists(self.info.path):
             raise InputError(
                 f"{self.path}: keeps no pixels, and its slide {self.info.path} is not there; put it back, or run crcjax "
@@ -92,13 +96,24 @@ class TileStore:
 class StoreWriter:
     """Writes one slide under a partial name; `commit` gives it its own. Leaving without it removes what was written.
 
-    `pixels` is one of slides.pixels.MODES; `locked` says that the caller holds the `slide_lock`, which is taken otherwise.
+    `pixels` is one of slides.pixels.MODES; of a slide that is not there, known by its SlideInfo alone, the plan is written
+    without pixels or quality, and `pixels` is NO_PIXELS. `locked` says that the caller holds the `slide_lock`, which is taken otherwise.
     Raises BusyError if another process writes the slide, OutputError where the disk is full or may not be written,
     InputError for another mode.
     """
 
-    def __init__(self, store: Path, slide_id: str, slide: Slide, plan: TilePlan, pixels: str, *, locked: bool = False):
-        check_mode(pixels)
+    def __init__(
+        self,
+        store: Path,
+        slide_id: str,
+        slide: Slide | SlideInfo,
+        plan: TilePlan,
+        pixels: str,
+        *,
+        locked: bool = False,
+    ):
+        if isinstance(slide, Slide):
+            check_mode(pixels)
         self._final = store / f"{slide_id}.zarr"
         self._partial = store / ".partial" / self._final.name
         self._lock = nullcontext() if locked else slide_lock(store, slide_id)
@@ -107,6 +122,7 @@ class StoreWriter:
         self._quality = np.zeros((*plan.mask.shape, len(QUALITY_NAMES)), np.float32)
         self._reason = np.zeros(plan.mask.shape, np.uint8)
         self._slide, self._mode = slide, pixels
+        self._info = slide.info if isinstance(slide, Slide) else slide
         self._pixels: PixelWriter | None = None
         self._life = ExitStack()
 
@@ -156,8 +172,8 @@ class StoreWriter:
         except OSError as error:
             self._fail(error)
 
-    def commit(self) -> None:
-        """Makes the slide appear in the store, whole, replacing an older one of that name."""
+    def commit(self, about: Mapping[str, object] | None = None) -> None:
+        """Makes the slide appear in the store, whole, replacing an older one; `about` are attributes that win over its own."""
         assert self._pixels is not None
         plan, regions = self._plan, len(self._plan.origin)
         arrays = {"origin": plan.origin, "mask": self._mask, "quality": self._quality, "reason": self._reason}
@@ -169,7 +185,7 @@ class StoreWriter:
             attributes = {
                 "format_version": FORMAT_VERSION,
                 "code_version": crcjax.__version__,
-                "slide": self._slide.info.to_json(),
+                "slide": self._info.to_json(),
                 "tiling": plan.params.to_json(),
                 "region_px": plan.region_px,
                 "regions": regions,
@@ -180,6 +196,7 @@ class StoreWriter:
                 "white": list(plan.tissue.white),
                 "pixels": self._mode,
                 **about_pixels,
+                **(about or {}),
             }
             write_group(self._partial / "pixels", {})
             write_group(self._partial, attributes)

@@ -19,7 +19,7 @@ class Evaluation:
     """The slides of one split, all of their regions, by slide."""
 
     def __init__(self, store: str, cohort: Cohort, forward: Forward, encoder: str):
-        self._stores = open_stores(store, cohort) if cohort.rows else []
+        self._stores = open_stores(store, cohort, pixels=not forward.stored) if cohort.rows else []
         self._labels = [label_of(row, cohort.classes) for row in cohort.rows]
         self._forward = forward
         features = open_features(self._stores, encoder) if forward.stored and self._stores else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from crcjax.errors import InputError
 from crcjax.models.encoders import PRETRAINED
 from crcjax.models.mil import build_model
 from crcjax.monitor.metrics import MetricWriter
+from crcjax.slides.features import feature_attributes
 from crcjax.slides.normaliser import stain_normaliser
+from crcjax.slides.store import TileStore
 from crcjax.train.checkpoint import Checkpointer
 from crcjax.train.evaluate import Evaluation
 from crcjax.train.losses import check_loss
@@ -39,9 +42,14 @@ def train(config: ConfigDict, run: Path) -> None:
     """
     cohort = _cohort(config)
     check_loss(config.train.loss, config.model.head)
-    tiling = open_stores(config.data.store, cohort)[0].params
-    if config.data.features and (config.model.encoder not in PRETRAINED or not config.model.frozen):
-        raise InputError("config.data.features needs config.model.encoder of docs/encoders.md and config.model.frozen")
+    stores = open_stores(config.data.store, cohort, pixels=not config.data.features)
+    tiling = stores[0].params
+    config = _with_imported(config, stores)
+    imported = config.model.imported_features > 0
+    if config.data.features and not imported and (config.model.encoder not in PRETRAINED or not config.model.frozen):
+        raise InputError(
+            "config.data.features needs config.model.encoder of docs/encoders.md and config.model.frozen, or imported features"
+        )
     if config.data.features and config.stain.method != "none":
         raise InputError("config.data.features were made of tiles as they are; set config.stain.method to none")
     normaliser = stain_normaliser(config.stain.method, config.stain.reference, config.data.store)
@@ -49,11 +57,11 @@ def train(config: ConfigDict, run: Path) -> None:
     mesh = device_mesh()
     model = build_model(config.model, len(cohort.classes), config.seed, tiling.factors)
     kept = None
-    if config.model.encoder in PRETRAINED:
+    if config.model.encoder in PRETRAINED and not imported:
         sha256 = load_published(model, config.model)
         _say(f"{config.model.weights}: SHA-256 {sha256}")
         if config.data.features:
-            _check_features(config, cohort, sha256)
+            _check_features(config, stores, sha256)
         kept = partial(is_kept, config.model.frozen)
     start_run(run, config, tiling, cohort, normaliser)
     optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
@@ -104,9 +112,26 @@ def _cohort(config: ConfigDict) -> Cohort:
     return Cohort(rows, cohort.classes)
 
 
-def _check_features(config: ConfigDict, cohort: Cohort, sha256: str) -> None:
+def _with_imported(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
+    """The config with the width of imported features, if it trains on such: nobody knows the weights that made them."""
+    name = config.model.encoder
+    about = feature_attributes(config.data.store, stores[0].slide_id, name) if config.data.features else None
+    width = about["width"] if about and "imported" in about else 0
+    if width and config.model.weights:
+        raise InputError(
+            f"config.model.weights: the features of {name} were imported, and nothing says that {config.model.weights} "
+            "made them; leave it empty, or embed the slides with it"
+        )
+    if width:
+        open_features(stores, name)
+    config = config.copy_and_resolve_references()
+    config.model.imported_features = width
+    return config
+
+
+def _check_features(config: ConfigDict, stores: Sequence[TileStore], sha256: str) -> None:
     """Prediction computes features with the run's weights: those that it was trained on must be the same."""
-    found = open_features(open_stores(config.data.store, cohort), config.model.encoder)[0]
+    found = open_features(stores, config.model.encoder)[0]
     if found.attributes.get("weights_sha256") != sha256:
         raise InputError(f"{found.path}: was made with other weights than {config.model.weights}; embed with these")
 

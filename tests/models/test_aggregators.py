@@ -126,9 +126,12 @@ def _softmax(scores: np.ndarray, axis: int = 0) -> np.ndarray:
 
 
 def _attention(h: np.ndarray, weights: dict) -> np.ndarray:
-    hidden = np.tanh(_linear(h, weights["content"]))
-    if "gate" in weights:
-        hidden = hidden / (1 + np.exp(-_linear(h, weights["gate"])))
+    hidden = _linear(h, weights["hidden"])
+    if hidden.shape[-1] > weights["score"]["kernel"].shape[0]:
+        content, gate = np.split(hidden, 2, axis=-1)
+        hidden = np.tanh(content) / (1 + np.exp(-gate))
+    else:
+        hidden = np.tanh(hidden)
     return _linear(hidden, weights["score"])
 
 

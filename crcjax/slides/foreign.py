@@ -1,0 +1,236 @@
+"""Tiles and features as the HDF5 files of other tools hold them: CLAM's, TRIDENT's and STAMP's layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float64
+
+from crcjax.errors import InputError, SlideError
+
+SUFFIXES = (".h5", ".hdf5")
+_FEATURES = ("features", "feats", "patch_embeddings")  # CLAM and TRIDENT; STAMP and HistoBistro; STAMP's older ones
+_HISTORIC_PX, _HISTORIC_UM = 224, 256.0  # of a tile, where STAMP's first files count its own pixels
+
+
+@dataclass(frozen=True)
+class ForeignTiles:
+    """The tiles of one slide as another tool's file states them; what it does not state is None.
+
+    `corner` (x, y, top-left) and the tiles' `side` are in `unit`: level-0 px (`px`) or micrometres (`um`). `tile_px` is
+    the side as the encoder saw it; `mpp` is of level 0, `power` its objective as the tool took it, `size` (width, height)
+    of level 0 in px. `sources` are the files' names and their SHA-256.
+    """
+
+    path: Path
+    layout: str
+    sources: dict[str, str]
+    corner: Float64[np.ndarray, "tile 2"]
+    unit: str = "px"
+    side: float | None = None
+    tile_px: int | None = None
+    mpp: float | None = None
+    power: float | None = None
+    size: tuple[int, int] | None = None
+    features: Float[np.ndarray, "tile feature"] | None = None
+    encoder: str | None = None
+    synthetic: bool = False
+
+
+def foreign_files(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """The HDF5 files among files and folders by the slide that their names say. Raises InputError for a folder without."""
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        below = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not below:
+            raise InputError(
+                f"{path}: no HDF5 files (.h5) below this folder; name the folder of CLAM, TRIDENT or STAMP"
+            )
+        for file in below:
+            files = found.setdefault(file.stem.removesuffix("_patches"), [])
+            files += [] if file in files else [file]
+    return found
+
+
+def read_foreign(path: Path) -> ForeignTiles:
+    """The tiles of a file, its layout recognised by what it holds.
+
+    Raises SlideError: `missing`, `corrupt`, `unsupported` (another layout), `no_tissue` (no tiles); InputError without h5py.
+    """
+    h5py = open_h5py()
+    try:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if not h5py.is_hdf5(path):
+            raise SlideError(path, "unsupported", "is no HDF5 file", "give the .h5 of CLAM, TRIDENT or STAMP")
+        with h5py.File(path) as file:
+            datasets = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset)}
+            attributes = {name: _plain(value) for name, value in file.attrs.items()}
+            for name in ("coords", *_FEATURES):
+                if name in datasets:
+                    attributes |= {key: _plain(value) for key, value in datasets[name].attrs.items()}
+            arrays = {name: datasets[name][()] for name in ("coords", *_FEATURES) if name in datasets}
+            held = ", ".join(file) or "nothing"
+    except FileNotFoundError:
+        raise SlideError(path, "missing", "no such file", "check the path") from None
+    except (OSError, RuntimeError, KeyError) as error:
+        raise SlideError(path, "corrupt", f"cannot be read ({error})", "copy it again") from error
+    return _tiles(path, sha256, arrays, attributes, held)
+
+
+def open_h5py() -> Any:
+    """The module h5py. Raises InputError if it is not installed."""
+    try:
+        import h5py
+    except ImportError:
+        raise InputError("HDF5 files need h5py; run pip install 'crcjax[h5]'") from None
+    return h5py
+
+
+def _plain(value: Any) -> Any:
+    """Attributes as Python's numbers, texts and lists."""
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _tiles(path: Path, sha256: str, arrays: dict, attributes: dict, held: str) -> ForeignTiles:
+    if "coords" not in arrays:
+        remedy = "import the file that has coords and features of every tile"
+        raise SlideError(path, "unsupported", f"has no coordinates of tiles (it holds {held})", remedy)
+    corner, features = _corner(path, arrays["coords"]), _features_of(path, arrays)
+    tiles = ForeignTiles(path, "", {path.name: sha256}, corner, features=features)
+    tiles = replace(tiles, synthetic=bool(attributes.get("synthetic", False)))
+    try:
+        if "patch_size_level0" in attributes:
+            return _trident(tiles, attributes)
+        if "patch_level" in attributes:
+            return _clam(tiles, attributes)
+        if "feats" in arrays or "patch_embeddings" in arrays:
+            return _stamp(tiles, attributes)
+        if "features" in arrays:
+            return replace(tiles, layout="CLAM")  # the side is in the file of coordinates alone
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
+        reason = f"its attributes are damaged ({type(error).__name__}: {error})"
+        raise SlideError(path, "corrupt", reason, "write it again with the tool that made it") from error
+    known = "patch_size_level0 (TRIDENT), patch_level (CLAM), feats (STAMP)"
+    reason = f"is of an unknown layout (it holds {held}, with {', '.join(attributes) or 'no'} attributes)"
+    raise SlideError(path, "unsupported", reason, f"known are files with {known}")
+
+
+def _corner(path: Path, coords: np.ndarray) -> np.ndarray:
+    if coords.ndim != 2 or coords.shape[1] != 2 or coords.dtype.kind not in "iuf":
+        reason = f"coords of shape {coords.shape} and type {coords.dtype} are not (x, y) of tiles"
+        raise SlideError(path, "unsupported", reason, "give a file of CLAM, TRIDENT or STAMP")
+    if not len(coords):
+        raise SlideError(path, "no_tissue", "has no tiles", "look at the slide; leave it out if empty")
+    if not np.isfinite(coords).all():
+        raise SlideError(path, "corrupt", "has coordinates that are not finite", "write it again")
+    return coords.astype(np.float64)
+
+
+def _features_of(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+    name = next((name for name in _FEATURES if name in arrays), None)
+    if name is None:
+        return None
+    features, count = arrays[name], len(arrays["coords"])
+    if features.ndim == 3 and len(features) == 1:
+        features = features[0]  # early TRIDENT and CLAM forks keep a batch of one
+    if features.ndim != 2 or features.dtype.kind != "f":
+        reason = f"{name} of shape {features.shape} and type {features.dtype} are not one row of numbers a tile"
+        raise SlideError(path, "unsupported", reason, "give the features of tiles, not of the slide")
+    if len(features) != count:
+        reason = f"has {len(features)} rows of {name} and {count} coordinates"
+        raise SlideError(path, "corrupt", reason, "write it again with the tool that made it")
+    if not np.isfinite(features).all():
+        row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+        raise SlideError(path, "corrupt", f"{name} of tile {row} are not finite", "compute the features again")
+    return features if features.dtype == np.float16 else features.astype(np.float32)
+
+
+def _trident(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
+    width, height = (attributes.get(f"level0_{name}") for name in ("width", "height"))
+    return replace(
+        tiles,
+        layout="TRIDENT",
+        side=_positive(attributes["patch_size_level0"]),
+        tile_px=int(_positive(attributes["patch_size"])),
+        mpp=_optional(attributes.get("level0_mpp")),  # crcjax writes it, TRIDENT does not
+        power=_optional(attributes.get("level0_magnification")),
+        size=(int(width), int(height)) if width and height else None,
+        encoder=_text(attributes.get("encoder")),
+    )
+
+
+def _clam(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
+    """CLAM's `patch_size` is in px of `patch_level`; `coords` are in level-0 px all the same."""
+    given = attributes["downsample"] if attributes["patch_level"] else attributes.get("downsample", 1.0)
+    downsample = float(np.mean([_positive(value) for value in np.ravel(given)]))
+    patch, level = _positive(attributes["patch_size"]), attributes.get("level_dim")
+    size = (round(float(level[0]) * downsample), round(float(level[1]) * downsample)) if level else None
+    # Levels are rounded to whole pixels: the slide may be larger by less than one of theirs.
+    size = (size[0] + math.ceil(downsample) - 1, size[1] + math.ceil(downsample) - 1) if size else None
+    return replace(tiles, layout="CLAM", side=patch * downsample, tile_px=int(patch), size=size)
+
+
+def _stamp(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
+    """STAMP's three ages: `tile_size_um`; `tile_size` with its unit; pixels of its own of 256 / 224 µm."""
+    tiles = replace(tiles, layout="STAMP", encoder=_text(attributes.get("extractor")))
+    tile_px = int(_positive(attributes.get("tile_size_px", _HISTORIC_PX)))
+    stated = attributes.get("tile_size_um", attributes.get("tile_size") if attributes.get("unit") == "um" else None)
+    if stated is not None:
+        return replace(tiles, unit="um", side=_positive(stated), tile_px=tile_px)
+    if attributes.get("unit", "px") != "px":
+        raise ValueError(f"unit {attributes['unit']!r}")
+    step = attributes.get("tile_size") or _step(tiles.corner)
+    if step is not None and round(float(step)) == _HISTORIC_PX:
+        corner = tiles.corner * (_HISTORIC_UM / _HISTORIC_PX)
+        return replace(tiles, corner=corner, unit="um", side=_HISTORIC_UM, tile_px=_HISTORIC_PX)
+    return replace(tiles, layout="HistoBistro")  # its side, and what a pixel is, are for the user to say
+
+
+def _step(corner: np.ndarray) -> float | None:
+    """The least distance between columns or rows of tiles."""
+    steps = [np.diff(np.unique(along)) for along in corner.T]
+    return min((float(step.min()) for step in steps if len(step)), default=None)
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{value} is not above 0")
+    return number
+
+
+def _optional(value: Any) -> float | None:
+    return None if value is None else _positive(value)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def merged(files: Sequence[ForeignTiles]) -> ForeignTiles:
+    """One slide's tiles from its files: one with features, and others of the same tiles that say what it does not.
+
+    CLAM's file of features, for instance, does not state the tiles' side, that of coordinates does. Raises SlideError.
+    """
+    with_features = [tiles for tiles in files if tiles.features is not None]
+    if len(with_features) > 1:
+        other, one = with_features[:2]
+        reason = f"holds features of the slide, as {other.path} does"
+        raise SlideError(one.path, "unsupported", reason, "import one encoder's folder at a time")
+    first, *others = with_features + [tiles for tiles in files if tiles.features is None]
+    for other in others:
+        if not np.array_equal(first.corner, other.corner) or first.unit != other.unit:
+            reason = f"has other tiles than {other.path}, of the same slide"
+            raise SlideError(first.path, "unsupported", reason, "import one of the two")
+        stated = ("side", "tile_px", "mpp", "power", "size", "encoder")
+        lacking = {name: getattr(other, name) for name in stated if getattr(first, name) is None}
+        first = replace(first, sources=first.sources | other.sources, **lacking)
+    return first
