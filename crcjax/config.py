@@ -17,6 +17,10 @@ def get_config() -> ConfigDict:
     data.classes = ("canonical", "immune", "stromal")  # the label scheme; CMS1 to CMS4 by override
     data.val_fraction = 0.2  # of the cases, for model selection, where the cohort has no split column
     data.test_fraction = 0.2  # of the cases, never seen by training, where the cohort has no split column
+    data.split_seed = 0  # draws splits and folds; runs of other config.seed share them, so that they make an ensemble
+    data.folds = 0  # of cross-validation, see docs/training.md; 0, the splits above
+    data.fold = 0  # the fold that is test, from 0; training never reads it, and selects on val_fraction of the others
+    data.fold_by = "case"  # or site: all cases of a site in one fold, to see how a model does at a new one
     data.regions = 32  # regions sampled per bag and step; memory grows with it, evidence per step too
     data.bags = 8  # bags per step, over all devices
     data.region_buckets = (64, 256, 1024, 4096)  # padded lengths of whole bags; XLA compiles one program each

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from crcjax.data.bags import open_features, open_stores
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import train_batches
-from crcjax.data.splits import assign_splits
+from crcjax.data.splits import divide
 from crcjax.errors import InputError
 from crcjax.models.encoders import PRETRAINED
 from crcjax.models.mil import build_model
@@ -105,7 +105,7 @@ def _cohort(config: ConfigDict) -> Cohort:
         if not config.data[name]:
             raise InputError(f"config.data.{name} is empty; give --config.data.{name}=PATH")
     cohort = load_cohort(config.data.cohort, config.data.classes)
-    cohort = assign_splits(cohort, config.data.val_fraction, config.data.test_fraction, config.seed)
+    cohort = divide(cohort, config.data)
     rows = tuple(row for row in cohort.rows if row.subtype and row.split in ("train", "val"))
     if not rows:
         raise InputError(f"{config.data.cohort}: has no labelled slide to train on; fill in the column subtype")

@@ -1,10 +1,11 @@
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from crcjax.data.cohort import Cohort, SlideRow
-from crcjax.data.splits import assign_splits
+from crcjax.data.splits import assign_fold, assign_splits, fold_of
 from crcjax.errors import InputError
 
 CLASSES = ("canonical", "immune", "stromal")
@@ -44,3 +45,77 @@ def test_given_splits_are_kept_and_half_given_ones_refused() -> None:
         assign_splits(Cohort((*rows[:2], replace(rows[2], split=None)), CLASSES), 0.2, 0.2, 0)
     with pytest.raises(InputError, match="must sum to less than 1"):
         assign_splits(_cohort(), 0.6, 0.4, 0)
+
+
+def _sited(counts: dict[str, tuple[int, int, int]]) -> Cohort:
+    """Cases of each site, as many of each class as `counts` says, two slides each."""
+    rows = [
+        SlideRow(f"{site}{k}{case}-{slide}", f"{site}{k}{case}", subtype=CLASSES[k], site=site)
+        for site, of_class in counts.items()
+        for k, count in enumerate(of_class)
+        for case in range(count)
+        for slide in range(2)
+    ]
+    return Cohort(tuple(rows), CLASSES)
+
+
+def test_every_case_is_test_in_one_fold_and_folds_have_every_subtype_alike() -> None:
+    cohort = _cohort(67)
+    tested: Counter[str] = Counter()
+    sizes = []
+    for fold in range(5):
+        divided = assign_fold(cohort, fold, 5, "case", 0.2, seed=1)
+        split_of = {row.case_id: row.split for row in divided.rows if row.subtype}
+        assert all(row.split == split_of[row.case_id] for row in divided.rows if row.subtype)
+        tested.update(case for case, split in split_of.items() if split == "test")
+        counts = Counter((row.split, row.subtype) for row in divided.rows[::2] if row.subtype)
+        assert all(4 <= counts["test", name] <= 5 for name in CLASSES)
+        assert all(3 <= counts["val", name] <= 4 for name in CLASSES)
+        sizes.append(sum(split == "test" for split in split_of.values()))
+    assert set(tested.values()) == {1}
+    assert len(tested) == 67
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_folds_by_site_keep_each_site_whole_and_as_many_as_sites_leave_one_out() -> None:
+    cohort = _sited({name: (4 + i % 3, 2 + i % 2, 3) for i, name in enumerate("abcdefgh")})
+    site_of = {row.case_id: row.site for row in cohort.rows}
+    for folds in (3, 8):
+        found = fold_of(cohort, folds, "site", seed=0)
+        folds_of_site = {site: {found[case] for case in found if site_of[case] == site} for site in "abcdefgh"}
+        assert all(len(numbers) == 1 for numbers in folds_of_site.values())
+        assert set(found.values()) == set(range(folds))
+        shares = np.array([np.bincount([found[c] for c in found if c[1] == str(k)], minlength=folds) for k in range(3)])
+        assert (np.ptp(shares, axis=1) <= 6).all()
+    divided = assign_fold(cohort, 2, 8, "site", 0.25, seed=0)
+    assert len({row.site for row in divided.split("test").rows}) == 1
+    assert len({row.site for row in divided.split("train").rows}) == 7
+
+
+def test_what_the_table_calls_test_is_in_no_fold() -> None:
+    rows = tuple(replace(row, split="test" if i < 12 else "train") for i, row in enumerate(_cohort(30).rows[:60]))
+    locked = {row.case_id for row in rows[:12]}
+    for fold in range(3):
+        divided = assign_fold(Cohort(rows, CLASSES), fold, 3, "case", 0.2, seed=0)
+        assert {row.case_id for row in divided.rows if row.split is None} == locked
+
+
+@pytest.mark.parametrize(
+    ("folds", "fold", "by", "message"),
+    [
+        (5, 5, "case", "config.data.fold 5: choose one from 0 to 4"),
+        (1, 0, "case", "config.data.folds 1: choose from 2 to 60, the cases"),
+        (3, 0, "hospital", "config.data.fold_by 'hospital': choose one of case, site"),
+        (3, 0, "site", "slide s0-0 of the cohort has no site"),
+    ],
+)
+def test_folds_that_cannot_be_are_named(folds: int, fold: int, by: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        assign_fold(_cohort(), fold, folds, by, 0.2, 0)
+
+
+def test_a_case_of_two_sites_is_in_no_fold_by_site() -> None:
+    cohort = _sited({"a": (3, 3, 3), "b": (3, 3, 3)})
+    rows = (replace(cohort.rows[0], site="b"), *cohort.rows[1:])
+    with pytest.raises(InputError, match="case a00 of the cohort has slides of b and a"):
+        fold_of(Cohort(rows, CLASSES), 2, "site", 0)
