@@ -24,8 +24,12 @@ def get_config() -> ConfigDict:
     data.regions = 32  # regions sampled per bag and step; memory grows with it, evidence per step too
     data.bags = 8  # bags per step, over all devices
     data.region_buckets = (64, 256, 1024, 4096)  # padded lengths of whole bags; XLA compiles one program each
-    data.read_threads = 4  # threads that read stores ahead of the device
-    data.prefetch = 4  # batches held ready
+    data.read_threads = 4  # threads that read stores ahead of the device, of each worker or of the process itself
+    data.workers = (
+        0  # processes that read; threads alone feed a device until Python's lock, not the disk, holds them up
+    )
+    data.prefetch = 4  # batches held ready in host memory, of each worker or of the process itself
+    data.device_prefetch = 2  # batches held ready on the devices, so that no transfer waits for a step to end
 
     config.stain = stain = ConfigDict()
     stain.method = "none"  # none, macenko, vahadane or reinhard: tiles brought to one stain, on the device

@@ -1,58 +1,164 @@
-"""Training batches: Grain from stores to the devices."""
+"""Training batches: Grain from stores to the devices, ahead of the step."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import grain
 import jax
 import numpy as np
+from absl import flags
+from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32, Int
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import Bag, label_of, open_features, open_stores, read_bag
 from crcjax.data.cohort import Cohort
 from crcjax.data.sampling import draw_regions, draw_slides, slide_weights
 from crcjax.errors import InputError
+from crcjax.slides.features import FeatureReader
 from crcjax.slides.normaliser import StainNormaliser
+from crcjax.slides.stain import Estimate
+from crcjax.slides.store import TileStore
+
+Block = tuple[range, range]  # places of a batch: its bags, and their regions
+_WITH_REGIONS = ("tiles", "mask", "position")  # the parts of a bag that have the axis of regions
 
 
 def train_batches(
     cohort: Cohort, config: ConfigDict, mesh: Mesh, start_step: int, normaliser: StainNormaliser | None = None
-) -> Iterator[Bag]:
-    """Yields the bags of every step from `start_step` to config.train.steps, on the mesh, split over `data`.
+) -> Batches:
+    """The bags of every step from `start_step` to config.train.steps, on the mesh: slides over `data`, regions over `bag`.
 
-    What a step sees depends on seed and step alone, so a resumed run reads what it would have read. Each process reads
-    its own part. Raises InputError: an empty split, slides that are not tiled, bags that the devices do not divide.
+    What a step sees depends on seed and step alone, so a resumed run reads what it would have read, whatever the workers.
+    Each process reads only what its devices hold. Raises InputError, here or later: an empty split, slides that are not
+    tiled, stores that are damaged or gone, bags that the devices do not divide.
     """
     if not cohort.rows:
         raise InputError("the cohort has no training slides; give it a split column with train, or lower the fractions")
-    data, processes = config.data, jax.process_count()
-    if data.bags % mesh.shape["data"]:
-        raise InputError(f"config.data.bags {data.bags} is no multiple of the {mesh.shape['data']} devices; set it so")
+    data = config.data
+    for field, axis in (("bags", "data"), ("regions", "bag")):
+        if data[field] % mesh.shape[axis]:
+            raise InputError(
+                f"config.data.{field} {data[field]} is no multiple of the {mesh.shape[axis]} devices along {axis}; set it so"
+            )
     stores = open_stores(data.store, cohort, pixels=not data.features)
     labels = np.array([label_of(row, cohort.classes) for row in cohort.rows])
-    weights = slide_weights(labels, config.train.class_balance)
-    features = open_features(stores, config.model.encoder) if data.features else []
-    stains = [normaliser.of_store(store) for store in stores] if normaliser else []
-    local = data.bags // processes
-    mine = range(jax.process_index() * local, (jax.process_index() + 1) * local)
+    shape = data.bags, data.regions
+    blocks = local_blocks(mesh, shape)
+    reader = _Reader(
+        stores,
+        open_features(stores, config.model.encoder) if data.features else [],
+        [jax.tree.map(np.asarray, normaliser.of_store(store)) for store in stores] if normaliser else [],
+        labels,
+        slide_weights(labels, config.train.class_balance),
+        config.seed,
+        shape,
+        blocks,
+    )
+    steps = grain.MapDataset.range(start_step, config.train.steps).map(reader)
+    read = steps.to_iter_dataset(grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch))
+    if data.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own there; ours are parsed elsewhere
+        read = read.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=data.prefetch))
+    placed = read.map(lambda parts: _placed(parts, blocks, mesh, shape))
+    return Batches(iter(ThreadPrefetchIterDataset(placed, prefetch_buffer_size=data.device_prefetch)))
 
-    def load(step: int) -> Bag:
-        slides = draw_slides(labels, config.seed, step, data.bags)[mine.start : mine.stop]
-        chosen = [
-            draw_regions(stores[slide].mask, config.seed, step, bag, data.regions)
-            for bag, slide in zip(mine, slides, strict=True)
+
+class Batches:
+    """Bags on the devices, made ready ahead of the step; an iterator.
+
+    `waited_s` are the seconds in which a step could have run but for its bags.
+    """
+
+    def __init__(self, bags: Iterator[Bag]):
+        self._bags = bags
+        self._running: jax.Array | None = None
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Bag:
+        start = time.perf_counter()
+        bag = next(self._bags)
+        if self._running is None or self._running.is_ready():  # type: ignore[attr-defined]  # of every array that is
+            self.waited_s += time.perf_counter() - start
+        return bag
+
+    def follow(self, result: jax.Array) -> None:
+        """Tells of the step that was started last by one of its results, and waits for the step before it.
+
+        One step runs and one is queued: more would only hold their bags in the devices' memory.
+        """
+        if self._running is not None:
+            self._running.block_until_ready()
+        self._running = result
+
+
+def local_blocks(mesh: Mesh, shape: tuple[int, int]) -> list[Block]:
+    """The places of a batch of `shape` (bags, regions) that the devices of this process hold, each once."""
+    indices = NamedSharding(mesh, PartitionSpec("data", "bag")).addressable_devices_indices_map(shape).values()
+    held = {(index[0].indices(shape[0])[:2], index[1].indices(shape[1])[:2]) for index in indices if index}
+    return [(range(*bags), range(*regions)) for bags, regions in sorted(held)]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads what this process holds of a step's bags; each worker has a copy of it."""
+
+    stores: list[TileStore]
+    features: list[FeatureReader]
+    stains: list[Estimate]
+    labels: Int[np.ndarray, " slide"]
+    weights: Float32[np.ndarray, " slide"]
+    seed: int
+    shape: tuple[int, int]  # bags, regions
+    blocks: list[Block]
+
+    def __call__(self, step: int) -> list[Bag]:
+        bags, regions = self.shape
+        slides = draw_slides(self.labels, self.seed, step, bags)
+        chosen = {
+            bag: draw_regions(self.stores[slides[bag]].mask, self.seed, step, bag, regions)
+            for bag in sorted({bag for held, _ in self.blocks for bag in held})
+        }
+        return [
+            self._block(
+                slides[bags.start : bags.stop], [chosen[bag][places.start : places.stop] for bag in bags], places
+            )
+            for bags, places in self.blocks
         ]
-        # Their leaves are stacked, since a batch is one estimate with a leading axis.
-        stain = jax.tree.map(lambda *leaves: np.stack(leaves), *(stains[slide] for slide in slides)) if stains else None
-        some = [features[slide] for slide in slides] if features else []
-        bag = read_bag([stores[slide] for slide in slides], chosen, labels[slides], data.regions, stain, some)
-        return replace(bag, weight=weights[slides])
 
-    options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch)
-    steps = grain.MapDataset.range(start_step, config.train.steps).map(load).to_iter_dataset(options)
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    for bag in steps:
-        yield jax.tree.map(lambda part: jax.make_array_from_process_local_data(sharding, part), bag)
+    def _block(self, slides: np.ndarray, chosen: list[np.ndarray], places: range) -> Bag:
+        stains = [self.stains[slide] for slide in slides] if self.stains else []
+        # Their leaves are stacked, since a batch is one estimate with a leading axis.
+        stain = jax.tree.map(lambda *leaves: np.stack(leaves), *stains) if stains else None
+        features = [self.features[slide] for slide in slides] if self.features else []
+        stores = [self.stores[slide] for slide in slides]
+        bag = read_bag(stores, chosen, self.labels[slides], len(places), stain, features)
+        return replace(bag, weight=self.weights[slides])
+
+
+def _placed(parts: list[Bag], blocks: list[Block], mesh: Mesh, shape: tuple[int, int]) -> Bag:
+    """The global bag whose blocks of this process are `parts`."""
+
+    def whole(path: tuple[jax.tree_util.GetAttrKey, ...], *leaves: np.ndarray) -> jax.Array:
+        axes = 2 if path[0].name in _WITH_REGIONS else 1
+        sharding = NamedSharding(mesh, PartitionSpec(*("data", "bag")[:axes]))
+        where = {
+            tuple((places.start, places.stop) for places in block[:axes]): leaf
+            for block, leaf in zip(blocks, leaves, strict=True)
+        }
+
+        def held(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            return where[tuple(part.indices(size)[:2] for part, size in zip(index, shape[:axes], strict=False))]
+
+        return jax.make_array_from_callback((*shape[:axes], *leaves[0].shape[axes:]), sharding, held)
+
+    return jax.tree_util.tree_map_with_path(whole, *parts)

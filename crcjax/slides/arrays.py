@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorstore as ts
 
+from crcjax.errors import InputError
+
 _CHECKED: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 _PACKED = [_CHECKED[0], {"name": "zstd", "configuration": {"level": 1}}, _CHECKED[1]]
 
@@ -57,6 +59,13 @@ def write_group(path: Path, attributes: dict) -> None:
 def first_line(error: Exception) -> str:
     """What TensorStore says, without where in its own source."""
     return str(error).splitlines()[0].split(" [")[0]
+
+
+def unreadable(path: Path, error: Exception, remedy: str) -> InputError:
+    """The error for what was opened and cannot be read any more: it is gone, or it is damaged, whose remedy is given."""
+    if not path.exists():
+        return InputError(f"{path}: is no longer there; put it back (is its disk mounted?), then start again")
+    return InputError(f"{path}: damaged ({first_line(error)}); {remedy}")
 
 
 def _spec(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from crcjax.errors import InputError, OutputError
-from crcjax.slides.arrays import create_array, first_line, open_array, write_group
+from crcjax.slides.arrays import create_array, first_line, open_array, unreadable, write_group
 from crcjax.slides.store import open_store
 
 _CHUNK_VALUES = 1 << 18  # the least that is read, about half a MiB
@@ -114,7 +114,7 @@ def _checked(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise InputError(f"{folder}: damaged ({first_line(error)}); delete it and make the features again") from error
+        raise unreadable(folder, error, "delete it and make the features again") from error
 
 
 def _name(folder: Path) -> str:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 
 import crcjax
 from crcjax.errors import BusyError, InputError, OutputError
-from crcjax.slides.arrays import create_array, first_line, open_array, write_group
+from crcjax.slides.arrays import create_array, first_line, open_array, unreadable, write_group
 from crcjax.slides.pixels import NO_PIXELS, PixelReader, PixelWriter, check_mode, pixel_reader, pixel_writer
 from crcjax.slides.quality import QUALITY_NAMES, REASONS, slide_verdict
 from crcjax.slides.reader import Slide, SlideInfo
@@ -88,9 +88,7 @@ class TileStore:
         try:
             yield
         except ValueError as error:
-            raise InputError(
-                f"{self.path}: damaged ({first_line(error)}); delete it and run crcjax tile again"
-            ) from error
+            raise unreadable(self.path, error, "delete it and run crcjax tile again") from error
 
 
 class StoreWriter:

@@ -80,6 +80,7 @@ def train(config: ConfigDict, run: Path) -> None:
         batches = train_batches(cohort.split("train"), config, mesh, start, normaliser)
         for number, bags in enumerate(batches, start + 1):
             state, metrics = step(state, bags)
+            batches.follow(metrics["loss"])
             last = number == config.train.steps
             evaluates = last or number % config.train.eval_every == 0
             saves = evaluates or number % config.train.checkpoint_every == 0
@@ -87,8 +88,10 @@ def train(config: ConfigDict, run: Path) -> None:
                 # Before every save, too: a run resumed from a checkpoint that is not finite would never recover.
                 scalars = _checked(metrics, number)
                 writer.write(number, {f"train/{name}": value for name, value in scalars.items()})
-                writer.write(number, {"train/learning_rate": float(rate(number - 1)), **progress.speed(number)})
-                progress.show(number, scalars["loss"])
+                writer.write(
+                    number, {"train/learning_rate": float(rate(number - 1)), **progress.speed(number, batches.waited_s)}
+                )
+                progress.show(number, scalars["loss"], batches.waited_s)
             evaluated = validation.metrics(state.params) if evaluates else None
             if evaluated:
                 writer.write(number, {f"val/{name}": value for name, value in evaluated.items()})
@@ -154,19 +157,27 @@ class _Progress:
     def __init__(self, start: int, config: ConfigDict):
         self._start, self._config = start, config
         self._began: float | None = None
-        self._from = start
+        self._from, self._waited_s = start, 0.0
 
-    def speed(self, number: int) -> dict[str, float]:
-        """Steps per second and slides per hour since the first report, which compilation would falsify."""
+    def speed(self, number: int, waited_s: float) -> dict[str, float]:
+        """Steps per second, slides per hour and the part of the time in which steps waited for data, since the first report.
+
+        What came before it would falsify them: compilation, and the first batches.
+        """
         now = time.monotonic()
         if self._began is None:
-            self._began, self._from = now, number
+            self._began, self._from, self._waited_s = now, number, waited_s
             return {}
-        steps_per_s = (number - self._from) / (now - self._began)
-        return {"train/steps_per_s": steps_per_s, "train/slides_per_hour": steps_per_s * self._config.data.bags * 3600}
+        passed_s = now - self._began
+        steps_per_s = (number - self._from) / passed_s
+        return {
+            "train/steps_per_s": steps_per_s,
+            "train/slides_per_hour": steps_per_s * self._config.data.bags * 3600,
+            "train/data_wait": (waited_s - self._waited_s) / passed_s,
+        }
 
-    def show(self, number: int, loss: float) -> None:
-        speed = self.speed(number)
+    def show(self, number: int, loss: float, waited_s: float) -> None:
+        speed = self.speed(number, waited_s)
         line = f"step {number}/{self._config.train.steps}  loss {loss:.3f}"
         if speed and speed["train/steps_per_s"] > 0:
             left = (self._config.train.steps - number) / speed["train/steps_per_s"]

@@ -19,7 +19,7 @@ from crcjax.slides.tiling import TilingParams
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "openslide-bin")
 # How fast a run is fed and what it reports do not change its numbers.
-_FREE = {"data.read_threads", "data.prefetch", "train.log_every"}
+_FREE = {"data.read_threads", "data.workers", "data.prefetch", "data.device_prefetch", "train.log_every"}
 
 
 @dataclass(frozen=True)

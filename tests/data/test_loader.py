@@ -1,18 +1,56 @@
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crcjax.data.bags import open_stores
+from crcjax.data.bags import Bag, open_stores
 from crcjax.data.cohort import Cohort, load_cohort
-from crcjax.data.loader import train_batches
+from crcjax.data.loader import Batches, train_batches
 from crcjax.errors import InputError
 from crcjax.slides.executor import TileJob, tile_slides
 from crcjax.slides.store import open_store
 from crcjax.slides.tiling import TilingParams
 from crcjax.train.mesh import device_mesh
+
+# Two processes of two devices, between which either the slides or the regions are divided. What each reads is counted.
+PROGRAM = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from jax.sharding import AxisType, Mesh
+from crcjax.config import get_config
+from crcjax.data.cohort import load_cohort
+from crcjax.data.loader import train_batches
+from crcjax.slides.store import TileStore
+
+port, process, folder, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+read_pixels, counted = TileStore.read_pixels, []
+TileStore.read_pixels = lambda store, indices: (counted.append(len(indices)), read_pixels(store, indices))[1]
+config = get_config()
+config.data.store, config.data.cohort = folder + "/store", folder + "/cohort.csv"
+config.data.regions, config.data.bags, config.train.steps = 4, 4, 2
+cohort = load_cohort(config.data.cohort, config.data.classes).split("train")
+devices = np.array(sorted(jax.devices(), key=lambda device: device.process_index)).reshape(2, 2, 1)
+for divided, order in (("slides", devices), ("regions", devices.transpose(1, 0, 2))):
+    mesh = Mesh(order, ("data", "bag", "model"), axis_types=(AxisType.Auto,) * 3)
+    for step, bag in enumerate(train_batches(cohort, config, mesh, 0)):
+        for part in ("tiles", "position", "label"):
+            for shard in getattr(bag, part).addressable_shards:
+                where = "_".join(f"{s.start or 0}-{s.stop or n}" for s, n in zip(shard.index, bag.tiles.shape[:2]))
+                np.save(out / f"{divided} {step} {part} {where}.npy", shard.data)
+    print(divided, sum(counted))
+    counted.clear()
+"""
 
 
 def _cohort(painted: Path, config) -> Cohort:
@@ -34,13 +72,17 @@ def test_batches_hold_the_stores_pixels_masks_and_labels(painted: Path, small_co
         assert found == [cohort.classes[label]]
 
 
-def test_a_resumed_stream_goes_on_as_the_first_one_whatever_the_threads(painted: Path, small_config) -> None:
+def test_a_resumed_stream_goes_on_as_the_first_one_whatever_the_threads_and_workers(
+    painted: Path, small_config
+) -> None:
     cohort = _cohort(painted, small_config).split("train")
     whole = [np.asarray(bag.tiles) for bag in train_batches(cohort, small_config, device_mesh(), 0)]
-    small_config.data.read_threads, small_config.data.prefetch = 1, 1
-    rest = [np.asarray(bag.tiles) for bag in train_batches(cohort, small_config, device_mesh(), 2)]
     assert len(whole) == 6
-    assert all((a == b).all() for a, b in zip(whole[2:], rest, strict=True))
+    for start, workers, ahead in ((2, 0, 1), (0, 1, 2), (2, 2, 1)):
+        data = small_config.data
+        data.read_threads, data.workers, data.prefetch, data.device_prefetch = ahead, workers, ahead, ahead
+        rest = [np.asarray(bag.tiles) for bag in train_batches(cohort, small_config, device_mesh(), start)]
+        assert all((a == b).all() for a, b in zip(whole[start:], rest, strict=True))
 
 
 def test_slides_that_are_not_in_the_store_are_listed_with_the_remedy(painted: Path, small_config) -> None:
@@ -98,3 +140,66 @@ def test_a_damaged_shard_is_one_error_that_names_the_slide(painted: Path, small_
     small_config.data.regions = 64  # all of a slide's regions, the damaged one with them
     with pytest.raises(InputError, match=r"\.zarr: damaged .*crcjax tile again"):
         list(train_batches(_cohort(painted, small_config).split("train"), small_config, device_mesh(), 0))
+
+
+@pytest.mark.multiprocess
+def test_each_process_reads_only_the_slides_and_regions_of_its_devices(
+    painted: Path, small_config, tmp_path: Path
+) -> None:
+    small_config.train.steps = 2
+    whole = list(train_batches(_cohort(painted, small_config).split("train"), small_config, device_mesh(), 0))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu"}
+    processes = []
+    for index in ("0", "1"):
+        command = [sys.executable, "-c", PROGRAM, port, index, str(painted), str(tmp_path)]
+        processes.append(subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True))
+    for process in processes:
+        # Half of 2 steps of 4 bags of 4 regions.
+        assert process.communicate(timeout=300)[0].splitlines() == ["slides 16", "regions 16"]
+        assert process.returncode == 0
+    shards = list(tmp_path.glob("*.npy"))
+    assert len(shards) == 2 * 2 * (4 + 4 + 2)  # labels have no axis of regions
+    for shard in shards:
+        _, step, part, where = shard.stem.split()
+        index = tuple(slice(*map(int, span.split("-"))) for span in where.split("_"))
+        np.testing.assert_array_equal(np.asarray(getattr(whole[int(step)], part))[index], np.load(shard))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_store_that_vanishes_while_training_is_one_error_that_names_the_slide(
+    painted: Path, small_config, tmp_path: Path, workers: int
+) -> None:
+    store = shutil.copytree(painted / "store", tmp_path / "store")
+    small_config.data.store, small_config.data.workers = str(store), workers
+    small_config.train.steps, small_config.data.prefetch = 200, 1
+    batches = train_batches(_cohort(painted, small_config).split("train"), small_config, device_mesh(), 0)
+    next(batches)
+    shutil.rmtree(store)
+    with pytest.raises(InputError, match=r"/[\w-]+\.zarr: is no longer there; put it back"):
+        list(batches)
+
+
+def test_only_what_a_step_could_have_run_in_counts_as_waiting() -> None:
+    def slow():
+        one = np.ones((1, 1, 1), np.float32)
+        for _ in range(4):
+            time.sleep(0.1)
+            yield Bag(one, one > 0, one.repeat(2, -1), np.zeros(1, np.int32), one[0, 0])
+
+    batches = Batches(slow())
+    next(batches)
+    assert batches.waited_s >= 0.1
+    long = jax.jit(lambda x: jax.lax.fori_loop(0, 3000, lambda _, y: jnp.tanh(y @ x), x))
+    warm = long.lower(jnp.ones((256, 256))).compile()
+    before = batches.waited_s
+    result = warm(jnp.ones((256, 256)))
+    batches.follow(result)
+    next(batches)
+    assert not result.is_ready(), "the step was to be longer than the reading"
+    assert batches.waited_s == before
+    result.block_until_ready()
+    next(batches)
+    assert batches.waited_s >= before + 0.1

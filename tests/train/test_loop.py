@@ -47,6 +47,7 @@ def test_a_run_keeps_its_config_versions_tiling_metrics_and_checkpoints(small_co
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "val/balanced_accuracy" in line] == [3, 6]
     assert any("train/slides_per_hour" in line for line in lines)
+    assert all(0 <= line["train/data_wait"] <= 1 for line in lines if "train/slides_per_hour" in line)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert 6 in {int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit()}
