@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from crcjax.errors import InputError, OutputError
@@ -22,6 +25,7 @@ class Checkpointer:
         # The newest is kept for resuming, whatever its metrics: a rule of the best alone would lose progress.
         best = keep.BestN(get_metric_fn=rank, n=keep_best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
+            best_fn=rank,  # else Orbax writes no metrics, and nobody finds the best again
             preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(1), best]),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
@@ -43,7 +47,8 @@ class Checkpointer:
         Raises OutputError if this or the save before it cannot be written.
         """
         try:
-            self._manager.save(int(state.step), args=ocp.args.PyTreeSave(vars(state)), metrics=metrics)
+            with _unwarned():
+                self._manager.save(int(state.step), args=ocp.args.PyTreeSave(vars(state)), metrics=metrics)
         except (OSError, ValueError) as error:
             raise OutputError(f"{self._folder}: cannot be written ({error}); free space, then start again") from error
 
@@ -66,19 +71,46 @@ def restore_params(run: str | Path, model: MILModel) -> tuple[Params, int]:
 
     Raises InputError if the run has no checkpoint.
     """
+    with _opened(run) as manager:
+        step, _ = _best(run, manager)
+        abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params_of(model))}
+        arguments = ocp.args.PyTreeRestore(abstract, _exactly(abstract), partial_restore=True)
+        return manager.restore(step, args=arguments)["params"], step
+
+
+def best_metrics(run: str | Path) -> tuple[int, dict[str, float] | None]:
+    """The step of a run's best checkpoint and its validation metrics, if it was evaluated. Raises InputError."""
+    with _opened(run) as manager:
+        return _best(run, manager)
+
+
+def _opened(run: str | Path) -> ocp.CheckpointManager:
     folder = (Path(run) / FOLDER).absolute()
     if not folder.is_dir():
         raise InputError(f"{run}: has no checkpoints; train it with python -m crcjax.main --workdir {run}")
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        metrics = {step: manager.metrics(step) for step in manager.all_steps()}
-        if not metrics:
-            raise InputError(f"{run}: has no checkpoint yet; train it further")
-        evaluated = {step: rank(values) for step, values in metrics.items() if values}
-        step = max(evaluated, key=lambda at: evaluated[at]) if evaluated else max(metrics)
-        abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params_of(model))}
-        arguments = ocp.args.PyTreeRestore(abstract, _exactly(abstract), partial_restore=True)
-        return manager.restore(step, args=arguments)["params"], step
+    with _unwarned():
+        return ocp.CheckpointManager(folder, options=options)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without Orbax's warnings of what is meant so: saves that were not evaluated, runs that are only read."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _best(run: str | Path, manager: ocp.CheckpointManager) -> tuple[int, dict[str, float] | None]:
+    metrics = {step: manager.metrics(step) for step in manager.all_steps()}
+    if not metrics:
+        raise InputError(f"{run}: has no checkpoint yet; train it further")
+    evaluated = {step: rank(values) for step, values in metrics.items() if values}
+    step = max(evaluated, key=lambda at: evaluated[at]) if evaluated else max(metrics)
+    return step, metrics[step]
 
 
 def _exactly(abstract: object) -> object:
