@@ -22,6 +22,11 @@ def get_config() -> ConfigDict:
     data.fold = 0  # the fold that is test, from 0; training never reads it, and selects on val_fraction of the others
     data.fold_by = "case"  # or site: all cases of a site in one fold, to see how a model does at a new one
     data.regions = 32  # regions sampled per bag and step; memory grows with it, evidence per step too
+    data.by_site = False  # the sites of a class take turns, so that no class is learned from its largest site alone
+    data.region_draw = "uniform"  # or spread: from as many parts of the tissue as regions, in proportion to its tissue
+    data.mine_slides = 0.0  # share of bags, at most 0.3, given to slides in proportion to their running loss
+    data.mine_regions = 0.0  # share of a bag, at most 0.3, of a slide called wrongly: its regions of highest attention
+    data.mine_every = 50  # steps by one memory of losses and attention; fewer than are prefetched, and a step may wait
     data.bags = 8  # bags per step, over all devices
     data.region_buckets = (64, 256, 1024, 4096)  # padded lengths of whole bags; XLA compiles one program each
     data.read_threads = 4  # threads that read stores ahead of the device, of each worker or of the process itself

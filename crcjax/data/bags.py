@@ -29,6 +29,8 @@ class Bag:
     position: Float32[Array | np.ndarray, "batch region 2"]  # (x, y) in sides of a region
     label: Int[Array | np.ndarray, " batch"]
     weight: Float[Array | np.ndarray, " batch"]  # of each bag in the loss
+    region: Int[Array | np.ndarray, "batch region"] | None = None  # its index in the store, -1 for padding
+    slide: Int[Array | np.ndarray, " batch"] | None = None  # of the training slides, in the cohort's order
     stain: Estimate | None = None  # of each bag's slide, if tiles are to be normalised
 
 
@@ -45,13 +47,16 @@ def read_bag(
     readers = [reader.read for reader in features] or [store.read_pixels for store in stores]
     mask = np.zeros(shape, bool)
     position = np.zeros((len(stores), padded, 2), np.float32)
+    region = np.full((len(stores), padded), -1, np.int32)
     parts = [read(chosen) for read, chosen in zip(readers, regions, strict=True)]
     tiles = np.zeros((*shape, *parts[0].shape[2:]), parts[0].dtype)
     for i, (store, chosen) in enumerate(zip(stores, regions, strict=True)):
         tiles[i, : len(chosen)] = parts[i]
         mask[i, : len(chosen)] = store.mask[chosen]
         position[i, : len(chosen)] = store.origin[chosen] / store.region_px
-    return Bag(tiles, mask, position, labels.astype(np.int32), np.ones(len(stores), np.float32), stain)
+        region[i, : len(chosen)] = chosen
+    weight = np.ones(len(stores), np.float32)
+    return Bag(tiles, mask, position, labels.astype(np.int32), weight, region, stain=stain)
 
 
 def open_stores(store: str, cohort: Cohort, pixels: bool = True) -> list[TileStore]:

@@ -12,12 +12,13 @@ import numpy as np
 from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 from ml_collections import ConfigDict
 
-from crcjax.data.bags import Bag, label_of, open_features, open_stores, read_bag
+from crcjax.data.bags import Bag, open_features, open_stores, read_bag
 from crcjax.data.cohort import Cohort
-from crcjax.data.sampling import draw_regions, draw_slides, slide_weights
+from crcjax.data.mining import Board, Sampler, sampler_of
+from crcjax.data.sampling import slide_weights
 from crcjax.errors import InputError
 from crcjax.slides.features import FeatureReader
 from crcjax.slides.normaliser import StainNormaliser
@@ -25,15 +26,21 @@ from crcjax.slides.stain import Estimate
 from crcjax.slides.store import TileStore
 
 Block = tuple[range, range]  # places of a batch: its bags, and their regions
-_WITH_REGIONS = ("tiles", "mask", "position")  # the parts of a bag that have the axis of regions
+_WITH_REGIONS = ("tiles", "mask", "position", "region")  # the parts of a bag that have the axis of regions
 
 
 def train_batches(
-    cohort: Cohort, config: ConfigDict, mesh: Mesh, start_step: int, normaliser: StainNormaliser | None = None
+    cohort: Cohort,
+    config: ConfigDict,
+    mesh: Mesh,
+    start_step: int,
+    normaliser: StainNormaliser | None = None,
+    board: Board | None = None,
 ) -> Batches:
     """The bags of every step from `start_step` to config.train.steps, on the mesh: slides over `data`, regions over `bag`.
 
-    What a step sees depends on seed and step alone, so a resumed run reads what it would have read, whatever the workers.
+    What a step sees depends on seed, step and what is laid on the `board` alone, so a resumed run reads what it would have
+    read, whatever the workers.
     Each process reads only what its devices hold. Raises InputError, here or later: an empty split, slides that are not
     tiled, stores that are damaged or gone, bags that the devices do not divide.
     """
@@ -46,16 +53,15 @@ def train_batches(
                 f"config.data.{field} {data[field]} is no multiple of the {mesh.shape[axis]} devices along {axis}; set it so"
             )
     stores = open_stores(data.store, cohort, pixels=not data.features)
-    labels = np.array([label_of(row, cohort.classes) for row in cohort.rows])
+    sampler = sampler_of(cohort, config, board)
     shape = data.bags, data.regions
     blocks = local_blocks(mesh, shape)
     reader = _Reader(
         stores,
         open_features(stores, config.model.encoder) if data.features else [],
         [jax.tree.map(np.asarray, normaliser.of_store(store)) for store in stores] if normaliser else [],
-        labels,
-        slide_weights(labels, config.train.class_balance),
-        config.seed,
+        sampler,
+        slide_weights(sampler.labels, config.train.class_balance),
         shape,
         blocks,
     )
@@ -114,17 +120,15 @@ class _Reader:
     stores: list[TileStore]
     features: list[FeatureReader]
     stains: list[Estimate]
-    labels: Int[np.ndarray, " slide"]
+    sampler: Sampler
     weights: Float32[np.ndarray, " slide"]
-    seed: int
     shape: tuple[int, int]  # bags, regions
     blocks: list[Block]
 
     def __call__(self, step: int) -> list[Bag]:
-        bags, regions = self.shape
-        slides = draw_slides(self.labels, self.seed, step, bags)
+        slides = self.sampler.slides(step)
         chosen = {
-            bag: draw_regions(self.stores[slides[bag]].mask, self.seed, step, bag, regions)
+            bag: self.sampler.regions(step, bag, int(slides[bag]), self.stores[slides[bag]])
             for bag in sorted({bag for held, _ in self.blocks for bag in held})
         }
         return [
@@ -140,8 +144,8 @@ class _Reader:
         stain = jax.tree.map(lambda *leaves: np.stack(leaves), *stains) if stains else None
         features = [self.features[slide] for slide in slides] if self.features else []
         stores = [self.stores[slide] for slide in slides]
-        bag = read_bag(stores, chosen, self.labels[slides], len(places), stain, features)
-        return replace(bag, weight=self.weights[slides])
+        bag = read_bag(stores, chosen, self.sampler.labels[slides], len(places), stain, features)
+        return replace(bag, weight=self.weights[slides], slide=slides.astype(np.int32))
 
 
 def _placed(parts: list[Bag], blocks: list[Block], mesh: Mesh, shape: tuple[int, int]) -> Bag:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from crcjax.data.bags import open_features, open_stores
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import train_batches
+from crcjax.data.mining import Miner, start_mining
 from crcjax.data.splits import divide
 from crcjax.errors import InputError
 from crcjax.models.encoders import PRETRAINED
@@ -70,17 +71,20 @@ def train(config: ConfigDict, run: Path) -> None:
     forward = Forward(model, config.data.region_buckets, config.data.regions, mesh, normaliser, config.data.features)
     validation = Evaluation(config.data.store, cohort.split("val"), forward, config.model.encoder)
     checkpoints = Checkpointer(run, config.train.keep_best)
-    state = checkpoints.restore(init_state(model, optimizer, mesh))
+    training = cohort.split("train")
+    mining = start_mining(config.data, len(training.rows))
+    state = checkpoints.restore(init_state(model, optimizer, mesh, mining))
     start = int(state.step)
     _say(f"{parameter_overview.count_parameters(state.params):,} parameters on {mesh.size} {jax.devices()[0].platform}")
     _say(f"{run}: going on from step {start}" if start else f"{run}: starting")
 
-    with MetricWriter(run, start) as writer:
+    with MetricWriter(run, start) as writer, Miner(run, training, config, state.mining, start) as miner:
         progress = _Progress(start, config)
-        batches = train_batches(cohort.split("train"), config, mesh, start, normaliser)
+        batches = train_batches(training, config, mesh, start, normaliser, miner.board)
         for number, bags in enumerate(batches, start + 1):
             state, metrics = step(state, bags)
             batches.follow(metrics["loss"])
+            miner.after(number, state.mining)
             last = number == config.train.steps
             evaluates = last or number % config.train.eval_every == 0
             saves = evaluates or number % config.train.checkpoint_every == 0

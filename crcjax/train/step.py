@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from crcjax.data.augment import augment, draw_augmentation
 from crcjax.data.bags import Bag
+from crcjax.data.mining import Mining, after_step
 from crcjax.models.mil import MILModel, Params, Prediction, params_of
 from crcjax.slides.normaliser import StainNormaliser
 from crcjax.slides.stain import Estimate
@@ -27,20 +28,23 @@ from crcjax.train.mesh import over_data, replicated
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds: everything that the next step depends on, besides the config."""
+    """What a checkpoint holds: everything that the next step depends on, besides the config; `mining`, if it mines."""
 
     step: Int[Array, ""]
     params: Params
     moments: optax.OptState
+    mining: Mining | None = None
 
 
 Metrics = dict[str, Float32[Array, ""]]
 
 
-def init_state(model: MILModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(
+    model: MILModel, optimizer: optax.GradientTransformation, mesh: Mesh, mining: Mining | None = None
+) -> TrainState:
     """The state before the first step, on every device."""
     params = params_of(model)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), mining)
     # Copied: the step donates its state, and the model keeps its own arrays.
     return jax.tree.map(lambda value: jax.device_put(jnp.array(value), replicated(mesh)), state)
 
@@ -73,25 +77,31 @@ def build_step(
                 pixels = normaliser.batch(pixels, bag.stain)
             return augment(pixels, drawn, first)
 
-        def loss_of(params: Params) -> tuple[Array, Prediction]:
+        def loss_of(params: Params) -> tuple[Array, tuple[Prediction, Array]]:
             model = nnx.merge(graph, params)
             rest = (bag.mask, bag.position, dropout_key, label)
             if config.data.features:
                 prediction = model.pool(model.encode_stored(jnp.asarray(bag.tiles)), *rest)
             else:
                 prediction = model(bag.tiles, *rest, prepare)
-            loss = weighted_mean(bag_losses(prediction, label, state.step, config.train), weight)
+            losses = bag_losses(prediction, label, state.step, config.train)
+            loss = weighted_mean(losses, weight)
             if config.train.contrastive_weight:
                 embedding, temperature = jnp.asarray(prediction.embedding), config.train.contrastive_temperature
                 loss += config.train.contrastive_weight * supervised_contrastive(embedding, label, temperature)
-            return loss, prediction
+            return loss, (prediction, losses)
 
-        (loss, prediction), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (loss, (prediction, losses)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, moments = optimizer.update(gradient, state.moments, state.params)
         params = optax.apply_updates(state.params, updates)
         right = prediction.logits.argmax(axis=-1) == label
         metrics = {"loss": loss, "accuracy": right.mean(), "gradient_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, params, moments), metrics
+        mining = state.mining
+        if mining is not None:
+            seen = jnp.asarray(bag.slide), jnp.asarray(bag.region), losses, ~right
+            attention = jnp.asarray(prediction.region_attention)
+            mining = after_step(mining, state.step + 1, config.data.mine_every, *seen, attention)
+        return TrainState(state.step + 1, params, moments, mining), metrics
 
     return step
 

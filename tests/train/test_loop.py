@@ -27,6 +27,7 @@ def get_config():
     config.model.width, config.model.features, config.model.attention = 8, 16, 8
     config.train.steps, config.train.eval_every, config.train.checkpoint_every = 40, 20, 5
     config.train.log_every, config.optimizer.warmup_steps = 1, 2
+    config.data.mine_slides, config.data.mine_regions, config.data.mine_every = 0.25, 0.3, 3
     return config
 """
 
@@ -81,13 +82,15 @@ def test_missing_paths_are_named(small_config, tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_a_killed_and_restarted_run_equals_an_undisturbed_one_bit_for_bit(painted: Path, tmp_path: Path) -> None:
+def test_a_killed_and_restarted_run_that_mines_equals_an_undisturbed_one_bit_for_bit_whatever_its_threads(
+    painted: Path, tmp_path: Path
+) -> None:
     (tmp_path / "small.py").write_text(SMALL)
 
-    def start(run: Path) -> subprocess.Popen:
+    def start(run: Path, *arguments: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "crcjax.main", "--config", str(tmp_path / "small.py"), "--workdir", str(run)]
         command += [f"--config.data.store={painted / 'store'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
-        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     process = start(undisturbed)
@@ -102,9 +105,12 @@ def test_a_killed_and_restarted_run_equals_an_undisturbed_one_bit_for_bit(painte
     assert process.poll() is None, "the run ended before it could be killed"
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    process = start(killed)
+    process = start(killed, "--config.data.read_threads=1", "--config.data.prefetch=1")
     assert "going on from step" in process.communicate()[1]
     assert process.returncode == 0
     assert all((a == b).all() for a, b in zip(_params(undisturbed), _params(killed), strict=True))
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == list(range(1, 41))
+    mined = [(run / "mined.jsonl").read_text() for run in (undisturbed, killed)]
+    assert mined[0] == mined[1]
+    assert any(json.loads(line)["slides"] for line in mined[0].splitlines())
