@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Num
+from jaxtyping import Bool, Float, Float32, Int, Num
 
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError
@@ -21,16 +22,16 @@ from crcjax.slides.store import TileStore, open_store, tiled_slides
 class Bag:
     """Some slides' regions; `mask` is False for padding and for tiles that the store masks. On the host, of NumPy arrays.
 
-    `tiles` are pixels (y x 3, 8 bits) or stored features.
+    `tiles` are pixels (y x 3, 8 bits) or stored features. On devices its arrays are JAX's; to compile for, their shapes.
     """
 
-    tiles: Num[Array | np.ndarray, "batch region slot *tile"]
-    mask: Bool[Array | np.ndarray, "batch region slot"]
-    position: Float32[Array | np.ndarray, "batch region 2"]  # (x, y) in sides of a region
-    label: Int[Array | np.ndarray, " batch"]
-    weight: Float[Array | np.ndarray, " batch"]  # of each bag in the loss
-    region: Int[Array | np.ndarray, "batch region"] | None = None  # its index in the store, -1 for padding
-    slide: Int[Array | np.ndarray, " batch"] | None = None  # of the training slides, in the cohort's order
+    tiles: Num[Any, "batch region slot *tile"]
+    mask: Bool[Any, "batch region slot"]
+    position: Float32[Any, "batch region 2"]  # (x, y) in sides of a region
+    label: Int[Any, " batch"]
+    weight: Float[Any, " batch"]  # of each bag in the loss
+    region: Int[Any, "batch region"] | None = None  # its index in the store, -1 for padding
+    slide: Int[Any, " batch"] | None = None  # of the training slides, in the cohort's order
     stain: Estimate | None = None  # of each bag's slide, if tiles are to be normalised
 
 

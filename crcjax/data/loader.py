@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 from absl import flags
+from grain import DatasetIterator
 from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
@@ -37,7 +39,12 @@ def train_batches(
     normaliser: StainNormaliser | None = None,
     board: Board | None = None,
 ) -> Batches:
-    """The bags of every step from `start_step` to config.train.steps, on the mesh: slides over `data`, regions over `bag`.
+    """The bags of every step from `start_step` to config.train.steps, of a new feed (`open_feed`)."""
+    return open_feed(cohort, config, mesh, normaliser).batches(start_step, board)
+
+
+def open_feed(cohort: Cohort, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None = None) -> Feed:
+    """What training reads: every step's bags on the mesh, slides over `data`, regions over `bag`.
 
     What a step sees depends on seed, step and what is laid on the `board` alone, so a resumed run reads what it would have
     read, whatever the workers.
@@ -53,7 +60,7 @@ def train_batches(
                 f"config.data.{field} {data[field]} is no multiple of the {mesh.shape[axis]} devices along {axis}; set it so"
             )
     stores = open_stores(data.store, cohort, pixels=not data.features)
-    sampler = sampler_of(cohort, config, board)
+    sampler = sampler_of(cohort, config, None)
     shape = data.bags, data.regions
     blocks = local_blocks(mesh, shape)
     reader = _Reader(
@@ -65,23 +72,69 @@ def train_batches(
         shape,
         blocks,
     )
-    steps = grain.MapDataset.range(start_step, config.train.steps).map(reader)
-    read = steps.to_iter_dataset(grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch))
-    if data.workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own there; ours are parsed elsewhere
-        read = read.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=data.prefetch))
-    placed = read.map(lambda parts: _placed(parts, blocks, mesh, shape))
-    return Batches(iter(ThreadPrefetchIterDataset(placed, prefetch_buffer_size=data.device_prefetch)))
+    return Feed(reader, mesh, data, config.train.steps)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The training bags of all steps; `config` is config.data."""
+
+    reader: _Reader
+    mesh: Mesh
+    config: ConfigDict
+    steps: int
+
+    def batches(self, start_step: int, board: Board | None = None) -> Batches:
+        """The bags from a step on. Nothing is read before the first is asked for."""
+        config = self.config
+        reader = replace(self.reader, sampler=replace(self.reader.sampler, board=board))
+        options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=config.prefetch)
+        read = grain.MapDataset.range(start_step, self.steps).map(reader).to_iter_dataset(options)
+        if config.workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own there; ours are parsed elsewhere
+            read = read.mp_prefetch(
+                grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
+            )
+        placed = read.map(lambda parts: self._whole(parts, jax.make_array_from_callback))
+        return Batches(iter(ThreadPrefetchIterDataset(placed, prefetch_buffer_size=config.device_prefetch)))
+
+    def shapes(self) -> Bag:
+        """Shapes and layout of a step's bags, to compile for; one step's are read for it, and none put on a device."""
+
+        def abstract(shape: tuple[int, ...], sharding: NamedSharding, held: Callable, dtype: np.dtype) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        return self._whole(self.reader(0), abstract)
+
+    def _whole(self, parts: list[Bag], make: Callable[..., Any]) -> Bag:
+        """The global bag, made by `make`, whose blocks of this process are `parts`."""
+        shape, blocks = self.reader.shape, self.reader.blocks
+
+        def whole(path: tuple[jax.tree_util.GetAttrKey, ...], *leaves: np.ndarray) -> Any:
+            axes = 2 if path[0].name in _WITH_REGIONS else 1
+            sharding = NamedSharding(self.mesh, PartitionSpec(*("data", "bag")[:axes]))
+            where = {
+                tuple((places.start, places.stop) for places in block[:axes]): leaf
+                for block, leaf in zip(blocks, leaves, strict=True)
+            }
+
+            def held(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                return where[tuple(part.indices(size)[:2] for part, size in zip(index, shape[:axes], strict=False))]
+
+            return make((*shape[:axes], *leaves[0].shape[axes:]), sharding, held, dtype=leaves[0].dtype)
+
+        return jax.tree_util.tree_map_with_path(whole, *parts)
 
 
 class Batches:
-    """Bags on the devices, made ready ahead of the step; an iterator.
+    """Bags on the devices, made ready ahead of the step; an iterator, to be closed.
 
     `waited_s` are the seconds in which a step could have run but for its bags.
     """
 
-    def __init__(self, bags: Iterator[Bag]):
+    def __init__(self, bags: DatasetIterator[Bag]):
         self._bags = bags
         self._running: jax.Array | None = None
         self.waited_s = 0.0
@@ -104,6 +157,10 @@ class Batches:
         if self._running is not None:
             self._running.block_until_ready()
         self._running = result
+
+    def close(self) -> None:
+        """Ends the threads and workers that read ahead."""
+        self._bags.close()
 
 
 def local_blocks(mesh: Mesh, shape: tuple[int, int]) -> list[Block]:
@@ -146,23 +203,3 @@ class _Reader:
         stores = [self.stores[slide] for slide in slides]
         bag = read_bag(stores, chosen, self.sampler.labels[slides], len(places), stain, features)
         return replace(bag, weight=self.weights[slides], slide=slides.astype(np.int32))
-
-
-def _placed(parts: list[Bag], blocks: list[Block], mesh: Mesh, shape: tuple[int, int]) -> Bag:
-    """The global bag whose blocks of this process are `parts`."""
-
-    def whole(path: tuple[jax.tree_util.GetAttrKey, ...], *leaves: np.ndarray) -> jax.Array:
-        axes = 2 if path[0].name in _WITH_REGIONS else 1
-        sharding = NamedSharding(mesh, PartitionSpec(*("data", "bag")[:axes]))
-        where = {
-            tuple((places.start, places.stop) for places in block[:axes]): leaf
-            for block, leaf in zip(blocks, leaves, strict=True)
-        }
-
-        def held(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            return where[tuple(part.indices(size)[:2] for part, size in zip(index, shape[:axes], strict=False))]
-
-        return jax.make_array_from_callback((*shape[:axes], *leaves[0].shape[axes:]), sharding, held)
-
-    return jax.tree_util.tree_map_with_path(whole, *parts)

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from crcjax.data.bags import Bag, open_stores
 from crcjax.data.cohort import Cohort, load_cohort
-from crcjax.data.loader import Batches, train_batches
+from crcjax.data.loader import Batches, open_feed, train_batches
 from crcjax.errors import InputError
 from crcjax.slides.executor import TileJob, tile_slides
 from crcjax.slides.store import open_store
@@ -83,6 +84,12 @@ def test_a_resumed_stream_goes_on_as_the_first_one_whatever_the_threads_and_work
         data.read_threads, data.workers, data.prefetch, data.device_prefetch = ahead, workers, ahead, ahead
         rest = [np.asarray(bag.tiles) for bag in train_batches(cohort, small_config, device_mesh(), start)]
         assert all((a == b).all() for a, b in zip(whole[start:], rest, strict=True))
+
+
+def test_the_shapes_of_a_feed_are_those_of_its_bags(painted: Path, small_config) -> None:
+    feed = open_feed(_cohort(painted, small_config).split("train"), small_config, device_mesh())
+    for shape, part in zip(jax.tree.leaves(feed.shapes()), jax.tree.leaves(next(feed.batches(0))), strict=True):
+        assert (shape.shape, shape.dtype, shape.sharding) == (part.shape, part.dtype, part.sharding)
 
 
 def test_slides_that_are_not_in_the_store_are_listed_with_the_remedy(painted: Path, small_config) -> None:
@@ -183,13 +190,12 @@ def test_a_store_that_vanishes_while_training_is_one_error_that_names_the_slide(
 
 
 def test_only_what_a_step_could_have_run_in_counts_as_waiting() -> None:
-    def slow():
+    def slow(step: int) -> Bag:
+        time.sleep(0.1)
         one = np.ones((1, 1, 1), np.float32)
-        for _ in range(4):
-            time.sleep(0.1)
-            yield Bag(one, one > 0, one.repeat(2, -1), np.zeros(1, np.int32), one[0, 0])
+        return Bag(one, one > 0, one.repeat(2, -1), np.zeros(1, np.int32), one[0, 0])
 
-    batches = Batches(slow())
+    batches = Batches(iter(grain.MapDataset.range(4).map(slow).to_iter_dataset(grain.ReadOptions(0, 0))))
     next(batches)
     assert batches.waited_s >= 0.1
     long = jax.jit(lambda x: jax.lax.fori_loop(0, 3000, lambda _, y: jnp.tanh(y @ x), x))

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from crcjax.errors import InputError, OutputError
-from crcjax.slides.features import feature_attributes, feature_names, read_features, write_features
+from crcjax.slides.arrays import open_array
+from crcjax.slides.features import FeatureReader, feature_attributes, feature_names, read_features, write_features
 from crcjax.slides.store import open_store, tiled_slides
 
 ABOUT = {"encoder": "a", "weights_sha256": "0", "mpp": [0.5], "dtype": "float32"}
@@ -33,6 +34,27 @@ def test_what_is_written_is_read_with_zeros_where_there_is_no_tile(slide: tuple,
     assert feature_attributes(store, name, "a") == ABOUT
     assert feature_names(store, name) == ["a"]
     assert open_store(store, name).read_pixels([0]).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+def test_features_that_are_not_finite_are_named_when_they_are_read(slide: tuple, dtype: type, value: float) -> None:
+    store, name, features = slide
+    features = features.astype(dtype)
+    features[0], features[1, 0, 0], features[2, 0, 3] = 0, -np.finfo(dtype).max, value
+    write_features(store, name, "a", features, ABOUT)
+    reader = FeatureReader(store, name, "a")
+    np.testing.assert_array_equal(reader.read([0, 1]), features[:2])
+    with pytest.raises(InputError, match=rf"{name}.*not finite; delete it"):
+        reader.read([1, 2])
+
+
+def test_little_is_read_of_a_slides_features_beside_the_regions_asked_for(slide: tuple) -> None:
+    store, name, features = slide
+    wide = np.repeat(features, 256, axis=-1)
+    write_features(store, name, "a", wide, ABOUT)
+    array = open_array(store / f"{name}.zarr" / "features" / "a")
+    assert len(wide) > array.chunk_layout.read_chunk.shape[0] == 2  # regions, of 4 KiB each
 
 
 def test_writing_again_replaces_the_whole(slide: tuple) -> None:

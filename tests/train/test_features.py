@@ -103,7 +103,7 @@ def test_features_that_are_absent_not_finite_or_of_other_weights_are_named(
     assert made
     values[:] = np.nan
     write_features(copy, slide_id, "small", values, made)
-    with pytest.raises(Exception, match="not finite"):
+    with pytest.raises(InputError, match=rf"{slide_id}.*not finite"):
         train(config, tmp_path / "run")
 
 
