@@ -43,6 +43,16 @@ def get_config() -> ConfigDict:
     config.augment = augment = ConfigDict()
     augment.flips = True  # flips and right-angle turns: tissue has no up
     augment.stain = 0.15  # standard deviation of the log gain per colour channel in optical density; scanners differ
+    augment.hed = 0.0  # of the log gain of haematoxylin, eosin and the rest, along the slide's own stains if estimated
+    augment.exchange = 0.0  # probability that a slide is given the stains of another one of the batch
+    augment.blur = 0.0  # px, the largest standard deviation of a Gaussian
+    augment.noise = 0.0  # intensities of 255, the largest standard deviation
+    augment.jpeg = 0.0  # below 100, the lowest quality of a JPEG that tiles pass through: 70 is 30 to 100
+    augment.jpeg_420 = True  # that JPEG has its colours at half the resolution, as most scanners' have
+    augment.artefacts = (
+        0.0  # share of tiles with a simulated pen, fold, bubble, blur or dust: the artefact task's labels
+    )
+    augment.each = "slide"  # or instance: whose draw each of these is, but for flips and artefacts, always a tile's
 
     config.model = model = ConfigDict()
     model.encoder = "compact"  # the tile encoder, trained end to end from pixels, or one of docs/encoders.md

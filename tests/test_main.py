@@ -78,7 +78,9 @@ def test_a_config_file_that_does_not_start_from_the_default_names_what_it_lacks(
     path = tmp_path / "bare.py"
     path.write_text("from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'seed': 1})\n")
     assert main([f"--config={path}", "--workdir=/x"]) == 2
-    assert "the config file has no augment.flips; start it from crcjax.config.get_config()" in capsys.readouterr().err
+    assert (
+        "the config file has no augment.artefacts; start it from crcjax.config.get_config()" in capsys.readouterr().err
+    )
 
 
 def test_help_documents_the_exit_statuses(capsys) -> None:

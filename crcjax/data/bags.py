@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Num
+from ml_collections import ConfigDict
 
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError
 from crcjax.slides.features import FeatureReader
+from crcjax.slides.normaliser import StainNormaliser, stored_estimate
 from crcjax.slides.stain import Estimate
 from crcjax.slides.store import TileStore, open_store, tiled_slides
 
@@ -32,7 +34,7 @@ class Bag:
     weight: Float[Any, " batch"]  # of each bag in the loss
     region: Int[Any, "batch region"] | None = None  # its index in the store, -1 for padding
     slide: Int[Any, " batch"] | None = None  # of the training slides, in the cohort's order
-    stain: Estimate | None = None  # of each bag's slide, if tiles are to be normalised
+    stain: Estimate | None = None  # of each bag's slide, if the config needs it (`slide_stains`)
 
 
 def read_bag(
@@ -100,6 +102,22 @@ def open_features(stores: Sequence[TileStore], encoder: str) -> list[FeatureRead
                 f"crcjax embed --mag {','.join(store.params.magnifications)}"
             )
     return readers
+
+
+def slide_stains(stores: Sequence[TileStore], config: ConfigDict, normaliser: StainNormaliser | None) -> list[Estimate]:
+    """Each slide's stain estimate if it is needed, else none: the normaliser's, or Macenko's for augmentation.
+
+    Raises InputError: a store is damaged, or its tiles have another stain than the slide had.
+    """
+    if normaliser:
+        return [normaliser.of_store(store) for store in stores]
+    if config.data.features:
+        return []
+    normalised = next((store for store in stores if store.params.stain), None)
+    if config.augment.exchange and normalised:
+        raise InputError(f"{normalised.path}: its tiles were given one stain; set config.augment.exchange to 0")
+    known = config.augment.exchange or (config.augment.hed and not normalised)
+    return [stored_estimate(store, "macenko") for store in stores] if known else []
 
 
 def label_of(row: SlideRow, classes: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 from ml_collections import ConfigDict
 
-from crcjax.data.bags import Bag, open_features, open_stores, read_bag
+from crcjax.data.bags import Bag, open_features, open_stores, read_bag, slide_stains
 from crcjax.data.cohort import Cohort
 from crcjax.data.mining import Board, Sampler, sampler_of
 from crcjax.data.sampling import slide_weights
@@ -66,7 +66,7 @@ def open_feed(cohort: Cohort, config: ConfigDict, mesh: Mesh, normaliser: StainN
     reader = _Reader(
         stores,
         open_features(stores, config.model.encoder) if data.features else [],
-        [jax.tree.map(np.asarray, normaliser.of_store(store)) for store in stores] if normaliser else [],
+        [jax.tree.map(np.asarray, stain) for stain in slide_stains(stores, config, normaliser)],
         sampler,
         slide_weights(sampler.labels, config.train.class_balance),
         shape,

@@ -70,7 +70,10 @@ def build_step(
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(seed, state.step))
         label, weight = jnp.asarray(bag.label), jnp.asarray(bag.weight)
         batch, regions, slots = bag.mask.shape
-        drawn = draw_augmentation(augment_key, (batch, regions, slots), config.augment)
+        # Normalised tiles no longer have the stain that was estimated.
+        drawn = draw_augmentation(
+            augment_key, (batch, regions, slots), config.augment, None if normaliser else bag.stain
+        )
 
         def prepare(pixels: Array, first: Int[Array, ""] | int) -> Array:
             if normaliser and bag.stain is not None:

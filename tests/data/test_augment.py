@@ -4,22 +4,44 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from crcjax.config import get_config
 from crcjax.data.augment import augment, draw_augmentation
+from crcjax.errors import InputError
+from crcjax.slides.stain import StainMatrix, fit_macenko, optical_density
 
 PIXELS = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 5, 3, 8, 8, 3)).astype(np.uint8))
+SHAPE = PIXELS.shape[:3]
+OFF = {"flips": False, "stain": 0.0}
+ALL = {"flips": True, "stain": 0.1, "hed": 0.2, "exchange": 0.9, "blur": 2.0, "noise": 9.0, "jpeg": 70.0}
 
 
-def _config(flips: bool, stain: float) -> ConfigDict:
-    return ConfigDict({"flips": flips, "stain": stain})
+def _config(**fields: object) -> ConfigDict:
+    config = get_config().augment.unlock()
+    config.update(OFF | fields)
+    return config
 
 
-def _augmented(seed: int, flips: bool, stain: float) -> np.ndarray:
-    drawn = draw_augmentation(jax.random.key(seed), PIXELS.shape[:3], _config(flips, stain))
+def _augmented(seed: int, **fields: object) -> np.ndarray:
+    drawn = draw_augmentation(jax.random.key(seed), SHAPE, _config(**fields))
     return np.asarray(augment(PIXELS, drawn))
 
 
+def _two_slides() -> tuple[np.ndarray, np.ndarray, StainMatrix]:
+    """Concentrations, the pixels of two slides that have them in their own stains, and their estimates."""
+    rng = np.random.default_rng(1)
+    codes = rng.gamma(2.0, 0.35, (64 * 64, 2)) * rng.integers(0, 2, (64 * 64, 2))
+    vectors = np.array([[[0.65, 0.70, 0.29], [0.09, 0.95, 0.29]], [[0.56, 0.72, 0.41], [0.20, 0.90, 0.39]]])
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    white, strength = np.array([[245.0, 244, 246], [236, 238, 232]]), np.array([[1.0, 0.7], [0.6, 1.2]])
+    density = np.einsum("pi,bi,bic->bpc", codes, strength, vectors)
+    pixels = np.rint((white[:, None] + 1) * np.exp(-density) - 1).clip(0, 255).astype(np.uint8)
+    everywhere = np.ones(len(codes), bool)
+    found = [fit_macenko(one, everywhere, light.astype(np.float32)) for one, light in zip(pixels, white, strict=True)]
+    return codes, pixels.reshape(2, 1, 1, 64, 64, 3), jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+
 def test_flips_and_turns_give_each_tile_one_of_its_eight_views() -> None:
-    found, seen = _augmented(0, True, 0.0), set()
+    found, seen = _augmented(0, flips=True), set()
     for place in np.ndindex(2, 5, 3):
         tile = np.asarray(PIXELS[place], np.float32)
         views = [np.rot90(side, k) for side in (tile, tile[:, ::-1]) for k in range(4)]
@@ -30,21 +52,95 @@ def test_flips_and_turns_give_each_tile_one_of_its_eight_views() -> None:
 
 
 def test_stain_jitter_scales_the_optical_density_of_a_bag_by_one_gain_a_channel() -> None:
-    found = _augmented(1, False, 0.2)
+    found = _augmented(1, stain=0.2)
     before = -np.log((np.asarray(PIXELS, np.float32) + 1) / 256)
     after = -np.log((found + 1) / 256)
-    gains = after.sum(axis=(1, 2, 3, 4)) / before.sum(axis=(1, 2, 3, 4))
+    gains = np.median(after / np.maximum(before, 1e-6), axis=(1, 2, 3, 4))
     for b in range(2):
-        np.testing.assert_allclose(after[b], before[b] * gains[b], rtol=1e-3, atol=1e-3)
+        black = np.log(256)  # no pixel gets darker
+        np.testing.assert_allclose(after[b], np.minimum(before[b] * gains[b], black), rtol=1e-3, atol=1e-3)
     assert len(np.unique(gains.round(4))) == 6
 
 
-def test_nothing_is_changed_when_all_is_off() -> None:
-    np.testing.assert_allclose(_augmented(2, False, 0.0), PIXELS, atol=1e-3)
+def test_hed_jitter_changes_the_amounts_of_a_slides_own_stains_and_not_their_directions() -> None:
+    _, pixels, estimate = _two_slides()
+    drawn = draw_augmentation(jax.random.key(4), (2, 1, 1), _config(hed=0.3), estimate)
+    found = augment(jnp.asarray(pixels), drawn)
+    for b in range(2):
+        white = np.asarray(estimate.white[b])
+        basis = np.concatenate([estimate.vectors[b], np.cross(*estimate.vectors[b])[None]])
+        before, after = (
+            np.asarray(-np.log((np.asarray(some[b], np.float64).reshape(-1, 3) + 1) / (white + 1)))
+            @ np.linalg.inv(basis)
+            for some in (pixels, found)
+        )
+        used = before[:, :2].min(axis=1) > 0.2
+        ratio = after[used, :2] / before[used, :2]
+        np.testing.assert_allclose(ratio, np.broadcast_to(np.median(ratio, axis=0), ratio.shape), rtol=2e-3)
+        assert np.abs(np.log(np.median(ratio, axis=0))).max() > 0.02
+    np.testing.assert_allclose(_augmented(4, hed=1e-9), PIXELS, atol=0.01)  # a gain of 1
 
 
-@pytest.mark.parametrize("first", [0, 2])
-def test_some_regions_are_augmented_as_the_whole_bag_is(first: int) -> None:
-    drawn = draw_augmentation(jax.random.key(3), PIXELS.shape[:3], _config(True, 0.2))
-    whole = augment(PIXELS, drawn)
-    np.testing.assert_array_equal(augment(PIXELS[:, first : first + 3], drawn, first), whole[:, first : first + 3])
+def test_exchange_gives_a_slide_the_other_slides_stains_strengths_and_light() -> None:
+    codes, pixels, estimate = _two_slides()
+    found = np.asarray(
+        augment(jnp.asarray(pixels), draw_augmentation(jax.random.key(0), (2, 1, 1), _config(exchange=1.0), estimate))
+    )
+    # The same tissue, so each becomes the other, as far as 8 bits and the estimates tell.
+    assert np.abs(found - pixels[::-1]).mean() < 0.1 * np.abs(pixels.astype(float) - pixels[::-1]).mean()
+    for b in range(2):
+        light = np.asarray(estimate.white[b])
+        again = fit_macenko(
+            np.rint(found[b]).astype(np.uint8).reshape(-1, 3), np.ones(len(codes), bool), estimate.white[1 - b]
+        )
+        np.testing.assert_allclose(again.vectors, estimate.vectors[1 - b], atol=0.02)
+        glass = optical_density(pixels[b].reshape(-1, 3), light).max(axis=1) < 0.005
+        np.testing.assert_allclose(
+            found[b].reshape(-1, 3)[glass], np.tile(estimate.white[1 - b], (glass.sum(), 1)), atol=6
+        )
+
+
+def test_stains_that_are_not_known_are_not_exchanged() -> None:
+    _, pixels, estimate = _two_slides()
+    unknown = StainMatrix(estimate.vectors, estimate.concentration, estimate.white, jnp.array([True, False]))
+    drawn = draw_augmentation(jax.random.key(0), (2, 1, 1), _config(exchange=1.0), unknown)
+    np.testing.assert_allclose(augment(jnp.asarray(pixels), drawn), pixels, atol=0.01)
+    with pytest.raises(InputError, match=r"config\.augment\.exchange needs the stains as they are"):
+        draw_augmentation(jax.random.key(0), (2, 1, 1), _config(exchange=1.0))
+
+
+def test_nothing_is_changed_and_nothing_is_computed_when_all_is_off() -> None:
+    drawn = draw_augmentation(jax.random.key(2), SHAPE, _config())
+    assert jax.tree.leaves(drawn) == []
+    program = jax.jit(lambda pixels: augment(pixels, drawn)).lower(PIXELS).compile()
+    assert not program.cost_analysis().get("flops", 0)
+    np.testing.assert_array_equal(augment(PIXELS, drawn), PIXELS)
+
+
+@pytest.mark.parametrize(("first", "each"), [(0, "slide"), (2, "instance")])
+def test_some_regions_are_augmented_as_the_whole_bag_is_and_the_same_key_gives_the_same_bits(
+    first: int, each: str
+) -> None:
+    estimate = _two_slides()[2]
+    config = _config(**ALL, artefacts=0.5, each=each)
+    drawn, again = (draw_augmentation(jax.random.key(3), SHAPE, config, estimate) for _ in range(2))
+    work = jax.jit(augment)
+    whole = work(PIXELS, drawn)
+    np.testing.assert_array_equal(work(PIXELS, again), whole)
+    np.testing.assert_array_equal(work(PIXELS[:, first : first + 3], drawn, first), whole[:, first : first + 3])
+    assert not np.array_equal(work(PIXELS, draw_augmentation(jax.random.key(4), SHAPE, config, estimate)), whole)
+
+
+@pytest.mark.parametrize(("each", "draws"), [("slide", 2), ("instance", 30)])
+def test_a_draw_is_a_slides_or_each_instances(each: str, draws: int) -> None:
+    drawn = draw_augmentation(jax.random.key(0), SHAPE, _config(blur=2.0, jpeg=50.0, noise=3.0, stain=0.1, each=each))
+    for part in (drawn.blur, drawn.quality, drawn.noise.deviation, drawn.colour.density[..., 0, 0]):
+        assert len(np.unique(part)) == draws
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("each", "tile"), ("jpeg", 100.0), ("artefacts", 1.5), ("exchange", -0.1)]
+)
+def test_values_out_of_range_are_refused_by_the_field(field: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"config\.augment\.{field} "):
+        draw_augmentation(jax.random.key(0), SHAPE, _config(**{field: value}), _two_slides()[2])
