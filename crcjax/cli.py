@@ -337,6 +337,36 @@ def predict(
     raise typer.Exit(1 if failed else 0)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def crossvalidate(
+    config: Annotated[Path, typer.Option(help="config file, as of python -m crcjax.main")],
+    out: Annotated[Path, typer.Option(help="folder of the runs, runs.csv and predictions.csv")],
+    seeds: Annotated[int, typer.Option(min=1, help="runs a fold, from config.seed on: an ensemble")] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="FIELD=VALUE,VALUE to choose from by validation; repeated, all combinations"),
+    ] = None,
+    fields: Annotated[
+        list[str] | None, typer.Argument(metavar="--config.FIELD=VALUE...", help="as in training")
+    ] = None,
+) -> None:
+    """Trains every fold of config.data.folds and predicts each case by runs that never saw it (see docs/training.md).
+
+    With --config.data.fold_by=site and no number of folds, each site is left out once. Started again, it goes on.
+    """
+    from crcjax.infer.crossvalidation import crossvalidate as train_folds
+    from crcjax.main import read_config
+
+    given = read_config([f"--config={config}", f"--workdir={out}", *(fields or ())])[0]
+    swept: dict[str, list[str]] = {}
+    for text in sweep or ():
+        name, equals, values = text.partition("=")
+        if not equals or name in swept:
+            raise InputError(f"--sweep {text}: write FIELD=VALUE,VALUE, each field once")
+        swept[name] = values.split(",")
+    train_folds(given, out, seeds=seeds, sweep=swept, say=lambda line: _say.print(line, markup=False))
+
+
 @app.command()
 def calibrate(
     predictions: Annotated[Path, typer.Option(help="predictions.csv of crcjax predict on the run's validation slides")],

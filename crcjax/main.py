@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
-        config, workdir = _parse(arguments)
+        config, workdir = read_config(arguments)
         from crcjax.train.loop import train  # loads jax, which an error above need not wait for
 
         train(config, workdir)
@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
+def read_config(arguments: list[str]) -> tuple[ConfigDict, Path]:
+    """The config and the directory that arguments of the command line give. Raises InputError."""
     known = _fields(get_config())
     for argument in arguments:
         name = argument.split("=")[0]

@@ -16,6 +16,7 @@ from crcjax.errors import OutputError, SlideError
 from crcjax.infer.attribution import Method
 from crcjax.infer.heatmap import LONGEST_PX, overlay, write_heatmap
 from crcjax.infer.predictor import Predictor, SlidePrediction
+from crcjax.models.mil import Prediction
 from crcjax.slides.executor import check_slide_ids
 from crcjax.slides.reader import Slide, check_mpp, open_slide
 from crcjax.validation.calibration import Calibration
@@ -87,6 +88,30 @@ def predict_slides(
     return rows
 
 
+def called(
+    found: Prediction,
+    classes: Sequence[str],
+    calibration: Calibration | None = None,
+    slide_id: str = "",
+    site: str | None = None,
+) -> Row:
+    """What predictions.csv says of one slide's prediction: its subtype, probabilities, doubt and set."""
+    told = np.asarray(found.probs[0], np.float64)
+    probs = told if calibration is None else calibration.probs(told[None])[0]
+    held = None if calibration is None else calibration.set_of(told, slide_id, site)
+    expected = float(found.expected_entropy[0])
+    return {
+        "subtype": classes[int(probs.argmax())],
+        **{f"p_{name}": f"{value:.6f}" for name, value in zip(classes, probs, strict=True)},
+        "entropy": f"{entropy(probs):.4f}",
+        "expected_entropy": f"{expected:.4f}",
+        "mutual_information": f"{max(0.0, entropy(told) - expected):.4f}",
+        "vacuity": "" if found.vacuity is None else f"{float(found.vacuity[0]):.4f}",
+        "set": "" if held is None else "|".join(held) or "none",
+        "calibration": "" if calibration is None else calibration.id,
+    }
+
+
 def _predict_one(
     predictor: Predictor, job: PredictJob, out: Path, threads: int, calibration: Calibration | None
 ) -> Row:
@@ -96,36 +121,21 @@ def _predict_one(
     try:
         with open_slide(job.path, job.mpp) as slide:
             found = predictor.predict(slide, threads)
-            probs = found.probs if calibration is None else calibration.probs(found.probs[None])[0]
-            subtype = predictor.classes[int(probs.argmax())]
-            _write_pictures(job, slide, found, predictor.attribution, f"{subtype} {probs.max():.2f}", out)
+            call = called(found.prediction, predictor.classes, calibration, job.slide_id, job.site)
+            highest = float(call[f"p_{call['subtype']}"])
+            _write_pictures(job, slide, found, predictor.attribution, f"{call['subtype']} {highest:.2f}", out)
     except SlideError as error:
         return row | {"status": error.status, "reason": f"{error.reason}; {error.remedy}"}
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]
         return row | {"status": "failed", "reason": f"{reason}; free memory, or predict it on a larger machine"}
-    held = None if calibration is None else calibration.set_of(found.probs, job.slide_id, job.site)
     return row | {
-        "subtype": subtype,
-        **{f"p_{name}": f"{value:.6f}" for name, value in zip(predictor.classes, probs, strict=True)},
-        "entropy": f"{entropy(probs):.4f}",
-        **_doubt(found),
-        "set": "" if held is None else "|".join(held) or "none",
-        "calibration": "" if calibration is None else calibration.id,
+        **call,
         "regions": str(int(found.mask.any(axis=1).sum())),
         "status": "ok",
         "reason": slide.info.warning,
         "seconds": f"{time.monotonic() - start:.2f}",
         "synthetic": "yes" if found.synthetic else "no",
-    }
-
-
-def _doubt(found: SlidePrediction) -> Row:
-    expected, vacuity = float(found.prediction.expected_entropy[0]), found.prediction.vacuity
-    return {
-        "expected_entropy": f"{expected:.4f}",
-        "mutual_information": f"{max(0.0, entropy(found.probs) - expected):.4f}",
-        "vacuity": "" if vacuity is None else f"{float(vacuity[0]):.4f}",
     }
 
 

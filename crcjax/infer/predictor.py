@@ -130,7 +130,7 @@ class Member:
         config = run.config
         model = build_model(config.model, len(config.data.classes), config.seed, run.tiling.factors)
         params, self.step = restore_params(run.path, model)
-        self.model_id = _model_id(params)
+        self.model_id = model_id_of(params)
         mesh = device_mesh()
         self.forward = Forward(model, config.data.region_buckets, config.data.regions, mesh, run.normaliser)
         self.params = jax.device_put(params, replicated(mesh))
@@ -179,7 +179,7 @@ def _check_goes_with(first: Run, other: Run) -> None:
         )
 
 
-def _model_id(params: Params) -> str:
+def model_id_of(params: Params) -> str:
     """The first 12 hex digits of the SHA-256 of the parameters, by name."""
     digest = hashlib.sha256()
     for path, value in jax.tree_util.tree_leaves_with_path(params):

@@ -10,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from crcjax.data.bags import label_of, open_features, open_stores
 from crcjax.data.cohort import Cohort
-from crcjax.models.mil import Params
+from crcjax.models.mil import Params, Prediction
 from crcjax.slides.store import TileStore
 from crcjax.train.step import Forward
 
@@ -19,30 +19,29 @@ class Evaluation:
     """The slides of one split, all of their regions, by slide."""
 
     def __init__(self, store: str, cohort: Cohort, forward: Forward, encoder: str):
-        self._stores = open_stores(store, cohort, pixels=not forward.stored) if cohort.rows else []
+        self.stores = open_stores(store, cohort, pixels=not forward.stored) if cohort.rows else []
         self._labels = [label_of(row, cohort.classes) for row in cohort.rows]
         self._forward = forward
-        features = open_features(self._stores, encoder) if forward.stored and self._stores else []
-        self._readers = [reader.read for reader in features] or [store.read_pixels for store in self._stores]
-        self._stains = [forward.normaliser.of_store(store) if forward.normaliser else None for store in self._stores]
+        features = open_features(self.stores, encoder) if forward.stored and self.stores else []
+        self._readers = [reader.read for reader in features] or [store.read_pixels for store in self.stores]
+        self._stains = [forward.normaliser.of_store(store) if forward.normaliser else None for store in self.stores]
 
     def metrics(self, params: Params) -> dict[str, float] | None:
         """`loss` (nats) and `balanced_accuracy` over the slides; None for an empty split."""
-        if not self._stores:
+        if not self.stores:
             return None
-        probs = np.concatenate(
-            [
-                self._forward.bag(
-                    params, self._chunks(len(store.mask), read), store.mask, _position(store), stain
-                ).probs
-                for store, read, stain in zip(self._stores, self._readers, self._stains, strict=True)
-            ]
-        )
+        probs = np.concatenate([prediction.probs for prediction in self.predictions(params)])
         called = probs.argmax(axis=1)
         return {
             "loss": float(-np.log(np.maximum(probs[np.arange(len(probs)), self._labels], 1e-12)).mean()),
             "balanced_accuracy": float(balanced_accuracy_score(self._labels, called)),
         }
+
+    def predictions(self, params: Params) -> Iterator[Prediction]:
+        """What the model says of each slide, in the cohort's order."""
+        for store, read, stain in zip(self.stores, self._readers, self._stains, strict=True):
+            chunks = self._chunks(len(store.mask), read)
+            yield self._forward.bag(params, chunks, store.mask, _position(store), stain)
 
     def _chunks(
         self, regions: int, read: Callable[[Sequence[int]], np.ndarray]

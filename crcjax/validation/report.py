@@ -30,13 +30,14 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
     """Writes OUT/metrics.json and OUT/report.html; returns what metrics.json holds.
 
     Cases that are train or val in the cohort, or were so in the run that predicted them, are not evaluated, since the
-    model was fitted and chosen on them. `truth` is a folder of painted slides' truths. `seed` is the bootstrap's. Raises
+    model was fitted and chosen on them; but those that cross-validation predicted are, by runs that never saw them. `truth` is a folder of painted slides' truths. `seed` is the bootstrap's. Raises
     InputError, OutputError.
     """
     predictions = load_predictions(predictions_csv)
     cohort = {row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes).rows}
     known = [row for row in predictions.rows if row["slide_id"] in cohort]
-    seen = {row.case_id for row in cohort.values() if row.split in ("train", "val")}
+    held_out = {cohort[row["slide_id"]].case_id for row in known if row.get("fold")}
+    seen = {row.case_id for row in cohort.values() if row.split in ("train", "val")} - held_out
     seen |= {cohort[row["slide_id"]].case_id for row in known if row.get("split") in ("train", "val")}
     test = [row for row in known if cohort[row["slide_id"]].case_id not in seen]
     with_reference = [row for row in test if cohort[row["slide_id"]].subtype is not None]
