@@ -57,9 +57,7 @@ def get_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.encoder = "compact"  # the tile encoder, trained end to end from pixels, or one of docs/encoders.md
     model.weights = ""  # file of a published encoder's weights, read when training starts
-    model.imported_features = (
-        0  # numbers an imported feature; training sets it, and needs no weights, where it uses such
-    )
+    model.imported_features = 0  # numbers in each feature of crcjax import; set by training on such, without weights
     model.frozen = True  # a published encoder stays as it is, and the model learns on its features
     model.encode_regions = 64  # of each bag encoded at a time in training; memory grows with it, not with the bag
     model.width = 32  # channels of the encoder's first stage; doubles per stage

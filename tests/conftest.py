@@ -48,6 +48,23 @@ def small_disk(tmp_path: Path):
 
 
 @pytest.fixture(scope="session")
+def write_h5() -> Callable[..., Path]:
+    """write_h5(path, {dataset: values}, about, dataset=attributes): an HDF5 file, the attributes `about` its own."""
+
+    def write(path: Path, datasets: dict, about: dict | None = None, **attributes: dict) -> Path:
+        import h5py
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(path, "w") as file:
+            file.attrs.update(about or {})
+            for name, values in datasets.items():
+                file.create_dataset(name, data=values).attrs.update(attributes.get(name, {}))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a painted cohort (cohort.csv: 12 train, 3 val, 6 test cases) and its tile store at 10x, 64 px."""
     from crcjax.data.cohort import load_cohort

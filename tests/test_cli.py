@@ -200,6 +200,24 @@ def test_shards_share_a_store_and_what_is_wrong_with_shard_or_cluster_is_one_lin
     assert "sbatch --array" in _crcjax("tile", "--help").stdout
 
 
+def test_what_is_exported_for_trident_is_imported_and_bad_files_are_one_line(slides: Path, tmp_path: Path) -> None:
+    assert _crcjax("tile", slides / "good.svs", "--out", tmp_path / "store", "--mag", "10x").returncode == 0
+    exported = _crcjax("export", tmp_path / "store", "--out", tmp_path / "out", "--format", "trident")
+    assert (exported.returncode, "1 of 1 slides exported" in exported.stderr) == (0, True), exported.stderr
+    files = tmp_path / "out" / "10x_256px_0px_overlap"
+    (files / "bad.h5").write_text("no HDF5")
+    done = _crcjax("import", files, "--slides", slides / "good.svs", "--out", tmp_path / "theirs")
+    assert done.returncode == 1
+    assert "1 of 2 slides imported" in done.stderr
+    assert [line for line in done.stderr.splitlines() if "bad.h5: is no HDF5 file; give" in line]
+    ours, theirs = (open_store(tmp_path / name, "good") for name in ("store", "theirs"))
+    assert theirs.origin.tolist() == ours.origin[ours.mask[:, 0]].tolist()
+    assert theirs.info.content_hash == ours.info.content_hash
+    refused = _crcjax("import", tmp_path / "store", "--out", tmp_path / "none")
+    assert (refused.returncode, "no HDF5 files" in refused.stderr) == (2, True)
+    assert "docs/interchange.md" in _crcjax("import", "--help").stdout
+
+
 def test_embedding_refuses_weights_in_one_line_and_writes_features_of_good_ones(painted: Path, tmp_path: Path) -> None:
     from flax import nnx
     from safetensors.numpy import save_file

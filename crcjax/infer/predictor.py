@@ -58,6 +58,12 @@ class Predictor:
     def __init__(self, *runs: str | Path, dropout_samples: int = 0, attribution: Method = "attention"):
         opened = [open_run(run) for run in runs]
         first = opened[0]
+        for run in opened:
+            if run.config.model.imported_features:
+                raise InputError(
+                    f"{run.path}: was trained on imported features, and the weights of {run.config.model.encoder} that made "
+                    "them are not known: it cannot predict slides; train on those of crcjax embed instead"
+                )
         self.tiling: TilingParams = first.tiling
         self.classes: tuple[str, ...] = tuple(first.config.data.classes)
         for other in opened[1:]:

@@ -52,22 +52,23 @@ def export_store(
     return outcomes
 
 
-def kept_tiles(slide: TileStore) -> dict[str, tuple[Float64[np.ndarray, "tile 2"], float, Int[np.ndarray, "tile 2"]]]:
-    """By magnification the kept tiles: their corners and side in level-0 px, and each one's region and slot."""
+def _kept_tiles(slide: TileStore) -> dict[str, tuple[Float64[np.ndarray, "tile 2"], float, Int[np.ndarray, "tile 2"]]]:
+    """By magnification, if it has any, the kept tiles: corners and side in level-0 px, and each one's region and slot."""
     boxes = slot_boxes(slide.params).astype(np.float64) * slide.region_px
     of_slot = np.repeat(slide.params.magnifications, np.square(slide.params.factors))
     tiles = {}
     for name in slide.params.magnifications:
         places = np.argwhere(slide.mask & (of_slot == name))
-        side = float(boxes[of_slot == name][0, 2])
-        tiles[name] = (slide.origin[places[:, 0]] + boxes[places[:, 1], :2], side, places)
+        if len(places):
+            side = float(boxes[places[0, 1], 2])
+            tiles[name] = (slide.origin[places[:, 0]] + boxes[places[:, 1], :2], side, places)
     return tiles
 
 
 def _write_geojson(slide: TileStore, out: Path) -> None:
     judged = slide.pixels != NO_PIXELS
     boxes = []
-    for name, (corners, side, places) in kept_tiles(slide).items():
+    for name, (corners, side, places) in _kept_tiles(slide).items():
         for corner, (region, slot) in zip(corners, places.tolist(), strict=True):
             scores = slide.quality[region, slot].tolist() if judged else []
             boxes.append((corner, side, f"Tile {name}", dict(zip(slide.attributes["quality"], scores, strict=False))))
@@ -76,8 +77,9 @@ def _write_geojson(slide: TileStore, out: Path) -> None:
 
 def _write_trident(slide: TileStore, out: Path) -> None:
     params, info = slide.params, slide.info
-    for name, (corners, side, _) in kept_tiles(slide).items():
-        folder = out / f"{name}_{params.tile_px}px_0px_overlap" / "patches"
+    overlap = slide.attributes.get("imported", {}).get("overlap_px", 0)
+    for name, (corners, side, _) in _kept_tiles(slide).items():
+        folder = out / f"{name}_{params.tile_px}px_{overlap}px_overlap" / "patches"
         folder.mkdir(parents=True, exist_ok=True)
         path, target = folder / f"{slide.slide_id}_patches.h5", float(name.removesuffix("x"))
         # TRIDENT finds the side again as patch_size * level0_magnification / target_magnification.
@@ -92,7 +94,7 @@ def _write_trident(slide: TileStore, out: Path) -> None:
                     "patch_size_level0": round(side),
                     "level0_magnification": power if exact else target * side / params.tile_px,
                     "target_magnification": int(target) if target.is_integer() else target,
-                    "overlap": 0,
+                    "overlap": overlap,
                     "name": slide.slide_id,
                     "savetodir": str(folder.parent.name),
                     "level0_width": info.size[0],

@@ -34,8 +34,8 @@ def write_features(
     """Keeps features under the encoder's name, replacing older ones at once; a crash leaves those or the new ones.
 
     They are float16 or float32, and made zero where the mask is False. `attributes` say how they came about: `encoder`,
-    `weights_sha256`, `mpp` and `dtype` at least, None where it is not known of imported ones. Raises InputError for another shape than the slide's or a name that
-    cannot be a folder's, OutputError if the store cannot be written.
+    `weights_sha256`, `mpp` and `dtype` at least, None where that is not known of imported ones. Raises InputError for another
+    shape than the slide's or a name that cannot be a folder's, OutputError if the store cannot be written.
     """
     opened = open_store(store, slide_id)
     final = _folder(opened.path, encoder)

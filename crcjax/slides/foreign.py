@@ -24,8 +24,8 @@ class ForeignTiles:
     """The tiles of one slide as another tool's file states them; what it does not state is None.
 
     `corner` (x, y, top-left) and the tiles' `side` are in `unit`: level-0 px (`px`) or micrometres (`um`). `tile_px` is
-    the side as the encoder saw it; `mpp` is of level 0, `power` its objective as the tool took it, `size` (width, height)
-    of level 0 in px. `sources` are the files' names and their SHA-256.
+    the side as the encoder saw it, and `overlap_px` by how much of it neighbours overlap; `mpp` is of level 0, `power` its
+    objective as the tool took it, `size` (width, height) of level 0 in px. `sources` are the files' names and SHA-256.
     """
 
     path: Path
@@ -38,6 +38,7 @@ class ForeignTiles:
     mpp: float | None = None
     power: float | None = None
     size: tuple[int, int] | None = None
+    overlap_px: int = 0
     features: Float[np.ndarray, "tile feature"] | None = None
     encoder: str | None = None
     synthetic: bool = False
@@ -49,9 +50,7 @@ def foreign_files(paths: Sequence[Path]) -> dict[str, list[Path]]:
     for path in paths:
         below = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
         if not below:
-            raise InputError(
-                f"{path}: no HDF5 files (.h5) below this folder; name the folder of CLAM, TRIDENT or STAMP"
-            )
+            raise InputError(f"{path}: no HDF5 files (.h5) in it; name a folder of CLAM, TRIDENT or STAMP")
         for file in below:
             files = found.setdefault(file.stem.removesuffix("_patches"), [])
             files += [] if file in files else [file]
@@ -79,9 +78,30 @@ def read_foreign(path: Path) -> ForeignTiles:
             held = ", ".join(file) or "nothing"
     except FileNotFoundError:
         raise SlideError(path, "missing", "no such file", "check the path") from None
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise SlideError(path, "corrupt", f"cannot be read ({error})", "copy it again") from error
     return _tiles(path, sha256, arrays, attributes, held)
+
+
+def merged(files: Sequence[ForeignTiles]) -> ForeignTiles:
+    """One slide's tiles from its files: one with features, and others of the same tiles that say what it does not.
+
+    CLAM's file of features, for instance, does not state the tiles' side, that of coordinates does. Raises SlideError.
+    """
+    with_features = [tiles for tiles in files if tiles.features is not None]
+    if len(with_features) > 1:
+        other, one = with_features[:2]
+        reason = f"holds features of the slide, as {other.path} does"
+        raise SlideError(one.path, "unsupported", reason, "import one encoder's folder at a time")
+    first, *others = with_features + [tiles for tiles in files if tiles.features is None]
+    for other in others:
+        if not np.array_equal(first.corner, other.corner) or first.unit != other.unit:
+            reason = f"has other tiles than {other.path}, of the same slide"
+            raise SlideError(first.path, "unsupported", reason, "import one of the two")
+        stated = ("side", "tile_px", "mpp", "power", "size", "encoder")
+        lacking = {name: getattr(other, name) for name in stated if getattr(first, name) is None}
+        first = replace(first, sources=first.sources | other.sources, **lacking)
+    return first
 
 
 def open_h5py() -> Any:
@@ -163,6 +183,7 @@ def _trident(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
         mpp=_optional(attributes.get("level0_mpp")),  # crcjax writes it, TRIDENT does not
         power=_optional(attributes.get("level0_magnification")),
         size=(int(width), int(height)) if width and height else None,
+        overlap_px=int(attributes.get("overlap", 0)),
         encoder=_text(attributes.get("encoder")),
     )
 
@@ -172,9 +193,9 @@ def _clam(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
     given = attributes["downsample"] if attributes["patch_level"] else attributes.get("downsample", 1.0)
     downsample = float(np.mean([_positive(value) for value in np.ravel(given)]))
     patch, level = _positive(attributes["patch_size"]), attributes.get("level_dim")
-    size = (round(float(level[0]) * downsample), round(float(level[1]) * downsample)) if level else None
     # Levels are rounded to whole pixels: the slide may be larger by less than one of theirs.
-    size = (size[0] + math.ceil(downsample) - 1, size[1] + math.ceil(downsample) - 1) if size else None
+    width, height = (round(float(px) * downsample) + math.ceil(downsample) - 1 for px in level or (0, 0))
+    size = (width, height) if level else None
     return replace(tiles, layout="CLAM", side=patch * downsample, tile_px=int(patch), size=size)
 
 
@@ -213,24 +234,3 @@ def _optional(value: Any) -> float | None:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
-
-
-def merged(files: Sequence[ForeignTiles]) -> ForeignTiles:
-    """One slide's tiles from its files: one with features, and others of the same tiles that say what it does not.
-
-    CLAM's file of features, for instance, does not state the tiles' side, that of coordinates does. Raises SlideError.
-    """
-    with_features = [tiles for tiles in files if tiles.features is not None]
-    if len(with_features) > 1:
-        other, one = with_features[:2]
-        reason = f"holds features of the slide, as {other.path} does"
-        raise SlideError(one.path, "unsupported", reason, "import one encoder's folder at a time")
-    first, *others = with_features + [tiles for tiles in files if tiles.features is None]
-    for other in others:
-        if not np.array_equal(first.corner, other.corner) or first.unit != other.unit:
-            reason = f"has other tiles than {other.path}, of the same slide"
-            raise SlideError(first.path, "unsupported", reason, "import one of the two")
-        stated = ("side", "tile_px", "mpp", "power", "size", "encoder")
-        lacking = {name: getattr(other, name) for name in stated if getattr(first, name) is None}
-        first = replace(first, sources=first.sources | other.sources, **lacking)
-    return first

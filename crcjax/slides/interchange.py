@@ -99,7 +99,9 @@ def _import_slide(
         if slide is None:
             there = _write_alone(store, outcome.slide_id, tiles)
         else:
-            there = _write_from_slide(store, outcome.slide_id, tiles, slide, mpp, threads or _cores())
+            there = _write_from_slide(
+                store, outcome.slide_id, tiles, slide, mpp, threads or len(os.sched_getaffinity(0))
+            )
     elif slide and there.pixels == NO_PIXELS:
         remedy = f"delete {there.path} and import again"
         raise SlideError(tiles.path, "unsupported", "the store has the slide without its pixels", remedy)
@@ -244,7 +246,7 @@ def _row_by_row(origin: Int32[np.ndarray, "tile 2"]) -> Int[np.ndarray, " tile"]
 
 
 def _about(tiles: ForeignTiles) -> dict:
-    return {"layout": tiles.layout, "sources": tiles.sources}
+    return {"layout": tiles.layout, "sources": tiles.sources, "overlap_px": tiles.overlap_px}
 
 
 def _rows_of(there: TileStore, tiles: ForeignTiles) -> Int[np.ndarray, " region"]:
@@ -277,6 +279,7 @@ def _keep_features(store: Path, there: TileStore, tiles: ForeignTiles, name: str
     found = feature_attributes(store, there.slide_id, name)
     if found == attributes:
         return False
+    _check_same_encoder(store, tiles, name)
     if found is not None:
         reason = f"the store has other features of the name {name}"
         raise SlideError(tiles.path, "unsupported", reason, "give another --encoder, or delete those")
@@ -286,5 +289,16 @@ def _keep_features(store: Path, there: TileStore, tiles: ForeignTiles, name: str
     return True
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _check_same_encoder(store: Path, tiles: ForeignTiles, name: str) -> None:
+    """Raises SlideError if the store's features of the name come, by what their file said or their width, of another encoder."""
+    assert tiles.features is not None
+    for slide_id in tiled_slides(store):
+        found = feature_attributes(store, slide_id, name)
+        if found is None:
+            continue
+        stated, width = found.get("stated_encoder"), found.get("width", tiles.features.shape[1])
+        if (stated, width) != (tiles.encoder, tiles.features.shape[1]):
+            reason = f"its features are {tiles.features.shape[1]} numbers of {tiles.encoder or 'an encoder not named'}"
+            reason += f", {slide_id}'s of the name {name} are {width} of {stated or 'another'}"
+            raise SlideError(tiles.path, "unsupported", reason, "give another --encoder")
+        return

@@ -28,6 +28,7 @@ MODES = {
     "none": "only a checksum of each tile: pixels are read from the slide file, which must stay where it is",
 }
 NO_PIXELS = "absent"  # the mode of tiles that were imported without their slide
+IMPORTED_ALONE = "was imported without its slide and has no pixels; delete it and run crcjax import with --slides"
 JPEG_QUALITY = 90
 JPEG_SUBSAMPLING = "444"  # stains are told apart by colour: at equal bytes 4:4:4 errs less than 4:2:0
 _SHARD_TILES = 128  # tiles a shard at most: whole shards are written at once, single tiles are read
@@ -36,7 +37,6 @@ _SHARD_BYTES = 4 << 20
 _CHUNK_BYTES = 16 << 10  # about half a stream: what one tile's reading reads too much
 _UNBOUNDED = (1 << 62) - 2  # TensorStore's longest axis: the streams' total is known at the end
 _DECODED_TOGETHER = 8  # tiles a task: less, and the handing over shows
-_WITH_SLIDES = "delete it and run crcjax import with --slides"
 _OPEN_SLIDES = 8  # each holds some decoded tiles a thread
 
 
@@ -211,7 +211,7 @@ class NoPixels:
 
     def read(self, chosen: Int[np.ndarray, " region"]) -> UInt8[np.ndarray, "region slot y x 3"]:
         """Raises InputError."""
-        raise InputError(f"{self._store}: was imported without its slide and has no pixels; {_WITH_SLIDES}")
+        raise InputError(f"{self._store}: {IMPORTED_ALONE}")
 
 
 PixelWriter = LosslessWriter | JpegWriter | ChecksumWriter | NoPixels

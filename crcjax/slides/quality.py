@@ -40,7 +40,7 @@ class QualityLimits:
     max_bubble: float = 0.2
     max_fold: float = 1.7
     max_blood: float = 0.5
-    min_focus: float = 0.2
+    min_focus: float = 0.17
     min_sharpness: float = 0.01
     min_stain: float = 0.2
     max_stain: float = 4.0
@@ -127,7 +127,7 @@ def score_tiles(
 
     `tissue`: the stained fraction of the tile. `sharpness`: the variance of the Laplacian over the variance of the green
     channel, so that pale and dense tissue compare; about 0.5 to 3 in focus, towards 0 when blurred, 0 on a tile of one
-    colour. `focus`: the energy of detail of 2 µm over that of 4 µm in the least sharp quarter of the tissue; smooth
+    colour. `focus`: the energy of detail of 2 µm over that of 4 µm in the least sharp quarter of the tissue, its mean; smooth
     mucin and stroma lack both alike, as does what is blurred by more than 5 µm, which `sharpness` tells. `pen`: the fraction under ink. `bubble`: the fraction that is grey, as rims of
     bubbles and debris are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider
     than a nucleus over that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
@@ -150,7 +150,8 @@ def score_tiles(
     focus, tissue = _cell_focus(small, cells), _cell_means(stained, cells) > 0.3
     veiled = (focus < _BLURRED) & tissue & (_cell_means(total, cells) < _VEILED * model.density)
     judged = np.sort(np.where(tissue | ~tissue.any(axis=1, keepdims=True), focus, np.inf))
-    quarter = np.where(tissue.any(axis=1), tissue.sum(axis=1), cells**2) // 4
+    quarter = np.where(tissue.any(axis=1), tissue.sum(axis=1), cells**2)[:, None] // 4 + 1
+    least_sharp = np.where(np.arange(cells**2) < quarter, judged, 0).sum(axis=1) / quarter[:, 0]
     # Both double in a fold; dense epithelium and keratin exceed the slide's density alone.
     layers = _eroded(np.minimum(total / model.density, excess / model.excess), side)
     patches = cv2.resize(layers, (_PATCHES, count * _PATCHES), interpolation=cv2.INTER_NEAREST).reshape(count, -1)
@@ -162,7 +163,7 @@ def score_tiles(
         [
             share(stained),
             sharpness,
-            judged[np.arange(count), quarter],
+            least_sharp,
             share(inked),
             share(grey) + share(veiled),
             np.partition(patches, -_DENSEST)[:, -_DENSEST],

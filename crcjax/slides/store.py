@@ -21,7 +21,15 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 import crcjax
 from crcjax.errors import BusyError, InputError, OutputError
 from crcjax.slides.arrays import create_array, first_line, open_array, unreadable, write_group
-from crcjax.slides.pixels import NO_PIXELS, PixelReader, PixelWriter, check_mode, pixel_reader, pixel_writer
+from crcjax.slides.pixels import (
+    IMPORTED_ALONE,
+    NO_PIXELS,
+    PixelReader,
+    PixelWriter,
+    check_mode,
+    pixel_reader,
+    pixel_writer,
+)
 from crcjax.slides.quality import QUALITY_NAMES, REASONS, slide_verdict
 from crcjax.slides.reader import Slide, SlideInfo
 from crcjax.slides.tiling import Pack, RegionTiles, TilePlan, TilingParams
@@ -70,9 +78,7 @@ class TileStore:
     def check_slide(self) -> None:
         """Raises InputError if pixels are to be read from a slide that is not where it was, before a long run finds out."""
         if self.pixels == NO_PIXELS:
-            raise InputError(
-                f"{self.path}: was imported without its slide and has no pixels; delete it and run crcjax import with --slides"
-            )
+            raise InputError(f"{self.path}: {IMPORTED_ALONE}")
         if self.pixels == "none" and not os.path.exists(self.info.path):
             raise InputError(
                 f"{self.path}: keeps no pixels, and its slide {self.info.path} is not there; put it back, or run crcjax "
@@ -95,8 +101,8 @@ class StoreWriter:
     """Writes one slide under a partial name; `commit` gives it its own. Leaving without it removes what was written.
 
     `pixels` is one of slides.pixels.MODES; of a slide that is not there, known by its SlideInfo alone, the plan is written
-    without pixels or quality, and `pixels` is NO_PIXELS. `locked` says that the caller holds the `slide_lock`, which is taken otherwise.
-    Raises BusyError if another process writes the slide, OutputError where the disk is full or may not be written,
+    without pixels or quality, and `pixels` is NO_PIXELS. `locked` says that the caller holds the `slide_lock`, which is taken
+    otherwise. Raises BusyError if another process writes the slide, OutputError where the disk is full or may not be written,
     InputError for another mode.
     """
 
@@ -196,7 +202,8 @@ class StoreWriter:
                 **about_pixels,
                 **(about or {}),
             }
-            write_group(self._partial / "pixels", {})
+            if self._mode != NO_PIXELS:
+                write_group(self._partial / "pixels", {})
             write_group(self._partial, attributes)
             _sync(self._partial)
             shutil.rmtree(self._final, ignore_errors=True)

@@ -46,19 +46,12 @@ def train(config: ConfigDict, run: Path) -> None:
     stores = open_stores(config.data.store, cohort, pixels=not config.data.features)
     tiling = stores[0].params
     config = _with_imported(config, stores)
-    imported = config.model.imported_features > 0
-    if config.data.features and not imported and (config.model.encoder not in PRETRAINED or not config.model.frozen):
-        raise InputError(
-            "config.data.features needs config.model.encoder of docs/encoders.md and config.model.frozen, or imported features"
-        )
-    if config.data.features and config.stain.method != "none":
-        raise InputError("config.data.features were made of tiles as they are; set config.stain.method to none")
     normaliser = stain_normaliser(config.stain.method, config.stain.reference, config.data.store)
     _use_compilation_cache()
     mesh = device_mesh()
     model = build_model(config.model, len(cohort.classes), config.seed, tiling.factors)
     kept = None
-    if config.model.encoder in PRETRAINED and not imported:
+    if config.model.encoder in PRETRAINED and not config.model.imported_features:
         sha256 = load_published(model, config.model)
         _say(f"{config.model.weights}: SHA-256 {sha256}")
         if config.data.features:
@@ -121,18 +114,26 @@ def _cohort(config: ConfigDict) -> Cohort:
 
 def _with_imported(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
     """The config with the width of imported features, if it trains on such: nobody knows the weights that made them."""
+    config = config.copy_and_resolve_references()
+    config.model.imported_features = 0
+    if not config.data.features:
+        return config
+    if config.stain.method != "none":
+        raise InputError("config.data.features were made of tiles as they are; set config.stain.method to none")
     name = config.model.encoder
-    about = feature_attributes(config.data.store, stores[0].slide_id, name) if config.data.features else None
-    width = about["width"] if about and "imported" in about else 0
-    if width and config.model.weights:
+    if "imported" not in (feature_attributes(config.data.store, stores[0].slide_id, name) or {}):
+        if name not in PRETRAINED or not config.model.frozen:
+            raise InputError(
+                "config.data.features needs config.model.encoder of docs/encoders.md, with config.model.frozen, or the name of "
+                f"imported features, which {stores[0].path} has none of"
+            )
+        return config
+    if config.model.weights:
         raise InputError(
             f"config.model.weights: the features of {name} were imported, and nothing says that {config.model.weights} "
             "made them; leave it empty, or embed the slides with it"
         )
-    if width:
-        open_features(stores, name)
-    config = config.copy_and_resolve_references()
-    config.model.imported_features = width
+    config.model.imported_features = open_features(stores, name)[0].width
     return config
 
 

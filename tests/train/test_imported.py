@@ -1,0 +1,76 @@
+"""Training on features that another tool made, with weights that nobody knows."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crcjax.data.cohort import load_cohort
+from crcjax.errors import InputError
+from crcjax.infer.predictor import Predictor
+from crcjax.slides.features import feature_attributes, read_features, write_features
+from crcjax.slides.interchange import import_files
+from crcjax.slides.store import open_store
+from crcjax.train.loop import train
+
+
+@pytest.fixture
+def config(small_config, painted: Path, write_h5: Callable[..., Path], tmp_path: Path):
+    """Features of 6 numbers that tell the subtype, on the tiles of the painted cohort, as TRIDENT writes them."""
+    rng = np.random.default_rng(0)
+    about = {"patch_size": 64, "patch_size_level0": 64, "level0_magnification": 10}
+    for row in load_cohort(painted / "cohort.csv", None).rows:
+        store = open_store(painted / "store", row.slide_id)
+        corner = store.origin[store.mask[:, 0]]
+        features = rng.normal(size=(len(corner), 6)).astype(np.float32)
+        features[:, small_config.data.classes.index(row.subtype)] += 3
+        path = tmp_path / "in" / f"{row.slide_id}.h5"
+        write_h5(path, {"coords": corner, "features": features}, coords=about, features={"encoder": "theirs"})
+    assert all(outcome.succeeded for outcome in import_files([tmp_path / "in"], tmp_path / "store"))
+    small_config.data.store = str(tmp_path / "store")
+    small_config.data.features, small_config.model.encoder = True, "theirs"
+    small_config.train.steps, small_config.optimizer.learning_rate = 30, 1e-2
+    small_config.train.eval_every = small_config.train.checkpoint_every = 15
+    return small_config
+
+
+def test_imported_features_train_and_the_run_says_that_it_cannot_predict_slides(config, tmp_path: Path) -> None:
+    train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 30
+    assert losses[-1] < 0.6 * losses[0]
+    assert any("val/balanced_accuracy" in line or any(name.startswith("val/") for name in line) for line in lines)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["imported_features"] == 6
+    train(config, tmp_path / "run")  # finished: the same config goes on from its end
+    with pytest.raises(InputError, match=r"run: was trained on imported features, and the weights of theirs"):
+        Predictor(tmp_path / "run")
+
+
+def test_features_that_do_not_go_together_or_with_the_config_are_refused(config, tmp_path: Path) -> None:
+    refused = partial(pytest.raises, InputError)
+    with config.unlocked():
+        config.model.weights = "some.safetensors"
+    with refused(match=r"nothing says that some\.safetensors made them"):
+        train(config, tmp_path / "run")
+    config.model.weights, config.model.encoder = "", "others"
+    with refused(match="which .* has none of"):
+        train(config, tmp_path / "run")
+    config.model.encoder, config.stain.method = "theirs", "macenko"
+    with refused(match=r"config\.stain\.method to none"):
+        train(config, tmp_path / "run")
+    config.stain.method = "none"
+    slide_id = load_cohort(config.data.cohort, None).rows[1].slide_id
+    about = feature_attributes(config.data.store, slide_id, "theirs")
+    assert about
+    values = read_features(config.data.store, slide_id, "theirs")
+    write_features(config.data.store, slide_id, "theirs", values, about | {"stated_encoder": "another"})
+    with refused(match="another stated_encoder"):
+        train(config, tmp_path / "run")
+    config.data.features, config.model.encoder = False, "compact"
+    with refused(match="imported without its slide"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
