@@ -129,6 +129,7 @@ class Forward:
         self.chunk = -(-chunk // devices) * devices
         self._buckets = sorted(buckets)
         self.normaliser, self.stored = normaliser, stored
+        self._over_data = over_data(mesh)
 
         def encode(params: Params, tiles: Array, stain: Estimate | None) -> Array:
             model = nnx.merge(graph, params)
@@ -151,7 +152,7 @@ class Forward:
         `tiles` are pixels, or with `stored`, what a published encoder gave for them.
         """
         padding = [(0, self.chunk - len(tiles)), *[(0, 0)] * (tiles.ndim - 1)]
-        return self._encode(params, np.pad(tiles, padding), stain)
+        return self._encode(params, jax.device_put(np.pad(tiles, padding), self._over_data), stain)
 
     def pool(
         self,
