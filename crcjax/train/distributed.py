@@ -96,6 +96,7 @@ class Group:
         self._ending.acquire(timeout=_BLAME_S)  # nobody ends any more for another's end
         self._line.tell({"finished": True})
         time.sleep(_DELIVERY_S)
+        self._line.close()
 
     def announce(self, error: BaseException) -> None:
         """Tells the others that this process ends; does not return if it ends for another's end, and says whose."""

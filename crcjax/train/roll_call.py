@@ -61,6 +61,11 @@ class Line:
         for process, wire in self._wires.items():
             threading.Thread(target=follow, args=(process, wire), daemon=True, name=f"line-{process}").start()
 
+    def close(self) -> None:
+        """Hangs up."""
+        for wire in self._wires.values():
+            wire.close()
+
 
 def call_roll(peers: Peers, facts: Mapping[str, str], wait_s: float) -> Line:
     """Waits until all processes are there, and compares their `facts`.
@@ -205,5 +210,7 @@ class _Wire:
         return None
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)  # whoever waits for its next message wakes up
         self._lines.close()
         self._connection.close()

@@ -2,6 +2,7 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,16 @@ from crcjax.train.peers import Peers
 from crcjax.train.roll_call import Caller, Line, call_roll, differences
 
 FACTS = {"config.train.steps": "300", "jax": "0.10.2", "the cohort file": "aa"}
+
+
+LINES: list[Line] = []
+
+
+@pytest.fixture(autouse=True)
+def _hung_up() -> Iterator[None]:
+    yield
+    while LINES:
+        LINES.pop().close()
 
 
 @pytest.fixture
@@ -24,7 +35,8 @@ def _call_all(address: str, facts: dict[int, dict[str, str]], processes: int, wa
 
     def call(process: int):
         try:
-            return call_roll(Peers(address, processes, process), facts[process], wait_s)
+            LINES.append(line := call_roll(Peers(address, processes, process), facts[process], wait_s))
+            return line
         except InputError as error:
             return str(error)
 
@@ -108,8 +120,7 @@ def test_a_process_that_is_gone_is_heard_of_at_once(address: str) -> None:
     zero, one = _call_all(address, {0: FACTS, 1: FACTS}, 2)
     heard: queue.Queue = queue.Queue()
     zero.listen(lambda *what: heard.put(what))
-    for wire in one._wires.values():
-        wire._connection.shutdown(socket.SHUT_RDWR)  # as the system does for a killed process
+    one.close()  # as the system does for a killed process
     assert heard.get(timeout=5) == (1, None)
 
 
