@@ -40,6 +40,12 @@ def get_config() -> ConfigDict:
     stain.method = "none"  # none, macenko, vahadane or reinhard: tiles brought to one stain, on the device
     stain.reference = "standard"  # the published reference, or the slide_id of a slide in the store
 
+    config.mesh = mesh = ConfigDict()
+    mesh.data = 0  # devices along which the bags of a step are divided; 0: as many as divide data.bags
+    mesh.bag = 0  # devices along which a bag's regions are divided; 0: those that data and model leave
+    mesh.model = 1  # devices along which each layer's weights are divided; for encoders that one device cannot hold
+    mesh.shard_params = 65536  # numbers in a parameter from which it is divided over data, with its moments; 0: none is
+
     config.augment = augment = ConfigDict()
     augment.flips = True  # flips and right-angle turns: tissue has no up
     augment.stain = 0.15  # standard deviation of the log gain per colour channel in optical density; scanners differ
@@ -60,6 +66,7 @@ def get_config() -> ConfigDict:
     model.imported_features = 0  # numbers in each feature of crcjax import; set by training on such, without weights
     model.frozen = True  # a published encoder stays as it is, and the model learns on its features
     model.encode_regions = 64  # of each bag encoded at a time in training; memory grows with it, not with the bag
+    model.remat = "full"  # what is made again of each such part: all (full), all but matrix products (dots), or none
     model.width = 32  # channels of the encoder's first stage; doubles per stage
     model.features = 128  # numbers per instance
     model.mil = "gated_abmil"  # mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil, transmil, hierarchical
@@ -69,15 +76,16 @@ def get_config() -> ConfigDict:
     model.clam_instances = 8  # first and last instances that CLAM judges (Lu 2021); at most half of the bag
     model.head = "softmax"  # or evidential: Dirichlet evidence with its vacuity (Sensoy 2018)
     model.dropout = 0.1  # on instance features, in training only
-    model.dtype = "float32"  # of the computation: float32 or bfloat16; parameters and loss stay float32
+    model.dtype = (
+        "float32"  # of the computation: float32, bfloat16, or float16 with a scaled loss; the rest stays float32
+    )
 
     config.train = train = ConfigDict()
     train.steps = 300  # optimiser steps
+    train.micro_batches = 1  # parts that a step's bags are computed in, one after the other, with the same result
     train.eval_every = 100  # steps between evaluations on the validation cases
     train.checkpoint_every = 50  # steps between checkpoints; a killed run repeats at most these
     train.log_every = 10  # steps between lines of metrics
-    train.agree_every = 100  # steps between checks that all devices hold the same parameters to the bit; 0, never
-    train.stall_timeout_s = 900.0  # several processes end where none finishes a step, or a slide of an evaluation
     train.keep_best = 1  # checkpoints kept for their validation metric, beside the newest
     train.loss = "cross_entropy"  # or focal; for the evidential head evidential (squares) or evidential_digamma
     train.focal_gamma = 2.0  # of the focal loss (Lin 2017); 0 is cross-entropy

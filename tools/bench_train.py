@@ -63,10 +63,10 @@ def main() -> None:
         step = build_step(model, optimizer, config, mesh)
         bags = train_batches(cohort, config, mesh, 0)
         bag = next(bags)
-        alone = seconds_per_step(step, init_state(model, optimizer, mesh), iter([bag] * (STEPS + 1)))
-        whole = seconds_per_step(step, init_state(model, optimizer, mesh), bags)
+        alone = seconds_per_step(step, init_state(model, optimizer, config, mesh), iter([bag] * (STEPS + 1)))
+        whole = seconds_per_step(step, init_state(model, optimizer, config, mesh), bags)
         # XLA counts the compiled step's own operations.
-        cost = step.lower(init_state(model, optimizer, mesh), bag).compile().cost_analysis()
+        cost = step.lower(init_state(model, optimizer, config, mesh), bag).compile().cost_analysis()
     tiles = config.data.bags * config.data.regions
     flops = cost["flops"] / alone
     rows = [

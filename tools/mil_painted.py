@@ -122,7 +122,8 @@ def fitted(config: ConfigDict, train: Bags, seed: int) -> tuple[nnx.GraphDef, di
         features, mask, position, label = (part[chosen] for part in arrays)
 
         def loss(params: dict) -> jax.Array:
-            found = nnx.merge(graph, params).pool(features, mask, position, dropout, label)
+            keys = jax.random.split(dropout, len(label))
+            found = nnx.merge(graph, params).pool(features, mask, position, keys, label)
             return bag_losses(found, label, at, config.train).mean()
 
         updates, moments = optimizer.update(jax.grad(loss)(params), moments, params)

@@ -28,7 +28,7 @@ from crcjax.slides.stain import Estimate
 from crcjax.slides.store import TileStore
 
 Block = tuple[range, range]  # places of a batch: its bags, and their regions
-_WITH_REGIONS = ("tiles", "mask", "position", "region")  # the parts of a bag that have the axis of regions
+WITH_REGIONS = ("tiles", "mask", "position", "region")  # the parts of a bag that have the axis of regions
 
 
 def train_batches(
@@ -112,7 +112,7 @@ class Feed:
         shape, blocks = self.reader.shape, self.reader.blocks
 
         def whole(path: tuple[jax.tree_util.GetAttrKey, ...], *leaves: np.ndarray) -> Any:
-            axes = 2 if path[0].name in _WITH_REGIONS else 1
+            axes = 2 if path[0].name in WITH_REGIONS else 1
             sharding = NamedSharding(self.mesh, PartitionSpec(*("data", "bag")[:axes]))
             where = {
                 tuple((places.start, places.stop) for places in block[:axes]): leaf

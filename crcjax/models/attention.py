@@ -73,7 +73,8 @@ def attend(
     blocks = -(-count // block)
     size = -(-count // blocks)
     padded = jnp.pad(query, ((0, 0), (0, blocks * size - count), (0, 0), (0, 0)))
-    chunks = jnp.moveaxis(padded.reshape(batch, blocks, -1, heads, channels), 1, 0)
+    # Every block takes queries from all over the bag, so that where devices share the bag, each has a part of each block.
+    chunks = jnp.moveaxis(padded.reshape(batch, size, blocks, heads, channels), 2, 0)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def one(chunk: Float[Array, "batch query head channel"]) -> Float[Array, "batch query head channel"]:
@@ -82,4 +83,4 @@ def attend(
         return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(scores).astype(value.dtype), value)
 
     found = one(chunks[0])[None] if blocks == 1 else jax.lax.map(one, chunks)
-    return jnp.moveaxis(found, 0, 1).reshape(batch, -1, heads, channels)[:, :count]
+    return jnp.moveaxis(found, 0, 2).reshape(batch, -1, heads, channels)[:, :count]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,13 @@ from crcjax.models.hierarchical import HierarchicalAttentionMIL
 from crcjax.models.transmil import TransMIL
 
 Params = dict[str, Any]  # a nested dictionary of arrays, as optax and Orbax take it; nnx.merge gives the model back
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+# How the parts that a bag is encoded in are made ready for the backward pass.
+REMAT: dict[str, Callable[..., Any]] = {
+    "full": jax.checkpoint,
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "none": lambda part: part,
+}
 
 
 def _flat(aggregator: Callable[..., Aggregator], **fixed: Any) -> Callable[..., Aggregator]:
@@ -82,14 +89,14 @@ class MILModel(nnx.Module):
     """Tile encoder, aggregator, head. `factors` are the tiles along a region's side, per magnification."""
 
     def __init__(self, config: ConfigDict, classes: int, factors: tuple[int, ...], rngs: nnx.Rngs):
-        for field, known in (("dtype", DTYPES), ("mil", AGGREGATORS), ("head", HEADS)):
+        for field, known in (("dtype", DTYPES), ("remat", REMAT), ("mil", AGGREGATORS), ("head", HEADS)):
             if config[field] not in known:
                 raise InputError(f"config.model.{field} {config[field]!r}: choose one of {', '.join(known)}")
         if config.features % (4 * config.heads):
             raise InputError(f"config.model.features {config.features} is no multiple of 4 x {config.heads} heads")
         dtype = DTYPES[config.dtype]
         self.dropout = config.dropout
-        self.encode_regions = config.encode_regions
+        self.encode_regions, self.remat = config.encode_regions, REMAT[config.remat]
         self.head = HEADS[config.head]
         self.encoder = build_encoder(config, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(config.features, rngs=rngs)
@@ -114,10 +121,10 @@ class MILModel(nnx.Module):
         features: Float[Array, "batch region slot feature"],
         mask: Bool[Array, "batch region slot"],
         position: Float32[Array, "batch region 2"] | None = None,
-        key: Key[Array, ""] | None = None,
+        key: Key[Array, " batch"] | None = None,
         label: Int[Array, " batch"] | None = None,
     ) -> Prediction:
-        """The prediction from a bag's features; with a key, with dropout, and with labels, with the instance loss, as in training.
+        """The prediction from a bag's features; with a key a bag, with dropout, and with labels, with the instance loss, as in training.
 
         `position` is each region's (x, y) in sides of a region; without it, all lie at one place.
         """
@@ -126,7 +133,8 @@ class MILModel(nnx.Module):
             raise ValueError(f"the model was built for {self.slots} slots a region, the bag has {slots}")
         instances = features.reshape(batch, regions * slots, width)
         if key is not None and self.dropout:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, instances.shape)
+            # Drawn bag by bag: a bag in a smaller batch, or on another device, drops the same.
+            keep = jax.vmap(partial(jax.random.bernoulli, p=1 - self.dropout, shape=instances.shape[1:]))(key)
             instances = jnp.where(keep, instances / (1 - self.dropout), 0.0)
         if position is None:
             position = jnp.zeros((batch, regions, 2))
@@ -148,20 +156,16 @@ class MILModel(nnx.Module):
             pooled.instance_loss,
         )
 
-    def __call__(
+    def encode_bag(
         self,
         pixels: Num[Array, "batch region slot y x 3"],
-        mask: Bool[Array, "batch region slot"],
-        position: Float32[Array, "batch region 2"] | None = None,
-        key: Key[Array, ""] | None = None,
-        label: Int[Array, " batch"] | None = None,
         prepare: Callable[[Array, Int[Array, ""] | int], Array] = lambda pixels, first: pixels,
-    ) -> Prediction:
-        """The prediction from a bag's pixels, encoded `config.encode_regions` regions at a time.
+    ) -> Float32[Array, "batch region slot feature"]:
+        """Features of a bag's tiles, `config.encode_regions` regions at a time.
 
         `prepare` is given the pixels of some regions and the number of the first, and returns them as the encoder shall
-        see them. Of what the encoder computes, the features alone are kept for the backward pass, which encodes again:
-        memory grows with the bag by its features only.
+        see them. Of what the encoder computes, the features alone are kept for the backward pass (or what `config.remat`
+        says), which encodes again: memory grows with the bag by its features only.
         """
         regions = pixels.shape[1]
         size = min(self.encode_regions, regions)
@@ -171,13 +175,21 @@ class MILModel(nnx.Module):
             return self.encode(prepare(some, first))
 
         if size == regions:
-            return self.pool(encode_from(0), mask, position, key, label)
+            return encode_from(0)
         count = -(-regions // size)
         starts = jnp.minimum(jnp.arange(count) * size, regions - size)  # the last ones overlap where it does not divide
-        parts = jax.lax.map(jax.checkpoint(encode_from), starts)
-        whole = jnp.moveaxis(parts[:-1], 0, 1).reshape(len(mask), (count - 1) * size, *parts.shape[3:])
-        rest = parts[-1][:, count * size - regions :]
-        return self.pool(jnp.concatenate([whole, rest], axis=1), mask, position, key, label)
+        parts = jax.lax.map(self.remat(encode_from), starts)
+        whole = jnp.moveaxis(parts[:-1], 0, 1).reshape(len(pixels), (count - 1) * size, *parts.shape[3:])
+        return jnp.concatenate([whole, parts[-1][:, count * size - regions :]], axis=1)
+
+    def __call__(
+        self,
+        pixels: Num[Array, "batch region slot y x 3"],
+        mask: Bool[Array, "batch region slot"],
+        position: Float32[Array, "batch region 2"] | None = None,
+    ) -> Prediction:
+        """The prediction from a bag's pixels."""
+        return self.pool(self.encode_bag(pixels), mask, position)
 
 
 def build_model(config: ConfigDict, classes: int, seed: int, factors: tuple[int, ...] = (1,)) -> MILModel:

@@ -1,36 +1,41 @@
-"""The devices as a mesh."""
+"""The devices as a mesh: `data` (slides), `bag` (regions of a slide), `model` (weights)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import gcd
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
+
+from crcjax.errors import InputError
 
 AXES = ("data", "bag", "model")
 
 
-def device_mesh() -> Mesh:
-    """All devices along `data` (slides); `bag` (regions of a slide) and `model` (weights) are 1."""
-    return jax.make_mesh((jax.device_count(), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def device_mesh(config: ConfigDict | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (by default all) along the axes of `config`, the whole config; without one, all along `data`.
+
+    An axis of 0 is chosen: `data` as long as it divides the bags of a step, `bag` what then remains. Devices of one
+    process lie side by side along `model`, then `bag`, whose traffic comes in every layer; `data` crosses hosts once a
+    step. Raises InputError for sizes that do not divide the devices, the bags or the regions.
+    """
+    found = jax.devices() if devices is None else devices
+    shape = (len(found), 1, 1) if config is None else _shape(config, len(found))
+    return Mesh(_arranged(found, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def local_mesh() -> Mesh:
-    """The devices of this process along `data`, for work that it does by itself."""
-    sides = (jax.local_device_count(), 1, 1)
-    return jax.make_mesh(sides, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices())
+    """This process's own devices, all along `data`: for work that processes divide among themselves."""
+    return device_mesh(devices=jax.local_devices())
 
 
-def on_local_mesh(values: PyTree[Array], mesh: Mesh, local: Mesh) -> PyTree[Array]:
-    """Values of the whole mesh, copied whole to every device of this process; all processes call it together."""
-    if jax.process_count() == 1:
-        return values
-    whole = jax.jit(lambda values: values, out_shardings=replicated(mesh))(values)
-
-    def copied(leaf: Array) -> Array:
-        copies = [shard.data for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(local), copies)
-
-    return jax.tree.map(copied, whole)
+def described(mesh: Mesh) -> str:
+    """The mesh in words, for the log."""
+    return _described(mesh.devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -41,3 +46,44 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_data(mesh: Mesh) -> NamedSharding:
     """The leading axis split over `data`."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def _shape(config: ConfigDict, count: int) -> tuple[int, int, int]:
+    sizes, data = config.mesh, config.data
+    if min(sizes.data, sizes.bag, sizes.model) < 0 or not sizes.model:
+        raise InputError(f"config.mesh {_words(sizes)}: sizes are at least 1, or 0 for data and bag to be chosen")
+    rest = count // sizes.model
+    bags = data.bags // config.train.micro_batches
+    along_data = sizes.data or (rest // sizes.bag if sizes.bag else gcd(rest, bags))
+    along_bag = sizes.bag or rest // along_data
+    if along_data * along_bag * sizes.model != count:
+        raise InputError(f"config.mesh {_words(sizes)}: does not make {count} devices; set sizes whose product is that")
+    if data.bags % (along_data * config.train.micro_batches):
+        raise InputError(
+            f"config.data.bags {data.bags} is no multiple of {along_data} devices along data x config.train.micro_batches "
+            f"{config.train.micro_batches}; change one"
+        )
+    if data.regions % along_bag:
+        raise InputError(
+            f"config.data.regions {data.regions} is no multiple of {along_bag} devices along bag; change config.mesh.bag"
+        )
+    return along_data, along_bag, sizes.model
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
+    # Not as jax.make_mesh deals them out, which differs between kinds of devices: the order decides what crosses hosts.
+    return np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
+
+
+def _described(devices: np.ndarray) -> str:
+    what = ("the slides", "each slide's regions", "each layer's weights")
+    axes = ", ".join(f"{size} x {axis} ({of})" for size, axis, of in zip(devices.shape, AXES, what, strict=True))
+    processes = len({device.process_index for device in devices.flat})
+    words = f"{devices.size} {devices.flat[0].platform} devices of {processes} processes as {axes}"
+    if any(len({device.process_index for device in row.flat}) > 1 for row in devices):
+        words += "; bag x model is more than a process has, so that every layer waits for the network"
+    return words
+
+
+def _words(sizes: ConfigDict) -> str:
+    return ", ".join(f"{axis} {sizes[axis]}" for axis in AXES)

@@ -5,48 +5,98 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
-from crcjax.data.augment import augment, draw_augmentation
+from crcjax.data.augment import Augmentation, augment, draw_augmentation
 from crcjax.data.bags import Bag
 from crcjax.data.mining import Mining, after_step
+from crcjax.errors import InputError
 from crcjax.models.mil import MILModel, Params, Prediction, params_of
 from crcjax.slides.normaliser import StainNormaliser
 from crcjax.slides.stain import Estimate
-from crcjax.train.losses import bag_losses, supervised_contrastive, weighted_mean
+from crcjax.train.losses import bag_losses, supervised_contrastive
 from crcjax.train.mesh import over_data, replicated
+from crcjax.train.sharding import bag_spec, state_shardings
+
+# Where a number stands on the devices, an abstract state has its shape, a layout its sharding, and jax its placeholders.
+Scalar = Any
+_FIRST_SCALE, _STEPS_TO_GROW = 2.0**15, 2000  # as Micikevicius et al. 2018 and their successors have them
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossScale:
+    """What float16's loss is multiplied by, so that small gradients are not zero, and the good steps since it changed."""
+
+    scale: Scalar
+    good_steps: Scalar
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds: everything that the next step depends on, besides the config; `mining`, if it mines."""
+    """What a checkpoint holds: everything that the next step depends on, besides the config.
 
-    step: Int[Array, ""]
+    `scaling` is None but for float16, `mining` if nothing is mined.
+    """
+
+    step: Scalar
     params: Params
     moments: optax.OptState
-    mining: Mining | None = None
+    scaling: LossScale | Any = None
+    mining: Mining | Any = None
 
 
 Metrics = dict[str, Float32[Array, ""]]
+Seen = tuple[Array, Array, Array]  # of each bag: its loss, whether it was called rightly, the attention to its regions
+
+
+def abstract_state(
+    model: MILModel,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: Mesh,
+    mining: Mining | None = None,
+) -> TrainState:
+    """The shapes and the layout of a state, for compiling without one."""
+    state = jax.eval_shape(partial(_first, optimizer, config.model.dtype), params_of(model), mining)
+    layout = state_shardings(state, mesh, config.mesh.shard_params)
+    return jax.tree.map(lambda value, at: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=at), state, layout)
 
 
 def init_state(
-    model: MILModel, optimizer: optax.GradientTransformation, mesh: Mesh, mining: Mining | None = None
+    model: MILModel,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: Mesh,
+    mining: Mining | None = None,
 ) -> TrainState:
-    """The state before the first step, on every device."""
-    params = params_of(model)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), mining)
-    # Copied: the step donates its state, and the model keeps its own arrays.
-    return jax.tree.map(lambda value: jax.device_put(jnp.array(value), replicated(mesh)), state)
+    """The state before the first step, each device given its own part. Every process must have the same model."""
+    abstract = abstract_state(model, optimizer, config, mesh, mining)
+    layout = jax.tree.map(lambda value: value.sharding, abstract)
+
+    def place(value: Array, at: NamedSharding) -> Array:
+        held = np.asarray(value)
+        return jax.make_array_from_callback(held.shape, at, lambda index: held[index])
+
+    given = jax.tree.map(place, (params_of(model), mining), (layout.params, layout.mining))
+    # The step donates its state, and the model keeps its own arrays: so params are copied.
+    return jax.jit(partial(_first, optimizer, config.model.dtype), out_shardings=layout)(*given)
+
+
+def _first(optimizer: optax.GradientTransformation, dtype: str, params: Params, mining: Mining | None) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    scaling = LossScale(jnp.float32(_FIRST_SCALE), zero) if dtype == "float16" else None
+    return TrainState(zero, params, optimizer.init(params), scaling, mining)
 
 
 def build_step(
@@ -56,63 +106,150 @@ def build_step(
     mesh: Mesh,
     normaliser: StainNormaliser | None = None,
 ) -> Callable[[TrainState, Bag], tuple[TrainState, Metrics]]:
-    """The jitted step: state and bags to the next state and metrics. The state is donated."""
+    """The jitted step: state and bags to the next state and metrics. The state is donated.
+
+    With `config.train.micro_batches` the bags are computed so many parts at a time and their gradients added up: the same
+    step, since every draw and weight is the whole batch's. Raises InputError for a loss that is no sum over bags.
+    """
+    micro_batches = config.train.micro_batches
+    if micro_batches > 1 and config.train.contrastive_weight:
+        raise InputError(
+            f"config.train.micro_batches {micro_batches}: config.train.contrastive_weight compares all bags of a step with "
+            "each other, which needs them at once; set one of the two to 1 or 0"
+        )
     graph = nnx.graphdef(model)
     seed = jax.random.key(config.seed)
+    encode = _build_encode(graph, config, mesh, normaliser)
+    layout = jax.tree.map(lambda value: value.sharding, abstract_state(model, optimizer, config, mesh))
+    layout = replace(layout, mining=replicated(mesh))
 
-    @partial(
-        jax.jit,
-        donate_argnums=0,
-        in_shardings=(replicated(mesh), over_data(mesh)),
-        out_shardings=(replicated(mesh), replicated(mesh)),
-    )
-    def step(state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(seed, state.step))
-        label, weight = jnp.asarray(bag.label), jnp.asarray(bag.weight)
-        batch, regions, slots = bag.mask.shape
-        # Normalised tiles no longer have the stain that was estimated.
-        drawn = draw_augmentation(
-            augment_key, (batch, regions, slots), config.augment, None if normaliser else bag.stain
-        )
-
-        def prepare(pixels: Array, first: Int[Array, ""] | int) -> Array:
-            if normaliser and bag.stain is not None:
-                pixels = normaliser.batch(pixels, bag.stain)
-            return augment(pixels, drawn, first)
-
-        def loss_of(params: Params) -> tuple[Array, tuple[Prediction, Array]]:
-            model = nnx.merge(graph, params)
-            rest = (bag.mask, bag.position, dropout_key, label)
-            if config.data.features:
-                prediction = model.pool(model.encode_stored(jnp.asarray(bag.tiles)), *rest)
-            else:
-                prediction = model(bag.tiles, *rest, prepare)
-            losses = bag_losses(prediction, label, state.step, config.train)
-            loss = weighted_mean(losses, weight)
-            if config.train.contrastive_weight:
-                embedding, temperature = jnp.asarray(prediction.embedding), config.train.contrastive_temperature
-                loss += config.train.contrastive_weight * supervised_contrastive(embedding, label, temperature)
-            return loss, (prediction, losses)
-
-        (loss, (prediction, losses)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, moments = optimizer.update(gradient, state.moments, state.params)
-        params = optax.apply_updates(state.params, updates)
+    def loss_of(
+        params: Params, bag: Bag, keys: Key[Array, " batch"], turns: Augmentation, state: TrainState, total: Array
+    ) -> tuple[Array, tuple[Array, Seen]]:
+        """The part of the loss that some bags have, times the loss scale; the part itself, and what was seen of each bag."""
+        label = jnp.asarray(bag.label)
+        features = encode(params, bag, turns)
+        prediction = nnx.merge(graph, params).pool(features, bag.mask, bag.position, keys, label)
+        losses = bag_losses(prediction, label, state.step, config.train)
+        loss = (losses * jnp.asarray(bag.weight)).sum() / total
+        if config.train.contrastive_weight:
+            embedding, temperature = jnp.asarray(prediction.embedding), config.train.contrastive_temperature
+            loss += config.train.contrastive_weight * supervised_contrastive(embedding, label, temperature)
         right = prediction.logits.argmax(axis=-1) == label
-        metrics = {"loss": loss, "accuracy": right.mean(), "gradient_norm": optax.tree.norm(gradient)}
-        mining = state.mining
-        if mining is not None:
-            seen = jnp.asarray(bag.slide), jnp.asarray(bag.region), losses, ~right
-            attention = jnp.asarray(prediction.region_attention)
-            mining = after_step(mining, state.step + 1, config.data.mine_every, *seen, attention)
-        return TrainState(state.step + 1, params, moments, mining), metrics
+        seen = losses, right, jnp.asarray(prediction.region_attention)
+        return loss * (state.scaling.scale if state.scaling else 1.0), (loss, seen)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    def step(state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
+        bag = jax.tree_util.tree_map_with_path(
+            lambda path, part: jax.lax.with_sharding_constraint(part, NamedSharding(mesh, bag_spec(path))), bag
+        )
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(seed, state.step))
+        batch, regions, slots = bag.mask.shape
+        known = None if normaliser else bag.stain  # normalised tiles no longer have the stain that was estimated
+        drawn = draw_augmentation(augment_key, (batch, regions, slots), config.augment, known)
+        keys = jax.vmap(partial(jax.random.fold_in, dropout_key))(jnp.arange(batch))
+        total = jnp.maximum(jnp.asarray(bag.weight).sum(), 1e-9)
+        gradient_of = jax.grad(loss_of, has_aux=True)
+
+        def add(sums: tuple, number: Int[Array, ""]) -> tuple[tuple, Seen]:
+            part = jax.tree.map(partial(_part, number=number, parts=micro_batches), (bag, keys, drawn))
+            gradient, (loss, seen) = gradient_of(state.params, *part, state, total)
+            return jax.tree.map(jnp.add, sums, (gradient, loss)), seen
+
+        if micro_batches == 1:
+            gradient, (loss, seen) = gradient_of(state.params, bag, keys, drawn, state, total)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(())
+            (gradient, loss), by_part = jax.lax.scan(add, zeros, jnp.arange(micro_batches))
+            seen = jax.tree.map(lambda value: jnp.moveaxis(value, 0, 1).reshape(-1, *value.shape[2:]), by_part)
+        losses, right, attention = seen
+        following, metrics = _updated(optimizer, state, gradient)
+        if state.mining is not None:
+            found = jnp.asarray(bag.slide), jnp.asarray(bag.region), losses, ~right, attention
+            following = replace(
+                following, mining=after_step(state.mining, following.step, config.data.mine_every, *found)
+            )
+        return following, {"loss": loss, "accuracy": right.mean(), **metrics}
 
     return step
+
+
+def _build_encode(
+    graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None
+) -> Callable[[Params, Bag, Augmentation], Float32[Array, "batch region slot feature"]]:
+    """The features of augmented bags."""
+
+    def encode(
+        params: Params, tiles: Array, stain: Estimate | None, drawn: Augmentation
+    ) -> Float32[Array, "batch region slot feature"]:
+        model = nnx.merge(graph, params)
+        if config.data.features:
+            return model.encode_stored(tiles)
+
+        def prepare(pixels: Array, first: Int[Array, ""] | int) -> Array:
+            if normaliser and stain is not None:
+                pixels = normaliser.batch(pixels, stain)
+            return augment(pixels, drawn, first)
+
+        return model.encode_bag(tiles, prepare)
+
+    # The encoder merges bags and regions into one axis of tiles, which the partitioner, where both are divided, can only
+    # do by bringing the pixels of a bag together. Mapped by hand, each device encodes what it holds; and the encoder's
+    # gradient is summed over devices once a step, in float32, not once a part in the type of the computation.
+    def mapped(params: Params, bag: Bag, drawn: Augmentation) -> Float32[Array, "batch region slot feature"]:
+        by_bag, by_region = PartitionSpec("data"), PartitionSpec("data", "bag")
+        draws, tree = jax.tree.flatten(drawn)
+        by_draw = [by_bag if draw.shape[1] == 1 else by_region for draw in draws]  # drawn for a slide, or for its tiles
+        return jax.shard_map(
+            lambda params, tiles, stain, draws: encode(params, tiles, stain, jax.tree.unflatten(tree, draws)),
+            mesh=mesh,
+            axis_names={"data", "bag"},
+            in_specs=(PartitionSpec(), by_region, by_bag, by_draw),
+            out_specs=by_region,
+            check_vma=False,
+        )(params, jnp.asarray(bag.tiles), bag.stain, draws)
+
+    return mapped
+
+
+def _part(value: Array, *, number: Int[Array, ""], parts: int) -> Array:
+    """Every `parts`-th bag, from `number` on: so each device's bags give their share to every part, and none moves."""
+    split = value.reshape(len(value) // parts, parts, *value.shape[1:])
+    return jax.lax.dynamic_index_in_dim(split, number, axis=1, keepdims=False)
+
+
+def _updated(
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: Params
+) -> tuple[TrainState, Metrics]:
+    """The next state and the gradient's norm.
+
+    In float16 a gradient that is not finite changes nothing but the scale, which is halved; it is doubled after
+    many good steps. The norm is then 0, but where the scale cannot fall further: what is not finite there is no overflow.
+    """
+    scaling = state.scaling
+    if scaling:
+        gradient = jax.tree.map(lambda value: value / scaling.scale, gradient)
+    norm = optax.tree.norm(gradient)
+    updates, moments = optimizer.update(gradient, state.moments, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if not scaling:
+        return replace(state, step=state.step + 1, params=params, moments=moments), {"gradient_norm": norm}
+    good = jnp.isfinite(norm)
+    params, moments = jax.tree.map(partial(jnp.where, good), (params, moments), (state.params, state.moments))
+    grows = scaling.good_steps + 1 >= _STEPS_TO_GROW
+    scale = jnp.where(good, scaling.scale * jnp.where(grows, 2.0, 1.0), jnp.maximum(scaling.scale / 2.0, 1.0))
+    following = LossScale(scale, jnp.where(good & ~grows, scaling.good_steps + 1, 0))
+    norm = jnp.where(good | (scaling.scale <= 1.0), norm, 0.0)
+    state = replace(state, step=state.step + 1, params=params, moments=moments, scaling=following)
+    return state, {"gradient_norm": norm, "loss_scale": scaling.scale}
 
 
 class Forward:
     """A whole bag of any length through the model: regions encoded in chunks, features pooled in padded buckets.
 
-    Training's evaluation and prediction both use it. XLA compiles one program for the chunks and one a bucket.
+    Training's evaluation and prediction both use it, each process on its own devices (`local_mesh`). XLA compiles one
+    program for the chunks and one a bucket.
     """
 
     def __init__(
@@ -127,9 +264,9 @@ class Forward:
         graph = nnx.graphdef(model)
         devices = mesh.shape["data"]
         self.chunk = -(-chunk // devices) * devices
+        self._whole = replicated(mesh)
         self._buckets = sorted(buckets)
         self.normaliser, self.stored = normaliser, stored
-        self._over_data = over_data(mesh)
 
         def encode(params: Params, tiles: Array, stain: Estimate | None) -> Array:
             model = nnx.merge(graph, params)
@@ -144,6 +281,16 @@ class Forward:
         )
         self._pool = jax.jit(lambda params, *bag: nnx.merge(graph, params).pool(*bag))
 
+    def place(self, params: Params) -> Params:
+        """Parameters on any mesh, one that spans processes too, whole on each device of this one. All processes must call."""
+
+        def whole(value: Array) -> Array:
+            mesh = getattr(value.sharding, "mesh", None)
+            gathered = jax.device_put(value, replicated(mesh)) if mesh else value
+            return jax.device_put(gathered.addressable_data(0), self._whole)
+
+        return jax.tree.map(whole, params)
+
     def encode(
         self, params: Params, tiles: Num[np.ndarray, "region slot *tile"], stain: Estimate | None = None
     ) -> Array:
@@ -152,7 +299,7 @@ class Forward:
         `tiles` are pixels, or with `stored`, what a published encoder gave for them.
         """
         padding = [(0, self.chunk - len(tiles)), *[(0, 0)] * (tiles.ndim - 1)]
-        return self._encode(params, jax.device_put(np.pad(tiles, padding), self._over_data), stain)
+        return self._encode(params, np.pad(tiles, padding), stain)
 
     def pool(
         self,
@@ -164,7 +311,9 @@ class Forward:
     ) -> Prediction:
         """The prediction for one bag, as arrays of the host without its padding; with a key, with dropout."""
         regions = len(mask)
-        result = jax.device_get(self._pool(params, *self.padded(features, mask, position), key))
+        result = jax.device_get(
+            self._pool(params, *self.padded(features, mask, position), None if key is None else key[None])
+        )
         return replace(
             result,
             region_attention=result.region_attention[:, :regions],

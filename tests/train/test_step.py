@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from crcjax.errors import InputError
 from crcjax.models.mil import build_model, params_of
 from crcjax.train.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer, learning_rate
-from crcjax.train.step import Forward, build_step, init_state
+from crcjax.train.step import Forward, LossScale, abstract_state, build_step, init_state
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_the_step_learns_without_hidden_transfers(config) -> None:
     mesh = device_mesh()
     model = build_model(config.model, 3, 0)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
-    step, state = build_step(model, optimizer, config, mesh), init_state(model, optimizer, mesh)
+    step, state = build_step(model, optimizer, config, mesh), init_state(model, optimizer, config, mesh)
     bag = jax.device_put(_bag())
     losses = []
     with jax.transfer_guard("disallow"):
@@ -51,7 +53,7 @@ def test_the_same_seed_gives_the_same_bits(config) -> None:
     for _ in range(2):
         model = build_model(config.model, 3, 0)
         optimizer = build_optimizer(config.optimizer, config.train.steps)
-        step, state = build_step(model, optimizer, config, mesh), init_state(model, optimizer, mesh)
+        step, state = build_step(model, optimizer, config, mesh), init_state(model, optimizer, config, mesh)
         for _ in range(3):
             state, _ = step(state, _bag())
         results.append(jax.tree.leaves(state.params))
@@ -81,3 +83,81 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end(config) -> Non
     assert float(rate(60)) == pytest.approx(1e-4)
     with pytest.raises(InputError, match=r"warmup_steps 2 is not below train\.steps 2"):
         learning_rate(config.optimizer, 2)
+
+
+def _steps(config, count: int, bag: Bag | None = None):
+    """The state and the metrics of each step."""
+    mesh = device_mesh()
+    model = build_model(config.model, 3, 0)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    step, state = build_step(model, optimizer, config, mesh), init_state(model, optimizer, config, mesh)
+    found = []
+    for _ in range(count):
+        state, metrics = step(state, bag or _bag())
+        found.append({name: float(value) for name, value in metrics.items()})
+    return state, found
+
+
+def test_accumulation_in_parts_is_the_step_at_once(config) -> None:
+    config.model.dropout = 0.3
+    bag = replace(_bag(), weight=np.arange(1, 7, dtype=np.float32))
+    whole, of_whole = _steps(config, 4, bag)
+    config.train.micro_batches = 3
+    parts, of_parts = _steps(config, 4, bag)
+    for one, other in zip(of_whole, of_parts, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+        assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(one)
+
+
+def test_a_loss_of_all_bags_together_is_not_computed_in_parts(config) -> None:
+    config.train.micro_batches, config.train.contrastive_weight = 3, 0.1
+    with pytest.raises(InputError, match=r"micro_batches 3: config\.train\.contrastive_weight compares all bags"):
+        _steps(config, 0)
+
+
+def test_the_step_compiles_from_shapes_alone(config) -> None:
+    mesh = device_mesh()
+    model = build_model(config.model, 3, 0)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    bag = jax.tree.map(lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype), _bag())
+    state = abstract_state(model, optimizer, config, mesh)
+    assert build_step(model, optimizer, config, mesh).lower(state, bag).compile().cost_analysis()["flops"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_learns_with_parameters_in_float32(config, dtype: str) -> None:
+    config.model.dtype = dtype
+    state, found = _steps(config, 60)
+    assert found[-1]["loss"] < 0.6 * found[0]["loss"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_float16_passes_over_an_overflow_with_half_the_scale_and_goes_on(config) -> None:
+    config.model.dtype = "float16"
+    mesh = device_mesh()
+    model = build_model(config.model, 3, 0)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    step, state = build_step(model, optimizer, config, mesh), init_state(model, optimizer, config, mesh)
+    state = replace(state, scaling=LossScale(jnp.float32(2.0**40), jnp.int32(7)))
+    before = jax.tree.map(np.array, state.params)
+    state, metrics = step(state, _bag())
+    assert (float(metrics["loss_scale"]), float(metrics["gradient_norm"])) == (2.0**40, 0.0)
+    assert (float(state.scaling.scale), int(state.scaling.good_steps), int(state.step)) == (2.0**39, 0, 1)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True))
+    for _ in range(40):
+        state, metrics = step(state, _bag())
+        assert np.isfinite(float(metrics["loss"]))
+    assert int(state.scaling.good_steps) > 0
+    assert 0 < float(metrics["gradient_norm"]) < 1e3
+
+
+def test_what_is_not_finite_at_the_lowest_scale_is_not_hidden(config) -> None:
+    config.model.dtype = "float16"
+    mesh = device_mesh()
+    model = build_model(config.model, 3, 0)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    step, state = build_step(model, optimizer, config, mesh), init_state(model, optimizer, config, mesh)
+    state = replace(state, scaling=LossScale(jnp.float32(1.0), jnp.int32(0)))
+    _, metrics = step(state, replace(_bag(), weight=np.full(6, np.inf, np.float32)))
+    assert not np.isfinite(float(metrics["gradient_norm"]))

@@ -1,0 +1,192 @@
+"""What devices say to each other in one step of configs/epoc.py, from the program compiled for 32 of them, and what it costs.
+
+Nothing is run: XLA's own text of the partitioned program has every collective with its shape and its devices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=256"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from record import record
+
+sys.path.append(str(Path(__file__).parents[1] / "configs"))
+from epoc import get_config
+
+from crcjax.data.bags import Bag
+from crcjax.models.mil import build_model
+from crcjax.train.mesh import device_mesh
+from crcjax.train.optimizer import build_optimizer
+from crcjax.train.sharding import bag_spec
+from crcjax.train.step import abstract_state, build_step
+
+FACTORS = (1, 2)  # 10x and 20x
+HOST = 8  # GPUs that NVLink connects
+NVLINK, NETWORK = 450e9, 25e9  # bytes/s each way: of a GPU, and of a host's one 200 Gb/s port
+MEMORY, PEAK, FRACTION = 3.35e12, 989e12, 0.4  # an H100's bytes/s, bfloat16 FLOP/s, and how much of both a step attains
+LATENCY = {True: 30e-6, False: 10e-6}  # s a collective, across hosts and within one
+LAYOUTS = (  # devices, data, bag, model, config.mesh.shard_params
+    (8, 8, 1, 1, 0),
+    (32, 32, 1, 1, 0),
+    (32, 32, 1, 1, 65536),
+    (32, 8, 4, 1, 0),
+    (32, 16, 1, 2, 0),
+    (256, 32, 8, 1, 0),
+)
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_OPERATION = re.compile(
+    r"= (?P<shape>\([^)]*\)|\S+) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of one device: bytes it sends (as a ring does it), how often, and whether its devices span hosts."""
+
+    kind: str
+    sent: float
+    times: int
+    across: bool
+    sharing: int  # groups that use a host's port at once
+
+
+def collectives(text: str) -> list[Collective]:
+    """All of a program's, those in loops as often as the loops run."""
+    blocks: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if line and not line[0].isspace() and line.rstrip().endswith("{"):
+            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
+            entry = name if line.startswith("ENTRY") else entry
+            blocks[name] = []
+        elif name:
+            blocks[name].append(line)
+    found: list[Collective] = []
+
+    def walk(block: str, times: int) -> None:
+        for line in blocks.get(block, ()):
+            if match := _OPERATION.search(line):
+                found.append(_collective(match["kind"], match["shape"], line, times))
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            for called in re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line):
+                walk(called, times * (int(trips[1]) if trips else 1))
+
+    walk(entry, 1)
+    return found
+
+
+def _collective(kind: str, shape: str, line: str, times: int) -> Collective:
+    size = sum(
+        SIZES[kind] * math.prod(map(int, filter(None, sides.split(","))))
+        for kind, sides in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        if kind in SIZES
+    )
+    groups = _groups(line)
+    count = len(groups[0])
+    across = any(len({device // HOST for device in group}) > 1 for group in groups)
+    share = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1, "collective-permute": 1}
+    touching = sum(any(device < HOST for device in group) for group in groups)
+    return Collective(kind, size * share.get(kind, (count - 1) / count), times, across, touching)
+
+
+def _groups(line: str) -> list[list[int]]:
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        return [[int(one), int(other)] for one, other in re.findall(r"(\d+),(\d+)", pairs[1])]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, sides = ([int(side) for side in iota[i].split(",")] for i in (1, 2))
+        order = [int(axis) for axis in iota[3].split(",")] if iota[3] else list(range(len(sides)))
+        return np.arange(math.prod(sides)).reshape(sides).transpose(order).reshape(shape).tolist()
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sides = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        over = re.findall(r"'(\w+)'", named[2])
+        assert "device_ids=(" not in line, line
+        assert ":(" not in named[2], line
+        order = [name for name in sides if name not in over] + over
+        devices = np.arange(math.prod(sides.values())).reshape(list(sides.values()))
+        moved = devices.transpose([list(sides).index(name) for name in order])
+        return moved.reshape(-1, math.prod(sides[name] for name in over)).tolist()
+    listed = re.search(r"replica_groups=\{\{(.*?)\}\}", line)
+    assert listed, line
+    return [[int(device) for device in group.split(",")] for group in listed[1].split("},{")]
+
+
+def compiled(devices: int, data: int, bag: int, model: int, shard_params: int) -> tuple[list[Collective], float, float]:
+    """The collectives of a layout's step, and a device's FLOPs and bytes of memory traffic."""
+    config = get_config()
+    sizes = config.mesh
+    sizes.data, sizes.bag, sizes.model, sizes.shard_params = data, bag, model, shard_params
+    mesh = device_mesh(config, jax.devices()[:devices])
+    built = build_model(config.model, len(config.data.classes), 0, FACTORS)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    batch, regions, slots = config.data.bags, config.data.regions, sum(factor**2 for factor in FACTORS)
+    parts = Bag(
+        jax.ShapeDtypeStruct((batch, regions, slots, 256, 256, 3), np.uint8),
+        jax.ShapeDtypeStruct((batch, regions, slots), bool),
+        jax.ShapeDtypeStruct((batch, regions, 2), np.float32),
+        jax.ShapeDtypeStruct((batch,), np.int32),
+        jax.ShapeDtypeStruct((batch,), np.float32),
+    )
+    bags = jax.tree_util.tree_map_with_path(
+        lambda path, part: part.update(sharding=NamedSharding(mesh, bag_spec(path))), parts
+    )
+    step = build_step(built, optimizer, config, mesh)
+    program = step.lower(abstract_state(built, optimizer, config, mesh), bags).compile()
+    cost = program.cost_analysis()
+    return collectives(program.as_text()), cost["flops"], cost["bytes accessed"]
+
+
+def row(layout: tuple[int, ...]) -> dict:
+    found, flops, traffic = compiled(*layout)
+    devices, data, bag, model, shard_params = layout
+    by_kind: dict[str, float] = defaultdict(float)
+    for one in found:
+        by_kind[one.kind] += one.sent * one.times / 1e6
+    # XLA for GPUs joins the collectives of one kind and one group that a program has outside of loops.
+    joined = {(one.kind, one.across, one.sharing) if one.times == 1 else id(one): one for one in found}
+    transfer = sum(
+        one.times * one.sent / (NETWORK / one.sharing if one.across else NVLINK) for one in found if one.sent
+    )
+    latency = sum(one.times * LATENCY[one.across] for one in joined.values())
+    step_s = max(flops / PEAK, traffic / MEMORY) / FRACTION
+    return {
+        "devices": devices,
+        "data x bag x model": f"{data} x {bag} x {model}",
+        "parameters": "divided" if shard_params else "whole",
+        "MB sent a device": ", ".join(f"{kind} {sent:.3g}" for kind, sent in sorted(by_kind.items())),
+        "across hosts MB": sum(one.sent * one.times for one in found if one.across) / 1e6,
+        "compute ms": 1e3 * step_s,
+        "transfer ms": 1e3 * transfer,
+        "latency ms": 1e3 * latency,
+        "efficiency, nothing hidden": step_s / (step_s + transfer + latency),
+        "efficiency, hidden behind the backward pass": step_s / (step_s + latency + max(0.0, transfer - step_s / 2)),
+    }
+
+
+def main() -> None:
+    rows = [row(layout) for layout in LAYOUTS]
+    note = (
+        "The step of configs/epoc.py (pixels, 10x and 20x, 64 regions a bag, 32 bags) as XLA partitions it; nothing was run on GPUs. "
+        f"Assumed: {HOST} H100 a host, NVLink {NVLINK / 1e9:.0f} GB/s each way, one port of 200 Gb/s a host that all its groups share, "
+        f"rings, {1e6 * LATENCY[True]:.0f} µs a joined collective across hosts and {1e6 * LATENCY[False]:.0f} within one; a device's "
+        f"compute is the larger of its FLOPs at {PEAK / 1e12:.0f} TFLOP/s and its memory traffic at {MEMORY / 1e12:.2f} TB/s, both at "
+        f"{FRACTION:.0%}, as XLA counts them of the CPU's program. Hidden: each gradient is sent while the backward pass of the layers "
+        "below it, half of the step, goes on. The efficiency is of the communication alone."
+    )
+    record("collectives", "python tools/collectives.py", rows, note)
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
