@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crcjax.slides import stain
 from crcjax.slides.painter import SITES, SlideSpec, paint_block
 from crcjax.slides.stain import (
     METHODS,
@@ -166,6 +167,26 @@ def test_reinhard_gives_the_tissue_the_references_moments() -> None:
     found = fit_reinhard(moved.reshape(-1, 3), mask, WHITE)
     np.testing.assert_allclose(found.mean, other.mean, atol=0.1)
     np.testing.assert_allclose(found.deviation, other.deviation, rtol=0.35)
+
+
+def test_every_round_of_vahadanes_factors_lowers_their_objective_and_none_is_negative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pixels = _painted(0, "stromal", 12, 4000)
+    density = np.asarray(stain.optical_density(pixels, WHITE), np.float64)
+    values = density * (density.mean(axis=1, keepdims=True) >= stain.BETA)
+    costs = []
+    for steps in (0, 1, 2, 4, 8, 16, 32, stain._NMF_STEPS):
+        monkeypatch.setattr(stain, "_NMF_STEPS", steps)
+        found = stain.fit_vahadane.__wrapped__(jnp.asarray(pixels), np.ones(len(pixels), bool), WHITE)
+        vectors = np.asarray(found.vectors, np.float64)
+        assert (vectors >= 0).all()
+        codes = np.maximum(values @ np.linalg.pinv(vectors), 1e-3)
+        for _ in range(500):  # to the codes that are best for these vectors
+            codes = codes * (values @ vectors.T) / (codes @ (vectors @ vectors.T) + stain._SPARSITY)
+        costs.append(((values - codes @ vectors) ** 2).sum() / 2 + stain._SPARSITY * codes.sum())
+    assert (np.diff(costs) <= 1e-4 * costs[0]).all(), costs
+    assert costs[-1] < costs[0]
 
 
 def test_the_concentrations_of_vahadane_solve_their_lasso() -> None:
