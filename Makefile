@@ -38,5 +38,11 @@ system-packages:
 	  apt-get update -qq && apt-get install -qq --yes python3-venv; \
 	else echo "the system's package python3-venv is missing: install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; fi
 
+# A SLURM cluster on this machine, for tests/slurm; Debian and Ubuntu.
+.PHONY: slurm-packages
+slurm-packages:
+	@{ [ -x /usr/sbin/slurmctld ] && [ -x /usr/sbin/munged ]; } \
+	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes slurm-wlm munge; }
+
 clean:
 	rm -rf $(VENV) runs build *.egg-info

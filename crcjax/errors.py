@@ -37,5 +37,9 @@ class OutputError(CrcjaxError):
     """The output cannot be written (disk full, no permission): the run stops, what is finished is kept."""
 
 
+class StoppedError(CrcjaxError):
+    """A signal asked the run to stop; what is done is saved, and the same command goes on from there."""
+
+
 class BusyError(CrcjaxError):
     """Another process holds what is needed; it will be free again."""

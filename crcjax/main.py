@@ -2,7 +2,14 @@
 
     python -m crcjax.main --config configs/demo.py --workdir RUN [--config.FIELD=VALUE ...]
 
-Exit status: 0 trained; 2 the config, cohort, store or run directory is not usable; 3 the output cannot be written.
+Several processes find each other by SLURM's, Open MPI's or Kubernetes' variables, or by flags (docs/distributed.md):
+
+    --coordinator HOST:PORT --processes N --process I    process 0's address, how many there are, which this one is
+    --wait_s S                                           how long they wait for each other at start, 300 seconds
+
+Exit status: 0 trained; 2 the config, cohort, store, run directory or set of processes is not usable; 3 the output cannot
+be written; 4 another process of the run failed, was lost or stood still; 85 stopped by SIGTERM or SIGUSR1, with
+everything saved: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 # jax 0.10 queues collectives on a thread pool as large as the cores and hangs where several CPU devices share few.
@@ -19,9 +27,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from crcjax.config import get_config
-from crcjax.errors import CrcjaxError, InputError, OutputError
+from crcjax.errors import CrcjaxError, InputError, OutputError, StoppedError
+from crcjax.monitor.logs import complain
 
-STATUS = {InputError: 2, OutputError: 3}
+STATUS = {InputError: 2, OutputError: 3, StoppedError: 85}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,19 +39,40 @@ def main(arguments: list[str] | None = None) -> int:
     if "--help" in arguments:
         print(__doc__)
         return 0
+    several = False
     try:
-        config, workdir = read_config(arguments)
-        from crcjax.train.loop import train  # loads jax, which an error above need not wait for
+        config, workdir, given, wait_s = _read(arguments)
+        from crcjax.train.distributed import together  # loads jax, which an error above need not wait for
+        from crcjax.train.loop import train
+        from crcjax.train.peers import find_peers
+        from crcjax.train.run_directory import common_facts
 
-        train(config, workdir)
+        peers = find_peers(os.environ, *given)
+        several = peers is not None
+        facts = common_facts(config, workdir) if peers else {}
+        with together(peers, facts, wait_s, config.train.stall_timeout_s) as group:
+            train(config, workdir, group)
+        status = 0
     except CrcjaxError as error:
-        print(f"crcjax: {error}", file=sys.stderr)
-        return STATUS.get(type(error), 1)
-    return 0
+        complain(f"crcjax: {error}")
+        status = STATUS.get(type(error), 1)
+    except (Exception, KeyboardInterrupt):
+        if not several:
+            raise
+        traceback.print_exc()
+        status = 1
+    if several:
+        sys.stdout.flush()
+        os._exit(status)  # jax would wait at the end for processes that have gone
+    return status
 
 
 def read_config(arguments: list[str]) -> tuple[ConfigDict, Path]:
     """The config and the directory that arguments of the command line give. Raises InputError."""
+    return _read(arguments)[:2]
+
+
+def _read(arguments: list[str]) -> tuple[ConfigDict, Path, tuple[str | None, int | None, int | None], float]:
     known = _fields(get_config())
     for argument in arguments:
         name = argument.split("=")[0]
@@ -54,6 +84,10 @@ def read_config(arguments: list[str]) -> tuple[ConfigDict, Path]:
         "config", None, "file with get_config()", flag_values=values, sys_argv=arguments
     )
     workdir = flags.DEFINE_string("workdir", None, "the run's directory, new or to be resumed", flag_values=values)
+    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
+    processes = flags.DEFINE_integer("processes", None, "how many there are", 1, flag_values=values)
+    process = flags.DEFINE_integer("process", None, "which of them this is, from 0", 0, flag_values=values)
+    wait_s = flags.DEFINE_float("wait_s", 300.0, "how long they wait for each other", 0.1, flag_values=values)
     try:
         rest = values(arguments)
         config = file.value
@@ -63,7 +97,7 @@ def read_config(arguments: list[str]) -> tuple[ConfigDict, Path]:
         reason = " ".join(str(error.args[0] if error.args else error).split())
         raise InputError(f"the command line or the config file is wrong: {type(error).__name__}: {reason}") from error
     if len(rest) > 1:
-        raise InputError(f"what is {rest[1]!r}? Arguments are --config, --workdir and --config.FIELD=VALUE")
+        raise InputError(f"what is {rest[1]!r}? Arguments are --config, --workdir and --config.FIELD=VALUE; see --help")
     if config is None or not workdir.value:
         raise InputError("give --config FILE and --workdir DIR")
     given = _fields(config)
@@ -72,7 +106,7 @@ def read_config(arguments: list[str]) -> tuple[ConfigDict, Path]:
     missing = [name for name in known if name not in given]
     if missing:
         raise InputError(f"the config file has no {missing[0]}; start it from crcjax.config.get_config()")
-    return config, Path(workdir.value)
+    return config, Path(workdir.value), (coordinator.value, processes.value, process.value), wait_s.value
 
 
 def _check_known(name: str, known: list[str], prefix: str) -> None:

@@ -22,7 +22,7 @@ from crcjax.slides.reader import Slide
 from crcjax.slides.stain import Estimate
 from crcjax.slides.tiling import TilePlan, TilingParams, plan_tiles
 from crcjax.train.checkpoint import restore_params
-from crcjax.train.mesh import local_mesh
+from crcjax.train.mesh import local_mesh, replicated
 from crcjax.train.run_directory import Run, open_run
 from crcjax.train.step import Forward
 
@@ -139,7 +139,7 @@ class Member:
         self.model_id = model_id_of(params)
         mesh = local_mesh()
         self.forward = Forward(model, config.data.region_buckets, config.data.regions, mesh, run.normaliser)
-        self.params = self.forward.place(params)
+        self.params = jax.device_put(params, replicated(mesh))
         self.attribute = None if attribution == "attention" else _attribute(model, attribution)
 
     def encode(self, pixels: UInt8[np.ndarray, "region slot y x 3"], stain: Estimate | None) -> Iterator[np.ndarray]:

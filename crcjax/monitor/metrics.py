@@ -20,11 +20,14 @@ class MetricWriter:
     """Writes scalars to RUN/tensorboard and RUN/metrics.jsonl; a context manager.
 
     What a killed run had written of steps after `start`, beyond its last checkpoint, is dropped: the resumed run writes
-    it again. Raises OutputError where the disk is full or may not be written.
+    it again. Raises OutputError where the disk is full or may not be written. With `writes` False it writes nothing, as
+    the processes of a run but the main one must.
     """
 
-    def __init__(self, run: Path, start: int = 0):
-        self._run = run
+    def __init__(self, run: Path, start: int = 0, writes: bool = True):
+        self._run, self._writes = run, writes
+        if not writes:
+            return
         path = run / "metrics.jsonl"
         with self._output():
             run.mkdir(parents=True, exist_ok=True)
@@ -40,12 +43,16 @@ class MetricWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._writes:
+            return
         with self._output():
             self._lines.close()
             self._events.close()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Scalars of one step, named like `train/loss`."""
+        if not self._writes:
+            return
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         with self._output():
             self._lines.write(json.dumps({"step": step, **scalars}) + "\n")

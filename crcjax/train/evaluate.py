@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
+from jax.experimental import multihost_utils
 from jaxtyping import Float32, Num
 from sklearn.metrics import balanced_accuracy_score
 
@@ -18,30 +18,30 @@ from crcjax.train.step import Forward
 
 
 class Evaluation:
-    """The slides of one split, all of their regions, by slide; each process has its share of the slides."""
+    """The slides of one split, all of their regions, by slide; each process predicts its share of them."""
 
     def __init__(self, store: str, cohort: Cohort, forward: Forward, encoder: str):
-        self._labels = [label_of(row, cohort.classes) for row in cohort.rows]
+        self.stores = open_stores(store, cohort, pixels=not forward.stored) if cohort.rows else []
         self._classes = len(cohort.classes)
-        mine = Cohort(cohort.rows[jax.process_index() :: jax.process_count()], cohort.classes)
-        self.stores = open_stores(store, mine, pixels=not forward.stored) if mine.rows else []
+        self._labels = [label_of(row, cohort.classes) for row in cohort.rows]
         self._forward = forward
         features = open_features(self.stores, encoder) if forward.stored and self.stores else []
         self._readers = [reader.read for reader in features] or [store.read_pixels for store in self.stores]
         self._stains = [forward.normaliser.of_store(store) if forward.normaliser else None for store in self.stores]
 
-    def metrics(self, params: Params) -> dict[str, float] | None:
-        """`loss` (nats) and `balanced_accuracy` over the slides, the same in every process; None for an empty split.
+    def metrics(self, params: Params, each: Callable[[], None] = lambda: None) -> dict[str, float] | None:
+        """`loss` (nats) and `balanced_accuracy` over the slides; None for an empty split.
 
-        The parameters may lie on any mesh; every process must call.
+        `params` are on the devices of this process. `each` is called before every slide.
         """
-        if not self._labels:
+        if not self.stores:
             return None
-        probs = np.zeros((len(self._labels), self._classes), np.float32)
-        for place, found in enumerate(self.predictions(self._forward.place(params))):
-            probs[place * jax.process_count() + jax.process_index()] = found.probs[0]
+        probs = np.zeros((len(self.stores), self._classes), np.float32)
+        for index in range(jax.process_index(), len(self.stores), jax.process_count()):
+            each()
+            probs[index] = self._prediction(params, index).probs[0]
         if jax.process_count() > 1:
-            probs = np.asarray(process_allgather(probs)).sum(axis=0)  # each slide is one process's, zero in the others
+            probs = multihost_utils.process_allgather(probs).sum(axis=0)  # each row is of one process, zero elsewhere
         called = probs.argmax(axis=1)
         return {
             "loss": float(-np.log(np.maximum(probs[np.arange(len(probs)), self._labels], 1e-12)).mean()),
@@ -49,10 +49,12 @@ class Evaluation:
         }
 
     def predictions(self, params: Params) -> Iterator[Prediction]:
-        """What the model says of each of this process's slides, in the cohort's order."""
-        for store, read, stain in zip(self.stores, self._readers, self._stains, strict=True):
-            chunks = self._chunks(len(store.mask), read)
-            yield self._forward.bag(params, chunks, store.mask, _position(store), stain)
+        """What the model says of each slide, in the cohort's order."""
+        return (self._prediction(params, index) for index in range(len(self.stores)))
+
+    def _prediction(self, params: Params, index: int) -> Prediction:
+        store, read, stain = self.stores[index], self._readers[index], self._stains[index]
+        return self._forward.bag(params, self._chunks(len(store.mask), read), store.mask, _position(store), stain)
 
     def _chunks(
         self, regions: int, read: Callable[[Sequence[int]], np.ndarray]

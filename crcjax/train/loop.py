@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -18,29 +17,33 @@ from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import train_batches
 from crcjax.data.mining import Miner, start_mining
 from crcjax.data.splits import divide
-from crcjax.errors import InputError
+from crcjax.errors import InputError, StoppedError
 from crcjax.models.encoders import PRETRAINED
 from crcjax.models.mil import build_model
+from crcjax.monitor.logs import kept_in, say
 from crcjax.monitor.metrics import MetricWriter
 from crcjax.slides.features import feature_attributes
 from crcjax.slides.normaliser import stain_normaliser
 from crcjax.slides.store import TileStore
 from crcjax.train.checkpoint import Checkpointer
+from crcjax.train.distributed import Group
 from crcjax.train.evaluate import Evaluation
 from crcjax.train.losses import check_loss
-from crcjax.train.mesh import described, device_mesh, local_mesh
+from crcjax.train.mesh import described, device_mesh, local_mesh, on_local_mesh
 from crcjax.train.optimizer import build_optimizer, learning_rate
 from crcjax.train.pretrained import is_kept, load_published
 from crcjax.train.run_directory import start_run
 from crcjax.train.step import Forward, Metrics, build_step, init_state
 
 
-def train(config: ConfigDict, run: Path) -> None:
+def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
     """Trains to config.train.steps, going on from the run's newest checkpoint if it has one.
 
     Raises InputError before anything is written if the config, the cohort, the store or the run directory is not
-    usable; OutputError if the run directory cannot be written.
+    usable; OutputError if the run directory cannot be written; StoppedError once a checkpoint is saved, if the group is
+    asked to stop.
     """
+    group = group or Group()
     cohort = _cohort(config)
     check_loss(config.train.loss, config.model.head)
     stores = open_stores(config.data.store, cohort, pixels=not config.data.features)
@@ -53,11 +56,15 @@ def train(config: ConfigDict, run: Path) -> None:
     kept = None
     if config.model.encoder in PRETRAINED and not config.model.imported_features:
         sha256 = load_published(model, config.model)
-        _say(f"{config.model.weights}: SHA-256 {sha256}")
+        say(f"{config.model.weights}: SHA-256 {sha256}")
         if config.data.features:
             _check_features(config, stores, sha256)
         kept = partial(is_kept, config.model.frozen)
-    start_run(run, config, tiling, cohort, normaliser)
+    if not group.main:
+        group.wait("the run directory")  # the main process writes it, the others then look at it
+    start_run(run, config, tiling, cohort, normaliser, group.main)
+    if group.main:
+        group.wait("the run directory")
     optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
     rate = learning_rate(config.optimizer, config.train.steps)
     step = build_step(model, optimizer, config, mesh, normaliser)
@@ -69,35 +76,54 @@ def train(config: ConfigDict, run: Path) -> None:
     mining = start_mining(config.data, len(training.rows))
     state = checkpoints.restore(init_state(model, optimizer, config, mesh, mining))
     start = int(state.step)
-    _say(f"{parameter_overview.count_parameters(state.params):,} parameters on {described(mesh)}")
-    _say(f"{run}: going on from step {start}" if start else f"{run}: starting")
 
-    with MetricWriter(run, start) as writer, Miner(run, training, config, state.mining, start) as miner:
+    with (
+        kept_in(run, group.process),
+        MetricWriter(run, start, group.main) as writer,
+        Miner(run, training, config, state.mining, start) as miner,
+    ):
+        say(f"{parameter_overview.count_parameters(state.params):,} parameters on {described(mesh)}")
+        say(f"{run}: going on from step {start}" if start else f"{run}: starting")
         progress = _Progress(start, config)
         batches = train_batches(training, config, mesh, start, normaliser, miner.board)
         for number, bags in enumerate(batches, start + 1):
+            group.at(number, "computing")
             state, metrics = step(state, bags)
             batches.follow(metrics["loss"])
             miner.after(number, state.mining)
+            stops = group.stops(number)
             last = number == config.train.steps
             evaluates = last or number % config.train.eval_every == 0
-            saves = evaluates or number % config.train.checkpoint_every == 0
+            saves = evaluates or stops or number % config.train.checkpoint_every == 0
+            if config.train.agree_every and number % config.train.agree_every == 0:
+                group.compare(number, {"gradient norm": metrics["gradient_norm"], "parameter": state.params})
             if saves or number % config.train.log_every == 0:
                 # Before every save, too: a run resumed from a checkpoint that is not finite would never recover.
                 scalars = _checked(metrics, number)
+                waited_s = group.largest(batches.waited_s)
                 writer.write(number, {f"train/{name}": value for name, value in scalars.items()})
                 writer.write(
-                    number, {"train/learning_rate": float(rate(number - 1)), **progress.speed(number, batches.waited_s)}
+                    number, {"train/learning_rate": float(rate(number - 1)), **progress.speed(number, waited_s)}
                 )
-                progress.show(number, scalars["loss"], batches.waited_s)
-            evaluated = validation.metrics(state.params) if evaluates else None
+                progress.show(number, scalars["loss"], waited_s)
+            evaluated = None
+            if evaluates:
+                params = on_local_mesh(state.params, mesh, local_mesh())
+                evaluated = validation.metrics(params, partial(group.at, number, "evaluating"))
             if evaluated:
                 writer.write(number, {f"val/{name}": value for name, value in evaluated.items()})
-                _say(f"step {number}: validation " + ", ".join(f"{name} {v:.3f}" for name, v in evaluated.items()))
+                say(f"step {number}: validation " + ", ".join(f"{name} {v:.3f}" for name, v in evaluated.items()))
             if saves:
+                group.at(number, "saving")
                 checkpoints.save(state, evaluated)
-    checkpoints.close()
-    _say(f"{run}: trained to step {config.train.steps}")
+            if stops and not last:
+                checkpoints.close()
+                raise StoppedError(
+                    f"{run}: stopped as asked, step {number} is saved; the same command goes on from there"
+                )
+            group.at(number + 1, "reading its bags")
+        checkpoints.close()
+        say(f"{run}: trained to step {config.train.steps}")
 
 
 def _cohort(config: ConfigDict) -> Cohort:
@@ -191,9 +217,4 @@ class _Progress:
                 f"  {speed['train/steps_per_s']:.2f} steps/s  {speed['train/slides_per_hour']:,.0f} slides/hour"
                 f"  {left / 60:.1f} min left"
             )
-        _say(line)
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+        say(line)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
@@ -36,6 +37,17 @@ def local_mesh() -> Mesh:
 def described(mesh: Mesh) -> str:
     """The mesh in words, for the log."""
     return _described(mesh.devices)
+
+
+def on_local_mesh(values: PyTree[Array], mesh: Mesh, local: Mesh) -> PyTree[Array]:
+    """Values of the whole mesh, copied whole to every device of this process; all processes call it together."""
+    whole = jax.jit(lambda values: values, out_shardings=replicated(mesh))(values)
+
+    def copied(leaf: Array) -> Array:
+        copies = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(local), copies)
+
+    return jax.tree.map(copied, whole)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

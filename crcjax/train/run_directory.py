@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -19,7 +22,15 @@ from crcjax.slides.tiling import TilingParams
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "openslide-bin")
 # How fast a run is fed, what it reports and how it is spread over devices do not change its numbers but by rounding.
-_FREE = {"data.read_threads", "data.workers", "data.prefetch", "data.device_prefetch", "train.log_every"}
+_FREE = {
+    "data.read_threads",
+    "data.workers",
+    "data.prefetch",
+    "data.device_prefetch",
+    "train.log_every",
+    "train.agree_every",
+    "train.stall_timeout_s",
+}
 _FREE |= {"train.micro_batches", "mesh.data", "mesh.bag", "mesh.model", "mesh.shard_params"}
 
 
@@ -53,12 +64,20 @@ def open_run(path: str | Path) -> Run:
 
 
 def start_run(
-    path: Path, config: ConfigDict, tiling: TilingParams, cohort: Cohort, normaliser: StainNormaliser | None = None
+    path: Path,
+    config: ConfigDict,
+    tiling: TilingParams,
+    cohort: Cohort,
+    normaliser: StainNormaliser | None = None,
+    main: bool = True,
 ) -> None:
     """Writes config.json and run.json, or checks that a run to be resumed has the same config, tiling and cases.
 
-    Raises InputError naming what differs, OutputError if the directory cannot be written.
+    A process that is not `main` only checks what the main one has written. Raises InputError naming what differs,
+    OutputError if the directory cannot be written.
     """
+    if not main:
+        _await(path / "config.json")
     # By slide and by case, so that prediction knows them under either name.
     split_of = {name: row.split for row in cohort.rows for name in (row.slide_id, row.case_id)}
     if (path / "config.json").exists():
@@ -98,6 +117,36 @@ def start_run(
         (path / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another --workdir") from error
+
+
+def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
+    """What must be the same in all processes of a run: config, run directory, code, packages, cohort file and store."""
+    source = sha256()
+    for file in sorted(Path(crcjax.__file__).parent.rglob("*.py")):
+        source.update(file.read_bytes())
+    cohort = Path(config.data.cohort)
+    slides = sorted(Path(config.data.store).glob("*.zarr/zarr.json")) if config.data.store else []
+    listing = sha256()
+    for slide in slides:
+        listing.update(slide.parent.name.encode() + slide.read_bytes())
+    return {
+        "--workdir": str(path),
+        **{f"config.{name}": repr(value) for name, value in _leaves(config)},
+        "crcjax": f"{crcjax.__version__}, commit {_commit()}, source {source.hexdigest()[:12]}",
+        "Python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "the cohort file": sha256(cohort.read_bytes()).hexdigest()[:12] if cohort.is_file() else "absent",
+        "the store": f"{len(slides)} slides, listing {listing.hexdigest()[:12]}",
+    }
+
+
+def _await(file: Path) -> None:
+    """Network file systems show a new file to other machines after some seconds."""
+    for _ in range(300):
+        if file.exists():
+            return
+        time.sleep(0.1)
+    raise InputError(f"{file}: the main process has written it, but it is not here; share --workdir among all machines")
 
 
 def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -264,9 +264,9 @@ class Forward:
         graph = nnx.graphdef(model)
         devices = mesh.shape["data"]
         self.chunk = -(-chunk // devices) * devices
-        self._whole = replicated(mesh)
         self._buckets = sorted(buckets)
         self.normaliser, self.stored = normaliser, stored
+        self._over_data = over_data(mesh)
 
         def encode(params: Params, tiles: Array, stain: Estimate | None) -> Array:
             model = nnx.merge(graph, params)
@@ -281,16 +281,6 @@ class Forward:
         )
         self._pool = jax.jit(lambda params, *bag: nnx.merge(graph, params).pool(*bag))
 
-    def place(self, params: Params) -> Params:
-        """Parameters on any mesh, one that spans processes too, whole on each device of this one. All processes must call."""
-
-        def whole(value: Array) -> Array:
-            mesh = getattr(value.sharding, "mesh", None)
-            gathered = jax.device_put(value, replicated(mesh)) if mesh else value
-            return jax.device_put(gathered.addressable_data(0), self._whole)
-
-        return jax.tree.map(whole, params)
-
     def encode(
         self, params: Params, tiles: Num[np.ndarray, "region slot *tile"], stain: Estimate | None = None
     ) -> Array:
@@ -299,7 +289,7 @@ class Forward:
         `tiles` are pixels, or with `stored`, what a published encoder gave for them.
         """
         padding = [(0, self.chunk - len(tiles)), *[(0, 0)] * (tiles.ndim - 1)]
-        return self._encode(params, np.pad(tiles, padding), stain)
+        return self._encode(params, jax.device_put(np.pad(tiles, padding), self._over_data), stain)
 
     def pool(
         self,

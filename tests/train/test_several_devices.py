@@ -87,7 +87,7 @@ from crcjax.data.cohort import load_cohort
 from crcjax.models.mil import build_model
 from crcjax.train.checkpoint import Checkpointer
 from crcjax.train.evaluate import Evaluation
-from crcjax.train.mesh import device_mesh, local_mesh
+from crcjax.train.mesh import device_mesh, local_mesh, on_local_mesh
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import Forward, init_state
 
@@ -101,7 +101,7 @@ checkpoints.save(state, None)
 checkpoints.close()
 cohort = load_cohort(painted + "/cohort.csv", config.data.classes).split("train")
 evaluation = Evaluation(painted + "/store", cohort, Forward(model, (64, 128), 8, local_mesh()), "compact")
-Path(folder, process + ".json").write_text(json.dumps(evaluation.metrics(state.params)))
+Path(folder, process + ".json").write_text(json.dumps(evaluation.metrics(on_local_mesh(state.params, mesh, local_mesh()))))
 """
 
 

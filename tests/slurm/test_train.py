@@ -1,0 +1,101 @@
+"""launch/slurm/train.sbatch on a real cluster of two nodes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+from crcjax.config import get_config as default
+
+def get_config():
+    config = default()
+    config.data.regions, config.data.bags, config.data.region_buckets = 4, 4, (64, 128)
+    config.data.folds = 3
+    config.model.width, config.model.features, config.model.attention = 8, 16, 8
+    config.train.steps, config.train.eval_every, config.train.checkpoint_every = 300, 300, 1000
+    config.train.log_every, config.train.agree_every, config.optimizer.warmup_steps = 1, 10, 2
+    return config
+"""
+
+
+@pytest.fixture
+def webhook() -> Iterator[tuple[str, list[dict]]]:
+    """The address of a server that keeps what is posted to it, and what it has kept."""
+    kept: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            kept.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/", kept
+        server.shutdown()
+        thread.join()
+
+
+def _await(ready, what: str, timeout_s: float = 240.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+@pytest.mark.slurm
+@pytest.mark.multiprocess
+def test_a_fold_trained_over_two_nodes_is_stopped_by_a_signal_requeued_and_goes_on_to_its_end(
+    slurm: Path, painted: Path, tmp_path: Path, webhook: tuple[str, list[dict]]
+) -> None:
+    address, posted = webhook
+    (tmp_path / "small.py").write_text(SMALL)
+    run, output = tmp_path / "run", tmp_path / "job.out"
+    ours = {"CRCJAX_WEBHOOK": address, "CRCJAX_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = ["sbatch", "--parsable", "--nodes=2", "--array=1", f"--output={output}", "--mail-user=somebody"]
+    command += [
+        str(ROOT / "launch" / "slurm" / "train.sbatch"),
+        f"--config={tmp_path / 'small.py'}",
+        f"--workdir={run}",
+    ]
+    command += [f"--config.data.store={painted / 'store'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
+    job = subprocess.run(command, cwd=ROOT, env=os.environ | ours, capture_output=True, text=True, check=True)
+    task = f"{job.stdout.strip()}_1"
+
+    def text() -> str:
+        return output.read_text() if output.exists() else ""
+
+    _await(lambda: re.search(r"^\[0\] step \d", text(), re.MULTILINE) or "failure" in str(posted), text())
+    # As SLURM does before the time limit, by the script's --signal.
+    subprocess.run(["scancel", "--signal=USR1", task], check=True)
+    _await(lambda: [post["event"] for post in posted][-1] in ("end", "failure"), text())
+    assert [post["event"] for post in posted] == ["start", "requeue", "start", "end"], text()
+    assert [post["restarts"] for post in posted] == [0, 0, 1, 1]
+    assert {post["workdir"] for post in posted} == {str(run / "fold-1")}
+    saved = re.search(r"stopped as asked, step (\d+) is saved", text())
+    resumed = re.search(r"going on from step (\d+)", text())
+    assert saved is not None
+    assert resumed is not None
+    assert saved[1] == resumed[1]
+    assert "8,707 parameters on 2 cpu" in text()
+    lines = [json.loads(line) for line in (run / "fold-1" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 301))
+    assert json.loads((run / "fold-1" / "config.json").read_text())["data"]["fold"] == 1
+    for process in (0, 1):
+        assert "trained to step 300" in (run / "fold-1" / "logs" / f"process-{process}.log").read_text()
+    mails = (slurm / "mails").read_text()
+    assert "Began" in mails
+    assert "somebody" in mails
