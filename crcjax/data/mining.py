@@ -66,12 +66,17 @@ def start_mining(config: ConfigDict, slides: int) -> Mining | None:
         raise InputError(f"config.data.mine_every {config.mine_every}: choose 1 or more steps")
     if not (config.mine_slides or config.mine_regions):
         return None
-    regions = int(config.mine_regions * config.regions + 1e-9)
+    regions = max(1, mined_regions(config))  # checkpoints hold no empty arrays
     memory = [
         Memory(jnp.full(slides, -1.0), jnp.zeros(slides, bool), jnp.full((slides, regions), -1, jnp.int32))
         for _ in fields(Mining)
     ]
     return Mining(*memory)
+
+
+def mined_regions(config: ConfigDict) -> int:
+    """How many of a bag's regions may be mined, by `config` (config.data)."""
+    return int(config.mine_regions * config.regions + 1e-9)
 
 
 def after_step(
@@ -170,7 +175,7 @@ class Sampler:
 
     def regions(self, step: int, bag: int, slide: int, store: TileStore) -> Int[np.ndarray, " drawn"]:
         memory, config = self.memory(step), self.config
-        mined = memory.region[slide] if memory and memory.wrong[slide] else None
+        mined = memory.region[slide, : mined_regions(config)] if memory and memory.wrong[slide] else None
         cells = tissue = None
         if config.region_draw == "spread":
             if slide not in self.cells:
@@ -247,8 +252,9 @@ class Miner:
         for step in steps:
             places = mined_places(step, self._config.data.bags, share)
             mined.update(ids[slide] for slide in self._sampler.slides(step)[places])
-        wrong = np.flatnonzero(memory.wrong) if memory.region.size else ()
-        regions = {ids[slide]: [int(at) for at in memory.region[slide] if at >= 0] for slide in wrong}
+        count = mined_regions(self._config.data)
+        wrong = np.flatnonzero(memory.wrong) if count else ()
+        regions = {ids[slide]: [int(at) for at in memory.region[slide, :count] if at >= 0] for slide in wrong}
         self._write("a", json.dumps({"first_step": first, "slides": dict(mined), "regions": regions}) + "\n")
 
     def _write(self, mode: str, text: str) -> None:
