@@ -134,7 +134,7 @@ def accuracies(mil: str, bags: np.ndarray, mask: np.ndarray, label: np.ndarray, 
     """The held-out accuracy of every fold, at the checkpoint of the least cross-entropy in its inner folds."""
     inner = inner_folds(train, label)
     found = log_probs(mil, bags, mask, label, np.concatenate([train, inner.reshape(-1, len(label))]))
-    right = np.take_along_axis(found, label[:, None], axis=-1)[..., 0]
+    right = found[..., np.arange(len(label)), label]
     left_out = (train[:, None] & ~inner)[:, :, None]
     checkpoint = (right[len(train) :].reshape(*inner.shape[:2], CHECKPOINTS, -1) * left_out).sum(axis=(1, 3)).argmax(1)
     called = found[np.arange(len(train)), checkpoint].argmax(axis=-1)

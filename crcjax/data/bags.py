@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Num
 from ml_collections import ConfigDict
 
+from crcjax.data.cases import CaseFeatures, CaseStore
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError
 from crcjax.slides.features import FeatureReader
@@ -22,7 +23,7 @@ from crcjax.slides.store import TileStore, open_store, tiled_slides
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bag:
-    """Some slides' regions; `mask` is False for padding and for tiles that the store masks. On the host, of NumPy arrays.
+    """The regions of some slides or cases; `mask` is False for padding and for tiles that the store masks. On the host, of NumPy arrays.
 
     `tiles` are pixels (y x 3, 8 bits) or stored features. On devices its arrays are JAX's; to compile for, their shapes.
     """
@@ -38,14 +39,14 @@ class Bag:
 
 
 def read_bag(
-    stores: Sequence[TileStore],
+    stores: Sequence[TileStore | CaseStore],
     regions: Sequence[Int[np.ndarray, " _"]],
     labels: Int[np.ndarray, " batch"],
     padded: int,
     stain: Estimate | None = None,
-    features: Sequence[FeatureReader] = (),
+    features: Sequence[FeatureReader | CaseFeatures] = (),
 ) -> Bag:
-    """The chosen regions of each slide, padded to `padded` regions: their pixels, or each slide's features if given."""
+    """The chosen regions of each slide or case, padded to `padded` regions: their pixels, or each one's features if given."""
     shape = (len(stores), padded, stores[0].params.slots)
     readers = [reader.read for reader in features] or [store.read_pixels for store in stores]
     mask = np.zeros(shape, bool)

@@ -18,6 +18,7 @@ from jaxtyping import Float32
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import Bag, open_features, open_stores, read_bag, slide_stains
+from crcjax.data.cases import CaseFeatures, CaseStore, by_unit
 from crcjax.data.cohort import Cohort
 from crcjax.data.mining import Board, Sampler, sampler_of
 from crcjax.data.sampling import slide_weights
@@ -59,14 +60,17 @@ def open_feed(cohort: Cohort, config: ConfigDict, mesh: Mesh, normaliser: StainN
             raise InputError(
                 f"config.data.{field} {data[field]} is no multiple of the {mesh.shape[axis]} devices along {axis}; set it so"
             )
-    stores = open_stores(data.store, cohort, pixels=not data.features)
+    slides = open_stores(data.store, cohort, pixels=not data.features)
+    of_slides = open_features(slides, config.model.encoder) if data.features else []
+    cohort, stores, features = by_unit(data.unit, cohort, slides, of_slides)
+    stains = slide_stains(slides, config, normaliser) if data.unit == "slide" else []  # a case has several
     sampler = sampler_of(cohort, config, None)
     shape = data.bags, data.regions
     blocks = local_blocks(mesh, shape)
     reader = _Reader(
         stores,
-        open_features(stores, config.model.encoder) if data.features else [],
-        [jax.tree.map(np.asarray, stain) for stain in slide_stains(stores, config, normaliser)],
+        features,
+        [jax.tree.map(np.asarray, stain) for stain in stains],
         sampler,
         slide_weights(sampler.labels, config.train.class_balance),
         shape,
@@ -174,8 +178,8 @@ def local_blocks(mesh: Mesh, shape: tuple[int, int]) -> list[Block]:
 class _Reader:
     """Reads what this process holds of a step's bags; each worker has a copy of it."""
 
-    stores: list[TileStore]
-    features: list[FeatureReader]
+    stores: list[TileStore | CaseStore]
+    features: list[FeatureReader | CaseFeatures]
     stains: list[Estimate]
     sampler: Sampler
     weights: Float32[np.ndarray, " slide"]

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import label_of
+from crcjax.data.cases import CaseStore
 from crcjax.data.cohort import Cohort
 from crcjax.data.sampling import draw_regions, draw_slides, mined_places, spread_cells
 from crcjax.errors import InputError, OutputError
@@ -173,7 +174,7 @@ class Sampler:
             self.labels, self.seed, step, config.bags, sites=self.sites, losses=losses, mined_share=share
         )
 
-    def regions(self, step: int, bag: int, slide: int, store: TileStore) -> Int[np.ndarray, " drawn"]:
+    def regions(self, step: int, bag: int, slide: int, store: TileStore | CaseStore) -> Int[np.ndarray, " drawn"]:
         memory, config = self.memory(step), self.config
         mined = memory.region[slide, : mined_regions(config)] if memory and memory.wrong[slide] else None
         cells = tissue = None

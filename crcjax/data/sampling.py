@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, Num
 
 
 def draw_slides(
@@ -106,7 +106,7 @@ def draw_regions(
 
 
 def spread_cells(
-    mask: Bool[np.ndarray, "region slot"], origin: Int[np.ndarray, "region 2"], count: int
+    mask: Bool[np.ndarray, "region slot"], origin: Num[np.ndarray, "region 2"], count: int
 ) -> Int[np.ndarray, " region"]:
     """The cell of every region that holds a tile, 0 to count - 1; -1 of the others.
 

@@ -171,11 +171,11 @@ def _predict(paths: Sequence[Path], test: Cohort, fold: int) -> list[dict[str, s
         params, _ = restore_params(path, model)
         sizes = config.data.region_buckets, config.data.regions
         forward = Forward(model, *sizes, device_mesh(), run.normaliser, config.data.features)
-        evaluation = Evaluation(config.data.store, test, forward, config.model.encoder)
+        evaluation = Evaluation(config.data.store, test, forward, config.model.encoder, config.data.unit)
         members.append((model_id_of(params), list(evaluation.predictions(params))))
     name = "+".join(model for model, _ in members)
     rows = []
-    for number, (slide, store) in enumerate(zip(test.rows, evaluation.stores, strict=True)):
+    for number, slide, store in zip(evaluation.bag_of, test.rows, evaluation.slides, strict=True):
         found = combine([predictions[number] for _, predictions in members])
         told = called(found, test.classes)
         row = {"slide_id": slide.slide_id, "case_id": slide.case_id, **told, "model": name, "split": ""}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def predict_slides(
 ) -> list[Row]:
     """Predicts slides; returns the rows of OUT/predictions.csv, one a slide, whatever became of it.
 
-    Rows are written as slides are finished, so that a run which is stopped keeps them; `split` is what the run used the
+    A run whose unit is the case sees those slides of a case that can be read as one bag, and their rows say the same of it.
+    Rows are written as slides, or cases, are finished, so that a run which is stopped keeps them; `split` is what the run used the
     slide's case for, if it did. Probabilities and `entropy` are at the temperature of the `calibration`, if one is given,
     and `set` is its conformal set; `expected_entropy` and `mutual_information` are as the model says. Entropies are in
     nats. Beside the table lie heatmaps/SLIDE_ID.png and
@@ -71,20 +73,63 @@ def predict_slides(
         *("entropy", "expected_entropy", "mutual_information", "vacuity", "set", "calibration"),
         *("regions", "status", "reason", "seconds", "model", "split", "synthetic"),
     ]
-    rows = []
+    rows: dict[str, Row] = {}
     try:
         for folder in (out / "heatmaps", out / "attention"):
             folder.mkdir(parents=True, exist_ok=True)
         with open(out / "predictions.csv", "w", newline="", buffering=1) as file:
             table = csv.DictWriter(file, columns, restval="")
             table.writeheader()
-            for job in jobs:
-                row = _predict_one(predictor, job, out, threads, calibration)
-                table.writerow(row)
-                rows.append(row)
-                on_row(row)
+            for together in _bags(jobs, predictor.unit):
+                for row in _predict_bag(predictor, together, out, threads, calibration):
+                    table.writerow(row)
+                    rows[row["slide_id"]] = row
+                    on_row(row)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror}); free space or choose another --out") from error
+    return [rows[job.slide_id] for job in jobs]
+
+
+def _bags(jobs: Sequence[PredictJob], unit: str) -> list[list[PredictJob]]:
+    """The jobs that share a bag, cases in the order of their first slides."""
+    if unit == "slide":
+        return [[job] for job in jobs]
+    slides_of: dict[str, list[PredictJob]] = {}
+    for job in jobs:
+        slides_of.setdefault(job.case_id, []).append(job)
+    return list(slides_of.values())
+
+
+def _predict_bag(
+    predictor: Predictor, jobs: Sequence[PredictJob], out: Path, threads: int, calibration: Calibration | None
+) -> list[Row]:
+    """The rows of slides that are one bag; those that fail do not keep the others from it."""
+    rows, read = [], []
+    with ExitStack() as files:
+        for job in jobs:
+            start = time.monotonic()
+            row = {"slide_id": job.slide_id, "case_id": job.case_id, "model": predictor.model_id}
+            row["split"] = predictor.split_of.get(job.slide_id) or predictor.split_of.get(job.case_id, "")
+            rows.append(row)
+            with _failing_into(row):
+                slide = files.enter_context(open_slide(job.path, job.mpp))
+                read.append((row, job, slide, predictor.encode(slide, threads), start))
+        found: list[SlidePrediction] = []
+        with _failing_into(*(row for row, *_ in read)):
+            found = predictor.predict_encoded([encoded for *_, encoded, _ in read]) if read else []
+        for (row, job, slide, _, start), prediction in zip(read, found, strict=False):
+            with _failing_into(row):
+                call = called(prediction.prediction, predictor.classes, calibration, read[0][1].slide_id, job.site)
+                highest = float(call[f"p_{call['subtype']}"])
+                title = f"{call['subtype']} {highest:.2f}"
+                _write_pictures(job, slide, prediction, predictor.attribution, title, out)
+                row |= call | {
+                    "regions": str(int(prediction.mask.any(axis=1).sum())),
+                    "status": "ok",
+                    "reason": slide.info.warning,
+                    "seconds": f"{time.monotonic() - start:.2f}",
+                    "synthetic": "yes" if prediction.synthetic else "no",
+                }
     return rows
 
 
@@ -92,13 +137,16 @@ def called(
     found: Prediction,
     classes: Sequence[str],
     calibration: Calibration | None = None,
-    slide_id: str = "",
+    draw: str = "",
     site: str | None = None,
 ) -> Row:
-    """What predictions.csv says of one slide's prediction: its subtype, probabilities, doubt and set."""
+    """What predictions.csv says of one bag's prediction: its subtype, probabilities, doubt and set.
+
+    A set may be drawn by chance: `draw` is the id of the slide by which the bag is calibrated, a case's first.
+    """
     told = np.asarray(found.probs[0], np.float64)
     probs = told if calibration is None else calibration.probs(told[None])[0]
-    held = None if calibration is None else calibration.set_of(told, slide_id, site)
+    held = None if calibration is None else calibration.set_of(told, draw, site)
     expected = float(found.expected_entropy[0])
     return {
         "subtype": classes[int(probs.argmax())],
@@ -112,31 +160,20 @@ def called(
     }
 
 
-def _predict_one(
-    predictor: Predictor, job: PredictJob, out: Path, threads: int, calibration: Calibration | None
-) -> Row:
-    start = time.monotonic()
-    row = {"slide_id": job.slide_id, "case_id": job.case_id, "model": predictor.model_id}
-    row["split"] = predictor.split_of.get(job.slide_id) or predictor.split_of.get(job.case_id, "")
+@contextmanager
+def _failing_into(*rows: Row) -> Iterator[None]:
+    """Writes into the rows why their slides failed."""
     try:
-        with open_slide(job.path, job.mpp) as slide:
-            found = predictor.predict(slide, threads)
-            call = called(found.prediction, predictor.classes, calibration, job.slide_id, job.site)
-            highest = float(call[f"p_{call['subtype']}"])
-            _write_pictures(job, slide, found, predictor.attribution, f"{call['subtype']} {highest:.2f}", out)
+        yield
     except SlideError as error:
-        return row | {"status": error.status, "reason": f"{error.reason}; {error.remedy}"}
+        failure = {"status": error.status, "reason": f"{error.reason}; {error.remedy}"}
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        return row | {"status": "failed", "reason": f"{reason}; free memory, or predict it on a larger machine"}
-    return row | {
-        **call,
-        "regions": str(int(found.mask.any(axis=1).sum())),
-        "status": "ok",
-        "reason": slide.info.warning,
-        "seconds": f"{time.monotonic() - start:.2f}",
-        "synthetic": "yes" if found.synthetic else "no",
-    }
+        failure = {"status": "failed", "reason": f"{reason}; free memory, or predict it on a larger machine"}
+    else:
+        return
+    for row in rows:
+        row.update(failure)
 
 
 def _write_pictures(

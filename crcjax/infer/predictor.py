@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
+from crcjax.data.cases import side_by_side
 from crcjax.errors import InputError
 from crcjax.infer.attribution import Method, attention_for, integrated_gradients, log_odds, occlusion
 from crcjax.models.mil import MILModel, Params, Prediction, build_model, combine
@@ -25,6 +26,17 @@ from crcjax.train.checkpoint import restore_params
 from crcjax.train.mesh import local_mesh, replicated
 from crcjax.train.run_directory import Run, open_run
 from crcjax.train.step import Forward
+
+
+@dataclass(frozen=True)
+class EncodedSlide:
+    """What members' encoders say of a slide's regions (level-0 px), and the seconds of each stage."""
+
+    features: list[Float32[np.ndarray, "region slot feature"]]
+    plan: TilePlan
+    mask: Bool[np.ndarray, "region slot"]
+    synthetic: bool
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,7 @@ class Predictor:
                 )
         self.tiling: TilingParams = first.tiling
         self.classes: tuple[str, ...] = tuple(first.config.data.classes)
+        self.unit: str = first.config.data.unit
         for other in opened[1:]:
             _check_goes_with(first, other)
         if dropout_samples and not first.config.model.dropout:
@@ -80,7 +93,11 @@ class Predictor:
         self._keys: list[Array | None] = [*keys] or [None]
 
     def predict(self, slide: Slide, threads: int) -> SlidePrediction:
-        """The prediction of an open slide; `threads` decode ahead of the encoder. Raises SlideError."""
+        """The prediction of an open slide alone. Raises SlideError."""
+        return self.predict_encoded([self.encode(slide, threads)])[0]
+
+    def encode(self, slide: Slide, threads: int) -> EncodedSlide:
+        """An open slide's features; `threads` decode ahead of the encoder. Raises SlideError."""
         start = time.monotonic()
         plan = plan_tiles(slide, self.tiling)
         seconds = {"plan": time.monotonic() - start, "wait": 0.0, "encode": 0.0}
@@ -97,11 +114,30 @@ class Predictor:
                 parts.extend(member.encode(tiles.pixels, stain))
             masks.append(tiles.mask)
             seconds["encode"] += time.monotonic() - begun
+        whole = [np.concatenate(parts) for parts in features]
+        return EncodedSlide(whole, plan, np.concatenate(masks), slide.info.synthetic, seconds)
+
+    def predict_encoded(self, slides: Sequence[EncodedSlide]) -> list[SlidePrediction]:
+        """The prediction of slides as one bag: the same for each, but that each has its own part of the attention."""
         begun = time.monotonic()
-        mask, position = np.concatenate(masks), (plan.origin / plan.region_px).astype(np.float32)
-        prediction, attribution = self.pool([np.concatenate(parts) for parts in features], mask, position)
-        seconds["pool"] = time.monotonic() - begun
-        return SlidePrediction(prediction, plan, mask, slide.info.synthetic, seconds, attribution)
+        position = side_by_side([(slide.plan.origin / slide.plan.region_px).astype(np.float32) for slide in slides])
+        mask = np.concatenate([slide.mask for slide in slides])
+        features = [np.concatenate(parts) for parts in zip(*(slide.features for slide in slides), strict=True)]
+        found, attribution = self.pool(features, mask, np.concatenate(position))
+        seconds = {"pool": time.monotonic() - begun}
+        ends = np.cumsum([len(slide.mask) for slide in slides])
+        predictions = []
+        for slide, end in zip(slides, ends, strict=True):
+            own = slice(end - len(slide.mask), end)
+            part = replace(
+                found,
+                region_attention=found.region_attention[:, own],
+                slot_attention=found.slot_attention[:, own],
+                class_attention=found.class_attention[:, own],
+            )
+            rest = (slide.plan, slide.mask, slide.synthetic, slide.seconds | seconds, attribution[own])
+            predictions.append(SlidePrediction(part, *rest))
+        return predictions
 
     def pool(
         self,
@@ -175,6 +211,7 @@ def _check_goes_with(first: Run, other: Run) -> None:
         for name, one, two in (
             ("tiling", first.tiling, other.tiling),
             ("config.data.classes", first.config.data.classes, other.config.data.classes),
+            ("config.data.unit", first.config.data.unit, other.config.data.unit),
             ("config.model", first.config.model, other.config.model),
         )
         if one != two

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Num
 from sklearn.metrics import balanced_accuracy_score
 
 from crcjax.data.bags import label_of, open_features, open_stores
+from crcjax.data.cases import CaseStore, by_unit
 from crcjax.data.cohort import Cohort
 from crcjax.models.mil import Params, Prediction
 from crcjax.slides.store import TileStore
@@ -18,19 +19,25 @@ from crcjax.train.step import Forward
 
 
 class Evaluation:
-    """The slides of one split, all of their regions, by slide; each process predicts its share of them."""
+    """The slides of one split, all of their regions, by slide or by case; `bag_of` is the number of each slide's bag.
 
-    def __init__(self, store: str, cohort: Cohort, forward: Forward, encoder: str):
-        self.stores = open_stores(store, cohort, pixels=not forward.stored) if cohort.rows else []
+    Each process predicts its share of them.
+    """
+
+    def __init__(self, store: str, cohort: Cohort, forward: Forward, encoder: str, unit: str):
+        self.slides = slides = open_stores(store, cohort, pixels=not forward.stored) if cohort.rows else []
+        self.bag_of = [cohort.cases.index(row.case_id) for row in cohort.rows] if unit == "case" else range(len(slides))
         self._classes = len(cohort.classes)
+        of_slides = open_features(slides, encoder) if forward.stored and slides else []
+        cohort, self.stores, features = by_unit(unit, cohort, slides, of_slides)
         self._labels = [label_of(row, cohort.classes) for row in cohort.rows]
         self._forward = forward
-        features = open_features(self.stores, encoder) if forward.stored and self.stores else []
         self._readers = [reader.read for reader in features] or [store.read_pixels for store in self.stores]
-        self._stains = [forward.normaliser.of_store(store) if forward.normaliser else None for store in self.stores]
+        normaliser = forward.normaliser
+        self._stains = [normaliser.of_store(store) for store in slides] if normaliser else [None] * len(self.stores)
 
     def metrics(self, params: Params, each: Callable[[], None] = lambda: None) -> dict[str, float] | None:
-        """`loss` (nats) and `balanced_accuracy` over the slides; None for an empty split.
+        """`loss` (nats) and `balanced_accuracy` over the slides or cases; None for an empty split.
 
         `params` are on the devices of this process. `each` is called before every slide.
         """
@@ -49,7 +56,7 @@ class Evaluation:
         }
 
     def predictions(self, params: Params) -> Iterator[Prediction]:
-        """What the model says of each slide, in the cohort's order."""
+        """What the model says of each slide or case, in the order of the cohort."""
         return (self._prediction(params, index) for index in range(len(self.stores)))
 
     def _prediction(self, params: Params, index: int) -> Prediction:
@@ -63,5 +70,5 @@ class Evaluation:
             yield read(range(regions)[start : start + self._forward.chunk])
 
 
-def _position(store: TileStore) -> Float32[np.ndarray, "region 2"]:
+def _position(store: TileStore | CaseStore) -> Float32[np.ndarray, "region 2"]:
     return (store.origin / store.region_px).astype(np.float32)

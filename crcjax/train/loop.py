@@ -13,6 +13,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import open_features, open_stores
+from crcjax.data.cases import rows_by_unit
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import train_batches
 from crcjax.data.mining import Miner, start_mining
@@ -70,17 +71,18 @@ def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
     step = build_step(model, optimizer, config, mesh, normaliser)
     sizes = config.data.region_buckets, config.data.regions
     forward = Forward(model, *sizes, local_mesh(), normaliser, config.data.features)
-    validation = Evaluation(config.data.store, cohort.split("val"), forward, config.model.encoder)
+    validation = Evaluation(config.data.store, cohort.split("val"), forward, config.model.encoder, config.data.unit)
     checkpoints = Checkpointer(run, config.train.keep_best)
     training = cohort.split("train")
-    mining = start_mining(config.data, len(training.rows))
+    bags_of = rows_by_unit(config.data.unit, training)
+    mining = start_mining(config.data, len(bags_of.rows))
     state = checkpoints.restore(init_state(model, optimizer, config, mesh, mining))
     start = int(state.step)
 
     with (
         kept_in(run, group.process),
         MetricWriter(run, start, group.main) as writer,
-        Miner(run, training, config, state.mining, start) as miner,
+        Miner(run, bags_of, config, state.mining, start) as miner,
     ):
         say(f"{parameter_overview.count_parameters(state.params):,} parameters on {described(mesh)}")
         say(f"{run}: going on from step {start}" if start else f"{run}: starting")
@@ -131,6 +133,11 @@ def _cohort(config: ConfigDict) -> Cohort:
     for name in ("store", "cohort"):
         if not config.data[name]:
             raise InputError(f"config.data.{name} is empty; give --config.data.{name}=PATH")
+    if config.data.unit == "case" and (config.stain.method != "none" or config.augment.exchange):
+        raise InputError(
+            "config.data.unit case: the slides of a case have several stains, the device is told one a bag; tile them "
+            "with crcjax tile --stain, and set config.stain.method to none and config.augment.exchange to 0"
+        )
     cohort = load_cohort(config.data.cohort, config.data.classes)
     cohort = divide(cohort, config.data)
     rows = tuple(row for row in cohort.rows if row.subtype and row.split in ("train", "val"))

@@ -84,6 +84,54 @@ def test_what_a_masked_slot_holds_never_changes_a_prediction(name: str, seed: in
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
+def test_the_other_bags_of_a_batch_never_change_a_prediction(name: str) -> None:
+    """Public code of TransMIL scales its inverse by the largest value of the batch."""
+    bag, other = _bag(8, 7), _bag(9, 7)
+    mixed = tuple(
+        jnp.stack([one[0], 5 * two[1] if two.ndim == 4 else two[1]]) for one, two in zip(bag, other, strict=True)
+    )
+    found, alone = _pool(name, *mixed), _pool(name, *bag)
+    np.testing.assert_allclose(found.logits[0], alone.logits[0], rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(found.slot_attention[0], alone.slot_attention[0], rtol=2e-3, atol=2e-5)
+
+
+def _relabelled(name: str, order: np.ndarray) -> MILModel:
+    """The model with its classes in another order."""
+    graph, state = nnx.split(MODELS[name])
+    params = nnx.to_pure_dict(state)
+    weights = params["aggregator"]
+
+    def last(layer: dict, *lead: int) -> None:
+        """The classes stand last, in `lead` blocks before other values if that is given."""
+        for key, value in layer.items():
+            shape = (*value.shape[:-1], len(order), *lead)
+            layer[key] = jnp.take(value.reshape(shape), order, axis=-1 - len(lead)).reshape(value.shape)
+
+    last(weights["classify" if "classify" in weights else "bag"])
+    if name == "dsmil":
+        kernel = weights["bag"]["kernel"]
+        weights["bag"]["kernel"] = kernel.reshape(len(order), 16, -1)[order].reshape(kernel.shape)
+        last(weights["instance"])
+    if name.startswith("clam"):
+        last(weights["judge"], 2)
+    if name in ("clam_mb", "hierarchical"):
+        last(weights["score" if name == "clam_mb" else "pool_regions"]["score"])
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_no_class_is_special_in_prediction_or_in_instance_losses(name: str) -> None:
+    """Public code of DTFD-MIL selects instances by the last class alone."""
+    bag, order, label = _bag(10, 7), np.array([2, 0, 1]), np.array([0, 2])
+    found = MODELS[name].pool(*bag, None, jnp.asarray(label))
+    other = _relabelled(name, order).pool(*bag, None, jnp.asarray(np.argsort(order)[label]))
+    assert np.abs(np.diff(found.logits, axis=1)).min() > 1e-3
+    np.testing.assert_allclose(other.logits, found.logits[:, order], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(other.instance_loss, found.instance_loss, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_bags_of_one_instance_and_of_none_have_finite_gradients(name: str) -> None:
     features, mask, position = _bag(0, 7)
     mask = jnp.zeros_like(mask).at[0, 3, 1].set(True)
@@ -228,15 +276,22 @@ def _transmil(h: np.ndarray, w: dict) -> np.ndarray:
     return _linear(_layer_norm(tokens[0], w["norm"]), w["classify"])
 
 
+def test_dsmils_instance_loss_is_the_cross_entropy_of_its_highest_instances() -> None:
+    bag, label = _bag(13, 7), np.array([2, 0])
+    found = MODELS["dsmil"].pool(*bag, None, jnp.asarray(label))
+    for b in range(2):
+        highest = _linear(_held(bag, b), _weights("dsmil")["instance"]).max(axis=0)
+        np.testing.assert_allclose(found.instance_loss[b], -np.log(_softmax(highest)[label[b]]), rtol=1e-5)
+
+
 def test_transmil_equals_its_formula_over_instances_in_the_order_of_the_tissue() -> None:
     features, mask, position = _bag(12, 7)
     found = _pool("transmil", features, mask, position)
     for b in range(2):
         order = np.lexsort(np.asarray(position[b]).T)
         bag = (features[:, order], mask[:, order])
-        np.testing.assert_allclose(
-            found.logits[b], _transmil(_held(bag, b), _weights("transmil")), rtol=1e-4, atol=1e-5
-        )
+        truth = _transmil(_held(bag, b), _weights("transmil"))
+        np.testing.assert_allclose(found.logits[b], truth, atol=1e-5 * float(np.abs(truth).max()))
 
 
 def test_clam_judges_at_most_half_of_a_bag_each_way_and_learns_from_both_ends() -> None:

@@ -83,7 +83,11 @@ def test_an_encoder_has_the_features_of_its_original(name: str, twins: Any) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["uni2-h", "virchow2", "phikon", "ctranspath", "imagenet-convnext-t", "imagenet-resnet50"]
+    "name",
+    [
+        *("uni", "uni2-h", "virchow", "virchow2", "h-optimus-0", "prov-gigapath", "phikon", "phikon-v2", "hibou-b"),
+        *("kaiko-vits8", "kaiko-vitl14", "ctranspath", "imagenet-swin-t", "imagenet-convnext-t", "imagenet-resnet50"),
+    ],
 )
 def test_bfloat16_is_as_near_to_float32_as_torchs_own(name: str, twins: Any) -> None:
     import torch
