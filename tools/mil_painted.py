@@ -1,6 +1,6 @@
 """Ours against ABMIL on the same features of painted multi-site cohorts: accuracy, calibration, doubt, and strange slides.
 
-    python tools/mil_painted.py OUT [SEED ...]
+    python tools/mil_painted.py OUT [SEED ...]     # of the other seeds, the rows recorded last stay; OUT is gone on from
 
 For each seed a cohort is painted and an encoder trained on its training cases under mean pooling, which favours neither;
 its features, frozen, are what every aggregator then learns from, with one recipe fixed beforehand. The test cases are
@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
-from record import record
+from record import earlier_rows, record
 
 from crcjax.data.cohort import load_cohort
 from crcjax.demo import demo_config
@@ -223,14 +223,19 @@ def _shown(estimate: Estimate) -> str:
 
 
 def main(out: Path, seeds: list[int]) -> None:
-    rows = [row for seed in seeds for row in rows_of(seed, out / f"seed{seed}")]
     note = (
         f"Synthetic slides throughout. {CASES['train']} cases to train, {CASES['test']} held out, of {len(SITES)} sites;"
         f" bags of 5x and 10x; {STEPS} steps of {BATCH} bags, no model selection, one recipe for all. Intervals: bootstrap"
         f" over cases. AUROC: {STRANGE} strange slides of each kind, judged without quality control, against the held-out"
         " cases, by vacuity, or with softmax by entropy."
     )
-    record("mil_painted", "python tools/mil_painted.py runs/painted 0 1 2", rows, note)
+    for seed in seeds:
+        rows = [
+            *rows_of(seed, out / f"seed{seed}"),
+            *(row for row in earlier_rows("mil_painted") if row["seed"] != seed),
+        ]
+        rows.sort(key=lambda row: row["seed"])
+        record("mil_painted", "python tools/mil_painted.py runs/painted 0 1 2", rows, note)
 
 
 if __name__ == "__main__":

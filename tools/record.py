@@ -90,6 +90,12 @@ def record(name: str, command: str, rows: list[Row] | list[dict], note: str = ""
     Console().print(table([result]))
 
 
+def earlier_rows(name: str) -> list[dict]:
+    """The rows recorded last under a name: a benchmark that is run in pieces keeps those of its other pieces."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def _results() -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
