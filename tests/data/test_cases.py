@@ -17,7 +17,7 @@ from crcjax.errors import InputError
 from crcjax.infer.pipeline import PredictJob, predict_slides
 from crcjax.infer.predictor import Predictor
 from crcjax.train.loop import train
-from crcjax.train.mesh import device_mesh
+from crcjax.train.mesh import local_mesh
 from crcjax.validation.report import validate
 
 
@@ -85,7 +85,7 @@ def test_training_draws_cases_and_takes_regions_of_all_their_slides(pairs: Path,
     cases, stores, _ = by_unit("case", cohort, open_stores(small_config.data.store, cohort), [])
     rows = [store.read_pixels(range(len(store.mask))) for store in stores]
     from_both = 0
-    for bag in train_batches(cohort, small_config, device_mesh(), 0):
+    for bag in train_batches(cohort, small_config, local_mesh(), 0):
         for tiles, label in zip(np.asarray(bag.tiles), np.asarray(bag.label), strict=True):
             at = [{i for i, row in enumerate(held) if (row == tiles[0]).all()} for held in rows]
             (case,) = (i for i, found in enumerate(at) if found)
@@ -150,7 +150,7 @@ def test_evaluation_is_by_case(pairs: Path, small_config) -> None:
     from crcjax.train.step import Forward
 
     model = build_model(small_config.model, 3, 0)
-    forward = Forward(model, (64,), 4, device_mesh())
+    forward = Forward(model, (64,), 4, local_mesh())
     cohort = _train(small_config)
     found = Evaluation(small_config.data.store, cohort, forward, "compact", "case").metrics(params_of(model))
     cases, stores, _ = by_unit("case", cohort, open_stores(small_config.data.store, cohort), [])
