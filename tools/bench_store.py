@@ -20,7 +20,7 @@ from crcjax.slides.painter import SlideSpec, paint_slide
 from crcjax.slides.pixels import JPEG_QUALITY, JPEG_SUBSAMPLING, shard_regions
 from crcjax.slides.reader import Slide, open_slide
 from crcjax.slides.store import StoreWriter, open_store
-from crcjax.slides.tiling import RegionTiles, TilePlan, TilingParams, plan_tiles, read_regions
+from crcjax.slides.tiling import Pack, RegionTiles, TilePlan, TilingParams, own_square, plan_tiles, read_regions
 
 SIZE_PX = (10240, 8192)
 THREADS = len(os.sched_getaffinity(0))
@@ -36,19 +36,26 @@ def write_store(folder: Path, slide: Slide, plan: TilePlan, tiles: RegionTiles, 
     with StoreWriter(folder, mode, slide, plan, mode) as writer, ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(tiles.mask), step):
             part = replace(tiles, **_chosen(tiles, slice(start, start + step)))
-            writer.write(start, _packed(writer, start, part, pool))
+            writer.write(start, _packed(slide, plan, writer.pack, start, part, pool))
         writer.commit()
     return open_store(folder, mode).read_pixels
 
 
-def _packed(writer: StoreWriter, start: int, tiles: RegionTiles, pool: ThreadPoolExecutor) -> RegionTiles:
+def _packed(
+    slide: Slide, plan: TilePlan, pack: Pack | None, start: int, tiles: RegionTiles, pool: ThreadPoolExecutor
+) -> RegionTiles:
     """The tiles as `read_regions` would have packed them."""
-    pack = writer.pack
     if pack is None:
         return tiles
+
+    def packed_at(place: tuple[int, int]) -> object:
+        square = own_square(slide, plan, *place) if pack.stream else None
+        if square and pack.stream and (stream := slide.jpeg_stream(*square)):
+            return pack.stream(stream)
+        return pack.pixels(tiles.pixels[place[0] - start, place[1]])
+
     places = [(start + region, slot) for region, slot in np.argwhere(tiles.mask).tolist()]
-    packed = pool.map(lambda place: pack(*place, tiles.pixels[place[0] - start, place[1]]), places)
-    return replace(tiles, packed=dict(zip(places, packed, strict=True)))
+    return replace(tiles, packed=dict(zip(places, pool.map(packed_at, places), strict=True)))
 
 
 def write_hdf5(path: Path, tiles: np.ndarray, **compression: object) -> Reader:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int, Int32, UInt8
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.arrays import create_array, open_array
 from crcjax.slides.reader import Slide, SlideInfo, open_slide
-from crcjax.slides.tiling import RegionTiles, TilePlan, TilingParams, region_tiles, slide_scale
+from crcjax.slides.tiling import Pack, RegionTiles, TilePlan, TilingParams, region_tiles, slide_scale
 
 MODES = {
     "jpeg": "a JPEG stream a tile: the slide's own where its grid is the tiles', else encoded",
@@ -105,24 +105,26 @@ class LosslessWriter:
 class JpegWriter:
     """`streams`, the bytes of all tiles region by region, and `offset`, where each slot's begin. Masked slots have none.
 
-    Its methods raise ValueError where they cannot write; `pack` raises SlideError where the slide cannot be read.
+    Its methods raise ValueError where they cannot write.
     """
 
-    def __init__(self, folder: Path, plan: TilePlan, slide: Slide):
-        self._folder, self._plan, self._slide = folder, plan, slide
+    # Of every tile its stream, and whether it is the slide's own.
+    pack = Pack(
+        lambda tile: (
+            simplejpeg.encode_jpeg(np.ascontiguousarray(tile), JPEG_QUALITY, "RGB", JPEG_SUBSAMPLING),
+            False,
+        ),
+        lambda stream: (stream, True),
+    )
+
+    def __init__(self, folder: Path, plan: TilePlan):
+        self._folder = folder
         shape, shard, chunk = (_UNBOUNDED,), (_SHARD_BYTES,), (_CHUNK_BYTES,)
         self._streams = create_array(folder / "streams", "uint8", shape, shard, chunk, packed=False)
         self._lengths = np.zeros(plan.mask.shape, np.int64)
         self._writes = _Writes(2)
         self._waiting = bytearray()  # less than a shard
         self._written = self._own = 0
-
-    def pack(self, region: int, slot: int, tile: UInt8[np.ndarray, "y x 3"]) -> tuple[bytes, bool]:
-        """The tile's stream, and whether it is the slide's own. Safe to call from several threads."""
-        own = self._own_stream(region, slot)
-        if own is not None:
-            return own, True
-        return simplejpeg.encode_jpeg(np.ascontiguousarray(tile), JPEG_QUALITY, "RGB", JPEG_SUBSAMPLING), False
 
     def write(self, start: int, tiles: RegionTiles) -> None:
         """Packed regions from `start` on, in order."""
@@ -154,28 +156,15 @@ class JpegWriter:
         self._writes.add(self._streams[self._written : self._written + count].write(shard))
         self._written += count
 
-    def _own_stream(self, region: int, slot: int) -> bytes | None:
-        scale, factors = self._plan.scale, self._plan.params.factors
-        first = sum(factor**2 for factor in factors[: scale.finest])
-        downsample = self._slide.info.level_downsamples[scale.level]
-        if slot < first or scale.downsample != downsample or self._plan.params.stain:
-            return None  # a mean of finer pixels, or their colours changed
-        row, column = divmod(slot - first, factors[scale.finest])
-        side = self._plan.params.tile_px
-        x, y = (round(int(corner) / downsample) for corner in self._plan.origin[region])
-        return self._slide.jpeg_stream(scale.level, x + column * side, y + row * side, side)
-
 
 class ChecksumWriter:
     """`checksum`, the CRC-32 of every tile's pixels, so that what is read from the slide later is what was judged."""
 
+    pack = Pack(lambda tile: zlib.crc32(np.ascontiguousarray(tile).data))
+
     def __init__(self, folder: Path, plan: TilePlan):
         self._folder = folder
         self._checksum = np.zeros(plan.mask.shape, np.uint32)
-
-    def pack(self, region: int, slot: int, tile: UInt8[np.ndarray, "y x 3"]) -> int:
-        """The tile's checksum."""
-        return zlib.crc32(np.ascontiguousarray(tile).data)
 
     def write(self, start: int, tiles: RegionTiles) -> None:
         """Packed regions from `start` on."""
@@ -226,7 +215,7 @@ def pixel_writer(mode: str, folder: Path, plan: TilePlan, slide: Slide | SlideIn
         return NoPixels(folder)
     check_mode(mode)
     if mode == "jpeg":
-        return JpegWriter(folder, plan, slide)
+        return JpegWriter(folder, plan)
     return LosslessWriter(folder, plan) if mode == "lossless" else ChecksumWriter(folder, plan)
 
 

@@ -13,7 +13,8 @@ from crcjax.errors import InputError
 from crcjax.slides.tissue import TissueModel, blood, excess_green, ink, optical_density
 
 QUALITY_NAMES = ("tissue", "sharpness", "focus", "pen", "bubble", "fold", "blood", "stain")
-_DETAIL_UM, _SCORED_UM = 1.0, 2.0  # a pixel of the pictures that are judged, whatever the tile's magnification
+# A pixel of the pictures that are judged, whatever the tile's magnification; the third, of half the second's, gives colours.
+_DETAIL_UM, _FOCUS_UM = 1.0, 2.0
 _CELL_PX = 8  # of the second picture: focus and bubbles are judged in cells of 16 µm, a nucleus and its surroundings
 _MOST_CELLS = 16  # along a side
 _ROUNDING = 2.0  # Laplacian energy that rounding to whole intensities gives a smooth picture: 20 / 12, and some more
@@ -21,7 +22,7 @@ _ROUNDING = 2.0  # Laplacian energy that rounding to whole intensities gives a s
 _NOISE_FINE, _NOISE_COARSE = 10.0, 30.0
 _BLURRED, _VEILED = 0.25, 0.8  # focus of a blurred cell; density of a veiled one over the slide's
 _GREY, _NEUTRAL = 0.15, 2.5  # least density of rims and debris; how far it exceeds the excess of green
-_FOLD = np.ones((7, 7), np.uint8)  # 14 µm: wider than a nucleus or a capillary, narrower than a fold
+_FOLD = np.ones((3, 3), np.uint8)  # 12 µm: wider than a nucleus or a capillary, narrower than a fold
 _PATCHES, _DENSEST = 16, 6  # of 16 x 16 patches the sixth densest is the fold's: 2 % of the tile are as dense
 
 
@@ -134,26 +135,29 @@ def score_tiles(
     `stain`: the mean optical density of the stained pixels, the three channels' sum.
     """
     count = len(tiles)
-    cells = min(max(2, round(len(tiles[0]) * mpp / _SCORED_UM / _CELL_PX)), _MOST_CELLS)
-    side = cells * _CELL_PX
+    cells = min(max(2, round(len(tiles[0]) * mpp / _FOCUS_UM / _CELL_PX)), _MOST_CELLS)
+    side, half, shrink = cells * _CELL_PX, cells * _CELL_PX // 2, judged_shrink(len(tiles[0]), mpp)
     # One below the other: on pictures this small NumPy's calls would take longer than its arithmetic.
-    small = np.empty((count, side, side, 3), np.uint8)
+    green = np.empty((count, side, side), np.uint8)
+    coloured = np.empty((count, half, half, 3), np.uint8)
     sharpness = np.empty(count, np.float32)
     for i, tile in enumerate(tiles):
-        detail = _halved(tile, mpp)
-        cv2.resize(detail, (side, side), dst=small[i], interpolation=cv2.INTER_AREA)
+        detail = shrunk(tile, shrink)
+        small = cv2.resize(detail, (side, side), interpolation=cv2.INTER_AREA)
+        cv2.extractChannel(small, 1, dst=green[i])
+        cv2.resize(small, (half, half), dst=coloured[i], interpolation=cv2.INTER_AREA)
         sharpness[i] = _sharpness(detail)
-    density = optical_density(small.reshape(-1, side, 3), model.white)
+    density = optical_density(coloured.reshape(-1, half, 3), model.white)
     total, least, excess, inked = density.sum(axis=0), density.min(axis=0), excess_green(density), ink(density)
     stained = (excess > model.threshold) & ~inked
     grey = (least > _GREY) & (least > _NEUTRAL * excess) & ~inked
-    focus, tissue = _cell_focus(small, cells), _cell_means(stained, cells) > 0.3
+    focus, tissue = _cell_focus(green, coloured, cells), _cell_means(stained, cells) > 0.3
     veiled = (focus < _BLURRED) & tissue & (_cell_means(total, cells) < _VEILED * model.density)
     judged = np.sort(np.where(tissue | ~tissue.any(axis=1, keepdims=True), focus, np.inf))
     quarter = np.where(tissue.any(axis=1), tissue.sum(axis=1), cells**2)[:, None] // 4 + 1
     least_sharp = np.where(np.arange(cells**2) < quarter, judged, 0).sum(axis=1) / quarter[:, 0]
     # Both double in a fold; dense epithelium and keratin exceed the slide's density alone.
-    layers = _eroded(np.minimum(total / model.density, excess / model.excess), side)
+    layers = _eroded(np.minimum(total / model.density, excess / model.excess), half)
     patches = cv2.resize(layers, (_PATCHES, count * _PATCHES), interpolation=cv2.INTER_NEAREST).reshape(count, -1)
 
     def share(pixels: np.ndarray) -> np.ndarray:
@@ -174,11 +178,20 @@ def score_tiles(
     ).astype(np.float32, copy=False)
 
 
-def _halved(tile: np.ndarray, mpp: float) -> UInt8[np.ndarray, "y x 3"]:
+def judged_shrink(tile_px: int, mpp: float) -> int:
+    """By how much a tile may be shrunk, in halves, before it is scored: to 1 µm per pixel or nearly so."""
+    shrink = 1
+    while mpp * 2 * shrink < _DETAIL_UM * 1.02 and tile_px // shrink >= 32:
+        shrink *= 2
+    return shrink
+
+
+def shrunk(tile: UInt8[np.ndarray, "y x 3"], shrink: int) -> UInt8[np.ndarray, "small_y small_x 3"]:
+    """The tile by area means, as many times smaller."""
     # Halving twice is twice as fast as shrinking to a quarter.
-    while mpp * 2 < _DETAIL_UM * 1.02 and len(tile) >= 32:
+    while shrink > 1:
         tile = cv2.resize(tile, (len(tile) // 2, len(tile) // 2), interpolation=cv2.INTER_AREA)
-        mpp *= 2
+        shrink //= 2
     return tile
 
 
@@ -189,11 +202,10 @@ def _sharpness(detail: np.ndarray) -> float:
     return max(0.0, energy - _ROUNDING) / contrast if contrast > 1 else 0.0
 
 
-def _cell_focus(small: np.ndarray, cells: int) -> Float32[np.ndarray, "tile cell"]:
-    side = small.shape[1]
-    fine = cv2.extractChannel(small.reshape(-1, side, 3), 1)
-    coarse = cv2.resize(fine, (side // 2, len(fine) // 2), interpolation=cv2.INTER_AREA)
-    energy = [_cell_means(_laplacians(picture) ** 2, cells) for picture in (fine, coarse)]
+def _cell_focus(green: np.ndarray, coloured: np.ndarray, cells: int) -> Float32[np.ndarray, "tile cell"]:
+    coarse = cv2.extractChannel(coloured.reshape(-1, coloured.shape[2], 3), 1)
+    pictures = (green.reshape(-1, green.shape[2]), coarse)
+    energy = [_cell_means(_laplacians(picture) ** 2, cells) for picture in pictures]
     return (energy[0] + _NOISE_FINE) / (energy[1] + _NOISE_COARSE)
 
 

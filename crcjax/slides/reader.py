@@ -121,9 +121,7 @@ class Slide:
                     return pixels
             rgba = np.asarray(self._handle.read_region((x, y), level, (width, height)))
         except (openslide.OpenSlideError, OSError, ValueError) as error:
-            raise SlideError(
-                self._path, "corrupt", f"damaged at ({x}, {y}) of level {level} ({error})", "copy or scan it again"
-            ) from error
+            raise self._damaged(x, y, level, error) from error
         return _over_white(rgba)
 
     def jpeg_stream(self, level: int, x: int, y: int, side: int) -> bytes | None:
@@ -136,9 +134,23 @@ class Slide:
         try:
             return self._jpeg.stream_of(level, x, y, side)
         except (OSError, ValueError) as error:
-            raise SlideError(
-                self._path, "corrupt", f"damaged at ({x}, {y}) of level {level} ({error})", "copy or scan it again"
-            ) from error
+            raise self._damaged(x, y, level, error) from error
+
+    def shrunk_stream(
+        self, stream: bytes, level: int, x: int, y: int, side: int, shrink: int
+    ) -> UInt8[np.ndarray, "y x 3"]:
+        """The picture of what `jpeg_stream` gave for the same square, 1, 2, 4 or 8 times smaller, at less than a whole decode.
+
+        It differs from area means of the whole picture by what JPEG's cosines differ from steps. Raises SlideError (`corrupt`).
+        """
+        try:
+            return JpegTiles.shrunk(stream, side, shrink)
+        except ValueError as error:
+            raise self._damaged(x, y, level, error) from error
+
+    def _damaged(self, x: int, y: int, level: int, error: Exception) -> SlideError:
+        where = f"damaged at ({x}, {y}) of level {level} ({error})"
+        return SlideError(self._path, "corrupt", where, "copy or scan it again")
 
     def thumbnail(self, max_px: int) -> UInt8[np.ndarray, "y x 3"]:
         """The whole slide, its longer side `max_px` (or its own size if smaller), by area means.

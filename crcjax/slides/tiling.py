@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +12,17 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.annotation import Areas
-from crcjax.slides.quality import ABSENT, GLASS, KEPT, QUALITY_NAMES, QualityLimits, judge, score_tiles
+from crcjax.slides.quality import (
+    ABSENT,
+    GLASS,
+    KEPT,
+    QUALITY_NAMES,
+    QualityLimits,
+    judge,
+    judged_shrink,
+    score_tiles,
+    shrunk,
+)
 from crcjax.slides.reader import Slide, SlideInfo
 from crcjax.slides.tissue import (
     METHODS,
@@ -230,7 +240,14 @@ def _tile_fractions(
     return (inside / whole).astype(np.float32)
 
 
-Pack = Callable[[int, int, UInt8[np.ndarray, "y x 3"]], Any]  # of a region's number, a slot, and the tile there
+@dataclass(frozen=True)
+class Pack:
+    """What is made of a kept tile: of its `pixels`, or, unless that is None, of the slide's own `stream` if it has one."""
+
+    pixels: Callable[[UInt8[np.ndarray, "y x 3"]], Any]
+    stream: Callable[[bytes], Any] | None = None
+
+
 Transform = Callable[[UInt8[np.ndarray, "tile y x 3"]], UInt8[np.ndarray, "tile y x 3"]]
 
 
@@ -240,8 +257,9 @@ def read_regions(
     """The tiles of regions start to stop, from one decode a region: coarser tiles are area means of the finest.
 
     Masked slots are zero. With `pack`, what it makes of each kept tile is returned instead of the pixels, which then need
-    no memory of their own. Tiles are judged as they were scanned, then those that are kept go through `transform`. Raises
-    SlideError (`corrupt`).
+    no memory of their own. Tiles are judged as they were scanned, then those that are kept go through `transform`. Where
+    nothing but the slide's own streams is wanted, tiles are judged by a decode that is smaller from the start: of 600
+    one is judged otherwise. Raises SlideError (`corrupt`).
     """
     params, count = plan.params, stop - start
     pixels = np.zeros((0 if pack else count, params.slots, params.tile_px, params.tile_px, 3), np.uint8)
@@ -252,24 +270,57 @@ def read_regions(
     mpp = np.repeat([mpp_of(magnification) for magnification in params.magnifications], np.square(params.factors))
     step = max(1, _JUDGED_TOGETHER // params.slots)
     for first in range(0, count, step):
-        tiles = {}
+        tiles: dict[tuple[int, int], bytes | np.ndarray] = {}
+        judged = {}
         for i in range(first, min(first + step, count)):
-            x, y = plan.origin[start + i].tolist()
-            for slot, tile in enumerate(region_tiles(slide, params, plan.scale, x, y)):
-                if plan.mask[start + i, slot]:
-                    tiles[i, slot] = tile
-        _score(tiles, plan, mpp, quality)
+            for slot, tile, picture in _read_region(slide, plan, start + i, mpp, bool(pack and pack.stream)):
+                tiles[i, slot], judged[i, slot] = tile, picture
+        _score(judged, plan, mpp, quality)
         places = tuple(np.array(list(tiles), np.intp).reshape(-1, 2).T)
         reason[places] = judge(quality[places], params.quality)
         kept = {place: tile for place, tile in tiles.items() if reason[place] == KEPT}
         if transform and kept:
             kept = dict(zip(kept, transform(np.stack(list(kept.values()))), strict=True))
         for (i, slot), tile in kept.items():
-            if pack:
-                packed[start + i, slot] = pack(start + i, slot, tile)
-            else:
+            if pack is None:
                 pixels[i, slot] = tile
+            elif isinstance(tile, bytes):
+                assert pack.stream is not None
+                packed[start + i, slot] = pack.stream(tile)
+            else:
+                packed[start + i, slot] = pack.pixels(tile)
     return RegionTiles(pixels, reason == KEPT, quality, reason, packed)
+
+
+def _read_region(
+    slide: Slide, plan: TilePlan, region: int, mpp: np.ndarray, streams: bool
+) -> Iterator[tuple[int, bytes | np.ndarray, np.ndarray]]:
+    """Slot, tile, and the picture that it is judged by, of a region's tiles; with `streams` as the slide's own where it has them."""
+    params, scale = plan.params, plan.scale
+    shrink = [judged_shrink(params.tile_px, float(um)) for um in mpp]
+    if streams and scale.finest == 0:  # its one tile
+        place = own_square(slide, plan, region, 0)
+        if place and (stream := slide.jpeg_stream(*place)):
+            yield 0, stream, slide.shrunk_stream(stream, *place, shrink[0])
+            return
+    x, y = plan.origin[region].tolist()
+    for slot, tile in enumerate(region_tiles(slide, params, scale, x, y)):
+        if plan.mask[region, slot]:
+            place = own_square(slide, plan, region, slot) if streams else None
+            # The copy frees the region that the tile is a view of.
+            yield slot, (place and slide.jpeg_stream(*place)) or tile, shrunk(tile, shrink[slot])
+
+
+def own_square(slide: Slide, plan: TilePlan, region: int, slot: int) -> tuple[int, int, int, int] | None:
+    """Level, x, y and side, in px of the level, of a tile whose pixels are the level's own; None of one that was shrunk or changed."""
+    scale, factors, side = plan.scale, plan.params.factors, plan.params.tile_px
+    first = sum(factor**2 for factor in factors[: scale.finest])
+    downsample = slide.info.level_downsamples[scale.level]
+    if slot < first or scale.downsample != downsample or plan.params.stain:
+        return None
+    row, column = divmod(slot - first, factors[scale.finest])
+    x, y = (round(int(corner) / downsample) for corner in plan.origin[region])
+    return scale.level, x + column * side, y + row * side, side
 
 
 def _score(tiles: dict[tuple[int, int], np.ndarray], plan: TilePlan, mpp: np.ndarray, quality: np.ndarray) -> None:
@@ -278,7 +329,8 @@ def _score(tiles: dict[tuple[int, int], np.ndarray], plan: TilePlan, mpp: np.nda
     for place in tiles:
         by_mpp.setdefault(float(mpp[place[1]]), []).append(place)
     for of_tiles, places in by_mpp.items():
-        scores = score_tiles([tiles[place] for place in places], plan.tissue, of_tiles)
+        shrink = judged_shrink(plan.params.tile_px, of_tiles)
+        scores = score_tiles([tiles[place] for place in places], plan.tissue, of_tiles * shrink)
         quality[tuple(np.array(places).T)] = scores
 
 
