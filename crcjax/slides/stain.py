@@ -75,8 +75,10 @@ STANDARD_MOMENTS = ColourMoments(
 )
 
 
-def optical_density(pixels: UInt8[Array | np.ndarray, "*pixel 3"], white: White) -> Float32[Array, "*pixel 3"]:
-    """Optical density, not below 0. 8-bit values are widened first: 255 + 1 would be 0."""
+def optical_density(
+    pixels: UInt8[Array | np.ndarray, "*pixel"], white: Num[Array | np.ndarray, "*channel"]
+) -> Float32[Array, "*pixel"]:
+    """Optical density, not below 0, of RGB pixels or of one channel. 8-bit values are widened first: 255 + 1 would be 0."""
     transmitted = (jnp.asarray(pixels).astype(jnp.float32) + 1.0) / (jnp.asarray(white, jnp.float32) + 1.0)
     return jnp.maximum(-jnp.log(transmitted), 0.0)
 
@@ -110,7 +112,7 @@ def fit_vahadane(pixels: Pixels, mask: Mask, white: White) -> StainMatrix:
         return vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True), codes
 
     first = jnp.maximum(_extreme_directions(density, tissue), 1e-3)
-    codes = jnp.maximum(_unmixed(values, first), 1e-3)
+    codes = jnp.maximum(values @ _unmixing(first).T, 1e-3)
     vectors, _ = jax.lax.fori_loop(0, _NMF_STEPS, lambda _, both: step(*both), (first, codes))
     return _checked(_haematoxylin_first(vectors), density, tissue, white)
 
@@ -149,12 +151,14 @@ def normalise_stain(
     Concentrations are least squares, negative ones set to 0 (Macenko), or with `sparse` the non-negative lasso
     (Vahadane).
     """
-    density = optical_density(tiles, source.white)
-    vectors = jnp.asarray(source.vectors)
-    codes = _lasso(density, vectors) if sparse else jnp.maximum(_unmixed(density, vectors), 0.0)
-    codes = codes * (reference.concentration / source.concentration)
-    light = (jnp.asarray(reference.white) + 1.0) * jnp.exp(-codes @ jnp.asarray(reference.vectors)) - 1.0
-    return jnp.clip(jnp.round(light), 0, 255).astype(jnp.uint8)
+    tiles, vectors = jnp.asarray(tiles), jnp.asarray(source.vectors)
+    # Channel by channel: as products of matrices, compilers would not fuse them with the logarithm and the exponential.
+    density = [optical_density(tiles[..., i], jnp.asarray(source.white)[i]) for i in range(3)]
+    codes = _lasso(density, vectors) if sparse else [jnp.maximum(c, 0.0) for c in _mixed(_unmixing(vectors), density)]
+    changed = jnp.asarray(reference.vectors).T * (reference.concentration / source.concentration)
+    passed = [jnp.exp(-mixed) for mixed in _mixed(changed, codes)]
+    light = [(jnp.asarray(reference.white)[i] + 1.0) * passed[i] - 1.0 for i in range(3)]
+    return jnp.stack([jnp.clip(jnp.round(channel), 0, 255).astype(jnp.uint8) for channel in light], axis=-1)
 
 
 @jax.jit
@@ -225,7 +229,7 @@ def _checked(
     away = jnp.maximum(_degrees(vectors[0], reference[0]), _degrees(vectors[1], reference[1]))
     reliable = (apart >= _LEAST_ANGLE) & (away <= _MOST_ANGLE) & (tissue.sum() >= 100)
     used = jnp.where(reliable, vectors, reference)
-    codes = jnp.maximum(_unmixed(density, used), 0.0)
+    codes = jnp.maximum(density @ _unmixing(used).T, 0.0)
     strength = jnp.stack([_quantile(codes[:, i], tissue, 1 - _EXTREME) for i in range(2)])
     strength = jnp.where(tissue.any(), jnp.maximum(strength, 1e-3), jnp.asarray(STANDARD.concentration))
     return StainMatrix(used, strength, jnp.asarray(white, jnp.float32), reliable)
@@ -235,20 +239,19 @@ def _degrees(one: Float32[Array, " 3"], other: Float32[Array, " 3"]) -> Float32[
     return jnp.degrees(jnp.arccos(jnp.clip(one @ other, -1.0, 1.0)))
 
 
-def _unmixed(density: Float32[Array, "*pixel 3"], vectors: Float[Array, "2 3"]) -> Float32[Array, "*pixel 2"]:
-    """Least squares concentrations."""
-    vectors = jnp.asarray(vectors)
-    return density @ (vectors.T @ jnp.linalg.inv(vectors @ vectors.T))
+def _unmixing(vectors: Float32[Array, "2 3"]) -> Float32[Array, "2 3"]:
+    """Optical density to least squares concentrations."""
+    return jnp.linalg.inv(vectors @ vectors.T) @ vectors
 
 
-def _lasso(density: Float32[Array, "*pixel 3"], vectors: Float[Array, "2 3"]) -> Float32[Array, "*pixel 2"]:
+def _lasso(density: Sequence[Array], vectors: Float32[Array, "2 3"]) -> list[Array]:
     """min |v - Wc|^2 / 2 + lambda |c|_1 with c not negative: for two unit stains in closed form."""
-    vectors = jnp.asarray(vectors)
     cosine = vectors[0] @ vectors[1]
-    along = density @ vectors.T - _SPARSITY_CODES
-    both = (along - cosine * along[..., ::-1]) / (1.0 - cosine**2)
-    alone = jnp.maximum(along, 0.0) * jnp.where(along > along[..., ::-1], 1.0, 0.0)
-    return jnp.where((both >= 0).all(axis=-1, keepdims=True), both, alone)
+    along = [projected - _SPARSITY_CODES for projected in _mixed(vectors, density)]
+    both = [(along[i] - cosine * along[1 - i]) / (1.0 - cosine**2) for i in range(2)]
+    alone = [jnp.where(along[i] > along[1 - i], jnp.maximum(along[i], 0.0), 0.0) for i in range(2)]
+    within = (both[0] >= 0) & (both[1] >= 0)
+    return [jnp.where(within, both[i], alone[i]) for i in range(2)]
 
 
 def _quantile(values: Float32[Array, " pixel"], mask: Bool[Array, " pixel"], q: float) -> Float32[Array, ""]:
@@ -269,6 +272,6 @@ def _to_lab(pixels: Float32[Array, "*pixel 3"]) -> Float32[Array, "*pixel 3"]:
     return jnp.log(jnp.maximum((pixels + 1.0) @ _LMS.T, 1e-3)) @ _LAB.T
 
 
-def _mixed(matrix: Float[Array | np.ndarray, "3 3"], channels: Sequence[Array]) -> list[Array]:
-    """A matrix times three channels, in a form that compilers fuse with what comes before and after."""
-    return [sum((matrix[i, j] * channels[j] for j in range(1, 3)), matrix[i, 0] * channels[0]) for i in range(3)]
+def _mixed(matrix: Float[Array | np.ndarray, "out in"], channels: Sequence[Array]) -> list[Array]:
+    """A matrix times channels, in a form that compilers fuse with what comes before and after."""
+    return [sum((row[j] * channels[j] for j in range(1, len(channels))), row[0] * channels[0]) for row in matrix]

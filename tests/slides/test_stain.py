@@ -194,7 +194,7 @@ def test_the_concentrations_of_vahadane_solve_their_lasso() -> None:
 
     density = np.random.default_rng(10).uniform(0, 1.5, (200, 3)).astype(np.float32)
     vectors = np.asarray(STANDARD.vectors)
-    found = np.asarray(_lasso(jnp.asarray(density), jnp.asarray(vectors)), np.float64)
+    found = np.stack(_lasso(list(jnp.asarray(density).T), jnp.asarray(vectors)), axis=-1).astype(np.float64)
 
     def cost(codes: np.ndarray) -> np.ndarray:
         return ((density - codes @ vectors) ** 2).sum(axis=1) / 2 + 0.01 * codes.sum(axis=1)
