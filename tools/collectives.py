@@ -108,13 +108,18 @@ def _groups(line: str) -> list[list[int]]:
         shape, sides = ([int(side) for side in iota[i].split(",")] for i in (1, 2))
         order = [int(axis) for axis in iota[3].split(",")] if iota[3] else list(range(len(sides)))
         return np.arange(math.prod(sides)).reshape(sides).transpose(order).reshape(shape).tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if named := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}", line
+    ):
         sides = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        over = re.findall(r"'(\w+)'", named[2])
-        assert "device_ids=(" not in line, line
-        assert ":(" not in named[2], line
+        over = re.findall(r"'(\w+)'", named[4])
+        assert ":(" not in named[4], line
+        devices = np.arange(math.prod(sides.values()))
+        if named[2]:
+            before, turned = ([int(part) for part in named[i].split(",")] for i in (2, 3))
+            devices = devices.reshape(before).transpose(turned)
+        devices = devices.reshape(list(sides.values()))
         order = [name for name in sides if name not in over] + over
-        devices = np.arange(math.prod(sides.values())).reshape(list(sides.values()))
         moved = devices.transpose([list(sides).index(name) for name in order])
         return moved.reshape(-1, math.prod(sides[name] for name in over)).tolist()
     listed = re.search(r"replica_groups=\{\{(.*?)\}\}", line)

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from crcjax.data.loader import WITH_REGIONS
 
@@ -23,7 +23,7 @@ _MODEL_RULES = (
 )
 
 
-def state_shardings(state: Any, mesh: Mesh, shard_params: int) -> Any:
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh, shard_params: int) -> Any:
     """The layout of a state, concrete or abstract: a NamedSharding for every array.
 
     Matrices of layers are divided over `model` by their names; of what has at least `shard_params` numbers (0: nothing),
