@@ -90,7 +90,7 @@ def test_a_fold_trained_over_two_nodes_is_stopped_by_a_signal_requeued_and_goes_
     assert saved is not None
     assert resumed is not None
     assert saved[1] == resumed[1]
-    assert "8,707 parameters on 2 cpu" in text()
+    assert "8,707 parameters on 2 cpu devices of 2 processes" in text()
     lines = [json.loads(line) for line in (run / "fold-1" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 301))
     assert json.loads((run / "fold-1" / "config.json").read_text())["data"]["fold"] == 1

@@ -1,0 +1,218 @@
+"""Runs of two real processes, started by launch/local.py."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from crcjax.data.cohort import load_cohort
+from crcjax.slides.features import write_features
+from crcjax.slides.store import open_store
+
+pytestmark = pytest.mark.multiprocess
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+from crcjax.config import get_config as default
+
+def get_config():
+    config = default()
+    config.data.regions, config.data.bags, config.data.region_buckets = 4, 4, (64, 128)
+    config.model.width, config.model.features, config.model.attention = 8, 16, 8
+    config.train.steps, config.train.eval_every, config.train.checkpoint_every = 100_000, 100_000, 100_000
+    config.train.log_every, config.train.agree_every, config.optimizer.warmup_steps = 1, 2, 2
+    return config
+"""
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def start(painted: Path, tmp_path: Path) -> Callable[..., subprocess.Popen]:
+    """Starts two processes that train in tmp_path/run; further arguments go to crcjax.main."""
+    (tmp_path / "small.py").write_text(SMALL)
+
+    def start(*arguments: str) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2", "--devices=1", "--"]
+        command += [f"--config={tmp_path / 'small.py'}", f"--workdir={tmp_path / 'run'}"]
+        command += [f"--config.data.store={painted / 'store'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
+        settings = {"PYTHONPATH": str(ROOT), "PJRT_NPROC": "16"}
+        return subprocess.Popen(
+            [*command, *arguments], env=os.environ | settings, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+
+    return start
+
+
+def _until_training(launcher: subprocess.Popen) -> str:
+    said = ""
+    for line in launcher.stdout:
+        said += line
+        if line.startswith("[0] step 2/"):
+            return said
+    raise AssertionError(said)
+
+
+def _process(launcher: subprocess.Popen, index: int) -> psutil.Process:
+    children = psutil.Process(launcher.pid).children()
+    return next(child for child in children if f"--process={index}" in child.cmdline())
+
+
+def _end(launcher: subprocess.Popen, within_s: float = 60.0) -> str:
+    """What was said until the end, which comes in time."""
+    began = time.monotonic()
+    said = launcher.communicate(timeout=within_s + 60)[0]
+    assert time.monotonic() - began < within_s, said
+    return said
+
+
+def _errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if re.match(r"\[\d\] crcjax: ", line)]
+
+
+def test_two_processes_train_evaluate_and_save_as_one_and_only_the_main_one_talks(
+    start, tmp_path: Path, painted: Path
+) -> None:
+    said = _end(
+        start("--config.train.steps=4", "--config.train.eval_every=2", "--config.train.checkpoint_every=3"), 240
+    )
+    assert "[0] step 4: validation loss" in said
+    assert "[1] step" not in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "val/loss" in line] == [2, 4]
+    logs = [(tmp_path / "run" / "logs" / f"process-{process}.log").read_text() for process in (0, 1)]
+    for process, log in enumerate(logs):
+        assert "trained to step 4" in log
+        assert all(f" [{process}] " in line for line in log.splitlines() if line.startswith("20"))
+    validation = [re.findall(r"validation loss .*", log) for log in logs]
+    assert validation[0] == validation[1]
+
+
+def test_a_killed_process_is_named_by_the_other_at_once(start) -> None:
+    launcher = start()
+    _until_training(launcher)
+    _process(launcher, 1).kill()
+    said = _end(launcher, 30)
+    (error,) = _errors(said)
+    assert f"[0] crcjax: process 1 ({HOST}) is gone without a word" in error
+    assert launcher.returncode in (128 + signal.SIGKILL, 4)
+
+
+def test_a_store_that_vanishes_is_one_error_from_each_process(start, painted: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(painted / "store", store)
+    launcher = start(f"--config.data.store={store}")
+    _until_training(launcher)
+    store.rename(tmp_path / "elsewhere")
+    said = _end(launcher)
+    errors = _errors(said)
+    assert sorted(error[:3] for error in errors) == ["[0]", "[1]"], said
+    assert all(".zarr" in error for error in errors)
+    assert launcher.returncode in (2, 4)
+
+
+def test_features_that_are_not_finite_are_one_error_from_each_process(start, painted: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(painted / "store", store)
+    rows = [row for row in load_cohort(painted / "cohort.csv", None).rows if row.split in ("train", "val")]
+    spoilt = [row.slide_id for row in rows if row.split == "train"][-1]
+    about = {"encoder": "theirs", "weights_sha256": None, "mpp": None, "dtype": "float32", "imported": "by a test"}
+    for row in rows:
+        features = np.full((*open_store(store, row.slide_id).mask.shape, 8), np.nan if row.slide_id == spoilt else 1.0)
+        attributes = about | {"width": 8, "magnifications": ["10x"]}
+        write_features(store, row.slide_id, "theirs", features.astype(np.float32), attributes)
+    features = ["--config.data.features", "--config.model.encoder=theirs", f"--config.data.store={store}"]
+    launcher = start(*features, "--config.augment.flips=False", "--config.augment.stain=0")
+    said = _end(launcher, 240)
+    errors = _errors(said)
+    assert sorted(error[:3] for error in errors) == ["[0]", "[1]"], said
+    assert all(f"{spoilt}.zarr/features/theirs: holds features that are not finite" in error for error in errors)
+
+
+def test_processes_of_other_configs_end_with_the_field_and_the_process(painted: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(SMALL)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "crcjax.main",
+        f"--config={tmp_path / 'small.py'}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    command += [f"--config.data.store={painted / 'store'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
+    command += ["--processes=2", f"--coordinator=127.0.0.1:{port}"]
+    running = [
+        subprocess.Popen(
+            [*command, f"--process={i}", f"--config.seed={i}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for i in (0, 1)
+    ]
+    for i, process in enumerate(running):
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 2
+        assert f"[{i}] crcjax: the processes do not agree. process 1 ({HOST}) differs: config.seed is 1 there" in error
+    assert not (tmp_path / "run").exists()
+
+
+SCRIPT = """
+import os, signal, sys, time, jax, numpy as np
+from crcjax.train.distributed import together
+from crcjax.train.mesh import device_mesh, replicated
+from crcjax.train.peers import Peers
+
+process = int(sys.argv[1])
+with together(Peers(sys.argv[2], 2, process), {}, 60.0, float(sys.argv[3])) as group:
+    group.wait("start")
+    %s
+    time.sleep(60)
+"""
+DIVERGES = """
+    for step, value in ((1, 1.0), (2, 1.0 + process * 1.2e-7)):
+        copies = [jax.device_put(np.float32(value), device) for device in jax.local_devices()]
+        kernel = jax.make_array_from_single_device_arrays((), replicated(device_mesh()), copies)
+        group.compare(step, {"kernel": kernel})
+"""
+STANDS_STILL = """
+    group.at(7, "computing")
+    if process == 1:
+        time.sleep(2)  # until process 0 has heard where this one is
+        os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def _pair(script: str, stall_timeout_s: float) -> list[subprocess.Popen]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    command = [sys.executable, "-c", SCRIPT % script.strip(), "0", address, str(stall_timeout_s)]
+    return [
+        subprocess.Popen([*command[:3], str(i), *command[4:]], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for i in (0, 1)
+    ]
+
+
+def test_parameters_that_diverge_by_a_bit_are_named_with_the_process_by_all() -> None:
+    for process in _pair(DIVERGES, 60):
+        error = process.communicate(timeout=120)[1]
+        assert f"process 1 ({HOST}) has another kernel than the other processes after step 2" in error
+        assert process.returncode == 4
+
+
+def test_a_process_that_stands_still_is_named_once_the_time_is_over() -> None:
+    still = _pair(STANDS_STILL, 8)
+    error = still[0].communicate(timeout=120)[1]
+    still[1].kill()
+    still[1].communicate()
+    assert re.search(r"no step was finished for \d+ s: process 1 .* is computing, step 7, not heard for \d+ s", error)
+    assert still[0].returncode == 4
