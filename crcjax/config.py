@@ -83,7 +83,8 @@ def get_config() -> ConfigDict:
 
     config.train = train = ConfigDict()
     train.steps = 300  # optimiser steps
-    train.micro_batches = 1  # parts that a step's bags are computed in, one after the other, with the same result
+    train.micro_batches = 1  # parts, at least, that a step's bags are computed in; more where memory asks for it
+    train.memory_gib = 0.0  # of each device, that steps may take; 0: nine tenths of it, on CPUs of the machine
     train.eval_every = 100  # steps between evaluations on the validation cases
     train.checkpoint_every = 50  # steps between checkpoints; a killed run repeats at most these
     train.log_every = 10  # steps between lines of metrics

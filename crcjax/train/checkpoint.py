@@ -32,6 +32,7 @@ class Checkpointer:
         )
         self._folder = (run / FOLDER).absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._closed = False
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest saved state with the layout and sharding of `state`, or `state` itself if there is none."""
@@ -53,7 +54,10 @@ class Checkpointer:
             raise OutputError(f"{self._folder}: cannot be written ({error}); free space, then start again") from error
 
     def close(self) -> None:
-        """Waits for the last save. Raises OutputError if it cannot be written."""
+        """Waits for the last save; again, it does nothing. Raises OutputError if it cannot be written."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from ml_collections import ConfigDict
 from crcjax.data.bags import open_features, open_stores
 from crcjax.data.cases import rows_by_unit
 from crcjax.data.cohort import Cohort, load_cohort
-from crcjax.data.loader import train_batches
+from crcjax.data.loader import open_feed
 from crcjax.data.mining import Miner, start_mining
 from crcjax.data.splits import divide
 from crcjax.errors import InputError, StoppedError
@@ -30,21 +32,37 @@ from crcjax.train.checkpoint import Checkpointer
 from crcjax.train.distributed import Group
 from crcjax.train.evaluate import Evaluation
 from crcjax.train.losses import check_loss
+from crcjax.train.memory import fitting_step, is_out_of_memory, keep_parts, more_parts
 from crcjax.train.mesh import described, device_mesh, local_mesh, on_local_mesh
 from crcjax.train.optimizer import build_optimizer, learning_rate
 from crcjax.train.pretrained import is_kept, load_published
 from crcjax.train.run_directory import start_run
-from crcjax.train.step import Forward, Metrics, build_step, init_state
+from crcjax.train.step import Forward, Metrics, abstract_state, build_step, init_state
 
 
 def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
     """Trains to config.train.steps, going on from the run's newest checkpoint if it has one.
 
+    Where a device's memory does not suffice after all, the micro-batch is halved, and the run goes on from its last
+    checkpoint: a step's own state is donated, and a copy of it would take the memory that lacks.
     Raises InputError before anything is written if the config, the cohort, the store or the run directory is not
-    usable; OutputError if the run directory cannot be written; StoppedError once a checkpoint is saved, if the group is
-    asked to stop.
+    usable, or no step fits the devices; OutputError if the run directory cannot be written; StoppedError once a checkpoint
+    is saved, if the group is asked to stop.
     """
     group = group or Group()
+    while True:
+        try:
+            return _train(config, run, group)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            say(f"{run}: {str(error).splitlines()[0]} Steps are computed in {more_parts(run)} parts from now on")
+            if jax.process_count() > 1:
+                raise  # the other processes wait within the step: the run starts anew, in as many parts
+        gc.collect()  # what the failed step's frames held
+
+
+def _train(config: ConfigDict, run: Path, group: Group) -> None:
     cohort = _cohort(config)
     check_loss(config.train.loss, config.model.head)
     stores = open_stores(config.data.store, cohort, pixels=not config.data.features)
@@ -61,33 +79,41 @@ def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
         if config.data.features:
             _check_features(config, stores, sha256)
         kept = partial(is_kept, config.model.frozen)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
+    rate = learning_rate(config.optimizer, config.train.steps)
+    training = cohort.split("train")
+    bags_of = rows_by_unit(config.data.unit, training)
+    mining = start_mining(config.data, len(bags_of.rows))
+    feed = open_feed(training, config, mesh, normaliser)
+    build = partial(build_step, model, optimizer, mesh=mesh, normaliser=normaliser)
+    abstract = abstract_state(model, optimizer, config, mesh, mining), feed.shapes()
+    step, budget, parts = fitting_step(build, config, mesh, *abstract, run)
     if not group.main:
         group.wait("the run directory")  # the main process writes it, the others then look at it
     start_run(run, config, tiling, cohort, normaliser, group.main)
     if group.main:
         group.wait("the run directory")
-    optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
-    rate = learning_rate(config.optimizer, config.train.steps)
-    step = build_step(model, optimizer, config, mesh, normaliser)
+    keep_parts(run, parts)
     sizes = config.data.region_buckets, config.data.regions
     forward = Forward(model, *sizes, local_mesh(), normaliser, config.data.features)
     validation = Evaluation(config.data.store, cohort.split("val"), forward, config.model.encoder, config.data.unit)
     checkpoints = Checkpointer(run, config.train.keep_best)
-    training = cohort.split("train")
-    bags_of = rows_by_unit(config.data.unit, training)
-    mining = start_mining(config.data, len(bags_of.rows))
     state = checkpoints.restore(init_state(model, optimizer, config, mesh, mining))
     start = int(state.step)
 
+    miner = Miner(run, bags_of, config, state.mining, start)
+    batches = feed.batches(start, miner.board)
     with (
         kept_in(run, group.process),
+        closing(checkpoints),
         MetricWriter(run, start, group.main) as writer,
-        Miner(run, bags_of, config, state.mining, start) as miner,
+        closing(batches),
+        miner,  # left before the batches are closed: readers that wait for it would never end
     ):
         say(f"{parameter_overview.count_parameters(state.params):,} parameters on {described(mesh)}")
         say(f"{run}: going on from step {start}" if start else f"{run}: starting")
+        say(f"memory {budget}; bags in {parts.count} of at most {max(parts.possible)} parts")
         progress = _Progress(start, config)
-        batches = train_batches(training, config, mesh, start, normaliser, miner.board)
         for number, bags in enumerate(batches, start + 1):
             group.at(number, "computing")
             state, metrics = step(state, bags)
@@ -119,7 +145,6 @@ def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
                 group.at(number, "saving")
                 checkpoints.save(state, evaluated)
             if stops and not last:
-                checkpoints.close()
                 raise StoppedError(
                     f"{run}: stopped as asked, step {number} is saved; the same command goes on from there"
                 )

@@ -31,7 +31,7 @@ _FREE = {
     "train.agree_every",
     "train.stall_timeout_s",
 }
-_FREE |= {"train.micro_batches", "mesh.data", "mesh.bag", "mesh.model", "mesh.shard_params"}
+_FREE |= {"train.micro_batches", "train.memory_gib", "mesh.data", "mesh.bag", "mesh.model", "mesh.shard_params"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,183 @@
+"""Memory as a number: what a compiled step takes of its devices, and the fewest parts of a step's bags that fit them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import psutil
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from crcjax.data.bags import Bag
+from crcjax.errors import InputError, OutputError
+from crcjax.train.step import TrainState
+
+_USABLE = 0.9  # of a device: the rest is lost between allocations, and to buffers of the communication
+_BAGS_IN_USE = 3  # of the step that runs, of the one queued, and one on its way, beside those held ready
+_NOTE = "memory.json"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of each device while steps run, by part; `step` is what one step takes, its state and bags included."""
+
+    parameters: int
+    optimizer: int
+    bags: int
+    temporary: int  # activations and gradients
+    program: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.optimizer + self.bags + self.temporary + self.program
+
+    def __str__(self) -> str:
+        parts = {
+            "parameters": self.parameters,
+            "optimiser": self.optimizer,
+            "bags": self.bags,
+            "activations and gradients": self.temporary,
+            "program": self.program,
+        }
+        return f"{_size(self.total)} a device: " + ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts in which a step's bags are computed, and how many there can be."""
+
+    count: int
+    possible: Sequence[int]
+
+
+def step_budget(
+    step: jax.stages.Wrapped, state: TrainState, bag: Bag, bags_ahead: int = 0
+) -> tuple[jax.stages.Compiled, Budget]:
+    """The step compiled for an abstract state and bag, and what it takes by the compiler's own account.
+
+    `bags_ahead` is config.data.device_prefetch. Nothing is allocated. Raises InputError where the compiler does not count.
+    """
+    compiled = step.lower(state, bag).compile()
+    counted = compiled.memory_analysis()
+    if counted is None:
+        raise InputError(
+            f"{jax.local_devices()[0].platform}: its compiler does not count memory; use a version of jax that does"
+        )
+    parameters, whole, bags = (_held(tree) for tree in (state.params, state, bag))
+    # What the step returns lies where its donated state was, but for what the compiler could not reuse.
+    returned = counted.output_size_in_bytes - counted.alias_size_in_bytes
+    temporary, program = counted.temp_size_in_bytes + max(0, returned), counted.generated_code_size_in_bytes
+    bags_held = bags * (bags_ahead + _BAGS_IN_USE)
+    alone = counted.argument_size_in_bytes + temporary + program
+    return compiled, Budget(parameters, whole - parameters, bags_held, temporary, program, alone)
+
+
+def fitting_step(
+    build: Callable[[ConfigDict], Any],  # a jitted step
+    config: ConfigDict,
+    mesh: Mesh,
+    state: TrainState,
+    bag: Bag,
+    run: Path,
+) -> tuple[jax.stages.Compiled, Budget, Parts]:
+    """The step that computes its bags in the fewest parts that fit the devices, its budget, and the parts.
+
+    At least as many as config.train.micro_batches and as were kept in the run; the step is the same whatever their number.
+    `state` and `bag` are abstract: nothing is allocated. Raises InputError, with the budget in words, if not even single
+    bags fit.
+    """
+    limit = device_memory(config.train.memory_gib)
+    each = config.data.bags // mesh.shape["data"]
+    # The contrastive loss compares all bags with each other.
+    counts = [1] if config.train.contrastive_weight else [count for count in range(1, each + 1) if each % count == 0]
+    least = max(config.train.micro_batches, _kept(run).count)
+    for count in [count for count in counts if count >= least] or counts[-1:]:
+        compiled, budget = step_budget(build(_with_parts(config, count)), state, bag, config.data.device_prefetch)
+        if budget.total <= limit:
+            return compiled, budget, Parts(count, tuple(counts))
+    raise InputError(
+        f"a step does not fit the devices: with {each // count} of {each} bags a device at a time it takes {budget}, and a "
+        f"device has {_size(limit)} to use; lower config.data.regions, config.model.encode_regions or the model's width, "
+        "or divide it over more devices (config.mesh)"
+    )
+
+
+def device_memory(most_gib: float) -> int:
+    """Bytes of each device that a run may use: at most `most_gib` if that is not 0, and the same for all processes."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    counted = [found["bytes_limit"] for found in stats if "bytes_limit" in found]
+    own = min(counted) if counted else _host_memory() // jax.local_device_count()
+    least = int(np.min(process_allgather(np.int64(own // 2**20)))) * 2**20  # int64 becomes int32 on the way
+    return min(int(least * _USABLE), int(most_gib * 2**30) or least)
+
+
+def _host_memory() -> int:
+    """Bytes of this machine, or of the part of it that a container may use."""
+    found = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(path).exists() and (limit := Path(path).read_text().strip()).isdigit():
+            found = min(found, int(limit))
+    return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of JAX says that a device's memory did not suffice."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def keep_parts(run: Path, parts: Parts) -> None:
+    """Keeps them for the next start. Raises OutputError."""
+    try:
+        partial = run / f".{_NOTE}.{jax.process_index()}"
+        partial.write_text(json.dumps(asdict(parts)) + "\n")
+        partial.replace(run / _NOTE)
+    except OSError as error:
+        raise OutputError(f"{run}: cannot be written ({error.strerror}); choose another --workdir") from error
+
+
+def more_parts(run: Path) -> int:
+    """Halves the micro-batch for the next start, after a device's memory did not suffice, and returns the new parts.
+
+    Raises InputError if bags came one by one already.
+    """
+    parts = _kept(run)
+    larger = [count for count in parts.possible if count >= 2 * parts.count]
+    if not larger:
+        raise InputError(
+            f"{run}: the devices' memory does not suffice for a step of {parts.count} parts, and there can be no more; lower "
+            "config.data.regions, config.model.encode_regions or the model's width, or free the devices of other programs"
+        )
+    keep_parts(run, Parts(larger[0], parts.possible))
+    return larger[0]
+
+
+def _kept(run: Path) -> Parts:
+    try:
+        return Parts(**json.loads((run / _NOTE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return Parts(1, (1,))
+
+
+def _with_parts(config: ConfigDict, count: int) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.train.micro_batches = count
+    return config
+
+
+def _held(tree: Any) -> int:
+    """Bytes of arrays, concrete or abstract, on each device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,73 @@
+"""What a compiled step says it takes, beside what it takes: activations and gradients against the process's peak.
+
+Each size is a process of its own, since memory that was used before would hide what a step adds to it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from record import Row, record
+
+from crcjax.config import get_config
+from crcjax.data.bags import Bag
+from crcjax.models.mil import build_model
+from crcjax.train.memory import step_budget
+from crcjax.train.mesh import device_mesh
+from crcjax.train.optimizer import build_optimizer
+from crcjax.train.step import abstract_state, build_step, init_state
+
+BAGS, TILE_PX = 8, 64
+SIZES = ((64, "none", 1), (128, "none", 1), (128, "none", 2), (128, "none", 4), (256, "full", 1), (256, "full", 2))
+
+
+def measure(regions: int, remat: str, parts: int) -> tuple[int, int]:
+    """Bytes that the step's activations and gradients are said to take, and bytes that the peak rises by as it runs."""
+    config = get_config()
+    config.data.bags, config.data.regions = BAGS, regions
+    config.model.remat, config.train.micro_batches = remat, parts
+    mesh, model = device_mesh(config), build_model(config.model, 3, 0)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    pixels = np.random.default_rng(0).integers(0, 255, (BAGS, regions, 1, TILE_PX, TILE_PX, 3), np.uint8)
+    position = np.zeros((BAGS, regions, 2), np.float32)
+    label = np.arange(BAGS, dtype=np.int32) % 3
+    bag = jax.device_put(Bag(pixels, np.ones((BAGS, regions, 1), bool), position, label, np.ones(BAGS, np.float32)))
+    state = init_state(model, optimizer, config, mesh)
+    step = build_step(model, optimizer, config, mesh)
+    compiled, budget = step_budget(step, abstract_state(model, optimizer, config, mesh), bag)
+    jax.block_until_ready(state)
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    jax.block_until_ready(compiled(state, bag))
+    return budget.temporary, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def main() -> None:
+    rows = []
+    for regions, remat, parts in SIZES:
+        command = [sys.executable, __file__, str(regions), remat, str(parts)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        said, taken = (int(value) / 2**20 for value in output.split())
+        name = f"{BAGS} bags of {regions} tiles in {parts} part{'s' if parts > 1 else ''}, remat {remat}"
+        rows += [
+            Row(f"{name}: said", said, "MiB"),
+            Row(f"{name}: measured", taken, "MiB", taken / said, "what the step says"),
+        ]
+    note = (
+        f"The default model on random tiles of {TILE_PX} px, on the CPU. Said: the compiled program's own account, with nothing"
+        " allocated. Measured: by how much the step raises the resident memory of a fresh process over what it holds already,"
+        " its parameters, optimiser and bags."
+    )
+    record("memory", "python tools/bench_memory.py", rows, note)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(*measure(int(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    else:
+        main()
