@@ -1,0 +1,248 @@
+"""How fast training is fed from stores on disk, of features and of pixels, beside reading the same bytes without it.
+
+The rival reads what the loader reads in as many plain threads: with TensorStore alone, and of pixels with the same JPEG
+decoder after it. Every figure is of one process, and of two that divide the slides, each with its own rival beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import simplejpeg
+from jax.experimental.multihost_utils import sync_global_devices
+from ml_collections import ConfigDict
+from record import Row, record
+
+from crcjax.config import get_config
+from crcjax.data.cohort import load_cohort
+from crcjax.data.loader import train_batches
+from crcjax.slides.arrays import create_array, open_array
+from crcjax.slides.executor import TileJob, tile_slides
+from crcjax.slides.features import FeatureReader, write_features
+from crcjax.slides.painter import SlideSpec, paint_cohort, paint_slide
+from crcjax.slides.reader import open_slide
+from crcjax.slides.store import StoreWriter, TileStore
+from crcjax.slides.tiling import TilingParams, plan_tiles
+from crcjax.train.loop import train
+from crcjax.train.mesh import device_mesh
+
+SLIDES, REGIONS, WIDTH = 12, 4096, 1024  # of features: a slide has 8 MiB in float16
+STEPS = {"features": 60, "pixels": 12}  # a reading
+ROUNDS = 5
+THREADS = 4
+
+Drawn = list[tuple[FeatureReader | TileStore, np.ndarray]]
+
+
+def feature_store(folder: Path) -> None:
+    """Slides with no pixels and random features, and their cohort."""
+    path = paint_slide(folder / "slide.svs", SlideSpec("immune", 0, size_px=(1024, 1024)))
+    generator = np.random.default_rng(0)
+    rows = ["slide_id,case_id,subtype,split"]
+    with open_slide(path) as slide:
+        plan = plan_tiles(slide, TilingParams(("10x",)))
+        origin = np.arange(2 * REGIONS, dtype=np.int32).reshape(REGIONS, 2)
+        plan = replace(plan, origin=origin, mask=np.ones((REGIONS, 1), bool))
+        about = {"encoder": "random", "weights_sha256": None, "mpp": [1.0], "dtype": "float16", "width": WIDTH}
+        about |= {"magnifications": ["10x"], "imported": {}}
+        for i in range(SLIDES):
+            with StoreWriter(folder / "store", f"s{i}", slide, plan, "none") as writer:
+                writer.commit()
+            values = generator.standard_normal((REGIONS, 1, WIDTH)).astype(np.float16)
+            write_features(folder / "store", f"s{i}", "random", values, about)
+            rows.append(f"s{i},s{i},{get_config().data.classes[i % 3]},train")
+    (folder / "cohort.csv").write_text("\n".join(rows) + "\n")
+
+
+def pixel_store(folder: Path) -> None:
+    """Painted slides, tiled."""
+    table = paint_cohort(folder, {"train": 6}, size_px=(6144, 5120))
+    jobs = [TileJob(row.slide_id, row.path) for row in load_cohort(table, None).rows]
+    assert all(outcome.succeeded for outcome in tile_slides(jobs, folder / "store", TilingParams(("10x",))))
+
+
+def bench_config(kind: str, folder: Path) -> ConfigDict:
+    """Eight bags a step, on a small model."""
+    config = get_config()
+    config.data.store, config.data.cohort = str(folder / "store"), str(folder / "cohort.csv")
+    config.data.val_fraction = config.data.test_fraction = 0.0
+    config.data.features = kind == "features"
+    config.data.bags, config.data.regions = 8, 512 if kind == "features" else 32
+    config.data.read_threads = THREADS
+    config.train.steps, config.optimizer.warmup_steps = STEPS[kind], 2
+    if kind == "features":
+        config.model.encoder = "random"
+        config.augment.flips, config.augment.stain = False, 0.0
+    else:
+        config.model.width, config.model.features = 8, 16
+    return config
+
+
+def measure(kind: str, folder: Path) -> dict[str, float]:
+    """This process's bytes a second through the loader and without it, and what a run of training says of itself."""
+    config = bench_config(kind, folder)
+    cohort = load_cohort(config.data.cohort, config.data.classes).split("train")
+    mesh = device_mesh()
+
+    def through_loader() -> int:
+        """Bytes of tiles that reached this process's devices."""
+        batches = train_batches(cohort, config, mesh, 0)
+        return sum(
+            sum(shard.data.nbytes for shard in jax.block_until_ready(bag.tiles).addressable_shards) for bag in batches
+        )
+
+    drawn = _drawn(kind, through_loader)
+    rival = _plain_features(drawn) if kind == "features" else _plain_pixels(drawn)
+    rates: dict[str, list[float]] = {"loader": [], "rival": []}
+    for round_ in range(ROUNDS):
+        for name, read in (("loader", through_loader), ("rival", rival)):
+            sync_global_devices(f"{name} {round_}")
+            start = time.perf_counter()
+            rates[name].append(read() / (time.perf_counter() - start))
+    config.train.steps = 4 * STEPS[kind]
+    config.train.eval_every = config.train.checkpoint_every = config.train.log_every = STEPS[kind]
+    train(config, folder / f"run-{jax.process_count()}")
+    lines = [json.loads(line) for line in (folder / f"run-{jax.process_count()}" / "metrics.jsonl").open()]
+    said = [line for line in lines if "train/data_wait" in line][-1]
+    return {
+        "bytes": through_loader() / STEPS[kind],
+        "loader": statistics.median(rates["loader"]),
+        "rival": statistics.median(rates["rival"]),
+        "slides_per_hour": said["train/slides_per_hour"],
+        "data_wait": said["train/data_wait"],
+    }
+
+
+def _drawn(kind: str, read: Callable[[], int]) -> Drawn:
+    """What is read of which slide, in order."""
+    owner, name = (FeatureReader, "read") if kind == "features" else (TileStore, "read_pixels")
+    original, drawn = getattr(owner, name), []
+
+    def noting(self: FeatureReader | TileStore, indices: np.ndarray) -> np.ndarray:
+        drawn.append((self, np.asarray(indices)))
+        return original(self, indices)
+
+    setattr(owner, name, noting)
+    read()
+    setattr(owner, name, original)
+    return drawn
+
+
+def _plain_features(drawn: Drawn) -> Callable[[], int]:
+    arrays = {reader.path: open_array(reader.path) for reader, _ in drawn}
+    pool = ThreadPoolExecutor(THREADS)
+
+    def read() -> int:
+        return sum(pool.map(lambda one: arrays[one[0].path][one[1]].read().result().nbytes, drawn))
+
+    return read
+
+
+def _plain_pixels(drawn: Drawn) -> Callable[[], int]:
+    paths = {store.path for store, _ in drawn}
+    arrays = {path: open_array(path / "pixels" / "streams") for path in paths}
+    offsets = {path: open_array(path / "pixels" / "offset").read().result() for path in paths}
+    pool = ThreadPoolExecutor(THREADS)
+
+    def one(store: TileStore, indices: np.ndarray) -> int:
+        begins = offsets[store.path]
+        reads = [arrays[store.path][begins[i] : begins[i + 1]].read() for i in indices]
+        return sum(simplejpeg.decode_jpeg(read.result(), "RGB").nbytes for read in reads if read.result().size)
+
+    def read() -> int:
+        return sum(pool.map(lambda what: one(*what), drawn))
+
+    return read
+
+
+def run(kind: str, folder: Path, processes: int) -> list[dict[str, float]]:
+    """What each of so many processes measures."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, __file__, kind, str(folder), str(port), str(processes)]
+    settings = os.environ | {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "16"}
+    started = [
+        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, text=True, env=settings)
+        for index in range(processes)
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    assert not any(process.returncode for process in started), "a process failed"
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def chunk_rows(folder: Path) -> list[Row]:
+    """A draw of 32 regions of a slide's features by the regions that are read as one."""
+    values = np.random.default_rng(0).standard_normal((2 * REGIONS, 1, WIDTH)).astype(np.float16)
+    draws = [np.sort(np.random.default_rng(i).choice(len(values), 32, replace=False)) for i in range(30)]
+    milliseconds = {}
+    for chunk, packed in ((1, False), (4, False), (16, False), (64, False), (256, False), (4, True), (256, True)):
+        name = f"chunks of {chunk} regions{', zstd' if packed else ''}"
+        array = create_array(
+            folder / name, "float16", values.shape, (2 * REGIONS, 1, WIDTH), (chunk, 1, WIDTH), packed=packed
+        )
+        array.write(values).result()
+        opened = open_array(folder / name)
+        times = []
+        for draw in draws:
+            start = time.perf_counter()
+            opened[draw].read().result()
+            times.append(time.perf_counter() - start)
+        milliseconds[name] = 1e3 * statistics.median(times)
+    base = "chunks of 256 regions, zstd"
+    return [
+        Row(f"32 of {2 * REGIONS} regions, {name}", value, "ms", value / milliseconds[base], base)
+        for name, value in milliseconds.items()
+    ]
+
+
+def main() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        rows += chunk_rows(Path(temporary))
+        for kind, make in (("features", feature_store), ("pixels", pixel_store)):
+            folder = Path(temporary) / kind
+            folder.mkdir()
+            make(folder)
+            for processes in (1, 2):
+                each = run(kind, folder, processes)
+                loader, rival = (sum(found[name] for found in each) for name in ("loader", "rival"))
+                of = f"{kind}, {processes} process{'es' if processes > 1 else ''}"
+                bags = bench_config(kind, folder).data.bags
+                step_bytes = sum(found["bytes"] for found in each)
+                against = "TensorStore alone" if kind == "features" else "TensorStore and the decoder alone"
+                rows += [
+                    Row(f"{of}: the loader", loader / 1e6, "MB/s", loader / rival, against),
+                    Row(f"{of}: the loader", 3600 * bags * loader / step_bytes, "slides/hour"),
+                    Row(f"{of}: training", each[0]["slides_per_hour"], "slides/hour"),
+                    Row(f"{of}: training, waits for data", 100 * each[0]["data_wait"], "% of the time"),
+                ]
+    note = (
+        f"Features: {SLIDES} slides of {REGIONS} regions with {WIDTH} random float16 numbers, 512 regions a bag and step."
+        " Pixels: painted (synthetic) slides, JPEG tiles of 256 px, 32 a bag and step; MB/s are of pixels. 8 bags a step,"
+        " a small model, all from the page cache. With two processes the cores are shared by both, and by their steps."
+    )
+    record("feed", "python tools/bench_feed.py", rows, note)
+
+
+def child(kind: str, folder: str, port: str, processes: str, index: str) -> None:
+    """One of the processes; the last line it prints is what it measured."""
+    jax.distributed.initialize(f"localhost:{port}", int(processes), int(index))
+    print(json.dumps(measure(kind, Path(folder))))
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:]) if len(sys.argv) > 1 else main()
