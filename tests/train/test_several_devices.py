@@ -100,7 +100,7 @@ checkpoints = Checkpointer(Path(folder), 1)
 checkpoints.save(state, None)
 checkpoints.close()
 cohort = load_cohort(painted + "/cohort.csv", config.data.classes).split("train")
-evaluation = Evaluation(painted + "/store", cohort, Forward(model, (64, 128), 8, local_mesh()), "compact")
+evaluation = Evaluation(painted + "/store", cohort, Forward(model, (64, 128), 8, local_mesh()), "compact", "slide")
 Path(folder, process + ".json").write_text(json.dumps(evaluation.metrics(on_local_mesh(state.params, mesh, local_mesh()))))
 """
 
@@ -185,7 +185,7 @@ def test_a_state_saved_by_two_processes_is_restored_by_one_and_both_evaluate_as_
         np.testing.assert_array_equal(one, two)
     cohort = load_cohort(painted / "cohort.csv", config.data.classes).split("train")
     forward = Forward(drawn, (64, 128), 8, local_mesh())
-    expected = Evaluation(str(painted / "store"), cohort, forward, "compact").metrics(state.params)
+    expected = Evaluation(str(painted / "store"), cohort, forward, "compact", "slide").metrics(state.params)
     found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     assert found[0] == found[1]
     assert found[0] == pytest.approx(expected, rel=1e-5)
