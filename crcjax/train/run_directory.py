@@ -15,6 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 import crcjax
+from crcjax.config import get_config
 from crcjax.data.cohort import Cohort
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.normaliser import StainNormaliser
@@ -50,17 +51,17 @@ class Run:
 
 
 def open_run(path: str | Path) -> Run:
-    """Reads a run directory. Raises InputError if it is none."""
-    path = Path(path)
+    """Reads a run directory; fields that its version did not have yet are at their defaults. Raises InputError if it is none."""
+    path, config = Path(path), get_config()
     try:
-        config = json.loads((path / "config.json").read_text())
+        config.update(_tuples(json.loads((path / "config.json").read_text())))
         facts = json.loads((path / "run.json").read_text())
         tiling, split_of, stain = TilingParams.from_json(facts["tiling"]), facts["split_of"], facts["stain"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
             f"{path}: is no run directory ({error}); give the --workdir of python -m crcjax.main"
         ) from error
-    return Run(path, ConfigDict(_tuples(config)), tiling, split_of, StainNormaliser.from_json(stain) if stain else None)
+    return Run(path, config, tiling, split_of, StainNormaliser.from_json(stain) if stain else None)
 
 
 def start_run(

@@ -69,6 +69,18 @@ def test_a_run_directory_of_another_config_is_refused_by_the_field(small_config,
         train(small_config, tmp_path)
 
 
+def test_a_run_of_an_older_version_has_the_defaults_of_fields_that_came_later(run: Path, tmp_path: Path) -> None:
+    written = json.loads((run / "config.json").read_text())
+    later = written["data"].pop("unit")
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    (tmp_path / "run.json").write_text((run / "run.json").read_text())
+    assert open_run(tmp_path).config.data.unit == later
+    written["data"]["of_a_newer_version"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(InputError, match=r"is no run directory \(.*of_a_newer_version"):
+        open_run(tmp_path)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(small_config, tmp_path: Path) -> None:
     small_config.optimizer.learning_rate = 1e30
     with pytest.raises(InputError, match="the loss is not finite at step"):
