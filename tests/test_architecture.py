@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "validation": {"slides", "data"},
     "data": {"slides"},
     "models": set(),
-    "train": {"data", "models", "monitor", "slides"},
+    "train": {"config", "data", "models", "monitor", "slides"},
     "infer": {"validation", "data", "models", "monitor", "slides", "train"},
 }
 

@@ -5,10 +5,9 @@ Each size is a process of its own, since memory that was used before would hide 
 
 from __future__ import annotations
 
-import os
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -41,10 +40,15 @@ def measure(regions: int, remat: str, parts: int) -> tuple[int, int]:
     step = build_step(model, optimizer, config, mesh)
     compiled, budget = step_budget(step, abstract_state(model, optimizer, config, mesh), bag)
     jax.block_until_ready(state)
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = resident("VmRSS")
     jax.block_until_ready(compiled(state, bag))
-    return budget.temporary, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return budget.temporary, resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM; getrusage's peak begins with the parent's)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:

@@ -158,7 +158,7 @@ def slide_stains(slides: Iterable[TileStore]) -> Stains:
             continue
         estimate = stored_estimate(slide, "macenko")  # of the scanned tiles, also where others are kept
         if bool(estimate.reliable):
-            stains[slide.slide_id] = np.asarray(estimate.vectors, float)  # type: ignore[union-attr]
+            stains[slide.slide_id] = np.asarray(estimate.vectors, np.float64)  # type: ignore[union-attr]
     return stains
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,24 +33,24 @@ _LEAST_DEVIATION = 1e-3
 class StainMatrix:
     """Two stains: unit vectors of optical density (haematoxylin, then eosin) and their 99th percentile concentrations.
 
-    `reliable` is False where the sample gave no plausible stains, and the reference's vectors stand in.
+    `reliable` is False where the sample gave no plausible stains, and the reference's vectors stand in. Arrays of NumPy or JAX; to compile for, their shapes.
     """
 
-    vectors: Float32[Array | np.ndarray, "*slide 2 3"]
-    concentration: Float32[Array | np.ndarray, "*slide 2"]
-    white: Float32[Array | np.ndarray, "*slide 3"]
-    reliable: Bool[Array | np.ndarray, "*slide"]
+    vectors: Float32[Any, "*slide 2 3"]
+    concentration: Float32[Any, "*slide 2"]
+    white: Float32[Any, "*slide 3"]
+    reliable: Bool[Any, "*slide"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ColourMoments:
-    """Mean and standard deviation of the tissue in Ruderman's l-alpha-beta (natural logarithms)."""
+    """Mean and standard deviation of the tissue in Ruderman's l-alpha-beta (natural logarithms); arrays as in `StainMatrix`."""
 
-    mean: Float32[Array | np.ndarray, "*slide 3"]
-    deviation: Float32[Array | np.ndarray, "*slide 3"]
-    white: Float32[Array | np.ndarray, "*slide 3"]
-    reliable: Bool[Array | np.ndarray, "*slide"]
+    mean: Float32[Any, "*slide 3"]
+    deviation: Float32[Any, "*slide 3"]
+    white: Float32[Any, "*slide 3"]
+    reliable: Bool[Any, "*slide"]
 
 
 Estimate = StainMatrix | ColourMoments
