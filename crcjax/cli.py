@@ -352,7 +352,8 @@ def crossvalidate(
 ) -> None:
     """Trains every fold of config.data.folds and predicts each case by runs that never saw it (see docs/training.md).
 
-    With --config.data.fold_by=site and no number of folds, each site is left out once. Started again, it goes on.
+    With --config.data.fold_by=site and no number of folds, each site is left out once. With --config.train.members=N, N
+    seeds of a fold are trained together. Started again, it goes on.
     """
     from crcjax.infer.crossvalidation import crossvalidate as train_folds
     from crcjax.main import read_config

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     data.folds = 0  # of cross-validation, see docs/training.md; 0, the splits above
     data.fold = 0  # the fold that is test, from 0; training never reads it, and selects on val_fraction of the others
     data.fold_by = "case"  # or site: all cases of a site in one fold, to see how a model does at a new one
+    data.draw_seed = -1  # draws the bags of every step; -1: config.seed does. Given, runs of several seeds see the same
     data.regions = 32  # regions sampled per bag and step; memory grows with it, evidence per step too
     data.by_site = False  # the sites of a class take turns, so that no class is learned from its largest site alone
     data.region_draw = "uniform"  # or spread: from as many parts of the tissue as regions, in proportion to its tissue
@@ -83,6 +84,7 @@ def get_config() -> ConfigDict:
 
     config.train = train = ConfigDict()
     train.steps = 300  # optimiser steps
+    train.members = 1  # runs, of as many seeds, trained together on the same stored features; docs/training.md
     train.micro_batches = 1  # parts, at least, that a step's bags are computed in; more where memory asks for it
     train.memory_gib = 0.0  # of each device, that steps may take; 0: nine tenths of it, on CPUs of the machine
     train.eval_every = 100  # steps between evaluations on the validation cases

@@ -192,13 +192,14 @@ def sampler_of(cohort: Cohort, config: ConfigDict, board: Board | None) -> Sampl
     if data.region_draw not in REGION_DRAWS:
         raise InputError(f"config.data.region_draw {data.region_draw!r}: choose one of {', '.join(REGION_DRAWS)}")
     labels = np.array([label_of(row, cohort.classes) for row in cohort.rows])
+    seed = config.seed if data.draw_seed < 0 else data.draw_seed
     if not data.by_site:
-        return Sampler(labels, None, config.seed, data, board)
+        return Sampler(labels, None, seed, data, board)
     nowhere = next((row.slide_id for row in cohort.rows if row.site is None), None)
     if nowhere:
         raise InputError(f"slide {nowhere} of the cohort has no site; fill it in, or set config.data.by_site to False")
     _, sites = np.unique([row.site for row in cohort.rows], return_inverse=True)
-    return Sampler(labels, sites, config.seed, data, board)
+    return Sampler(labels, sites, seed, data, board)
 
 
 class Miner:

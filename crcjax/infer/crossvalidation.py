@@ -20,7 +20,7 @@ from crcjax.infer.predictor import model_id_of
 from crcjax.models.mil import Prediction, build_model, combine
 from crcjax.train.checkpoint import best_metrics, rank, restore_params
 from crcjax.train.evaluate import Evaluation
-from crcjax.train.loop import train
+from crcjax.train.loop import train, train_members
 from crcjax.train.mesh import device_mesh
 from crcjax.train.run_directory import open_run
 from crcjax.train.step import Forward
@@ -53,7 +53,7 @@ def crossvalidate(
 ) -> None:
     """Trains every fold, seed and point of the sweep, and predicts each case by runs that never saw it.
 
-    Runs lie in OUT/fold-F[/sweep-P]/seed-S and are gone on with when started again. For each fold, the point of the
+    With config.train.members above 1, as many seeds of a fold are trained together at a time. Runs lie in OUT/fold-F[/sweep-P]/seed-S and are gone on with when started again. For each fold, the point of the
     sweep is chosen whose runs are best on the fold's inner validation cases; its runs, one a seed, are an ensemble. Writes
     OUT/runs.csv, a line a run, and OUT/predictions.csv, every labelled slide of the folds as `crcjax predict` would say,
     with its fold. Raises InputError before anything is trained: folds, fields of the sweep or stores that are not usable;
@@ -133,9 +133,12 @@ def _parsed(config: ConfigDict, name: str, text: str) -> object:
 
 
 def _train(config: ConfigDict, fold: int, point: Point, members: Sequence[tuple[int, Path]]) -> list[Trained]:
-    for seed, path in members:
-        config.seed = seed
-        train(config, path)
+    if config.train.members > 1:
+        train_members(config, dict(members))
+    else:
+        for seed, path in members:
+            config.seed = seed
+            train(config, path)
     found = [best_metrics(path) for _, path in members]
     return [
         Trained(fold, point, seed, path, step, metrics)

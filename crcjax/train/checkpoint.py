@@ -70,6 +70,11 @@ def rank(metrics: dict[str, float]) -> float:
     return metrics["balanced_accuracy"] - 1e-3 * metrics["loss"]
 
 
+def newest_step(run: Path) -> int:
+    """The step that a run goes on from, 0 if it has no checkpoint."""
+    return max((int(path.name) for path in (run / FOLDER).glob("*") if path.name.isdigit()), default=0)
+
+
 def restore_params(run: str | Path, model: MILModel) -> tuple[Params, int]:
     """The parameters of a run's best checkpoint (the newest, if none was evaluated) and its step.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
@@ -28,8 +29,9 @@ from crcjax.monitor.metrics import MetricWriter
 from crcjax.slides.features import feature_attributes
 from crcjax.slides.normaliser import stain_normaliser
 from crcjax.slides.store import TileStore
-from crcjax.train.checkpoint import Checkpointer
+from crcjax.train.checkpoint import Checkpointer, newest_step
 from crcjax.train.distributed import Group
+from crcjax.train.ensemble import Ensemble, apart, check_members, member_config, side_by_side, with_encoder_of
 from crcjax.train.evaluate import Evaluation
 from crcjax.train.losses import check_loss
 from crcjax.train.memory import fitting_step, is_out_of_memory, keep_parts, more_parts
@@ -43,16 +45,36 @@ from crcjax.train.step import Forward, Metrics, abstract_state, build_step, init
 def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
     """Trains to config.train.steps, going on from the run's newest checkpoint if it has one.
 
+    With config.train.members above 1 it trains as many runs, RUN/seed-S, together (`train_members`).
     Where a device's memory does not suffice after all, the micro-batch is halved, and the run goes on from its last
     checkpoint: a step's own state is donated, and a copy of it would take the memory that lacks.
     Raises InputError before anything is written if the config, the cohort, the store or the run directory is not
     usable, or no step fits the devices; OutputError if the run directory cannot be written; StoppedError once a checkpoint
     is saved, if the group is asked to stop.
     """
-    group = group or Group()
+    if config.train.members != 1:
+        seeds = range(config.seed, config.seed + config.train.members)
+        train_members(config, {seed: run / f"seed-{seed}" for seed in seeds}, group)
+    else:
+        _train_on(config, {config.seed: run}, group or Group())
+
+
+def train_members(config: ConfigDict, runs: Mapping[int, Path], group: Group | None = None) -> None:
+    """Trains runs, by seed, that differ in it alone: config.train.members at a time in one step, on the same bags.
+
+    Each is a run as any other, and as if trained alone with its own config, but for rounding. Raises as `train`, and
+    InputError where runs cannot be trained together.
+    """
+    check_members(config)
+    for part in side_by_side(runs, config.train.members, newest_step):
+        _train_on(config, part, group or Group())
+
+
+def _train_on(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
+    run = next(iter(runs.values()))
     while True:
         try:
-            return _train(config, run, group)
+            return _train(config, runs, group)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -62,7 +84,9 @@ def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
         gc.collect()  # what the failed step's frames held
 
 
-def _train(config: ConfigDict, run: Path, group: Group) -> None:
+def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
+    (first, run), together = next(iter(runs.items())), config.train.members > 1
+    config = member_config(config, first) if together else config
     cohort = _cohort(config)
     check_loss(config.train.loss, config.model.head)
     stores = open_stores(config.data.store, cohort, pixels=not config.data.features)
@@ -71,7 +95,8 @@ def _train(config: ConfigDict, run: Path, group: Group) -> None:
     normaliser = stain_normaliser(config.stain.method, config.stain.reference, config.data.store)
     _use_compilation_cache()
     mesh = device_mesh(config)
-    model = build_model(config.model, len(cohort.classes), config.seed, tiling.factors)
+    of_seed = partial(build_model, config.model, len(cohort.classes), factors=tiling.factors)
+    model = of_seed(config.seed)
     kept = None
     if config.model.encoder in PRETRAINED and not config.model.imported_features:
         sha256 = load_published(model, config.model)
@@ -86,32 +111,44 @@ def _train(config: ConfigDict, run: Path, group: Group) -> None:
     mining = start_mining(config.data, len(bags_of.rows))
     feed = open_feed(training, config, mesh, normaliser)
     build = partial(build_step, model, optimizer, mesh=mesh, normaliser=normaliser)
-    abstract = abstract_state(model, optimizer, config, mesh, mining), feed.shapes()
-    step, budget, parts = fitting_step(build, config, mesh, *abstract, run)
+    abstract = abstract_state(model, optimizer, config, mesh, mining)
+    ensemble = Ensemble(partial(of_seed, first), optimizer, config, mesh) if together else None
+    if ensemble:
+        build, abstract = partial(ensemble.build, tuple(runs)), ensemble.abstract(len(runs))
+    step, budget, parts = fitting_step(build, config, mesh, abstract, feed.shapes(), run)
     if not group.main:
         group.wait("the run directory")  # the main process writes it, the others then look at it
-    start_run(run, config, tiling, cohort, normaliser, group.main)
+    for seed, path in runs.items():
+        own_config = member_config(config, seed) if ensemble else config
+        start_run(path, own_config, tiling, cohort, normaliser, group.main)
     if group.main:
         group.wait("the run directory")
-    keep_parts(run, parts)
+    for path in runs.values():
+        keep_parts(path, parts)
     sizes = config.data.region_buckets, config.data.regions
     forward = Forward(model, *sizes, local_mesh(), normaliser, config.data.features)
     validation = Evaluation(config.data.store, cohort.split("val"), forward, config.model.encoder, config.data.unit)
-    checkpoints = Checkpointer(run, config.train.keep_best)
-    state = checkpoints.restore(init_state(model, optimizer, config, mesh, mining))
-    start = int(state.step)
+    checkpoints = [Checkpointer(path, config.train.keep_best) for path in runs.values()]
+    models = (model if seed == first else with_encoder_of(model, of_seed(seed)) for seed in runs)
+    states = (
+        saved.restore(init_state(one, optimizer, config, mesh, mining))
+        for one, saved in zip(models, checkpoints, strict=True)
+    )
+    state = ensemble.join(states) if ensemble else next(states)
+    start = int(np.max(state.step))
 
     miner = Miner(run, bags_of, config, state.mining, start)
     batches = feed.batches(start, miner.board)
-    with (
-        kept_in(run, group.process),
-        closing(checkpoints),
-        MetricWriter(run, start, group.main) as writer,
-        closing(batches),
-        miner,  # left before the batches are closed: readers that wait for it would never end
-    ):
+    with ExitStack() as opened:
+        for path, saved in zip(runs.values(), checkpoints, strict=True):
+            opened.enter_context(kept_in(path, group.process))
+            opened.enter_context(closing(saved))
+        writers = [opened.enter_context(MetricWriter(path, start, group.main)) for path in runs.values()]
+        opened.enter_context(closing(batches))
+        opened.enter_context(miner)  # left before the batches are closed: readers that wait for it would never end
         say(f"{parameter_overview.count_parameters(state.params):,} parameters on {described(mesh)}")
-        say(f"{run}: going on from step {start}" if start else f"{run}: starting")
+        for path in runs.values():
+            say(f"{path}: going on from step {start}" if start else f"{path}: starting")
         say(f"memory {budget}; bags in {parts.count} of at most {max(parts.possible)} parts")
         progress = _Progress(start, config)
         for number, bags in enumerate(batches, start + 1):
@@ -127,30 +164,34 @@ def _train(config: ConfigDict, run: Path, group: Group) -> None:
                 group.compare(number, {"gradient norm": metrics["gradient_norm"], "parameter": state.params})
             if saves or number % config.train.log_every == 0:
                 # Before every save, too: a run resumed from a checkpoint that is not finite would never recover.
-                scalars = _checked(metrics, number)
+                scalars = [_checked(one, number) for one in (apart(metrics) if ensemble else [metrics])]
                 waited_s = group.largest(batches.waited_s)
-                writer.write(number, {f"train/{name}": value for name, value in scalars.items()})
-                writer.write(
-                    number, {"train/learning_rate": float(rate(number - 1)), **progress.speed(number, waited_s)}
-                )
-                progress.show(number, scalars["loss"], waited_s)
-            evaluated = None
-            if evaluates:
-                params = on_local_mesh(state.params, mesh, local_mesh())
-                evaluated = validation.metrics(params, partial(group.at, number, "evaluating"))
-            if evaluated:
-                writer.write(number, {f"val/{name}": value for name, value in evaluated.items()})
-                say(f"step {number}: validation " + ", ".join(f"{name} {v:.3f}" for name, v in evaluated.items()))
+                shared = {"train/learning_rate": float(rate(number - 1)), **progress.speed(number, waited_s)}
+                for writer, found in zip(writers, scalars, strict=True):
+                    writer.write(number, {f"train/{name}": value for name, value in found.items()})
+                    writer.write(number, shared)
+                progress.show(number, [found["loss"] for found in scalars], waited_s)
             if saves:
-                group.at(number, "saving")
-                checkpoints.save(state, evaluated)
+                own = ensemble.split(state) if ensemble else [state]
+                for path, writer, saved, one in zip(runs.values(), writers, checkpoints, own, strict=True):
+                    evaluated = None
+                    if evaluates:
+                        params = on_local_mesh(one.params, mesh, local_mesh())
+                        evaluated = validation.metrics(params, partial(group.at, number, "evaluating"))
+                    if evaluated:
+                        writer.write(number, {f"val/{name}": value for name, value in evaluated.items()})
+                        told = ", ".join(f"{name} {value:.3f}" for name, value in evaluated.items())
+                        say(f"step {number}: validation {f'of {path.name} ' if ensemble else ''}{told}")
+                    group.at(number, "saving")
+                    saved.save(one, evaluated)
             if stops and not last:
                 raise StoppedError(
                     f"{run}: stopped as asked, step {number} is saved; the same command goes on from there"
                 )
             group.at(number + 1, "reading its bags")
-        checkpoints.close()
-        say(f"{run}: trained to step {config.train.steps}")
+        for path, saved in zip(runs.values(), checkpoints, strict=True):
+            saved.close()
+            say(f"{path}: trained to step {config.train.steps}")
 
 
 def _cohort(config: ConfigDict) -> Cohort:
@@ -240,9 +281,9 @@ class _Progress:
             "train/data_wait": (waited_s - self._waited_s) / passed_s,
         }
 
-    def show(self, number: int, loss: float, waited_s: float) -> None:
+    def show(self, number: int, losses: Sequence[float], waited_s: float) -> None:
         speed = self.speed(number, waited_s)
-        line = f"step {number}/{self._config.train.steps}  loss {loss:.3f}"
+        line = f"step {number}/{self._config.train.steps}  loss " + " ".join(f"{loss:.3f}" for loss in losses)
         if speed and speed["train/steps_per_s"] > 0:
             left = (self._config.train.steps - number) / speed["train/steps_per_s"]
             line += (

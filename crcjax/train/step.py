@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -57,6 +57,7 @@ class TrainState:
 
 
 Metrics = dict[str, Float32[Array, ""]]
+JointMetrics = dict[str, Float32[Array, " member"]]
 Seen = tuple[Array, Array, Array]  # of each bag: its loss, whether it was called rightly, the attention to its regions
 
 
@@ -111,6 +112,52 @@ def build_step(
     With `config.train.micro_batches` the bags are computed so many parts at a time and their gradients added up: the same
     step, since every draw and weight is the whole batch's. Raises InputError for a loss that is no sum over bags.
     """
+    following = _build_following(model, optimizer, config, mesh, normaliser)
+    layout = jax.tree.map(lambda value: value.sharding, abstract_state(model, optimizer, config, mesh))
+    layout = replace(layout, mining=replicated(mesh))
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    def step(state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
+        return following(jax.random.key(config.seed), state, bag)
+
+    return step
+
+
+def build_joint_step(
+    model: MILModel, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh, seeds: Sequence[int]
+) -> Callable[[TrainState, Bag], tuple[TrainState, JointMetrics]]:
+    """As `build_step`, of as many members as `seeds`, all on the same bags: states and metrics have a leading axis of them."""
+    following = _build_following(model, optimizer, config, mesh, None)
+    layout = jax.tree.map(
+        lambda value: value.sharding, joint(abstract_state(model, optimizer, config, mesh), len(seeds))
+    )
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    def step(state: TrainState, bag: Bag) -> tuple[TrainState, JointMetrics]:
+        keys = jax.vmap(jax.random.key)(jnp.array(seeds))
+        return jax.vmap(following, in_axes=(0, 0, None))(keys, state, bag)
+
+    return step
+
+
+def joint(state: TrainState, members: int) -> TrainState:
+    """The shapes and the layout of so many members' states as one: every device has its part of each member."""
+
+    def of(value: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        at = NamedSharding(value.sharding.mesh, PartitionSpec(None, *value.sharding.spec))
+        return jax.ShapeDtypeStruct((members, *value.shape), value.dtype, sharding=at)
+
+    return jax.tree.map(of, state)
+
+
+def _build_following(
+    model: MILModel,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: Mesh,
+    normaliser: StainNormaliser | None,
+) -> Callable[[Key[Array, ""], TrainState, Bag], tuple[TrainState, Metrics]]:
+    """The step as a pure function of the run's key, its state and the bags."""
     micro_batches = config.train.micro_batches
     if micro_batches > 1 and config.train.contrastive_weight:
         raise InputError(
@@ -118,10 +165,7 @@ def build_step(
             "each other, which needs them at once; set one of the two to 1 or 0"
         )
     graph = nnx.graphdef(model)
-    seed = jax.random.key(config.seed)
     encode = _build_encode(graph, config, mesh, normaliser)
-    layout = jax.tree.map(lambda value: value.sharding, abstract_state(model, optimizer, config, mesh))
-    layout = replace(layout, mining=replicated(mesh))
 
     def loss_of(
         params: Params, bag: Bag, keys: Key[Array, " batch"], turns: Augmentation, state: TrainState, total: Array
@@ -139,8 +183,7 @@ def build_step(
         seen = losses, right, jnp.asarray(prediction.region_attention)
         return loss * (state.scaling.scale if state.scaling else 1.0), (loss, seen)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
-    def step(state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
+    def following(seed: Key[Array, ""], state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
         bag = jax.tree_util.tree_map_with_path(
             lambda path, part: jax.lax.with_sharding_constraint(part, NamedSharding(mesh, bag_spec(path))), bag
         )
@@ -164,15 +207,13 @@ def build_step(
             (gradient, loss), by_part = jax.lax.scan(add, zeros, jnp.arange(micro_batches))
             seen = jax.tree.map(lambda value: jnp.moveaxis(value, 0, 1).reshape(-1, *value.shape[2:]), by_part)
         losses, right, attention = seen
-        following, metrics = _updated(optimizer, state, gradient)
+        state, metrics = _updated(optimizer, state, gradient)
         if state.mining is not None:
             found = jnp.asarray(bag.slide), jnp.asarray(bag.region), losses, ~right, attention
-            following = replace(
-                following, mining=after_step(state.mining, following.step, config.data.mine_every, *found)
-            )
-        return following, {"loss": loss, "accuracy": right.mean(), **metrics}
+            state = replace(state, mining=after_step(state.mining, state.step, config.data.mine_every, *found))
+        return state, {"loss": loss, "accuracy": right.mean(), **metrics}
 
-    return step
+    return following
 
 
 def _build_encode(

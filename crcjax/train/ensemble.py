@@ -1,0 +1,126 @@
+"""An ensemble's members as one state, so that one step trains them all: runs that differ in their seed, on the same bags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from crcjax.errors import InputError
+from crcjax.models.encoders import PublishedEncoder
+from crcjax.models.mil import MILModel, Params
+from crcjax.train.step import TrainState, abstract_state, build_joint_step, joint
+
+
+def check_members(config: ConfigDict) -> None:
+    """Raises InputError where runs cannot be trained together: each would see other bags, or an encoder is trained."""
+    members, reason = f"config.train.members {config.train.members}", ""
+    if config.train.members < 1:
+        raise InputError(f"{members}: choose 1 or more")
+    if not config.data.features:
+        reason = "runs are trained together on stored features alone, not on pixels; set config.data.features"
+    elif config.data.mine_slides or config.data.mine_regions:
+        reason = "each run mines bags of its own, and those trained together share them; set config.data.mine_slides and mine_regions to 0"
+    elif jax.process_count() > 1:
+        reason = "one process trains runs together, not several; start one"
+    if reason:
+        raise InputError(f"{members}: {reason}, or config.train.members to 1")
+
+
+def member_config(config: ConfigDict, seed: int) -> ConfigDict:
+    """The config of one run of an ensemble: trained alone with it, the run sees the same bags."""
+    config = config.copy_and_resolve_references()
+    if config.data.draw_seed < 0:
+        config.data.draw_seed = config.seed
+    config.seed, config.train.members = seed, 1
+    return config
+
+
+def side_by_side(runs: Mapping[int, Path], most: int, step_of: Callable[[Path], int]) -> list[dict[int, Path]]:
+    """The runs (by seed) in groups that train together: at most so many, and all at the same step.
+
+    Runs that a kill left at different steps train in groups of their own: to each it makes no difference but rounding.
+    """
+    at: dict[int, list[int]] = {}
+    for seed, run in runs.items():
+        at.setdefault(step_of(run), []).append(seed)
+    parts = [seeds[first : first + most] for seeds in at.values() for first in range(0, len(seeds), most)]
+    return [{seed: runs[seed] for seed in seeds} for seeds in parts]
+
+
+def with_encoder_of(first: MILModel, model: MILModel) -> MILModel:
+    """The model with the published encoder, if there is one, of the first, whose weights were read."""
+    if isinstance(model.encoder, PublishedEncoder):
+        assert isinstance(first.encoder, PublishedEncoder)
+        model.encoder.published = first.encoder.published
+    return model
+
+
+class Ensemble:
+    """The states of runs as one, with a leading axis of members in every array.
+
+    A published encoder is in none of it: features are stored, so that no step reads its parameters. They are kept once,
+    and every run's own state has them.
+    """
+
+    def __init__(
+        self, model: Callable[[], MILModel], optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+    ):
+        whole = nnx.eval_shape(model)
+        self._whole = abstract_state(whole, optimizer, config, mesh)
+        if isinstance(whole.encoder, PublishedEncoder):
+            whole.encoder.published = None  # type: ignore[assignment]
+        self._model, self._optimizer, self._mesh = whole, optimizer, mesh
+        self._member = abstract_state(whole, optimizer, config, mesh)
+        self._published: Params | None = None
+
+    def abstract(self, members: int) -> TrainState:
+        """The shapes and the layout of the state, for compiling without one."""
+        return joint(self._member, members)
+
+    def build(self, seeds: tuple[int, ...], config: ConfigDict) -> Callable[..., Any]:
+        """The step of all members."""
+        return build_joint_step(self._model, self._optimizer, config, self._mesh, seeds)
+
+    def join(self, states: Iterable[TrainState]) -> TrainState:
+        """The states of runs as one."""
+        leaves = []
+        for state in states:
+            encoder = dict(state.params["encoder"])
+            published = encoder.pop("published", None)
+            self._published = published if self._published is None else self._published
+            leaves.append(jax.tree.leaves(replace(state, params=state.params | {"encoder": encoder})))
+        abstract = self.abstract(len(leaves))
+        layout = [value.sharding for value in jax.tree.leaves(abstract)]
+        stack = jax.jit(
+            lambda *members: [jnp.stack(parts) for parts in zip(*members, strict=True)], out_shardings=layout
+        )
+        return jax.tree.unflatten(jax.tree.structure(abstract), stack(*leaves))
+
+    def split(self, state: TrainState) -> list[TrainState]:
+        """Each run's own state, as it is when trained alone."""
+        layout = jax.tree.map(lambda value: value.sharding, self._member)
+        split = jax.jit(apart, out_shardings=[layout] * len(state.step))
+        return [self._completed(member) for member in split(state)]
+
+    def _completed(self, state: TrainState) -> TrainState:
+        params = state.params
+        if self._published is not None:
+            params = params | {"encoder": params["encoder"] | {"published": self._published}}
+        # The optimiser has no moments of the encoder, but a place for each of its parameters.
+        moments = jax.tree.unflatten(jax.tree.structure(self._whole.moments), jax.tree.leaves(state.moments))
+        return replace(state, params=params, moments=moments)
+
+
+def apart(values: Any) -> list[Any]:
+    """What stands along the leading axis of every array, one by one."""
+    count = len(jax.tree.leaves(values)[0])
+    return [jax.tree.map(lambda value, at=at: value[at], values) for at in range(count)]
