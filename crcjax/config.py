@@ -102,6 +102,14 @@ def get_config() -> ConfigDict:
     train.contrastive_temperature = 0.1  # of that loss (Khosla 2020); lower looks at the hardest pairs
     train.label_smoothing = 0.05  # molecular references have errors of their own
 
+    config.tasks = tasks = ConfigDict()  # of every tile, beside the subtype; docs/tasks.md
+    tasks.tissue = 0.0  # weight of telling its tissue, one of tissue_classes, where labels say it; 0 leaves a task out
+    tasks.stain = 0.0  # weight of telling its slide's stain estimate, standardised over the training slides
+    tasks.artefact = 0.0  # weight of telling its artefact, simulated (augment.artefacts) or labelled
+    tasks.weighting = "fixed"  # or learned, from these weights on: homoscedastic uncertainty (Kendall 2018)
+    tasks.labels = ""  # folder with SLIDE_ID.geojson as QuPath writes it, or a painted slide's SLIDE_ID.truth.npz
+    tasks.tissue_classes = ()  # the names of its areas that are told apart
+
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # peak, AdamW
     optimizer.warmup_steps = 30  # linear from zero

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from crcjax.data.cases import CaseFeatures, CaseStore
 from crcjax.data.cohort import Cohort, SlideRow
+from crcjax.data.labels import UNKNOWN
 from crcjax.errors import InputError
 from crcjax.slides.features import FeatureReader
 from crcjax.slides.normaliser import StainNormaliser, stored_estimate
@@ -36,6 +37,7 @@ class Bag:
     region: Int[Any, "batch region"] | None = None  # its index in the store, -1 for padding
     slide: Int[Any, " batch"] | None = None  # of the training slides, in the cohort's order
     stain: Estimate | None = None  # of each bag's slide, if the config needs it (`slide_stains`)
+    tile_labels: Int[Any, "batch region slot 2"] | None = None  # tissue and artefact (data.labels), if tasks need them
 
 
 def read_bag(
@@ -45,6 +47,7 @@ def read_bag(
     padded: int,
     stain: Estimate | None = None,
     features: Sequence[FeatureReader | CaseFeatures] = (),
+    tile_labels: Sequence[Int[np.ndarray, "_ slot 2"]] = (),
 ) -> Bag:
     """The chosen regions of each slide or case, padded to `padded` regions: their pixels, or each one's features if given."""
     shape = (len(stores), padded, stores[0].params.slots)
@@ -59,8 +62,12 @@ def read_bag(
         mask[i, : len(chosen)] = store.mask[chosen]
         position[i, : len(chosen)] = store.origin[chosen] / store.region_px
         region[i, : len(chosen)] = chosen
+    told = np.full((*shape, 2), UNKNOWN, np.int8)
+    for i, of_slide in enumerate(tile_labels):
+        told[i, : len(regions[i])] = of_slide[regions[i]]
     weight = np.ones(len(stores), np.float32)
-    return Bag(tiles, mask, position, labels.astype(np.int32), weight, region, stain=stain)
+    known = told if tile_labels else None
+    return Bag(tiles, mask, position, labels.astype(np.int32), weight, region, stain=stain, tile_labels=known)
 
 
 def open_stores(store: str, cohort: Cohort, pixels: bool = True) -> list[TileStore]:
@@ -106,7 +113,7 @@ def open_features(stores: Sequence[TileStore], encoder: str) -> list[FeatureRead
 
 
 def slide_stains(stores: Sequence[TileStore], config: ConfigDict, normaliser: StainNormaliser | None) -> list[Estimate]:
-    """Each slide's stain estimate if it is needed, else none: the normaliser's, or Macenko's for augmentation.
+    """Each slide's stain estimate if it is needed, else none: the normaliser's, or Macenko's for augmentation and the task.
 
     Raises InputError: a store is damaged, or its tiles have another stain than the slide had.
     """
@@ -117,7 +124,9 @@ def slide_stains(stores: Sequence[TileStore], config: ConfigDict, normaliser: St
     normalised = next((store for store in stores if store.params.stain), None)
     if config.augment.exchange and normalised:
         raise InputError(f"{normalised.path}: its tiles were given one stain; set config.augment.exchange to 0")
-    known = config.augment.exchange or (config.augment.hed and not normalised)
+    if config.tasks.stain and normalised:
+        raise InputError(f"{normalised.path}: its tiles were given one stain; set config.tasks.stain to 0")
+    known = config.augment.exchange or config.tasks.stain or (config.augment.hed and not normalised)
     return [stored_estimate(store, "macenko") for store in stores] if known else []
 
 

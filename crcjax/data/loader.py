@@ -14,12 +14,13 @@ from absl import flags
 from grain import DatasetIterator
 from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float32
+from jaxtyping import Float32, Int8
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import Bag, open_features, open_stores, read_bag, slide_stains
 from crcjax.data.cases import CaseFeatures, CaseStore, by_unit
 from crcjax.data.cohort import Cohort
+from crcjax.data.labels import bag_labels
 from crcjax.data.mining import Board, Sampler, sampler_of
 from crcjax.data.sampling import slide_weights
 from crcjax.errors import InputError
@@ -29,7 +30,13 @@ from crcjax.slides.stain import Estimate
 from crcjax.slides.store import TileStore
 
 Block = tuple[range, range]  # places of a batch: its bags, and their regions
-WITH_REGIONS = ("tiles", "mask", "position", "region")  # the parts of a bag that have the axis of regions
+WITH_REGIONS = (
+    "tiles",
+    "mask",
+    "position",
+    "region",
+    "tile_labels",
+)  # the parts of a bag that have the axis of regions
 
 
 def train_batches(
@@ -71,6 +78,7 @@ def open_feed(cohort: Cohort, config: ConfigDict, mesh: Mesh, normaliser: StainN
         stores,
         features,
         [jax.tree.map(np.asarray, stain) for stain in stains],
+        bag_labels(stores, config.tasks),
         sampler,
         slide_weights(sampler.labels, config.train.class_balance),
         shape,
@@ -181,6 +189,7 @@ class _Reader:
     stores: list[TileStore | CaseStore]
     features: list[FeatureReader | CaseFeatures]
     stains: list[Estimate]
+    tile_labels: list[Int8[np.ndarray, "_ slot 2"]]
     sampler: Sampler
     weights: Float32[np.ndarray, " slide"]
     shape: tuple[int, int]  # bags, regions
@@ -205,5 +214,6 @@ class _Reader:
         stain = jax.tree.map(lambda *leaves: np.stack(leaves), *stains) if stains else None
         features = [self.features[slide] for slide in slides] if self.features else []
         stores = [self.stores[slide] for slide in slides]
-        bag = read_bag(stores, chosen, self.sampler.labels[slides], len(places), stain, features)
+        told = [self.tile_labels[slide] for slide in slides] if self.tile_labels else []
+        bag = read_bag(stores, chosen, self.sampler.labels[slides], len(places), stain, features, told)
         return replace(bag, weight=self.weights[slides], slide=slides.astype(np.int32))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.scipy.special import digamma, xlogy
 from jaxtyping import Array, Float32
 
@@ -45,3 +46,19 @@ def evidential_head(logits: Logits) -> HeadOutput:
 
 
 HEADS = {"softmax": softmax_head, "evidential": evidential_head}
+
+
+class TaskHeads(nnx.Module):
+    """A linear head of instances for every task, by name, of so many outputs.
+
+    With `learned`, it holds the log-variances that weigh the losses, the subtype's first.
+    """
+
+    def __init__(self, outputs: dict[str, int], features: int, learned: bool, rngs: nnx.Rngs):
+        self.heads = nnx.Dict({name: nnx.Linear(features, size, rngs=rngs) for name, size in outputs.items()})
+        if learned:
+            self.log_variance = nnx.Param(jnp.zeros(1 + len(outputs)))
+
+    def __call__(self, features: Float32[Array, "*instance feature"]) -> dict[str, Float32[Array, "*instance output"]]:
+        """What each head says of instances."""
+        return {name: head(features) for name, head in self.heads.items()}

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from crcjax.errors import InputError
 from crcjax.models.aggregators import ABMIL, CLAM, DSMIL, Aggregator, Instances, MaxPool, MeanPool
 from crcjax.models.encoders import ImportedFeatures, PublishedEncoder, build_encoder
-from crcjax.models.heads import HEADS
+from crcjax.models.heads import HEADS, TaskHeads
 from crcjax.models.hierarchical import HierarchicalAttentionMIL
 from crcjax.models.transmil import TransMIL
 
@@ -86,7 +86,12 @@ def combine(members: Sequence[Prediction]) -> Prediction:
 
 
 class MILModel(nnx.Module):
-    """Tile encoder, aggregator, head. `factors` are the tiles along a region's side, per magnification."""
+    """Tile encoder, aggregator, head. `factors` are the tiles along a region's side, per magnification.
+
+    `tasks` are heads of instances that training may add; no prediction depends on them, nor needs them.
+    """
+
+    tasks: TaskHeads
 
     def __init__(self, config: ConfigDict, classes: int, factors: tuple[int, ...], rngs: nnx.Rngs):
         for field, known in (("dtype", DTYPES), ("remat", REMAT), ("mil", AGGREGATORS), ("head", HEADS)):

@@ -66,16 +66,21 @@ def read_area(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> Bool
     """
     if path.suffix == ".png":
         return _read_image(path, shape, size)
+    return np.logical_or.reduce(list(read_classes(path, shape, size).values()))
+
+
+def read_classes(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> dict[str, Bool[np.ndarray, "y x"]]:
+    """The areas of a GeoJSON file by the name of their class in QuPath, empty without one, as `read_area` has them. Raises InputError."""
     scale = np.array([shape[1] / size[0], shape[0] / size[1]])
-    mask = np.zeros(shape, np.uint8)
-    for polygon in _polygons(path):
+    masks: dict[str, np.ndarray] = {}
+    for name, polygon in _polygons(path):
         one = np.zeros(shape, np.uint8)
         for value, ring in zip([1] + [0] * (len(polygon) - 1), polygon, strict=True):
             # A point at x is x pixels from the left edge; OpenCV counts from the first pixel's middle.
             points = np.rint((ring * scale - 0.5) * 2**_FRACTION_BITS).astype(np.int32)
             cv2.fillPoly(one, [points], value, shift=_FRACTION_BITS)
-        mask |= one
-    return mask.astype(bool)
+        masks[name] = masks.get(name, False) | one.astype(bool)
+    return masks
 
 
 def _read_image(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
@@ -91,8 +96,8 @@ def _read_image(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> np
     return cv2.resize((values > 0).astype(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
-def _polygons(path: Path) -> list[list[np.ndarray]]:
-    """Every polygon's rings, the outer one first."""
+def _polygons(path: Path) -> list[tuple[str, list[np.ndarray]]]:
+    """Every polygon's class and rings, the outer one first."""
     try:
         found = json.loads(_bytes_of(path))
         features = found if isinstance(found, list) else found.get("features", [found])
@@ -102,8 +107,10 @@ def _polygons(path: Path) -> list[list[np.ndarray]]:
             many = {"Polygon": lambda held: [held], "MultiPolygon": list}.get(geometry["type"])
             if many is None:
                 raise InputError(f"{path}: holds a {geometry['type']}; only areas (Polygon, MultiPolygon) are regions")
+            name = ((feature.get("properties") or {}).get("classification") or {}).get("name", "")
             polygons += [
-                [np.array(ring, np.float64)[:, :2] for ring in polygon] for polygon in many(geometry["coordinates"])
+                (name, [np.array(ring, np.float64)[:, :2] for ring in polygon])
+                for polygon in many(geometry["coordinates"])
             ]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{path}: is not GeoJSON ({error}); export it from QuPath as GeoJSON") from error

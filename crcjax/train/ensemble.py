@@ -29,6 +29,8 @@ def check_members(config: ConfigDict) -> None:
         reason = "runs are trained together on stored features alone, not on pixels; set config.data.features"
     elif config.data.mine_slides or config.data.mine_regions:
         reason = "each run mines bags of its own, and those trained together share them; set config.data.mine_slides and mine_regions to 0"
+    elif config.tasks.tissue or config.tasks.stain or config.tasks.artefact:
+        reason = "runs that are trained together have no tasks; set config.tasks.tissue, stain and artefact to 0"
     elif jax.process_count() > 1:
         reason = "one process trains runs together, not several; start one"
     if reason:

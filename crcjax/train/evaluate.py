@@ -1,21 +1,29 @@
-"""The model on whole slides of a split, while it trains."""
+"""The model on the slides of a split, while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
-from jaxtyping import Float32, Num
+from jaxtyping import Array, Float32, Key, Num
+from ml_collections import ConfigDict
 from sklearn.metrics import balanced_accuracy_score
 
-from crcjax.data.bags import label_of, open_features, open_stores
+from crcjax.data.augment import Augmentation
+from crcjax.data.bags import Bag, label_of, open_features, open_stores, read_bag, slide_stains
 from crcjax.data.cases import CaseStore, by_unit
 from crcjax.data.cohort import Cohort
-from crcjax.models.mil import Params, Prediction
+from crcjax.data.degrade import draw_artefacts
+from crcjax.data.labels import bag_labels
+from crcjax.models.mil import MILModel, Params, Prediction
+from crcjax.slides.normaliser import StainNormaliser
 from crcjax.slides.store import TileStore
-from crcjax.train.step import Forward
+from crcjax.train.step import Forward, encode_drawn
+from crcjax.train.tasks import Tasks, confusion
 
 
 class Evaluation:
@@ -68,6 +76,74 @@ class Evaluation:
     ) -> Iterator[Num[np.ndarray, "region slot *tile"]]:
         for start in range(0, regions, self._forward.chunk):
             yield read(range(regions)[start : start + self._forward.chunk])
+
+
+class TaskEvaluation:
+    """How well tasks are told of `config.data.regions` regions of each slide of one split, evenly over it.
+
+    Artefacts are simulated, the same at every evaluation; tiles are else as they are. Each process has its share of slides.
+    """
+
+    def __init__(
+        self, tasks: Tasks, model: MILModel, config: ConfigDict, cohort: Cohort, normaliser: StainNormaliser | None
+    ):
+        data, stored = config.data, config.data.features
+        slides = open_stores(data.store, cohort, pixels=not stored) if cohort.rows else []
+        features = open_features(slides, config.model.encoder) if stored and slides else []
+        _, self._stores, self._features = by_unit(data.unit, cohort, slides, features)
+        self._stains = slide_stains(slides, config, normaliser) if data.unit == "slide" else []
+        self._labels = bag_labels(self._stores, config.tasks)
+        self._regions, self._tasks = data.regions, tasks
+        graph = nnx.graphdef(model)
+
+        @jax.jit
+        def counts(params: Params, bag: Bag, key: Key[Array, ""]) -> dict[str, Array]:
+            share = config.augment.artefacts if "artefact" in tasks.weights else 0.0
+            drawn = Augmentation(artefacts=draw_artefacts(key, bag.mask.shape, share) if share else None)
+            model, tiles = nnx.merge(graph, params), jnp.asarray(bag.tiles)
+            encoded = model.encode_stored(tiles) if stored else encode_drawn(model, tiles, bag.stain, drawn, normaliser)
+            told, found = model.tasks(encoded), {}
+            for name, (target, valid) in tasks.targets(bag, drawn).items():
+                if name == "stain":
+                    squares = [jnp.square(told[name] - target), jnp.square(target), jnp.ones_like(target)]
+                    found[name] = jnp.stack([(square * valid[..., None]).sum() for square in squares])
+                else:
+                    found[name] = confusion(told[name], target, valid)
+            return found
+
+        self._counts = counts
+
+    def metrics(self, params: Params, each: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """By task, if any instance is known: `NAME_balanced_accuracy`, or of stain `stain_error` (mean squared, standardised).
+
+        `NAME_constant` is what the best constant, of stain the mean of the training slides, would have. `params` are on
+        the devices of this process. `each` is called before every slide.
+        """
+        sizes = {name: (3,) if name == "stain" else (size, size) for name, size in self._tasks.outputs.items()}
+        sums = {name: np.zeros(size) for name, size in sizes.items()}
+        for index in range(jax.process_index(), len(self._stores), jax.process_count()):
+            each()
+            found = jax.device_get(self._counts(params, self._bag(index), jax.random.key(index)))
+            sums = {name: sums[name] + found[name] for name in sums}
+        if jax.process_count() > 1:
+            sums = {name: multihost_utils.process_allgather(value).sum(axis=0) for name, value in sums.items()}
+        metrics: dict[str, float] = {}
+        for name, found in sums.items():
+            if name == "stain" and found[2]:
+                metrics |= {"stain_error": found[0] / found[2], "stain_constant": found[1] / found[2]}
+            elif name != "stain" and found.any():
+                known = found[found.sum(axis=1) > 0].sum(axis=1)
+                right = found.diagonal()[found.sum(axis=1) > 0]
+                metrics |= {f"{name}_balanced_accuracy": (right / known).mean(), f"{name}_constant": 1.0 / len(known)}
+        return {name: float(value) for name, value in metrics.items()}
+
+    def _bag(self, index: int) -> Bag:
+        store = self._stores[index]
+        count = len(store.mask)
+        chosen = np.unique(np.linspace(0, count - 1, min(count, self._regions)).round().astype(int))
+        stain = jax.tree.map(lambda leaf: np.asarray(leaf)[None], self._stains[index]) if self._stains else None
+        features, labels = self._features[index : index + 1], self._labels[index : index + 1]
+        return read_bag([store], [chosen], np.zeros(1, np.int32), self._regions, stain, features, labels)
 
 
 def _position(store: TileStore | CaseStore) -> Float32[np.ndarray, "region 2"]:

@@ -32,7 +32,7 @@ from crcjax.slides.store import TileStore
 from crcjax.train.checkpoint import Checkpointer, newest_step
 from crcjax.train.distributed import Group
 from crcjax.train.ensemble import Ensemble, apart, check_members, member_config, side_by_side, with_encoder_of
-from crcjax.train.evaluate import Evaluation
+from crcjax.train.evaluate import Evaluation, TaskEvaluation
 from crcjax.train.losses import check_loss
 from crcjax.train.memory import fitting_step, is_out_of_memory, keep_parts, more_parts
 from crcjax.train.mesh import described, device_mesh, local_mesh, on_local_mesh
@@ -40,6 +40,7 @@ from crcjax.train.optimizer import build_optimizer, learning_rate
 from crcjax.train.pretrained import is_kept, load_published
 from crcjax.train.run_directory import start_run
 from crcjax.train.step import Forward, Metrics, abstract_state, build_step, init_state
+from crcjax.train.tasks import add_heads, check_tasks, open_tasks
 
 
 def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
@@ -89,6 +90,7 @@ def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
     config = member_config(config, first) if together else config
     cohort = _cohort(config)
     check_loss(config.train.loss, config.model.head)
+    check_tasks(config)
     stores = open_stores(config.data.store, cohort, pixels=not config.data.features)
     tiling = stores[0].params
     config = _with_imported(config, stores)
@@ -110,7 +112,10 @@ def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
     bags_of = rows_by_unit(config.data.unit, training)
     mining = start_mining(config.data, len(bags_of.rows))
     feed = open_feed(training, config, mesh, normaliser)
-    build = partial(build_step, model, optimizer, mesh=mesh, normaliser=normaliser)
+    tasks = open_tasks(config, feed.reader.tile_labels, feed.reader.stains)
+    if tasks:
+        add_heads(model, tasks, config.seed)
+    build = partial(build_step, model, optimizer, mesh=mesh, normaliser=normaliser, tasks=tasks)
     abstract = abstract_state(model, optimizer, config, mesh, mining)
     ensemble = Ensemble(partial(of_seed, first), optimizer, config, mesh) if together else None
     if ensemble:
@@ -128,6 +133,7 @@ def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
     sizes = config.data.region_buckets, config.data.regions
     forward = Forward(model, *sizes, local_mesh(), normaliser, config.data.features)
     validation = Evaluation(config.data.store, cohort.split("val"), forward, config.model.encoder, config.data.unit)
+    tiles_told = TaskEvaluation(tasks, model, config, cohort.split("val"), normaliser) if tasks else None
     checkpoints = [Checkpointer(path, config.train.keep_best) for path in runs.values()]
     models = (model if seed == first else with_encoder_of(model, of_seed(seed)) for seed in runs)
     states = (
@@ -177,7 +183,10 @@ def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
                     evaluated = None
                     if evaluates:
                         params = on_local_mesh(one.params, mesh, local_mesh())
-                        evaluated = validation.metrics(params, partial(group.at, number, "evaluating"))
+                        each = partial(group.at, number, "evaluating")
+                        evaluated = validation.metrics(params, each)
+                        if evaluated and tiles_told:
+                            evaluated |= tiles_told.metrics(params, each)
                     if evaluated:
                         writer.write(number, {f"val/{name}": value for name, value in evaluated.items()})
                         told = ", ".join(f"{name} {value:.3f}" for name, value in evaluated.items())

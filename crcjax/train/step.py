@@ -26,6 +26,7 @@ from crcjax.slides.stain import Estimate
 from crcjax.train.losses import bag_losses, supervised_contrastive
 from crcjax.train.mesh import over_data, replicated
 from crcjax.train.sharding import bag_spec, state_shardings
+from crcjax.train.tasks import Tasks
 
 # Where a number stands on the devices, an abstract state has its shape, a layout its sharding, and jax its placeholders.
 Scalar = Any
@@ -106,13 +107,14 @@ def build_step(
     config: ConfigDict,
     mesh: Mesh,
     normaliser: StainNormaliser | None = None,
+    tasks: Tasks | None = None,
 ) -> Callable[[TrainState, Bag], tuple[TrainState, Metrics]]:
-    """The jitted step: state and bags to the next state and metrics. The state is donated.
+    """The jitted step: state and bags to the next state and metrics. The state is donated; `tasks` are those that `model` has.
 
     With `config.train.micro_batches` the bags are computed so many parts at a time and their gradients added up: the same
     step, since every draw and weight is the whole batch's. Raises InputError for a loss that is no sum over bags.
     """
-    following = _build_following(model, optimizer, config, mesh, normaliser)
+    following = _build_following(model, optimizer, config, mesh, normaliser, tasks)
     layout = jax.tree.map(lambda value: value.sharding, abstract_state(model, optimizer, config, mesh))
     layout = replace(layout, mining=replicated(mesh))
 
@@ -156,6 +158,7 @@ def _build_following(
     config: ConfigDict,
     mesh: Mesh,
     normaliser: StainNormaliser | None,
+    tasks: Tasks | None = None,
 ) -> Callable[[Key[Array, ""], TrainState, Bag], tuple[TrainState, Metrics]]:
     """The step as a pure function of the run's key, its state and the bags."""
     micro_batches = config.train.micro_batches
@@ -168,12 +171,19 @@ def _build_following(
     encode = _build_encode(graph, config, mesh, normaliser)
 
     def loss_of(
-        params: Params, bag: Bag, keys: Key[Array, " batch"], turns: Augmentation, state: TrainState, total: Array
-    ) -> tuple[Array, tuple[Array, Seen]]:
-        """The part of the loss that some bags have, times the loss scale; the part itself, and what was seen of each bag."""
+        params: Params,
+        bag: Bag,
+        keys: Key[Array, " batch"],
+        turns: Augmentation,
+        state: TrainState,
+        total: Array,
+        tiles: Metrics,
+    ) -> tuple[Array, tuple[Metrics, Seen]]:
+        """The part of the loss that some bags have, times the loss scale; its parts by name, and what was seen of each bag."""
         label = jnp.asarray(bag.label)
         features = encode(params, bag, turns)
-        prediction = nnx.merge(graph, params).pool(features, bag.mask, bag.position, keys, label)
+        whole = nnx.merge(graph, params)
+        prediction = whole.pool(features, bag.mask, bag.position, keys, label)
         losses = bag_losses(prediction, label, state.step, config.train)
         loss = (losses * jnp.asarray(bag.weight)).sum() / total
         if config.train.contrastive_weight:
@@ -181,7 +191,11 @@ def _build_following(
             loss += config.train.contrastive_weight * supervised_contrastive(embedding, label, temperature)
         right = prediction.logits.argmax(axis=-1) == label
         seen = losses, right, jnp.asarray(prediction.region_attention)
-        return loss * (state.scaling.scale if state.scaling else 1.0), (loss, seen)
+        objective, parts = loss, {"loss": loss}
+        if tasks:
+            parts |= tasks.losses(whole.tasks(features), bag, turns, tiles)
+            objective = tasks.objective(params, parts, tiles, 1.0 / micro_batches)
+        return objective * (state.scaling.scale if state.scaling else 1.0), (parts, seen)
 
     def following(seed: Key[Array, ""], state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
         bag = jax.tree_util.tree_map_with_path(
@@ -193,25 +207,28 @@ def _build_following(
         drawn = draw_augmentation(augment_key, (batch, regions, slots), config.augment, known)
         keys = jax.vmap(partial(jax.random.fold_in, dropout_key))(jnp.arange(batch))
         total = jnp.maximum(jnp.asarray(bag.weight).sum(), 1e-9)
+        tiles = tasks.counted(bag, drawn) if tasks else {}
+        weights = tasks.weights_of(state.params) if tasks and tasks.learned else {}
         gradient_of = jax.grad(loss_of, has_aux=True)
 
         def add(sums: tuple, number: Int[Array, ""]) -> tuple[tuple, Seen]:
             part = jax.tree.map(partial(_part, number=number, parts=micro_batches), (bag, keys, drawn))
-            gradient, (loss, seen) = gradient_of(state.params, *part, state, total)
-            return jax.tree.map(jnp.add, sums, (gradient, loss)), seen
+            gradient, (losses, seen) = gradient_of(state.params, *part, state, total, tiles)
+            return jax.tree.map(jnp.add, sums, (gradient, losses)), seen
 
         if micro_batches == 1:
-            gradient, (loss, seen) = gradient_of(state.params, bag, keys, drawn, state, total)
+            gradient, (parts, seen) = gradient_of(state.params, bag, keys, drawn, state, total, tiles)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(())
-            (gradient, loss), by_part = jax.lax.scan(add, zeros, jnp.arange(micro_batches))
+            names = ("loss", *(f"{name}_loss" for name in tiles))
+            zeros = jax.tree.map(jnp.zeros_like, state.params), dict.fromkeys(names, jnp.zeros(()))
+            (gradient, parts), by_part = jax.lax.scan(add, zeros, jnp.arange(micro_batches))
             seen = jax.tree.map(lambda value: jnp.moveaxis(value, 0, 1).reshape(-1, *value.shape[2:]), by_part)
         losses, right, attention = seen
         state, metrics = _updated(optimizer, state, gradient)
         if state.mining is not None:
             found = jnp.asarray(bag.slide), jnp.asarray(bag.region), losses, ~right, attention
             state = replace(state, mining=after_step(state.mining, state.step, config.data.mine_every, *found))
-        return state, {"loss": loss, "accuracy": right.mean(), **metrics}
+        return state, {**parts, **weights, "accuracy": right.mean(), **metrics}
 
     return following
 
@@ -225,15 +242,9 @@ def _build_encode(
         params: Params, tiles: Array, stain: Estimate | None, drawn: Augmentation
     ) -> Float32[Array, "batch region slot feature"]:
         model = nnx.merge(graph, params)
-        if config.data.features:
-            return model.encode_stored(tiles)
-
-        def prepare(pixels: Array, first: Int[Array, ""] | int) -> Array:
-            if normaliser and stain is not None:
-                pixels = normaliser.batch(pixels, stain)
-            return augment(pixels, drawn, first)
-
-        return model.encode_bag(tiles, prepare)
+        return (
+            model.encode_stored(tiles) if config.data.features else encode_drawn(model, tiles, stain, drawn, normaliser)
+        )
 
     # The encoder merges bags and regions into one axis of tiles, which the partitioner, where both are divided, can only
     # do by bringing the pixels of a bag together. Mapped by hand, each device encodes what it holds; and the encoder's
@@ -252,6 +263,23 @@ def _build_encode(
         )(params, jnp.asarray(bag.tiles), bag.stain, draws)
 
     return mapped
+
+
+def encode_drawn(
+    model: MILModel,
+    pixels: Num[Array, "batch region slot y x 3"],
+    stain: Estimate | None,
+    drawn: Augmentation,
+    normaliser: StainNormaliser | None,
+) -> Float32[Array, "batch region slot feature"]:
+    """The features of augmented bags, whose stains are normalised first."""
+
+    def prepare(pixels: Array, first: Int[Array, ""] | int) -> Array:
+        if normaliser and stain is not None:
+            pixels = normaliser.batch(pixels, stain)
+        return augment(pixels, drawn, first)
+
+    return model.encode_bag(pixels, prepare)
 
 
 def _part(value: Array, *, number: Int[Array, ""], parts: int) -> Array:
