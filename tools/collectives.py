@@ -188,6 +188,9 @@ def main() -> None:
         f"compute is the larger of its FLOPs at {PEAK / 1e12:.0f} TFLOP/s and its memory traffic at {MEMORY / 1e12:.2f} TB/s, both at "
         f"{FRACTION:.0%}, as XLA counts them of the CPU's program. Hidden: each gradient is sent while the backward pass of the layers "
         "below it, half of the step, goes on. The efficiency is of the communication alone."
+        " It rests on that compute, nearly all memory traffic, of which a GPU's program, in bfloat16 and more fused, will have less: by"
+        " FLOPs alone, the least there can be, 32 x 1 x 1 takes 0.48 ms, and its efficiency is 60 % with nothing hidden and 85 % with"
+        " the sums hidden; 95 % takes 6.2 ms of compute with nothing hidden, 0.6 ms hidden. Only a measurement on GPUs decides."
     )
     record("collectives", "python tools/collectives.py", rows, note)
     print(json.dumps(rows, indent=1))
