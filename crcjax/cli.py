@@ -312,6 +312,9 @@ def predict(
     ] = "attention",
     workers: Annotated[int | None, typer.Option(min=1, help="threads that decode; all cores by default")] = None,
     pseudonym_key: PseudonymKey = None,
+    store: Annotated[
+        Path | None, typer.Option(help="predict what was tiled, embedded or imported there, not slides; no heatmaps")
+    ] = None,
 ) -> None:
     """Predicts the subtype of slides with a trained run, or with several."""
     from crcjax.data.cohort import load_cohort
@@ -319,6 +322,17 @@ def predict(
     from crcjax.infer.predictor import Predictor
     from crcjax.validation.calibration import load_calibration
 
+    if store:
+        alone: dict[str, object] = {
+            "slides": slides,
+            "--mpp": mpp,
+            "--dropout-samples": dropout_samples,
+            "--workers": workers,
+        }
+        alone |= {"--pseudonym-key": pseudonym_key, "--attribution": attribution != "attention"}
+        if given := [name for name, value in alone.items() if value]:
+            raise InputError(f"--store: goes without {' and '.join(given)}; leave out one or the other")
+        return _predict_stored(run, store, out, cohort, calibration)
     predictor = Predictor(*run, dropout_samples=dropout_samples, attribution=attribution)
     fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
     site_of = {row.slide_id: row.site for row in load_cohort(cohort, None).rows} if cohort else {}
@@ -522,6 +536,20 @@ def _named_slides(paths: list[Path] | None, cohort: Path | None) -> list[tuple[s
             raise InputError(f"{path}: is not in {cohort}; add a row, or leave the slide out")
         chosen.append((row.slide_id, row.case_id, path))
     return chosen
+
+
+def _predict_stored(runs: list[Path], store: Path, out: Path, cohort: Path | None, calibration: Path | None) -> None:
+    from crcjax.data.cohort import Cohort, SlideRow, load_cohort
+    from crcjax.infer.pipeline import write_table
+    from crcjax.infer.stored import predict_stored
+    from crcjax.slides.store import tiled_slides
+
+    found = load_cohort(cohort, None) if cohort else Cohort(tuple(SlideRow(s, s) for s in tiled_slides(store)), ())
+    if not found.rows:
+        raise InputError(f"{store}: holds no slides; give a folder of crcjax tile, embed or import")
+    rows = predict_stored(runs, store, found, calibration)
+    write_table(out / "predictions.csv", rows)
+    _say.print(f"{len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
 
 
 def _say_outcomes(outcomes: Sequence[Outcome], done: str, out: Path) -> NoReturn:

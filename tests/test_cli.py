@@ -153,6 +153,26 @@ def test_predicting_from_the_file_equals_predicting_from_the_store(painted: Path
     np.testing.assert_array_equal(found.prediction.probs, stored.probs)
 
 
+def test_a_store_is_predicted_without_its_slides_as_they_would_be(painted: Path, run: Path, tmp_path: Path) -> None:
+    rows = {}
+    for name, options in {"slides": (), "store": ("--store", painted / "store")}.items():
+        out = tmp_path / name
+        done = _crcjax("predict", "--run", run, "--cohort", painted / "cohort.csv", "--out", out, *options)
+        assert done.returncode == 0, done.stderr
+        with open(out / "predictions.csv") as file:
+            rows[name] = list(csv.DictReader(file))
+    for from_slide, from_store in zip(rows["slides"], rows["store"], strict=True):
+        assert set(from_slide) - set(from_store) == {"seconds"}
+        for name, value in from_store.items():
+            if name.startswith("p_"):
+                assert float(value) == pytest.approx(float(from_slide[name]), abs=0.02)  # the store's tiles are JPEG
+            elif name not in ("entropy", "expected_entropy", "mutual_information", "vacuity", "subtype"):
+                assert value == from_slide[name], name
+    refused = _crcjax("predict", "--run", run, "--store", painted / "store", "--out", tmp_path, "--mpp", "1")
+    assert refused.returncode == 2
+    assert "--store: goes without --mpp; leave out one or the other" in refused.stderr
+
+
 def test_validation_reports_the_held_out_cases_and_the_attention(painted: Path, run: Path, tmp_path: Path) -> None:
     predicted = _crcjax("predict", "--run", run, "--cohort", painted / "cohort.csv", "--out", tmp_path)
     assert predicted.returncode == 0, predicted.stderr

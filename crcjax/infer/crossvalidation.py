@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +13,11 @@ from ml_collections import ConfigDict
 from crcjax.data.bags import open_stores
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.splits import divide
-from crcjax.errors import InputError, OutputError
-from crcjax.infer.pipeline import called
-from crcjax.infer.predictor import model_id_of
-from crcjax.models.mil import Prediction, build_model, combine
-from crcjax.train.checkpoint import best_metrics, rank, restore_params
-from crcjax.train.evaluate import Evaluation
+from crcjax.errors import InputError
+from crcjax.infer.pipeline import write_table
+from crcjax.infer.stored import predict_stored
+from crcjax.train.checkpoint import best_metrics, rank
 from crcjax.train.loop import train, train_members
-from crcjax.train.mesh import device_mesh
-from crcjax.train.run_directory import open_run
-from crcjax.train.step import Forward
 
 # What decides which cases a run sees: swept, it would be chosen by other cases.
 _FIXED = {"seed", "data.store", "data.cohort", "data.classes", "data.val_fraction", "data.test_fraction"}
@@ -81,11 +75,13 @@ def crossvalidate(
             trained.append(_train(_of_fold(config, fold, point), fold, point, members))
         chosen = max(trained, key=_rank)
         say(f"fold {fold}: " + _said(chosen))
-        rows += _predict([run.path for run in chosen], divide(cohort, _of_fold(config, fold).data).split("test"), fold)
+        test = divide(cohort, _of_fold(config, fold).data).split("test")
+        found = predict_stored([run.path for run in chosen], Path(config.data.store), test)
+        rows += [row | {"fold": str(fold)} for row in found]
         runs += [run for members in trained for run in members]
         selected |= {run.path for run in chosen}
-        _write(out / "runs.csv", [_run_row(run, run.path in selected, out) for run in runs])
-    _write(out / "predictions.csv", rows)
+        write_table(out / "runs.csv", [_run_row(run, run.path in selected, out) for run in runs])
+    write_table(out / "predictions.csv", rows)
     say(f"{len(rows)} slides, each predicted by runs that never saw its case: {out / 'predictions.csv'}")
 
 
@@ -162,42 +158,3 @@ def _run_row(run: Trained, chosen: bool, out: Path) -> dict[str, str]:
     swept = {name: str(value) for name, value in run.point.items()}
     of = {"fold": str(run.fold), **swept, "seed": str(run.seed), "step": str(run.step), **metrics}
     return {**of, "chosen": "yes" if chosen else "no", "run": str(run.path.relative_to(out))}
-
-
-def _predict(paths: Sequence[Path], test: Cohort, fold: int) -> list[dict[str, str]]:
-    """The rows of a fold's test slides, from their stores, by an ensemble of runs."""
-    members: list[tuple[str, list[Prediction]]] = []
-    for path in paths:
-        run = open_run(path)
-        config = run.config
-        model = build_model(config.model, len(test.classes), config.seed, run.tiling.factors)
-        params, _ = restore_params(path, model)
-        sizes = config.data.region_buckets, config.data.regions
-        forward = Forward(model, *sizes, device_mesh(), run.normaliser, config.data.features)
-        evaluation = Evaluation(config.data.store, test, forward, config.model.encoder, config.data.unit)
-        members.append((model_id_of(params), list(evaluation.predictions(params))))
-    name = "+".join(model for model, _ in members)
-    rows = []
-    for number, slide, store in zip(evaluation.bag_of, test.rows, evaluation.slides, strict=True):
-        found = combine([predictions[number] for _, predictions in members])
-        told = called(found, test.classes)
-        row = {"slide_id": slide.slide_id, "case_id": slide.case_id, **told, "model": name, "split": ""}
-        row |= {"regions": str(int(store.mask.any(axis=1).sum())), "status": "ok", "reason": store.info.warning}
-        rows.append(row | {"synthetic": "yes" if store.info.synthetic else "no", "fold": str(fold)})
-    return rows
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """A table whose columns are those of its rows, replaced at once."""
-    partial = path.with_name(f".{path.name}")
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    try:
-        with open(partial, "w", newline="") as file:
-            table = csv.DictWriter(file, columns, restval="")
-            table.writeheader()
-            table.writerows(rows)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); free space or choose another --out"
-        ) from error

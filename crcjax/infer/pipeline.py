@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,3 +203,20 @@ def _write_pictures(
         synthetic=slide.info.synthetic,
     )
     found.seconds["pictures"] = time.monotonic() - begun
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """A CSV whose columns are those of its rows, replaced at once. Raises OutputError."""
+    partial = path.with_name(f".{path.name}")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", newline="") as file:
+            table = csv.DictWriter(file, columns, restval="")
+            table.writeheader()
+            table.writerows(rows)
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another --out"
+        ) from error

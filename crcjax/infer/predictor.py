@@ -74,17 +74,15 @@ class Predictor:
             if run.config.model.imported_features:
                 raise InputError(
                     f"{run.path}: was trained on imported features, and the weights of {run.config.model.encoder} that made "
-                    "them are not known: it cannot predict slides; train on those of crcjax embed instead"
+                    "them are not known: it cannot predict slides, but what was imported of them, by --store"
                 )
         self.tiling: TilingParams = first.tiling
         self.classes: tuple[str, ...] = tuple(first.config.data.classes)
         self.unit: str = first.config.data.unit
-        for other in opened[1:]:
-            _check_goes_with(first, other)
+        check_go_together(opened)
         if dropout_samples and not first.config.model.dropout:
             raise InputError(f"{first.path}: was trained without dropout; predict without --dropout-samples")
-        # A case that one member was fitted on is none that the ensemble can be judged on.
-        self.split_of = {name: split for split in ("val", "train") for run in opened for name in run.ids(split)}
+        self.split_of = used_for(opened)
         self.attribution = attribution
         self.members = [Member(run, attribution) for run in opened]
         self.model_id = "+".join(member.model_id for member in self.members)
@@ -205,21 +203,29 @@ def _attribute(model: MILModel, method: Method) -> Callable[..., jax.Array]:
     return jax.jit(attribute)
 
 
-def _check_goes_with(first: Run, other: Run) -> None:
-    differing = [
-        name
-        for name, one, two in (
-            ("tiling", first.tiling, other.tiling),
-            ("config.data.classes", first.config.data.classes, other.config.data.classes),
-            ("config.data.unit", first.config.data.unit, other.config.data.unit),
-            ("config.model", first.config.model, other.config.model),
-        )
-        if one != two
-    ]
-    if differing:
-        raise InputError(
-            f"{other.path}: another {' and '.join(differing)} than {first.path}; give runs that differ in their seed"
-        )
+def check_go_together(runs: Sequence[Run]) -> None:
+    """Raises InputError if a run cannot be of one ensemble with the first."""
+    first = runs[0]
+    for other in runs[1:]:
+        differing = [
+            name
+            for name, one, two in (
+                ("tiling", first.tiling, other.tiling),
+                ("config.data.classes", first.config.data.classes, other.config.data.classes),
+                ("config.data.unit", first.config.data.unit, other.config.data.unit),
+                ("config.model", first.config.model, other.config.model),
+            )
+            if one != two
+        ]
+        if differing:
+            raise InputError(
+                f"{other.path}: another {' and '.join(differing)} than {first.path}; give runs that differ in their seed"
+            )
+
+
+def used_for(runs: Sequence[Run]) -> dict[str, str]:
+    """What the ensemble used slides and cases for: one that a member was fitted on is none that all can be judged on."""
+    return {name: split for split in ("val", "train") for run in runs for name in run.ids(split)}
 
 
 def model_id_of(params: Params) -> str:

@@ -38,7 +38,7 @@ class Evaluation:
         self._classes = len(cohort.classes)
         of_slides = open_features(slides, encoder) if forward.stored and slides else []
         cohort, self.stores, features = by_unit(unit, cohort, slides, of_slides)
-        self._labels = [label_of(row, cohort.classes) for row in cohort.rows]
+        self._cohort = cohort
         self._forward = forward
         self._readers = [reader.read for reader in features] or [store.read_pixels for store in self.stores]
         normaliser = forward.normaliser
@@ -57,10 +57,10 @@ class Evaluation:
             probs[index] = self._prediction(params, index).probs[0]
         if jax.process_count() > 1:
             probs = multihost_utils.process_allgather(probs).sum(axis=0)  # each row is of one process, zero elsewhere
-        called = probs.argmax(axis=1)
+        labels, called = [label_of(row, self._cohort.classes) for row in self._cohort.rows], probs.argmax(axis=1)
         return {
-            "loss": float(-np.log(np.maximum(probs[np.arange(len(probs)), self._labels], 1e-12)).mean()),
-            "balanced_accuracy": float(balanced_accuracy_score(self._labels, called)),
+            "loss": float(-np.log(np.maximum(probs[np.arange(len(probs)), labels], 1e-12)).mean()),
+            "balanced_accuracy": float(balanced_accuracy_score(labels, called)),
         }
 
     def predictions(self, params: Params) -> Iterator[Prediction]:

@@ -11,6 +11,7 @@ import pytest
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
 from crcjax.infer.predictor import Predictor
+from crcjax.infer.stored import predict_stored
 from crcjax.slides.features import feature_attributes, read_features, write_features
 from crcjax.slides.interchange import import_files
 from crcjax.slides.store import open_store
@@ -48,6 +49,17 @@ def test_imported_features_train_and_the_run_says_that_it_cannot_predict_slides(
     train(config, tmp_path / "run")  # finished: the same config goes on from its end
     with pytest.raises(InputError, match=r"run: was trained on imported features, and the weights of theirs"):
         Predictor(tmp_path / "run")
+    cohort = load_cohort(config.data.cohort, config.data.classes)
+    rows = predict_stored([tmp_path / "run"], Path(config.data.store), cohort.split("test"))
+    assert [row["subtype"] for row in rows] == [row.subtype for row in cohort.split("test").rows]
+    for row in cohort.rows:
+        values = np.zeros((len(open_store(config.data.store, row.slide_id).mask), 1, 5), np.float32)
+        about = feature_attributes(config.data.store, row.slide_id, "theirs")
+        write_features(config.data.store, row.slide_id, "theirs", values, about | {"width": 5})
+    with pytest.raises(
+        InputError, match=r"its features of theirs have 5 numbers, those of .*run had 6; import the same"
+    ):
+        predict_stored([tmp_path / "run"], Path(config.data.store), cohort)
 
 
 def test_features_that_do_not_go_together_or_with_the_config_are_refused(config, tmp_path: Path) -> None:
