@@ -86,6 +86,14 @@ def test_evidence_gives_probabilities_and_a_vacuity_that_falls_with_it() -> None
     assert float(vacuity[2]) < float(vacuity[1]) < 0.5
 
 
+@pytest.mark.parametrize("logits", [(-9.0, -9.0, -9.0), (3.0, 0.0, -4.0), (30.0, 20.0, 1.0)])
+def test_the_expected_entropy_of_evidence_is_the_mean_over_its_dirichlet(logits: tuple[float, ...]) -> None:
+    head = evidential_head(jnp.array([logits]))
+    drawn = np.random.default_rng(0).dirichlet(np.asarray(head.alpha[0], np.float64), 200_000)
+    entropy = -(drawn * np.log(np.maximum(drawn, 1e-300))).sum(axis=1)
+    assert float(head.expected_entropy[0]) == pytest.approx(entropy.mean(), abs=5 * entropy.std() / len(drawn) ** 0.5)
+
+
 def _end_to_end(regions: int, encode_regions: int, remat: str = "full"):
     """The jitted gradient of a model from pixels, its parameters and its bag."""
     config = get_config().model
