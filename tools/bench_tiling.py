@@ -82,7 +82,9 @@ def main() -> None:
         " decodes, scores, compresses and writes, from the call to the published store; OpenSlide only calls"
         " read_region, tile by tile. The last rows say where a core's time goes, at 20x, where tiles are the slide's own"
         " streams: they are judged by a decode to half the size, so `decode` is of that. Each worker's start and each"
-        " slide's opening, tissue and publishing count in full."
+        " slide's opening, tissue and publishing count in full. The aim of 0.7 of bare libjpeg-turbo is missed: decoding to half"
+        " the size still reads every bit, so it takes most of a whole decode, and the scores of every tile take most of the"
+        " rest. They were tried on stacks of tiles and in float, which took longer, since they leave the cache."
     )
     record("tiling", "python tools/bench_tiling.py", rows, note)
 

@@ -58,25 +58,27 @@ def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
 
     Raises NotBrightfieldError if the background is dark (fluorescence) or coloured (wrong colour space).
     """
-    white = np.percentile(thumbnail.reshape(-1, 3), 99.0, axis=0)
+    counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in cv2.split(thumbnail)])
+    white = (counts.cumsum(axis=1) < 0.99 * thumbnail[..., 0].size).sum(axis=1)  # the 99th percentile
     if white.max() < 150:
         raise NotBrightfieldError(f"the background is dark ({_rgb(white)}): fluorescence, or not a brightfield scan")
     if white.min() < 0.7 * white.max():
         raise NotBrightfieldError(f"the background is coloured ({_rgb(white)}): wrong colour space, or not H&E")
     light = (float(white[0]), float(white[1]), float(white[2]))
     density = optical_density(thumbnail, light)
-    excess = cv2.GaussianBlur(excess_green(density), (0, 0), 1.0)
-    usable = excess[_plausible(density)]
+    plausible, sharp = _plausible(density), excess_green(density)
+    excess = cv2.GaussianBlur(sharp, (0, 0), 1.0)
+    usable = excess[plausible]
     if usable.size == 0:
         return TissueModel(light, _FIRMEST)
     levels = np.clip(usable / 0.5 * 255, 0, 255).astype(np.uint8)
     otsu, _ = cv2.threshold(levels.reshape(1, -1), 0, 255, cv2.THRESH_OTSU)
     # Otsu halves the tissue when half of it is faint; half of its value keeps the faint half.
     threshold = float(np.clip(otsu / 255 * 0.5 / 2, _FAINTEST, _FIRMEST))
-    tissue = (excess > threshold) & _plausible(density)
+    tissue = (excess > threshold) & plausible
     if not tissue.any():
         return TissueModel(light, threshold)
-    medians = (float(np.median(values[tissue])) for values in (density.sum(axis=0), excess_green(density)))
+    medians = (float(np.median(values[tissue])) for values in (density.sum(axis=0), sharp))
     return TissueModel(light, threshold, *medians)
 
 
@@ -90,8 +92,10 @@ def tissue_mask(
     loses what has no texture. Ink and black are tissue to none.
     """
     smooth = cv2.GaussianBlur(thumbnail, (0, 0), 1.0)
+    density = optical_density(smooth, model.white)
+    plausible = _plausible(density)
     stained = {
-        "robust": lambda: model.stained(smooth),
+        "robust": lambda: (excess_green(density) > model.threshold) & plausible,
         "otsu": lambda: _saturated(smooth),
         "entropy": lambda: _textured(thumbnail, model.white),
     }
@@ -104,7 +108,7 @@ def tissue_mask(
     # The frame joins all background that touches the border, which is glass however small.
     glass = cv2.copyMakeBorder(1 - mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
     filled = 1 - _without_small(glass, _HOLE_UM2 / um_per_px**2, always=(0, 0))[1:-1, 1:-1]
-    return filled.astype(bool) & _plausible(optical_density(smooth, model.white))
+    return filled.astype(bool) & plausible
 
 
 def _saturated(pixels: np.ndarray) -> np.ndarray:

@@ -172,7 +172,7 @@ class Worker:
         """Gives it a job; the connection is ready when there is an answer, if no limit is exceeded before."""
         if self._process is None:
             context: Any = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([self._function.__module__, __name__])
+            context.set_forkserver_preload([self._function.__module__, __name__, "numpy.ma"])  # np.median loads it
             pipe, other = context.Pipe()
             self._pipe = cast(Connection, pipe)
             self._process = context.Process(target=_work, args=(self._function, other), daemon=True)
