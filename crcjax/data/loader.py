@@ -30,13 +30,8 @@ from crcjax.slides.stain import Estimate
 from crcjax.slides.store import TileStore
 
 Block = tuple[range, range]  # places of a batch: its bags, and their regions
-WITH_REGIONS = (
-    "tiles",
-    "mask",
-    "position",
-    "region",
-    "tile_labels",
-)  # the parts of a bag that have the axis of regions
+# The parts of a bag that have the axis of regions.
+WITH_REGIONS = ("tiles", "mask", "position", "region", "tile_labels")
 
 
 def train_batches(
