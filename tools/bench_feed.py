@@ -134,9 +134,9 @@ def _drawn(kind: str, read: Callable[[], int]) -> Drawn:
     owner, name = (FeatureReader, "read") if kind == "features" else (TileStore, "read_pixels")
     original, drawn = getattr(owner, name), []
 
-    def noting(self: FeatureReader | TileStore, indices: np.ndarray) -> np.ndarray:
+    def noting(self: FeatureReader | TileStore, indices: np.ndarray, *into: np.ndarray) -> np.ndarray:
         drawn.append((self, np.asarray(indices)))
-        return original(self, indices)
+        return original(self, indices, *into)
 
     setattr(owner, name, noting)
     read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,14 +52,18 @@ def read_bag(
 ) -> Bag:
     """The chosen regions of each slide or case, padded to `padded` regions: their pixels, or each one's features if given."""
     shape = (len(stores), padded, stores[0].params.slots)
-    readers = [reader.read for reader in features] or [store.read_pixels for store in stores]
     mask = np.zeros(shape, bool)
     position = np.zeros((len(stores), padded, 2), np.float32)
     region = np.full((len(stores), padded), -1, np.int32)
-    parts = [read(chosen) for read, chosen in zip(readers, regions, strict=True)]
-    tiles = np.zeros((*shape, *parts[0].shape[2:]), parts[0].dtype)
+    held = [reader.read(chosen) for reader, chosen in zip(features, regions, strict=bool(features))]
+    side = stores[0].params.tile_px
+    each, dtype = (held[0].shape[2:], held[0].dtype) if held else ((side, side, 3), np.dtype(np.uint8))
+    tiles = _aligned_zeros((*shape, *each), dtype)
     for i, (store, chosen) in enumerate(zip(stores, regions, strict=True)):
-        tiles[i, : len(chosen)] = parts[i]
+        if held:
+            tiles[i, : len(chosen)] = held[i]
+        else:
+            store.read_pixels(chosen, tiles[i, : len(chosen)])  # decoded where they stay
         mask[i, : len(chosen)] = store.mask[chosen]
         position[i, : len(chosen)] = store.origin[chosen] / store.region_px
         region[i, : len(chosen)] = chosen
@@ -68,6 +73,14 @@ def read_bag(
     weight = np.ones(len(stores), np.float32)
     known = told if tile_labels else None
     return Bag(tiles, mask, position, labels.astype(np.int32), weight, region, stain=stain, tile_labels=known)
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros at a multiple of 64 bytes, which JAX on a CPU takes without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.zeros(size + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    return room[first : first + size].view(dtype).reshape(shape)
 
 
 def open_stores(store: str, cohort: Cohort, pixels: bool = True) -> list[TileStore]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Num
+from jaxtyping import Bool, Float32, Int, Num, UInt8
 
 from crcjax.data.cohort import Cohort
 from crcjax.errors import InputError
@@ -33,9 +33,12 @@ class CaseStore:
     origin: Float32[np.ndarray, "region 2"]
     region_px: float = 1.0
 
-    def read_pixels(self, indices: Sequence[int] | Int[np.ndarray, " _"]) -> Num[np.ndarray, "_ slot y x 3"]:
+    def read_pixels(
+        self, indices: Sequence[int] | Int[np.ndarray, " _"], out: UInt8[np.ndarray, "_ slot y x 3"] | None = None
+    ) -> UInt8[np.ndarray, "_ slot y x 3"]:
         """As of a slide's store."""
-        return _read([store.read_pixels for store in self.stores], [len(store.mask) for store in self.stores], indices)
+        sizes = [len(store.mask) for store in self.stores]
+        return _read([store.read_pixels for store in self.stores], sizes, indices, out)
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,19 @@ def _joined(stores: tuple[TileStore, ...]) -> CaseStore:
     return CaseStore(stores, stores[0].path, stores[0].params, mask, quality, np.concatenate(position))
 
 
-def _read(reads: Sequence[Read], sizes: Sequence[int], indices: Sequence[int] | Int[np.ndarray, " _"]) -> np.ndarray:
+def _read(
+    reads: Sequence[Read],
+    sizes: Sequence[int],
+    indices: Sequence[int] | Int[np.ndarray, " _"],
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Rows of what the readers hold one after the other."""
     wanted = np.asarray(indices, np.int64)
     ends = np.cumsum(sizes)
     slide = np.searchsorted(ends, wanted, side="right")
     parts = [(slide == i, read, ends[i] - sizes[i]) for i, read in enumerate(reads)]
     found = [(here, read(wanted[here] - first)) for here, read, first in parts if here.any() or not len(wanted)]
-    values = np.empty((len(wanted), *found[0][1].shape[1:]), found[0][1].dtype)
+    values = np.empty((len(wanted), *found[0][1].shape[1:]), found[0][1].dtype) if out is None else out
     for here, rows in found:
         values[here] = rows
     return values

@@ -198,7 +198,7 @@ class NoPixels:
     def close(self) -> None:
         """Nothing is under way."""
 
-    def read(self, chosen: Int[np.ndarray, " region"]) -> UInt8[np.ndarray, "region slot y x 3"]:
+    def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
         """Raises InputError."""
         raise InputError(f"{self._store}: {IMPORTED_ALONE}")
 
@@ -231,9 +231,11 @@ class LosslessReader:
     def __init__(self, folder: Path, params: TilingParams):
         self._arrays = [open_array(folder / name) for name in params.magnifications]
 
-    def read(self, chosen: Int[np.ndarray, " region"]) -> UInt8[np.ndarray, "region slot y x 3"]:
-        futures = [array[chosen].read() for array in self._arrays]
-        return np.concatenate([future.result() for future in futures], axis=1)
+    def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
+        """Fills zeros with the tiles of some regions; masked slots stay as they are."""
+        np.concatenate(
+            [future.result() for future in [array[chosen].read() for array in self._arrays]], axis=1, out=out
+        )
 
 
 class JpegReader:
@@ -244,19 +246,17 @@ class JpegReader:
         self._streams = open_array(folder / "streams")
         self._offset: Int[np.ndarray, " _"] = open_array(folder / "offset").read().result()
 
-    def read(self, chosen: Int[np.ndarray, " region"]) -> UInt8[np.ndarray, "region slot y x 3"]:
-        slots, side = self._params.slots, self._params.tile_px
-        pixels = np.zeros((len(chosen), slots, side, side, 3), np.uint8)
+    def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
+        """As `LosslessReader.read`."""
         regions = self._regions(chosen)
-        step = max(1, _DECODED_TOGETHER // slots)
+        step = max(1, _DECODED_TOGETHER // self._params.slots)
         # What is read first is decoded while the rest is read.
         decoding = [
             _threads().submit(_decode, list(islice(regions, len(part))), part)
-            for part in (pixels[start : start + step] for start in range(0, len(pixels), step))
+            for part in (out[start : start + step] for start in range(0, len(out), step))
         ]
         for future in decoding:
             future.result()
-        return pixels
 
     def _regions(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For every region bytes that hold its streams, and where each slot's begin in them; neighbours are read as one."""
@@ -294,13 +294,12 @@ class SlideReader:
         self._store = folder.parent
         self._checksum: np.ndarray = open_array(folder / "checksum").read().result()
 
-    def read(self, chosen: Int[np.ndarray, " region"]) -> UInt8[np.ndarray, "region slot y x 3"]:
-        side = self._params.tile_px
-        pixels = np.zeros((len(chosen), self._params.slots, side, side, 3), np.uint8)
+    def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
+        """As `LosslessReader.read`."""
         try:
             given = self._info.mpp[0] if self._info.mpp_source == "given" else None
             slide = _open_slide(self._info.path, given, self._info.content_hash)
-            list(_threads().map(self._read_region, [slide] * len(chosen), chosen.tolist(), pixels))
+            list(_threads().map(self._read_region, [slide] * len(chosen), chosen.tolist(), out))
         except SlideError as error:
             raise InputError(f"{self._store}: keeps no pixels, and its slide cannot be read: {error}") from error
         except _ChangedError as error:
@@ -308,7 +307,6 @@ class SlideReader:
                 f"{self._store}: keeps no pixels, and its slide {self._info.path} has changed since it was tiled "
                 f"({error}); put the old file back, or run crcjax tile again"
             ) from error
-        return pixels
 
     def _read_region(self, slide: Slide, region: int, out: np.ndarray) -> None:
         x, y = self._origin[region].tolist()

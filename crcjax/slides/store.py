@@ -64,8 +64,10 @@ class TileStore:
         """How it keeps them, one of slides.pixels.MODES, or NO_PIXELS."""
         return self.attributes["pixels"]
 
-    def read_pixels(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "region slot y x 3"]:
-        """The tiles of some regions, masked slots zero; any number of threads may read.
+    def read_pixels(
+        self, indices: Sequence[int] | np.ndarray, out: UInt8[np.ndarray, "region slot y x 3"] | None = None
+    ) -> UInt8[np.ndarray, "region slot y x 3"]:
+        """The tiles of some regions, masked slots zero; any number of threads may read. `out` are zeros to put them into.
 
         Raises InputError if the store is damaged, or keeps no pixels and its slide is not there as it was.
         """
@@ -73,7 +75,10 @@ class TileStore:
             if self._pixels is None:
                 folder = self.path / "pixels"
                 self._pixels = pixel_reader(self.pixels, folder, self.params, self.info, self.origin, self.mask)
-            return self._pixels.read(np.asarray(indices, np.int64))
+            if out is None:
+                out = np.zeros((len(indices), self.params.slots, *(self.params.tile_px,) * 2, 3), np.uint8)
+            self._pixels.read(np.asarray(indices, np.int64), out)
+            return out
 
     def check_slide(self) -> None:
         """Raises InputError if pixels are to be read from a slide that is not where it was, before a long run finds out."""

@@ -36,7 +36,7 @@ from crcjax.slides.store import TileStore
 port, process, folder, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 jax.distributed.initialize(f"localhost:{port}", 2, process)
 read_pixels, counted = TileStore.read_pixels, []
-TileStore.read_pixels = lambda store, indices: (counted.append(len(indices)), read_pixels(store, indices))[1]
+TileStore.read_pixels = lambda store, indices, out: (counted.append(len(indices)), read_pixels(store, indices, out))[1]
 config = get_config()
 config.data.store, config.data.cohort = folder + "/store", folder + "/cohort.csv"
 config.data.regions, config.data.bags, config.train.steps = 4, 4, 2
