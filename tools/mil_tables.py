@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,12 +130,14 @@ def log_probs(mil: str, bags: np.ndarray, mask: np.ndarray, label: np.ndarray, t
 
 
 def accuracies(mil: str, bags: np.ndarray, mask: np.ndarray, label: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """The held-out accuracy of every fold, at the checkpoint of the least cross-entropy in its inner folds."""
+    """The held-out accuracy of every fold, at the checkpoint that calls most of its inner folds rightly, of equals the surest."""
     inner = inner_folds(train, label)
     found = log_probs(mil, bags, mask, label, np.concatenate([train, inner.reshape(-1, len(label))]))
     right = found[..., np.arange(len(label)), label]
     left_out = (train[:, None] & ~inner)[:, :, None]
-    checkpoint = (right[len(train) :].reshape(*inner.shape[:2], CHECKPOINTS, -1) * left_out).sum(axis=(1, 3)).argmax(1)
+    of_label = right[len(train) :].reshape(*inner.shape[:2], CHECKPOINTS, -1)
+    surest = (of_label * left_out).sum(axis=(1, 3)) / 1e6  # nats, far below one bag
+    checkpoint = (((of_label > np.log(0.5)) & left_out).sum(axis=(1, 3)) + surest).argmax(axis=1)
     called = found[np.arange(len(train)), checkpoint].argmax(axis=-1)
     return ((called == label) & ~train).sum(axis=1) / (~train).sum(axis=1)
 
@@ -154,12 +155,10 @@ def difference(ours: np.ndarray, other: np.ndarray) -> str:
 
 def rows_of(name: str, data: Path) -> Iterator[dict]:
     """A set's rows: the models that were run, and those that are published alone."""
-    prepared, at, found, seconds = padded_bags(name, data), SETS.index(name), {}, {}
+    prepared, at, found = padded_bags(name, data), SETS.index(name), {}
     for mil in MODELS:
-        start = time.monotonic()
         found[mil] = accuracies(mil, *prepared)
-        seconds[mil] = f"{time.monotonic() - start:.0f}"
-        print(name, mil, found[mil].mean(), seconds[mil], flush=True)
+        print(name, mil, found[mil].mean(), flush=True)
     for mil in (*MODELS, *(other for other in PUBLISHED if other not in MODELS)):
         folds = found.get(mil)
         yield {
@@ -172,7 +171,6 @@ def rows_of(name: str, data: Path) -> Iterator[dict]:
             if folds is None or mil == "hierarchical"
             else difference(found["hierarchical"], folds),
             "published": PUBLISHED[mil][at] if mil in PUBLISHED else "",
-            "seconds": seconds.get(mil, ""),
         }
 
 
@@ -180,7 +178,8 @@ def main(sets: list[str], data: Path) -> None:
     note = (
         f"Five times ten folds; batches of {BATCH} bags, AdamW 1e-3, width {WIDTH}, dropout {DROPOUT}, the same for every"
         f" set and model. Each training fold chooses one of {CHECKPOINTS} numbers of steps, to {STEPS}, by the"
-        f" cross-entropy of its own {INNER} inner folds, and is then trained whole; held-out bags choose nothing. Differences are"
+        f" accuracy in its own {INNER} inner folds, of equals by their cross-entropy, and is then trained whole; held-out bags"
+        " choose nothing. (Cross-entropy alone, tried first, stopped too soon: mean pooling had .70 on elephant.) Differences are"
         " paired by fold, with corrected resampled t intervals. Published: Ilse et al. 2018, table 1, as cited by others and"
         " not confirmed here; same protocol, other splits."
     )
