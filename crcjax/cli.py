@@ -28,7 +28,6 @@ from rich.table import Table
 from crcjax.errors import CrcjaxError, InputError, OutputError, SlideError
 
 if TYPE_CHECKING:
-    from crcjax.data.cohort import SlideRow
     from crcjax.slides.executor import Outcome
 
 HELP = """Molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
@@ -126,6 +125,7 @@ def tile(
 
     STORE/manifest.jsonl has every slide's outcome.
     """
+    from crcjax.data.named import named_slides
     from crcjax.slides.annotation import areas_of
     from crcjax.slides.executor import TileJob, shard_of, size_of, tile_slides
     from crcjax.slides.quality import parse_limits
@@ -142,7 +142,7 @@ def tile(
         from crcjax.slides.normaliser import reference_stain  # loads JAX
 
         params = replace(params, stain=reference_stain(stain, stain_reference, params, mpp))
-    named = _slides(slides, cohort, pseudonym_key)
+    named = named_slides(slides, cohort, pseudonym_key)
     jobs = [
         TileJob(slide_id, path, mpp, names_path=not pseudonym_key, areas=areas_of(slide_id, include, exclude))
         for slide_id, _, path in named
@@ -212,9 +212,10 @@ def import_(
 
     Started again, it does what is missing.
     """
+    from crcjax.data.named import named_slides
     from crcjax.slides.interchange import import_files
 
-    named = {slide_id: path for slide_id, _, path in _slides(slides, cohort)} if slides or cohort else None
+    named = {slide_id: path for slide_id, _, path in named_slides(slides, cohort)} if slides or cohort else None
     with _progress() as progress:
         task = progress.add_task("importing", total=None)
         outcomes = import_files(
@@ -318,6 +319,7 @@ def predict(
 ) -> None:
     """Predicts the subtype of slides with a trained run, or with several."""
     from crcjax.data.cohort import load_cohort
+    from crcjax.data.named import named_slides
     from crcjax.infer.pipeline import PredictJob, predict_slides
     from crcjax.infer.predictor import Predictor
     from crcjax.validation.calibration import load_calibration
@@ -336,8 +338,8 @@ def predict(
     predictor = Predictor(*run, dropout_samples=dropout_samples, attribution=attribution)
     fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
     site_of = {row.slide_id: row.site for row in load_cohort(cohort, None).rows} if cohort else {}
-    sites = [site_of.get(slide_id) for slide_id, _, _ in _named_slides(slides, cohort)]
-    named = _slides(slides, cohort, pseudonym_key)
+    sites = [site_of.get(slide_id) for slide_id, _, _ in named_slides(slides, cohort)]
+    named = named_slides(slides, cohort, pseudonym_key)
     jobs = [PredictJob(*slide, mpp, site) for slide, site in zip(named, sites, strict=True)]
     with _progress() as progress:
         task = progress.add_task("predicting", total=len(jobs))
@@ -434,11 +436,12 @@ def deidentify(
     A report lies beside each copy. Formats that cannot be copied safely are refused. The picture itself is not searched
     for writing or pen marks. Started again, it does what is missing.
     """
+    from crcjax.data.named import named_copies
     from crcjax.slides.deidentify import Report, deidentify_slides, report_path
     from crcjax.slides.reader import find_slides
 
     paths = find_slides(slides)
-    copies = list(zip(paths, _copies(paths, out, pseudonym_key), strict=True))
+    copies = list(zip(paths, named_copies(paths, out, pseudonym_key), strict=True))
     # Under a pseudonym, what is there is this slide's copy.
     jobs = [(path, copy) for path, copy in copies if not (pseudonym_key and copy.exists())]
     refused = 0
@@ -502,42 +505,6 @@ def doctor() -> None:
     raise typer.Exit(1 if faults else 0)
 
 
-def _slides(
-    paths: list[Path] | None, cohort: Path | None, pseudonym_key: Path | None = None
-) -> list[tuple[str, str, Path]]:
-    """(slide id, case id, path) of what was named, under pseudonyms if there is a key for them."""
-    named = _named_slides(paths, cohort)
-    if pseudonym_key is None:
-        return named
-    from crcjax.data.pseudonyms import load_key, pseudonym
-
-    key = load_key(pseudonym_key)
-    return [(pseudonym(key, slide_id), pseudonym(key, case_id), path) for slide_id, case_id, path in named]
-
-
-def _named_slides(paths: list[Path] | None, cohort: Path | None) -> list[tuple[str, str, Path]]:
-    """The cohort's rows, restricted to named paths if there are any; without a cohort the files' own names."""
-    from crcjax.data.cohort import load_cohort
-    from crcjax.slides.reader import find_slides, slide_id_of
-
-    if cohort is None:
-        if not paths:
-            raise InputError("name slides or folders, or give --cohort")
-        return [(slide_id_of(path), slide_id_of(path), path) for path in find_slides(paths)]
-    rows = load_cohort(cohort, None).rows
-    if not paths:
-        return [(row.slide_id, row.case_id, _path_of(row, cohort)) for row in rows]
-    by_path = {row.path.resolve(): row for row in rows if row.path}
-    by_id = {row.slide_id: row for row in rows}
-    chosen = []
-    for path in find_slides(paths):
-        row = by_path.get(path.resolve()) or by_id.get(slide_id_of(path))
-        if row is None:
-            raise InputError(f"{path}: is not in {cohort}; add a row, or leave the slide out")
-        chosen.append((row.slide_id, row.case_id, path))
-    return chosen
-
-
 def _predict_stored(runs: list[Path], store: Path, out: Path, cohort: Path | None, calibration: Path | None) -> None:
     from crcjax.data.cohort import Cohort, SlideRow, load_cohort
     from crcjax.infer.pipeline import write_table
@@ -545,11 +512,13 @@ def _predict_stored(runs: list[Path], store: Path, out: Path, cohort: Path | Non
     from crcjax.slides.store import tiled_slides
 
     found = load_cohort(cohort, None) if cohort else Cohort(tuple(SlideRow(s, s) for s in tiled_slides(store)), ())
-    if not found.rows:
-        raise InputError(f"{store}: holds no slides; give a folder of crcjax tile, embed or import")
     rows = predict_stored(runs, store, found, calibration)
     write_table(out / "predictions.csv", rows)
-    _say.print(f"{len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
+    failed = [row for row in rows if row["status"] != "ok"]
+    for row in failed:
+        _say.print(f"{row['status']}: {row['slide_id']}: {row['reason']}", markup=False)
+    _say.print(f"{len(rows) - len(failed)} of {len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
+    raise typer.Exit(1 if failed else 0)
 
 
 def _say_outcomes(outcomes: Sequence[Outcome], done: str, out: Path) -> NoReturn:
@@ -560,28 +529,6 @@ def _say_outcomes(outcomes: Sequence[Outcome], done: str, out: Path) -> NoReturn
     succeeded, tiles = sum(outcome.succeeded for outcome in outcomes), sum(outcome.tiles for outcome in outcomes)
     _say.print(f"{succeeded} of {len(outcomes)} slides {done}, {tiles} tiles in {out}", markup=False)
     raise typer.Exit(1 if succeeded < len(outcomes) else 0)
-
-
-def _copies(paths: list[Path], out: Path, pseudonym_key: Path | None) -> list[Path]:
-    """Where the copies of slides go: `out` for one slide, or below it, named by pseudonyms."""
-    from crcjax.data.pseudonyms import load_key, pseudonym
-    from crcjax.slides.executor import check_slide_ids
-    from crcjax.slides.reader import slide_id_of
-
-    if pseudonym_key:
-        key = load_key(pseudonym_key)
-        check_slide_ids([(slide_id_of(path), path) for path in paths])
-        suffixes = ["" if path.is_dir() else path.suffix.lower() for path in paths]
-        return [out / (pseudonym(key, slide_id_of(path)) + end) for path, end in zip(paths, suffixes, strict=True)]
-    if len(paths) != 1 or out.is_dir():
-        raise InputError("file names often identify: give --pseudonym-key to name copies, or --out COPY for one slide")
-    return [out]
-
-
-def _path_of(row: SlideRow, cohort: Path) -> Path:
-    if row.path is None:
-        raise InputError(f"{cohort}: slide {row.slide_id} has no path; fill the column, or name the slides' folder")
-    return row.path
 
 
 def _progress(*texts: str) -> Progress:

@@ -168,6 +168,15 @@ def test_a_store_is_predicted_without_its_slides_as_they_would_be(painted: Path,
                 assert float(value) == pytest.approx(float(from_slide[name]), abs=0.02)  # the store's tiles are JPEG
             elif name not in ("entropy", "expected_entropy", "mutual_information", "vacuity", "subtype"):
                 assert value == from_slide[name], name
+    lacking = tmp_path / "lacking.csv"
+    lacking.write_text(f"slide_id,case_id\nabsent,a\n{rows['store'][0]['slide_id']},b\n")
+    done = _crcjax(
+        "predict", "--run", run, "--store", painted / "store", "--cohort", lacking, "--out", tmp_path / "two"
+    )
+    assert done.returncode == 1
+    assert "not_tiled: absent: is not in" in done.stderr
+    with open(tmp_path / "two" / "predictions.csv") as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["not_tiled", "ok"]
     refused = _crcjax("predict", "--run", run, "--store", painted / "store", "--out", tmp_path, "--mpp", "1")
     assert refused.returncode == 2
     assert "--store: goes without --mpp; leave out one or the other" in refused.stderr

@@ -47,11 +47,12 @@ def crossvalidate(
 ) -> None:
     """Trains every fold, seed and point of the sweep, and predicts each case by runs that never saw it.
 
-    With config.train.members above 1, as many seeds of a fold are trained together at a time. Runs lie in OUT/fold-F[/sweep-P]/seed-S and are gone on with when started again. For each fold, the point of the
-    sweep is chosen whose runs are best on the fold's inner validation cases; its runs, one a seed, are an ensemble. Writes
-    OUT/runs.csv, a line a run, and OUT/predictions.csv, every labelled slide of the folds as `crcjax predict` would say,
-    with its fold. Raises InputError before anything is trained: folds, fields of the sweep or stores that are not usable;
-    OutputError if `out` cannot be written.
+    With config.train.members above 1, as many seeds of a fold are trained together at a time. Runs lie in
+    OUT/fold-F[/sweep-P]/seed-S and are gone on with when started again. For each fold, the point of the sweep is chosen
+    whose runs are best on the fold's inner validation cases; its runs, one a seed, are an ensemble. Writes OUT/runs.csv, a
+    line a run, and OUT/predictions.csv, every labelled slide of the folds as `crcjax predict` would say, with its fold.
+    Raises InputError before anything is trained: folds, fields of the sweep or stores that are not usable; OutputError if
+    `out` cannot be written.
     """
     config, cohort = _with_folds(config), load_cohort(config.data.cohort, config.data.classes)
     points = _points(config, sweep or {})

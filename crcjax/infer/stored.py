@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from crcjax.data.cohort import Cohort, SlideRow
@@ -11,6 +12,7 @@ from crcjax.infer.pipeline import Row, called
 from crcjax.infer.predictor import check_go_together, model_id_of, used_for
 from crcjax.models.mil import MILModel, Prediction, build_model, combine
 from crcjax.slides.features import FeatureReader
+from crcjax.slides.store import tiled_slides
 from crcjax.train.checkpoint import restore_params
 from crcjax.train.evaluate import Evaluation
 from crcjax.train.mesh import local_mesh
@@ -23,9 +25,14 @@ def predict_stored(paths: Sequence[Path], store: Path, cohort: Cohort, calibrati
     """The rows of predictions.csv of a cohort's slides in a store, by a run or by an ensemble of runs.
 
     What runs were trained on is read: imported features, those of crcjax embed in the runs' own store, and tiles
-    otherwise. Raises InputError: a slide that is not in the store, or was tiled in another way than the runs' slides;
-    features that are not those of the runs; runs that do not go together; a calibration of other runs.
+    otherwise. Slides that are not in the store have rows that say so. Raises InputError: none of them is; slides that
+    were tiled in another way than the runs'; features that are not those of the runs; runs that do not go together; a
+    calibration of other runs.
     """
+    tiled = set(tiled_slides(store))
+    there = replace(cohort, rows=tuple(row for row in cohort.rows if row.slide_id in tiled))
+    if not there.rows:
+        raise InputError(f"{store}: holds none of the slides; give the folder that crcjax tile or import wrote them to")
     runs = [open_run(path) for path in paths]
     check_go_together(runs)
     used = used_for(runs)
@@ -34,20 +41,25 @@ def predict_stored(paths: Sequence[Path], store: Path, cohort: Cohort, calibrati
     for run in runs:
         model = build_model(run.config.model, len(classes), run.config.seed, run.tiling.factors)
         params, _ = restore_params(run.path, model)
-        evaluation = _evaluation(run, model, store, cohort)
+        evaluation = _evaluation(run, model, store, there)
         members.append((model_id_of(params), list(evaluation.predictions(params))))
     name = "+".join(model_id for model_id, _ in members)
     fitted = load_calibration(calibration, name, classes) if calibration else None
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}
+    for slide in cohort.rows:
+        row = {"slide_id": slide.slide_id, "case_id": slide.case_id, "model": name}
+        row |= {"split": used.get(slide.slide_id) or used.get(slide.case_id, ""), "status": "not_tiled"}
+        rows[slide.slide_id] = row | {"reason": f"is not in {store}; run crcjax tile or import for it"}
     first: dict[int, SlideRow] = {}  # of each bag: what it is calibrated by
-    for number, slide, held in zip(evaluation.bag_of, cohort.rows, evaluation.slides, strict=True):
+    for number, slide, held in zip(evaluation.bag_of, there.rows, evaluation.slides, strict=True):
         found, by = combine([predictions[number] for _, predictions in members]), first.setdefault(number, slide)
-        told = called(found, classes, fitted, by.slide_id, by.site)
-        row = {"slide_id": slide.slide_id, "case_id": slide.case_id, **told, "model": name}
-        row |= {"split": used.get(slide.slide_id) or used.get(slide.case_id, ""), "status": "ok"}
-        row |= {"regions": str(int(held.mask.any(axis=1).sum())), "reason": held.info.warning}
-        rows.append(row | {"synthetic": "yes" if held.info.synthetic else "no"})
-    return rows
+        rows[slide.slide_id] |= called(found, classes, fitted, by.slide_id, by.site) | {
+            "regions": str(int(held.mask.any(axis=1).sum())),
+            "status": "ok",
+            "reason": held.info.warning,
+            "synthetic": "yes" if held.info.synthetic else "no",
+        }
+    return list(rows.values())
 
 
 def _evaluation(run: Run, model: MILModel, store: Path, cohort: Cohort) -> Evaluation:

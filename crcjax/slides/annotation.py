@@ -70,7 +70,10 @@ def read_area(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> Bool
 
 
 def read_classes(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> dict[str, Bool[np.ndarray, "y x"]]:
-    """The areas of a GeoJSON file by the name of their class in QuPath, empty without one, as `read_area` has them. Raises InputError."""
+    """The areas of a GeoJSON file by the name of their class in QuPath, empty without one, as `read_area` has them.
+
+    Raises InputError.
+    """
     scale = np.array([shape[1] / size[0], shape[0] / size[1]])
     masks: dict[str, np.ndarray] = {}
     for name, polygon in _polygons(path):
@@ -107,7 +110,7 @@ def _polygons(path: Path) -> list[tuple[str, list[np.ndarray]]]:
             many = {"Polygon": lambda held: [held], "MultiPolygon": list}.get(geometry["type"])
             if many is None:
                 raise InputError(f"{path}: holds a {geometry['type']}; only areas (Polygon, MultiPolygon) are regions")
-            name = ((feature.get("properties") or {}).get("classification") or {}).get("name", "")
+            name = ((feature.get("properties") or {}).get("classification") or {}).get("name") or ""
             polygons += [
                 (name, [np.array(ring, np.float64)[:, :2] for ring in polygon])
                 for polygon in many(geometry["coordinates"])

@@ -33,7 +33,8 @@ _LEAST_DEVIATION = 1e-3
 class StainMatrix:
     """Two stains: unit vectors of optical density (haematoxylin, then eosin) and their 99th percentile concentrations.
 
-    `reliable` is False where the sample gave no plausible stains, and the reference's vectors stand in. Arrays of NumPy or JAX; to compile for, their shapes.
+    `reliable` is False where the sample gave no plausible stains, and the reference's vectors stand in. Arrays of
+    NumPy or JAX; to compile for, their shapes.
     """
 
     vectors: Float32[Any, "*slide 2 3"]

@@ -47,11 +47,6 @@ class TissueModel:
     density: float = 1.0
     excess: float = 0.3
 
-    def stained(self, pixels: UInt8[np.ndarray, "y x 3"]) -> Bool[np.ndarray, "y x"]:
-        """Pixels that are stained by eosin or haematoxylin, each judged alone."""
-        density = optical_density(pixels, self.white)
-        return (excess_green(density) > self.threshold) & _plausible(density)
-
 
 def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
     """The model of a slide from a picture of it.

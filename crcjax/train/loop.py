@@ -5,42 +5,46 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from clu import parameter_overview
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import open_features, open_stores
 from crcjax.data.cases import rows_by_unit
 from crcjax.data.cohort import Cohort, load_cohort
-from crcjax.data.loader import open_feed
-from crcjax.data.mining import Miner, start_mining
+from crcjax.data.loader import Feed, open_feed
+from crcjax.data.mining import Miner, Mining, start_mining
 from crcjax.data.splits import divide
 from crcjax.errors import InputError, StoppedError
 from crcjax.models.encoders import PRETRAINED
-from crcjax.models.mil import build_model
+from crcjax.models.mil import MILModel, build_model
 from crcjax.monitor.logs import kept_in, say
 from crcjax.monitor.metrics import MetricWriter
 from crcjax.slides.features import feature_attributes
-from crcjax.slides.normaliser import stain_normaliser
+from crcjax.slides.normaliser import StainNormaliser, stain_normaliser
 from crcjax.slides.store import TileStore
+from crcjax.slides.tiling import TilingParams
 from crcjax.train.checkpoint import Checkpointer, newest_step
 from crcjax.train.distributed import Group
 from crcjax.train.ensemble import Ensemble, apart, check_members, member_config, side_by_side, with_encoder_of
 from crcjax.train.evaluate import Evaluation, TaskEvaluation
 from crcjax.train.losses import check_loss
-from crcjax.train.memory import fitting_step, is_out_of_memory, keep_parts, more_parts
+from crcjax.train.memory import Budget, Parts, fitting_step, is_out_of_memory, keep_parts, more_parts
 from crcjax.train.mesh import described, device_mesh, local_mesh, on_local_mesh
 from crcjax.train.optimizer import build_optimizer, learning_rate
 from crcjax.train.pretrained import is_kept, load_published
 from crcjax.train.run_directory import start_run
-from crcjax.train.step import Forward, Metrics, abstract_state, build_step, init_state
-from crcjax.train.tasks import add_heads, check_tasks, open_tasks
+from crcjax.train.step import Forward, JointMetrics, Metrics, TrainState, abstract_state, build_step, init_state
+from crcjax.train.tasks import Tasks, add_heads, check_tasks, open_tasks
 
 
 def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
@@ -86,6 +90,65 @@ def _train_on(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> Non
 
 
 def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
+    plan, run = _planned(config, runs), next(iter(runs.values()))
+    config = plan.config
+    _start(plan, runs, group)
+    record = _Record(plan, runs, group)
+    state = record.restored()
+    start = int(np.max(state.step))
+    miner = Miner(run, plan.bags_of, config, state.mining, start)
+    batches = plan.feed.batches(start, miner.board)
+    # The miner is left before the batches are closed: readers that wait for it would never end.
+    with record.from_step(start), closing(batches), miner:
+        say(f"{parameter_overview.count_parameters(state.params):,} parameters on {described(plan.mesh)}")
+        for path in runs.values():
+            say(f"{path}: going on from step {start}" if start else f"{path}: starting")
+        say(f"memory {plan.budget}; bags in {plan.parts.count} of at most {max(plan.parts.possible)} parts")
+        for number, bags in enumerate(batches, start + 1):
+            group.at(number, "computing")
+            state, metrics = plan.step(state, bags)
+            batches.follow(metrics["loss"])
+            miner.after(number, state.mining)
+            stops, last = group.stops(number), number == config.train.steps
+            evaluates = last or number % config.train.eval_every == 0
+            saves = evaluates or stops or number % config.train.checkpoint_every == 0
+            if config.train.agree_every and number % config.train.agree_every == 0:
+                group.compare(number, {"gradient norm": metrics["gradient_norm"], "parameter": state.params})
+            if saves or number % config.train.log_every == 0:
+                # Before every save, too: a run resumed from a checkpoint that is not finite would never recover.
+                record.report(number, metrics, group.largest(batches.waited_s))
+            if saves:
+                record.save(number, state, evaluates)
+            if stops and not last:
+                raise StoppedError(
+                    f"{run}: stopped as asked, step {number} is saved; the same command goes on from there"
+                )
+            group.at(number + 1, "reading its bags")
+        record.finish()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is settled before anything is written; `ensemble` if several runs are trained together."""
+
+    config: ConfigDict
+    cohort: Cohort
+    tiling: TilingParams
+    normaliser: StainNormaliser | None
+    mesh: Mesh
+    models: tuple[MILModel, ...]  # one a run
+    optimizer: optax.GradientTransformation
+    feed: Feed
+    bags_of: Cohort
+    mining: Mining | None
+    tasks: Tasks | None
+    ensemble: Ensemble | None
+    step: jax.stages.Compiled
+    budget: Budget
+    parts: Parts
+
+
+def _planned(config: ConfigDict, runs: Mapping[int, Path]) -> _Plan:
     (first, run), together = next(iter(runs.items())), config.train.members > 1
     config = member_config(config, first) if together else config
     cohort = _cohort(config)
@@ -99,15 +162,8 @@ def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
     mesh = device_mesh(config)
     of_seed = partial(build_model, config.model, len(cohort.classes), factors=tiling.factors)
     model = of_seed(config.seed)
-    kept = None
-    if config.model.encoder in PRETRAINED and not config.model.imported_features:
-        sha256 = load_published(model, config.model)
-        say(f"{config.model.weights}: SHA-256 {sha256}")
-        if config.data.features:
-            _check_features(config, stores, sha256)
-        kept = partial(is_kept, config.model.frozen)
+    kept = _load_published(model, config, stores)
     optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
-    rate = learning_rate(config.optimizer, config.train.steps)
     training = cohort.split("train")
     bags_of = rows_by_unit(config.data.unit, training)
     mining = start_mining(config.data, len(bags_of.rows))
@@ -120,87 +176,101 @@ def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
     ensemble = Ensemble(partial(of_seed, first), optimizer, config, mesh) if together else None
     if ensemble:
         build, abstract = partial(ensemble.build, tuple(runs)), ensemble.abstract(len(runs))
-    step, budget, parts = fitting_step(build, config, mesh, abstract, feed.shapes(), run)
+    compiled = fitting_step(build, config, mesh, abstract, feed.shapes(), run)
+    models = tuple(model if seed == first else with_encoder_of(model, of_seed(seed)) for seed in runs)
+    of_data = feed, bags_of, mining, tasks
+    return _Plan(config, cohort, tiling, normaliser, mesh, models, optimizer, *of_data, ensemble, *compiled)
+
+
+def _load_published(model: MILModel, config: ConfigDict, stores: Sequence[TileStore]) -> Callable | None:
+    """Reads a published encoder's weights into the model; which parameters then stay as they are."""
+    if config.model.encoder not in PRETRAINED or config.model.imported_features:
+        return None
+    sha256 = load_published(model, config.model)
+    say(f"{config.model.weights}: SHA-256 {sha256}")
+    if config.data.features:
+        _check_features(config, stores, sha256)
+    return partial(is_kept, config.model.frozen)
+
+
+def _start(plan: _Plan, runs: Mapping[int, Path], group: Group) -> None:
+    """The run directories: the main process writes them, the others then look at them."""
     if not group.main:
-        group.wait("the run directory")  # the main process writes it, the others then look at it
+        group.wait("the run directory")
     for seed, path in runs.items():
-        own_config = member_config(config, seed) if ensemble else config
-        start_run(path, own_config, tiling, cohort, normaliser, group.main)
+        own_config = member_config(plan.config, seed) if plan.ensemble else plan.config
+        start_run(path, own_config, plan.tiling, plan.cohort, plan.normaliser, group.main)
     if group.main:
         group.wait("the run directory")
     for path in runs.values():
-        keep_parts(path, parts)
-    sizes = config.data.region_buckets, config.data.regions
-    forward = Forward(model, *sizes, local_mesh(), normaliser, config.data.features)
-    validation = Evaluation(config.data.store, cohort.split("val"), forward, config.model.encoder, config.data.unit)
-    tiles_told = TaskEvaluation(tasks, model, config, cohort.split("val"), normaliser) if tasks else None
-    checkpoints = [Checkpointer(path, config.train.keep_best) for path in runs.values()]
-    models = (model if seed == first else with_encoder_of(model, of_seed(seed)) for seed in runs)
-    states = (
-        saved.restore(init_state(one, optimizer, config, mesh, mining))
-        for one, saved in zip(models, checkpoints, strict=True)
-    )
-    state = ensemble.join(states) if ensemble else next(states)
-    start = int(np.max(state.step))
+        keep_parts(path, plan.parts)
 
-    miner = Miner(run, bags_of, config, state.mining, start)
-    batches = feed.batches(start, miner.board)
-    with ExitStack() as opened:
-        for path, saved in zip(runs.values(), checkpoints, strict=True):
-            opened.enter_context(kept_in(path, group.process))
-            opened.enter_context(closing(saved))
-        writers = [opened.enter_context(MetricWriter(path, start, group.main)) for path in runs.values()]
-        opened.enter_context(closing(batches))
-        opened.enter_context(miner)  # left before the batches are closed: readers that wait for it would never end
-        say(f"{parameter_overview.count_parameters(state.params):,} parameters on {described(mesh)}")
-        for path in runs.values():
-            say(f"{path}: going on from step {start}" if start else f"{path}: starting")
-        say(f"memory {budget}; bags in {parts.count} of at most {max(parts.possible)} parts")
-        progress = _Progress(start, config)
-        for number, bags in enumerate(batches, start + 1):
-            group.at(number, "computing")
-            state, metrics = step(state, bags)
-            batches.follow(metrics["loss"])
-            miner.after(number, state.mining)
-            stops = group.stops(number)
-            last = number == config.train.steps
-            evaluates = last or number % config.train.eval_every == 0
-            saves = evaluates or stops or number % config.train.checkpoint_every == 0
-            if config.train.agree_every and number % config.train.agree_every == 0:
-                group.compare(number, {"gradient norm": metrics["gradient_norm"], "parameter": state.params})
-            if saves or number % config.train.log_every == 0:
-                # Before every save, too: a run resumed from a checkpoint that is not finite would never recover.
-                scalars = [_checked(one, number) for one in (apart(metrics) if ensemble else [metrics])]
-                waited_s = group.largest(batches.waited_s)
-                shared = {"train/learning_rate": float(rate(number - 1)), **progress.speed(number, waited_s)}
-                for writer, found in zip(writers, scalars, strict=True):
-                    writer.write(number, {f"train/{name}": value for name, value in found.items()})
-                    writer.write(number, shared)
-                progress.show(number, [found["loss"] for found in scalars], waited_s)
-            if saves:
-                own = ensemble.split(state) if ensemble else [state]
-                for path, writer, saved, one in zip(runs.values(), writers, checkpoints, own, strict=True):
-                    evaluated = None
-                    if evaluates:
-                        params = on_local_mesh(one.params, mesh, local_mesh())
-                        each = partial(group.at, number, "evaluating")
-                        evaluated = validation.metrics(params, each)
-                        if evaluated and tiles_told:
-                            evaluated |= tiles_told.metrics(params, each)
-                    if evaluated:
-                        writer.write(number, {f"val/{name}": value for name, value in evaluated.items()})
-                        told = ", ".join(f"{name} {value:.3f}" for name, value in evaluated.items())
-                        say(f"step {number}: validation {f'of {path.name} ' if ensemble else ''}{told}")
-                    group.at(number, "saving")
-                    saved.save(one, evaluated)
-            if stops and not last:
-                raise StoppedError(
-                    f"{run}: stopped as asked, step {number} is saved; the same command goes on from there"
-                )
-            group.at(number + 1, "reading its bags")
-        for path, saved in zip(runs.values(), checkpoints, strict=True):
+
+class _Record:
+    """What runs that are trained together say of themselves and keep: metrics, evaluations, checkpoints."""
+
+    def __init__(self, plan: _Plan, runs: Mapping[int, Path], group: Group):
+        config, validation = plan.config, plan.cohort.split("val")
+        self._plan, self._paths, self._group = plan, list(runs.values()), group
+        self._rate = learning_rate(config.optimizer, config.train.steps)
+        sizes, stored = (config.data.region_buckets, config.data.regions), config.data.features
+        forward = Forward(plan.models[0], *sizes, local_mesh(), plan.normaliser, stored)
+        self._slides = Evaluation(config.data.store, validation, forward, config.model.encoder, config.data.unit)
+        others = plan.models[0], config, validation, plan.normaliser
+        self._tiles = TaskEvaluation(plan.tasks, *others) if plan.tasks else None
+        self._checkpoints = [Checkpointer(path, config.train.keep_best) for path in self._paths]
+
+    def restored(self) -> TrainState:
+        """The state of the newest checkpoints, or before the first step."""
+        plan = self._plan
+        states = (
+            saved.restore(init_state(model, plan.optimizer, plan.config, plan.mesh, plan.mining))
+            for model, saved in zip(plan.models, self._checkpoints, strict=True)
+        )
+        return plan.ensemble.join(states) if plan.ensemble else next(states)
+
+    @contextmanager
+    def from_step(self, start: int) -> Iterator[None]:
+        """Open for reports."""
+        with ExitStack() as opened:
+            for path, saved in zip(self._paths, self._checkpoints, strict=True):
+                opened.enter_context(kept_in(path, self._group.process))
+                opened.enter_context(closing(saved))
+            self._writers = [opened.enter_context(MetricWriter(path, start, self._group.main)) for path in self._paths]
+            self._progress = _Progress(start, self._plan.config)
+            yield
+
+    def report(self, number: int, metrics: Metrics | JointMetrics, waited_s: float) -> None:
+        """A step's metrics. Raises InputError if one is not finite."""
+        scalars = [_checked(one, number) for one in (apart(metrics) if self._plan.ensemble else [metrics])]
+        shared = {"train/learning_rate": float(self._rate(number - 1)), **self._progress.speed(number, waited_s)}
+        for writer, found in zip(self._writers, scalars, strict=True):
+            writer.write(number, {f"train/{name}": value for name, value in found.items()} | shared)
+        self._progress.show(number, [found["loss"] for found in scalars], waited_s)
+
+    def save(self, number: int, state: TrainState, evaluates: bool) -> None:
+        """Checkpoints, with the metrics of the validation slides if they are evaluated."""
+        own = self._plan.ensemble.split(state) if self._plan.ensemble else [state]
+        for path, writer, saved, one in zip(self._paths, self._writers, self._checkpoints, own, strict=True):
+            evaluated = self._evaluated(number, one) if evaluates else None
+            if evaluated:
+                writer.write(number, {f"val/{name}": value for name, value in evaluated.items()})
+                told = ", ".join(f"{name} {value:.3f}" for name, value in evaluated.items())
+                say(f"step {number}: validation {f'of {path.name} ' if self._plan.ensemble else ''}{told}")
+            self._group.at(number, "saving")
+            saved.save(one, evaluated)
+
+    def _evaluated(self, number: int, state: TrainState) -> dict[str, float] | None:
+        params = on_local_mesh(state.params, self._plan.mesh, local_mesh())
+        each = partial(self._group.at, number, "evaluating")
+        found = self._slides.metrics(params, each)
+        return found | self._tiles.metrics(params, each) if found and self._tiles else found
+
+    def finish(self) -> None:
+        """Waits for the checkpoints."""
+        for path, saved in zip(self._paths, self._checkpoints, strict=True):
             saved.close()
-            say(f"{path}: trained to step {config.train.steps}")
+            say(f"{path}: trained to step {self._plan.config.train.steps}")
 
 
 def _cohort(config: ConfigDict) -> Cohort:
