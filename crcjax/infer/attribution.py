@@ -12,9 +12,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from crcjax.models.mil import Prediction
+from crcjax.models.mil import MILModel, Params, Prediction
 
 Method = Literal["attention", "gradient", "occlusion"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -30,6 +31,29 @@ def attention_for(prediction: Prediction, target: int) -> Float[np.ndarray, "reg
     maps = np.asarray(prediction.class_attention[0])
     classes = prediction.logits.shape[-1]
     return maps[..., target] if maps.shape[-1] == classes else maps.mean(axis=-1)
+
+
+def attributor(model: MILModel, method: Method) -> Callable[..., Float32[Array, "region slot"]]:
+    """The jitted map of params, one bag (features, mask, position) and a class: what each instance did for its log-odds."""
+    graph = nnx.graphdef(model)
+    of_score = integrated_gradients if method == "gradient" else occlusion
+
+    def attribute(
+        params: Params,
+        features: Features,
+        mask: Mask,
+        position: Float32[Array, "region 2"],
+        target: Int[Array, ""] | int,
+    ) -> Float32[Array, "region slot"]:
+        def score(features: Features, mask: Mask) -> Float32[Array, ""]:
+            found = nnx.merge(graph, params).pool(features[None], mask[None], position[None])
+            # Evidence is no softmax of the logits: its probabilities are, of their logarithms.
+            told = found.logits if found.alpha is None else jnp.log(found.probs)
+            return log_odds(told[0], target)
+
+        return of_score(score, features, mask)
+
+    return jax.jit(attribute)
 
 
 def log_odds(logits: Float32[Array, " class"], target: Int[Array, ""] | int) -> Float32[Array, ""]:

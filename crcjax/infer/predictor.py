@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 from crcjax.data.cases import side_by_side
 from crcjax.errors import InputError
-from crcjax.infer.attribution import Method, attention_for, integrated_gradients, log_odds, occlusion
-from crcjax.models.mil import MILModel, Params, Prediction, build_model, combine
+from crcjax.infer.attribution import Method, attention_for, attributor
+from crcjax.models.mil import Prediction, build_model, combine
 from crcjax.slides.executor import read_ahead
 from crcjax.slides.normaliser import slide_stain
 from crcjax.slides.reader import Slide
@@ -174,7 +173,7 @@ class Member:
         mesh = local_mesh()
         self.forward = Forward(model, config.data.region_buckets, config.data.regions, mesh, run.normaliser)
         self.params = jax.device_put(params, replicated(mesh))
-        self.attribute = None if attribution == "attention" else _attribute(model, attribution)
+        self.attribute = None if attribution == "attention" else attributor(model, attribution)
 
     def encode(self, pixels: UInt8[np.ndarray, "region slot y x 3"], stain: Estimate | None) -> Iterator[np.ndarray]:
         """The features of a shard's regions, some at a time."""
@@ -187,20 +186,6 @@ class Member:
         assert self.attribute is not None
         padded = (part[0] for part in self.forward.padded(*bag))
         return np.asarray(self.attribute(self.params, *padded, target))[: len(bag[0])]
-
-
-def _attribute(model: MILModel, method: Method) -> Callable[..., jax.Array]:
-    graph = nnx.graphdef(model)
-    of_score = integrated_gradients if method == "gradient" else occlusion
-
-    def attribute(params: Params, features: Array, mask: Array, position: Array, target: Array) -> Array:
-        def score(features: Array, mask: Array) -> Array:
-            found = nnx.merge(graph, params).pool(features[None], mask[None], position[None])
-            return log_odds(found.logits[0], target)
-
-        return of_score(score, features, mask)
-
-    return jax.jit(attribute)
 
 
 def check_go_together(runs: Sequence[Run]) -> None:

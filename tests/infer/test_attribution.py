@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from crcjax.config import get_config
-from crcjax.infer.attribution import attention_for, integrated_gradients, log_odds, occlusion
+from crcjax.infer.attribution import attention_for, attributor, integrated_gradients, log_odds, occlusion
 from crcjax.models.mil import AGGREGATORS, MILModel, build_model, params_of
 
 PLANTED = (7, 3)  # region, slot
@@ -107,6 +107,25 @@ def test_occlusion_is_the_loss_of_each_instance_and_stands_a_bag_of_one() -> Non
         np.testing.assert_allclose(found[tuple(place)], lost, rtol=1e-4, atol=1e-5)
     alone = jnp.zeros_like(mask).at[PLANTED].set(True)
     assert np.isfinite(occlusion(score, features, alone)).all()
+
+
+@pytest.mark.parametrize("head", ["softmax", "evidential"])
+def test_what_is_attributed_is_the_log_odds_of_the_probability_that_the_head_says(head: str) -> None:
+    config = get_config().model
+    config.width, config.features, config.attention, config.head = 4, 16, 16, head
+    model = build_model(config, 3, 0, (1, 2))
+    features, mask, position = _bag(1, 3)
+
+    def odds(mask: jax.Array, features: jax.Array = features) -> float:
+        prob = np.float64(model.pool(features[None], mask[None], position[None]).probs[0, 1])
+        return float(np.log(prob / (1 - prob)))
+
+    lost = attributor(model, "occlusion")(params_of(model), features, mask, position, 1)
+    for place in [PLANTED, *np.argwhere(np.asarray(mask))[:3]]:
+        np.testing.assert_allclose(lost[tuple(place)], odds(mask) - odds(mask.at[tuple(place)].set(False)), atol=2e-5)
+    mean = jnp.broadcast_to(features[mask].mean(axis=0), features.shape)
+    total = attributor(model, "gradient")(params_of(model), features, mask, position, 1).sum()
+    assert float(total) == pytest.approx(odds(mask) - odds(mask, mean), rel=0.02)
 
 
 def test_log_odds_have_a_gradient_where_the_class_is_all_but_certain() -> None:
