@@ -1,5 +1,6 @@
 """Real slides of several scanners: read, tiled, refused."""
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,15 @@ def test_unusable_slides_are_refused_in_clear_words(name: str, real_data: Path) 
 def test_every_refused_file_is_listed_here(real_data: Path) -> None:
     folder = real_data / "slides_refused"
     assert {str(path.relative_to(folder)) for path in find_slides([folder])} == set(REFUSED)
+
+
+def test_the_seconds_of_the_table_are_of_tiling_also_when_it_is_made_again(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools")
+    tool = importlib.import_module("real_slides")
+    job = TileJob("a", real_data / "slides" / "aperio_cmu-1-small-region.svs")
+    assert [tool.tile_anew([job], tmp_path / "store")[0].status for _ in range(2)] == ["tiled", "tiled"]
 
 
 def test_pixels_of_a_real_jpeg_slide_are_those_of_openslide_bit_for_bit(real_data: Path) -> None:
