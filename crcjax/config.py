@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     train.class_balance = 1.0  # beta of the effective number (Cui 2019): 1, every class counts alike; 0, by its slides
     train.contrastive_weight = 0.0  # of the supervised contrastive loss on embeddings (Khosla 2020); 0 leaves it out
     train.contrastive_temperature = 0.1  # of that loss (Khosla 2020); lower looks at the hardest pairs
-    train.label_smoothing = 0.05  # molecular references have errors of their own
+    train.label_smoothing = 0.05  # of cross_entropy and focal; molecular references have errors of their own
 
     config.tasks = tasks = ConfigDict()  # of every tile, beside the subtype; docs/tasks.md
     tasks.tissue = 0.0  # weight of telling its tissue, one of tissue_classes, where labels say it; 0 leaves a task out

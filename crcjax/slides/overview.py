@@ -16,12 +16,15 @@ from PIL import Image
 import crcjax
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.annotation import write_area
-from crcjax.slides.quality import ABSENT, GLASS, REASONS
+from crcjax.slides.quality import ABSENT, GLASS, QUALITY_NAMES, REASONS
+from crcjax.slides.quality import stain_degrees as tile_degrees
 from crcjax.slides.store import TileStore, open_store, tiled_slides
 from crcjax.slides.tissue import ink, optical_density
 
 VERDICTS = ("reject", "review", "accept")  # as the page lists them
-MAX_STAIN_DEGREES = 15.0  # from the cohort: further off, a slide's stain is named on the page
+# From the cohort: further off, a slide's stain is named on the page. A tile's is compared with mixtures of the cohort's two,
+# which lie closer: painted tiles are 1 from their own site's, up to 8 from other sites', and 15 from a stain of none.
+MAX_STAIN_DEGREES, MAX_TILE_DEGREES = 15.0, 10.0
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = {
     "kept": (0, 158, 115),
@@ -51,13 +54,14 @@ def write_overview(store: str | Path, places: Mapping[str, str] | None = None) -
         raise InputError(f"{store}: holds none of the slides; name the --out of crcjax tile, and its cohort")
     folder, slides = store / "overview", [open_store(store, slide_id) for slide_id in shown]
     stains = slide_stains(slides)
-    degrees = stain_degrees(stains)
+    degrees, centre = stain_degrees(stains), _centre(stains)
     synthetic = any(slide.info.synthetic for slide in slides)
     lines = []
     try:
         folder.mkdir(exist_ok=True)
         for slide in slides:
-            lines.append(_line(slide, places[slide.slide_id] if places else "", degrees.get(slide.slide_id)))
+            place, off = places[slide.slide_id] if places else "", tiles_off(slide, centre)
+            lines.append(_line(slide, place, degrees.get(slide.slide_id), off))
             Image.fromarray(contact_sheet(slide)).save(folder / f"{slide.slide_id}.jpg", quality=85)
             write_area(folder / f"{slide.slide_id}.tissue", slide.thumbnail()[1], slide.info.size, "Tissue")
         _stain_picture(stains, places or {}, synthetic).savefig(folder / "stains.png", dpi=110)
@@ -69,10 +73,11 @@ def write_overview(store: str | Path, places: Mapping[str, str] | None = None) -
     return folder / "index.html"
 
 
-def _line(slide: TileStore, place: str, degrees: float | None) -> dict:
+def _line(slide: TileStore, place: str, degrees: float | None, off: float | None) -> dict:
     """What the page says of one slide; a stain far from the cohort's asks for a review."""
     found = slide.attributes["verdict"]
     line = found | {"slide_id": slide.slide_id, "place": place, "degrees": degrees, "kept": int(slide.mask.sum())}
+    line["off"] = off
     if degrees is not None and degrees > MAX_STAIN_DEGREES:
         line["reasons"] = [*found["reasons"], f"the stain is {degrees:.0f} degrees from the cohort's"]
         line["verdict"] = "reject" if found["verdict"] == "reject" else "review"
@@ -91,6 +96,7 @@ def _page(lines: list[dict], absent: list[str], synthetic: bool) -> str:
         absent=absent,
         synthetic=synthetic,
         with_stain=any(line["degrees"] is not None for line in lines),
+        max_degrees=f"{MAX_TILE_DEGREES:.0f}",
         by_place=dict(sorted(by_place.items())),
         verdicts=VERDICTS,
         colours={name: f"rgb{colour}" for name, colour in _COLOURS.items()},
@@ -167,10 +173,23 @@ def stain_degrees(stains: Stains) -> dict[str, float]:
 
     None for fewer than three slides.
     """
+    centre = _centre(stains)
+    return {} if centre is None else {name: float(_angle(vectors, centre).max()) for name, vectors in stains.items()}
+
+
+def tiles_off(slide: TileStore, centre: Float64[np.ndarray, "stain 3"] | None) -> float | None:
+    """The fraction of the kept tiles further than MAX_TILE_DEGREES from any mixture of the cohort's stains."""
+    scored = slide.mask & slide.quality.any(axis=-1)
+    if centre is None or len(slide.attributes["quality"]) < len(QUALITY_NAMES) or not scored.any():
+        return None  # no cohort, a store from before these scores, or tiles that nobody judged
+    return float((tile_degrees(slide.quality[scored], centre) > MAX_TILE_DEGREES).mean())
+
+
+def _centre(stains: Stains) -> Float64[np.ndarray, "stain 3"] | None:
     if len(stains) < 3:
-        return {}
+        return None
     centre = np.median(list(stains.values()), axis=0)
-    return {name: float(_angle(vectors, centre).max()) for name, vectors in stains.items()}
+    return centre / np.linalg.norm(centre, axis=1, keepdims=True)
 
 
 def _stain_picture(stains: Stains, places: Mapping[str, str], synthetic: bool) -> Figure:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, Float64, UInt8
 
 from crcjax.errors import InputError
 from crcjax.slides.tissue import TissueModel, blood, excess_green, ink, optical_density
 
-QUALITY_NAMES = ("tissue", "sharpness", "focus", "pen", "bubble", "fold", "blood", "stain")
+QUALITY_NAMES = ("tissue", "sharpness", "focus", "pen", "bubble", "fold", "blood", "stain", "red", "blue")
 # A pixel of the pictures that are judged, whatever the tile's magnification; the third, of half the second's, gives colours.
 _DETAIL_UM, _FOCUS_UM = 1.0, 2.0
 _CELL_PX = 8  # of the second picture: focus and bubbles are judged in cells of 16 µm, a nucleus and its surroundings
@@ -132,7 +132,8 @@ def score_tiles(
     mucin and stroma lack both alike, as does what is blurred by more than 5 µm, which `sharpness` tells. `pen`: the fraction under ink. `bubble`: the fraction that is grey, as rims of
     bubbles and debris are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider
     than a nucleus over that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
-    `stain`: the mean optical density of the stained pixels, the three channels' sum.
+    `stain`: the mean optical density of the stained pixels, the three channels' sum; `red` and `blue`: these channels'
+    shares of it, 0 without a stained pixel, which `stain_degrees` compares with a cohort's stains.
     """
     count = len(tiles)
     cells = min(max(2, round(len(tiles[0]) * mpp / _FOCUS_UM / _CELL_PX)), _MOST_CELLS)
@@ -163,6 +164,7 @@ def score_tiles(
     def share(pixels: np.ndarray) -> np.ndarray:
         return pixels.reshape(count, -1).mean(axis=1, dtype=np.float32)
 
+    dense = [share(np.where(stained, channel, 0)) for channel in (total, density[0], density[2])]
     return np.stack(
         [
             share(stained),
@@ -172,10 +174,28 @@ def score_tiles(
             share(grey) + share(veiled),
             np.partition(patches, -_DENSEST)[:, -_DENSEST],
             share(blood(density)),
-            share(np.where(stained, total, 0)) / np.maximum(share(stained), 1e-9),
+            dense[0] / np.maximum(share(stained), 1e-9),
+            *(channel / np.maximum(dense[0], 1e-9) for channel in dense[1:]),
         ],
         axis=1,
     ).astype(np.float32, copy=False)
+
+
+def stain_degrees(
+    scores: Float32[np.ndarray, "*tile score"], stains: Float[np.ndarray, "2 3"]
+) -> Float64[np.ndarray, "*tile"]:
+    """How far each tile's mean optical density is from every mixture of two stains, an angle in degrees; nan without tissue.
+
+    `stains`: the unit vectors of haematoxylin and eosin, such as the cohort's. One tile may hold too little of one stain
+    for vectors of its own, but whatever it holds of both lies between them.
+    """
+    stain, red, blue = (scores[..., QUALITY_NAMES.index(name)] for name in ("stain", "red", "blue"))
+    colour = np.stack([red, 1.0 - red - blue, blue], axis=-1).astype(np.float64)
+    colour /= np.linalg.norm(colour, axis=-1, keepdims=True)
+    amounts = colour @ np.linalg.pinv(stains.astype(np.float64))
+    between = (amounts >= 0).all(axis=-1)
+    cosine = np.where(between, np.linalg.norm(amounts @ stains, axis=-1), (colour @ stains.T).max(axis=-1))
+    return np.where(stain > 0, np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))), np.nan)
 
 
 def judged_shrink(tile_px: int, mpp: float) -> int:

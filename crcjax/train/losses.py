@@ -28,9 +28,10 @@ def bag_losses(
 ) -> Float32[Array, " batch"]:
     """Each bag's loss by `config` (config.train), its instance loss included."""
     logits = jnp.asarray(prediction.logits)
-    target = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), config.label_smoothing)
+    target = jax.nn.one_hot(label, logits.shape[-1])
     if prediction.alpha is None:
-        losses = focal(logits, target, config.focal_gamma if config.loss == "focal" else 0.0)
+        smoothed = optax.smooth_labels(target, config.label_smoothing)
+        losses = focal(logits, smoothed, config.focal_gamma if config.loss == "focal" else 0.0)
     else:
         alpha, annealed = jnp.asarray(prediction.alpha), jnp.minimum(1.0, step / max(1, config.annealing_steps))
         losses = evidential(alpha, target, digamma_form=config.loss == "evidential_digamma")

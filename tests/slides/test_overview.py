@@ -6,7 +6,7 @@ import pytest
 
 from crcjax.errors import InputError
 from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.overview import contact_sheet, slide_stains, stain_degrees, write_overview
+from crcjax.slides.overview import contact_sheet, slide_stains, stain_degrees, tiles_off, write_overview
 from crcjax.slides.painter import SITES, SlideSpec, paint_slide
 from crcjax.slides.quality import REASONS
 from crcjax.slides.store import open_store
@@ -79,10 +79,18 @@ def test_a_stain_far_from_the_cohorts_asks_for_a_review(store: Path) -> None:
         assert degrees["plain <b>"] == pytest.approx(30, abs=1)
         page = write_overview(store)
         assert "degrees from the cohort&#39;s" in page.read_text()
-        assert (page.parent / "stains.png").stat().st_size > 10_000
+        assert "tiles off it" in page.read_text()
     finally:
         for name, path in kept.items():
             path.write_text(before[name])
+
+
+def test_tiles_off_the_cohorts_stain_are_counted(store: Path) -> None:
+    slide = open_store(store, "plain")
+    assert tiles_off(slide, None) is None
+    for stains, share in (((SITES[1].haematoxylin, SITES[1].eosin), 0), (((0.45, 0.60, 0.66), (0.35, 0.70, 0.62)), 1)):
+        unit = np.array(stains) / np.linalg.norm(stains, axis=1, keepdims=True)
+        assert tiles_off(slide, unit) == pytest.approx(share, abs=0.02)
 
 
 def test_an_empty_store_is_refused(tmp_path: Path) -> None:

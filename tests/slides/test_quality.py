@@ -9,7 +9,16 @@ from sklearn.metrics import roc_auc_score
 from crcjax.errors import InputError
 from crcjax.slides.architecture import SUBTYPES, Tissue
 from crcjax.slides.painter import SITES, SlideSpec, load_truth, paint_slide, truth_path
-from crcjax.slides.quality import QUALITY_NAMES, REASONS, QualityLimits, judge, parse_limits, score_tiles, slide_verdict
+from crcjax.slides.quality import (
+    QUALITY_NAMES,
+    REASONS,
+    QualityLimits,
+    judge,
+    parse_limits,
+    score_tiles,
+    slide_verdict,
+    stain_degrees,
+)
 from crcjax.slides.reader import open_slide
 from crcjax.slides.tiling import TilingParams, plan_tiles, read_regions, region_tiles
 from crcjax.slides.tissue import TissueModel
@@ -25,6 +34,8 @@ GOOD = {
     "fold": 1.0,
     "blood": 0.0,
     "stain": 1.0,
+    "red": 0.35,
+    "blue": 0.25,
 }
 SCORE_OF = {"out_of_focus": ("focus", -1), "pen": ("pen", 1), "fold": ("fold", 1), "bubble": ("bubble", 1)}
 
@@ -145,7 +156,25 @@ def test_tissue_that_lies_double_in_a_stripe_is_a_fold() -> None:
 
 def test_stain_is_the_optical_density_of_the_tissue() -> None:
     tile = np.full((256, 256, 3), 240 * np.exp(-2 * np.array(EOSIN))).astype(np.uint8)
-    assert _score(tile)["stain"] == pytest.approx(2 * sum(EOSIN), rel=0.02)
+    found = _score(tile)
+    assert found["stain"] == pytest.approx(2 * sum(EOSIN), rel=0.02)
+    assert [found["red"], found["blue"]] == pytest.approx([EOSIN[0] / sum(EOSIN), EOSIN[2] / sum(EOSIN)], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("colour", "degrees"),
+    [
+        ((1, 0, 0), 0.0),
+        ((1, 1, 0), 0.0),
+        ((1, 1, 1), 35.26),
+        ((0, 0, 1), 90.0),
+        ((3, 0, 4), np.degrees(np.arctan(4 / 3))),
+    ],
+)
+def test_the_distance_of_a_colour_from_all_mixtures_of_two_stains(colour: tuple[int, ...], degrees: float) -> None:
+    share = np.array(colour) / sum(colour)
+    scores = np.stack([_scores(stain=1.0, red=share[0], blue=share[2]), _scores(stain=0.0, red=0.0, blue=0.0)])
+    np.testing.assert_allclose(stain_degrees(scores, np.eye(3)[:2]), [degrees, np.nan], atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +237,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     """Scores of all tiles of eight slides of four sites, with the spoilt share of each tile by artefact, and `smooth`."""
     folder, params = tmp_path_factory.mktemp("painted"), TilingParams()
     side = params.tile_px * 0.5
-    tiles: dict[str, list] = {name: [] for name in ("scores", "smooth", *SCORE_OF)}
+    tiles: dict[str, list] = {name: [] for name in ("scores", "site", "smooth", *SCORE_OF)}
     for i, site in enumerate(SITES * 2):
         artefacts = ("out_of_focus", "fold") if i < len(SITES) else ("pen", "bubble")
         spec = SlideSpec(SUBTYPES[i % 3], 400 + i, site, artefacts=artefacts)
@@ -222,6 +251,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
                     continue
                 tile = region_tiles(slide, params, plan.scale, 256 * x, 256 * y)[0]
                 tiles["scores"].append(score_tiles([tile], plan.tissue)[0])
+                tiles["site"].append(i % len(SITES))
                 tiles["smooth"].append(truth.tissue_share(*box, (Tissue.STROMA, Tissue.MUCIN, Tissue.NECROSIS)) > 0.6)
                 for name in SCORE_OF:
                     tiles[name].append(truth.spoilt_share(name, *box))
@@ -244,6 +274,20 @@ def test_smooth_tissue_is_not_taken_for_blurred(painted: dict[str, np.ndarray]) 
     assert smooth.sum() > 20
     assert roc_auc_score(blurred[smooth | blurred], -focus[smooth | blurred]) >= 0.95
     assert (judge(painted["scores"][smooth], QualityLimits()) == REASONS.index("blurred")).mean() < 0.05
+
+
+def test_a_tiles_colour_is_a_mixture_of_its_own_sites_stains_and_of_no_foreign_ones(
+    painted: dict[str, np.ndarray],
+) -> None:
+    clean = ~np.any([painted[name] for name in SCORE_OF], axis=0)
+    foreign = np.array([[0.45, 0.60, 0.66], [0.35, 0.70, 0.62]])
+    for i, site in enumerate(SITES):
+        scores, own = painted["scores"][clean & (painted["site"] == i)], np.array([site.haematoxylin, site.eosin])
+        degrees = [
+            stain_degrees(scores, stains / np.linalg.norm(stains, axis=1, keepdims=True)) for stains in (own, foreign)
+        ]
+        assert degrees[0].max() < 3
+        assert degrees[1].min() > 10
 
 
 def test_clean_painted_tiles_are_kept(painted: dict[str, np.ndarray]) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,17 @@ def test_the_kl_term_sees_misleading_evidence_alone() -> None:
         drawn = np.clip(drawn, 1e-12, None) / np.clip(drawn, 1e-12, None).sum(1, keepdims=True)
         ratio = stats.dirichlet.logpdf(drawn.T, rest) - stats.dirichlet.logpdf(drawn.T, np.ones(3))
         np.testing.assert_allclose(found[b], ratio.mean(), rtol=0.02)
+
+
+def test_evidence_for_the_label_is_never_misleading_whatever_the_smoothing() -> None:
+    config = get_config()
+    config.train.loss, config.train.label_smoothing = "evidential", 0.2
+    model = build_model(config.model, 3, 0)
+    bag = jnp.zeros((1, 2, 1, config.model.features)), jnp.ones((1, 2, 1), bool), None
+    alpha = jnp.array([[50.0, 1.0, 1.0]])
+    found = replace(model.pool(*bag), alpha=alpha, instance_loss=jnp.zeros(1))
+    expected = evidential(alpha, jnp.array([[1.0, 0.0, 0.0]]), digamma_form=False)
+    np.testing.assert_allclose(bag_losses(found, jnp.array([0]), 10**6, config.train), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
