@@ -438,7 +438,7 @@ def deidentify(
     """
     from crcjax.data.named import named_copies
     from crcjax.slides.deidentify import Report, deidentify_slides, report_path
-    from crcjax.slides.reader import find_slides
+    from crcjax.slides.files import find_slides
 
     paths = find_slides(slides)
     copies = list(zip(paths, named_copies(paths, out, pseudonym_key), strict=True))

@@ -26,7 +26,8 @@ from crcjax.errors import SlideError
 from crcjax.infer.pipeline import PredictJob, predict_slides
 from crcjax.infer.predictor import Predictor
 from crcjax.slides.executor import Outcome, TileJob, tile_slides
-from crcjax.slides.reader import find_slides, open_slide, slide_id_of
+from crcjax.slides.files import find_slides, slide_id_of
+from crcjax.slides.reader import open_slide
 from crcjax.slides.store import TileStore, open_store
 from crcjax.slides.tiling import TilingParams
 

@@ -9,7 +9,7 @@ from crcjax.data.cohort import SlideRow, load_cohort
 from crcjax.data.pseudonyms import load_key, pseudonym
 from crcjax.errors import InputError
 from crcjax.slides.executor import check_slide_ids
-from crcjax.slides.reader import find_slides, slide_id_of
+from crcjax.slides.files import find_slides, slide_id_of
 
 
 def named_slides(

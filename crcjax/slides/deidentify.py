@@ -208,10 +208,8 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def _copy_dicom(files: list[Path], handle: openslide.OpenSlide, partial: Path) -> _Copied:
-    try:
-        from crcjax.slides.bare_dicom import frames_hash, plan_series, write_series
-    except ImportError:
-        raise InputError("DICOM slides need pydicom: pip install 'crcjax[dicom]'") from None
+    from crcjax.slides.bare_dicom import frames_hash, plan_series, write_series  # loads pydicom
+
     series = plan_series(files)
     streams = write_series(series, partial)
     leak = "" if frames_hash(partial) == streams else "other frames"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from crcjax.errors import InputError, OutputError, SlideError
 from crcjax.slides.annotation import Areas
+from crcjax.slides.files import slide_files
 from crcjax.slides.pixels import check_mode, shard_regions
 from crcjax.slides.quality import ABSENT, KEPT, REASONS
 from crcjax.slides.reader import Slide, SlideInfo, open_slide
@@ -259,10 +260,8 @@ def _largest_first(jobs: Sequence[TileJob]) -> list[TileJob]:
 
 
 def size_of(job: TileJob) -> int:
-    """Bytes of its file, or of its folder's; 0 if it is missing."""
-    if job.path.is_dir():
-        return sum(file.stat().st_size for file in job.path.iterdir())
-    return job.path.stat().st_size if job.path.exists() else 0
+    """Bytes of all of its slide's files; 0 if it is missing."""
+    return sum(file.stat().st_size for file in slide_files(job.path))
 
 
 def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +14,12 @@ from jaxtyping import UInt8
 from PIL import Image, ImageCms
 
 from crcjax.errors import InputError, SlideError
+from crcjax.slides.files import content_hash, first_file
 from crcjax.slides.jpeg_tiles import JpegTiles
 from crcjax.slides.ome_tiff import OmeTiff
 
-SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"}
 PAINTED = "synthetic slide painted by crcjax"  # in the description of a painted slide
 MPP_RANGE = (0.05, 20.0)  # finer than optics resolve, coarser than any scanner writes: a unit error
-_HASHED_BYTES = 1 << 20
 _BLOCK_PX = 2048
 
 
@@ -192,13 +190,13 @@ def _edges(source: int, target: int) -> list[tuple[tuple[int, int], tuple[int, i
 
 
 def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
-    """Opens a slide file, or a folder of DICOM files; `mpp` (µm per level-0 px) overrides what the file says.
+    """Opens a slide file, or a folder of one DICOM series, of which any file will do too; `mpp` (µm per level-0 px) overrides what the file says.
 
     Raises SlideError: `missing`, `corrupt`, `unsupported`, `mpp_missing`; InputError if `mpp` is out of range.
     """
     path = Path(path)
     check_mpp(mpp)
-    file = _first_file(path)
+    file = first_file(path)
     try:
         handle = OmeTiff(file) if OmeTiff.holds(file) else openslide.OpenSlide(file)
     except (openslide.OpenSlideError, ValueError) as error:
@@ -216,24 +214,6 @@ def check_mpp(mpp: float | None) -> None:
         raise InputError(
             f"--mpp {mpp} is outside {MPP_RANGE[0]} to {MPP_RANGE[1]} µm per pixel; give it in micrometres"
         )
-
-
-def _first_file(path: Path) -> Path:
-    if not path.exists():
-        raise SlideError(path, "missing", "no such file", "check the path")
-    file = path
-    if path.is_dir():
-        dicom = sorted(path.glob("*.dcm"))
-        if not dicom:
-            raise SlideError(path, "unsupported", "a folder without .dcm files is no slide", "name a slide file")
-        file = dicom[0]
-    try:
-        with open(file, "rb") as opened:
-            if not opened.read(1):
-                raise SlideError(path, "corrupt", "the file is empty", "copy it again")
-    except OSError as error:
-        raise SlideError(path, "missing", f"cannot be read ({error.strerror})", "check its permissions") from error
-    return file
 
 
 def _refusal(path: Path, file: Path, error: Exception) -> SlideError:
@@ -258,7 +238,7 @@ def _info(path: Path, handle: openslide.OpenSlide | OmeTiff, given: float | None
         mpp=mpp,
         mpp_source=source,
         objective_power=power,
-        content_hash=_content_hash(path),
+        content_hash=content_hash(path),
         synthetic=PAINTED in properties.get("openslide.comment", ""),
         has_icc=handle.color_profile is not None,
     )
@@ -292,61 +272,3 @@ def _number(properties: Mapping[str, str], name: str) -> float | None:
     except (KeyError, ValueError):
         return None
     return value if value > 0 else None
-
-
-def _content_hash(path: Path) -> str:
-    """SHA-256 over the name-free content: of each of the slide's files its size, first and last MiB and 16 blocks of 64 KiB between.
-
-    Cheap for gigabytes; a change of single bytes elsewhere goes unseen (the store's own checksums guard the tiles).
-    """
-    digest = hashlib.sha256()
-    for file in sorted(_files_of(path)):
-        size = file.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with open(file, "rb") as opened:
-            digest.update(opened.read(_HASHED_BYTES))
-            for i in range(16):
-                opened.seek(size * (i + 1) // 17)
-                digest.update(opened.read(1 << 16))
-            opened.seek(max(0, size - _HASHED_BYTES))
-            digest.update(opened.read(_HASHED_BYTES))
-    return digest.hexdigest()
-
-
-def _files_of(path: Path) -> list[Path]:
-    if path.is_dir():
-        return list(path.glob("*.dcm"))
-    return [path, *path.with_suffix("").glob("*.dat")] if path.suffix.lower() == ".mrxs" else [path]
-
-
-def find_slides(paths: Sequence[str | Path]) -> list[Path]:
-    """The slides among files and folders: files as given, whether they exist or not, and every slide below a folder.
-
-    A folder that holds DICOM files and nothing else is one slide. Raises InputError for a folder without slides.
-    """
-    slides: list[Path] = []
-    for path in map(Path, paths):
-        found = _slides_below(path) if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"{path}: no slides below this folder; crcjax doctor lists the formats")
-        slides += found
-    return list(dict.fromkeys(slides))
-
-
-def _slides_below(folder: Path) -> list[Path]:
-    files = [entry for entry in sorted(folder.iterdir()) if entry.is_file() and not entry.name.startswith(".")]
-    if files and all(file.suffix.lower() == ".dcm" for file in files):
-        return [folder]
-    found = [file for file in files if file.suffix.lower() in SUFFIXES]
-    # The data folder beside a MIRAX file belongs to it.
-    mirax = {file.stem for file in files if file.suffix.lower() == ".mrxs"}
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and entry.name not in mirax and not entry.name.startswith("."):
-            found += _slides_below(entry)
-    return found
-
-
-def slide_id_of(path: str | Path) -> str:
-    """The file's name without its suffix; for a DICOM folder the folder's name."""
-    path = Path(path)
-    return path.name if path.is_dir() else path.stem

@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from crcjax.errors import InputError, SlideError
-from crcjax.slides.reader import SlideInfo, _over_white, find_slides, open_slide, slide_id_of
+from crcjax.slides.reader import SlideInfo, _over_white, open_slide
 
 Writer = Callable[..., Path]
 
@@ -263,39 +263,3 @@ def test_a_tile_that_the_scanner_left_out_is_read_as_openslide_reads_it(tmp_path
         tiff.pages[0].tags["TileByteCounts"].overwrite(counts)
     with open_slide(path) as slide:
         np.testing.assert_array_equal(slide.read(200, 100, 300, 200), _through_openslide(path, 200, 100, 300, 200, 0))
-
-
-def test_the_content_hash_follows_the_content_not_the_name(small_slide: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copy(small_slide, tmp_path / "other name.svs"))
-    with open_slide(small_slide) as slide, open_slide(copy) as same:
-        assert slide.info.content_hash == same.info.content_hash
-        before = slide.info.content_hash
-    with open(copy, "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
-    with open_slide(copy) as changed:
-        assert changed.info.content_hash != before
-
-
-def test_slides_are_found_in_folders_and_dicom_folders_count_as_one(tmp_path: Path) -> None:
-    for name in (
-        "b/x.svs",
-        "b/deep/y.NDPI",
-        "b/notes.txt",
-        "b/.hidden.svs",
-        "d/1.dcm",
-        "d/2.dcm",
-        "m/z.mrxs",
-        "m/z/Slide.tif",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    found = find_slides([tmp_path, tmp_path / "b" / "x.svs", tmp_path / "absent.svs"])
-    names = ["b/x.svs", "b/deep/y.NDPI", "d", "m/z.mrxs", "absent.svs"]
-    assert found == [tmp_path / name for name in names]
-    assert [slide_id_of(path) for path in found] == ["x", "y", "d", "z", "absent"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no slides below"):
-        find_slides([tmp_path / "empty"])

@@ -9,7 +9,8 @@ import pytest
 
 from crcjax.errors import SlideError
 from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.reader import find_slides, open_slide, slide_id_of
+from crcjax.slides.files import find_slides, slide_id_of
+from crcjax.slides.reader import open_slide
 from crcjax.slides.store import open_store
 from crcjax.slides.tiling import TilingParams, plan_tiles
 
@@ -20,8 +21,7 @@ REFUSED = {
     "hamamatsu_test3-DAPI.ndpi": ("unsupported", "coloured"),
     "dicom_cmu-1-small-region_badphotometric": ("unsupported", "coloured"),
     "edge_cases/small.svs": ("no_tissue", "no stained tissue"),
-    "edge_cases/boxes_0.dcm": ("no_tissue", "no stained tissue"),
-    "edge_cases/boxes_1.dcm": ("no_tissue", "no stained tissue"),
+    "edge_cases/boxes_0.dcm": ("no_tissue", "no stained tissue"),  # with boxes_1.dcm, of its series
     "edge_cases/boxes.tiff": ("mpp_missing", "impossible"),
     "edge_cases/unopenable.tiff": ("corrupt", "cannot open"),
     "edge_cases/broken.svs": ("unsupported", "not a slide"),

@@ -1,0 +1,157 @@
+"""Which files of a disk are slides, and which files are one slide's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from crcjax.errors import InputError, SlideError
+
+SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi"}
+_DICOM = ".dcm"
+_HASHED_BYTES = 1 << 20
+_INDEX_BYTES = 1 << 20  # of a Hamamatsu index, a page of text
+
+
+def find_slides(paths: Sequence[str | Path]) -> list[Path]:
+    """The slides among files and folders: files as given, whether they exist or not, and every slide below a folder.
+
+    A folder that holds the DICOM files of one series, and no other slide, is that slide; else a series is named by its
+    first file. Raises InputError for a folder without slides.
+    """
+    slides: list[Path] = []
+    for path in map(Path, paths):
+        found = _slides_below(path) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"{path}: no slides below this folder; crcjax doctor lists the formats")
+        slides += found
+    return list(dict.fromkeys(slides))
+
+
+def _slides_below(folder: Path) -> list[Path]:
+    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
+    found = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
+    # The data folder beside a MIRAX file belongs to it.
+    mirax = {file.stem for file in found if file.suffix.lower() == ".mrxs"}
+    if series := _dicom_series(folder):
+        unnamed = series.pop("", [])
+        if found or len(series) > 1:
+            found = sorted([*found, *(files[0] for files in series.values()), *unnamed])
+        else:
+            found = [folder]
+    for entry in entries:
+        if entry.is_dir() and entry.name not in mirax:
+            found += _slides_below(entry)
+    return found
+
+
+def slide_id_of(path: str | Path) -> str:
+    """The file's name without its suffix; for a DICOM folder the folder's name."""
+    path = Path(path)
+    return path.name if path.is_dir() else path.stem
+
+
+def first_file(path: Path) -> Path:
+    """The file by which a slide is opened. Raises SlideError: `missing`, `corrupt`, `unsupported`."""
+    if not path.exists():
+        raise SlideError(path, "missing", "no such file", "check the path")
+    if not path.is_dir():
+        _check_readable(path, path)
+        return path
+    series = _dicom_series(path)
+    if not series:
+        raise SlideError(path, "unsupported", "a folder without .dcm files is no slide", "name a slide file")
+    damaged = series.pop("", [])
+    for file in damaged:
+        _check_readable(path, file)
+    if len(series) > 1:
+        reason = f"a folder of {len(series)} DICOM series, each a slide"
+        raise SlideError(path, "unsupported", reason, "name a file of one, or give each a folder of its own")
+    if series and damaged:
+        reason = f"{damaged[0].name} in it is damaged, or no DICOM file"
+        raise SlideError(path, "corrupt", reason, "copy the folder again, or take the file out of it")
+    file = (next(iter(series.values())) if series else damaged)[0]
+    _check_readable(path, file)
+    return file
+
+
+def _check_readable(path: Path, file: Path) -> None:
+    try:
+        with open(file, "rb") as opened:
+            if not opened.read(1):
+                raise SlideError(path, "corrupt", "the file is empty", "copy it again")
+    except OSError as error:
+        raise SlideError(path, "missing", f"cannot be read ({error.strerror})", "check its permissions") from error
+
+
+def slide_files(path: Path) -> list[Path]:
+    """All files of a slide that are there: of a DICOM slide those of its series, of MIRAX those of its data folder,
+    of Hamamatsu's .vms and .vmu those that the index names.
+    """
+    if path.is_dir():
+        return _dicom_files(path)
+    suffix = path.suffix.lower()
+    if not path.exists():
+        return []
+    if suffix == _DICOM:
+        series = _dicom_series(path.parent)
+        return next((files for uid, files in series.items() if uid and path in files), [path])
+    if suffix == ".mrxs" and path.with_suffix("").is_dir():
+        return [path, *sorted(file for file in path.with_suffix("").iterdir() if file.is_file())]
+    if suffix in (".vms", ".vmu"):
+        with open(path, "rb") as index:
+            lines = index.read(_INDEX_BYTES).decode("latin-1").splitlines()
+        named = {line.partition("=")[2].strip() for line in lines}
+        return [path, *(file for file in sorted(path.parent.iterdir()) if file.name in named and file != path)]
+    return [path]
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 over the name-free content: of each of the slide's files its size, first and last MiB and 16 blocks of 64 KiB between.
+
+    Cheap for gigabytes; a change of single bytes elsewhere goes unseen (the store's own checksums guard the tiles).
+    """
+    digest = hashlib.sha256()
+    for file in slide_files(path):
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with open(file, "rb") as opened:
+            digest.update(opened.read(_HASHED_BYTES))
+            for i in range(16):
+                opened.seek(size * (i + 1) // 17)
+                digest.update(opened.read(1 << 16))
+            opened.seek(max(0, size - _HASHED_BYTES))
+            digest.update(opened.read(_HASHED_BYTES))
+    return digest.hexdigest()
+
+
+def _dicom_files(folder: Path) -> list[Path]:
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.suffix.lower() == _DICOM and not entry.name.startswith(".") and entry.is_file()
+    )
+
+
+def _dicom_series(folder: Path) -> dict[str, list[Path]]:
+    """A folder's DICOM files by their SeriesInstanceUID; under "" those that do not say it."""
+    series: dict[str, list[Path]] = {}
+    for file in _dicom_files(folder):
+        state = file.stat()
+        series.setdefault(_series_of(file, state.st_size, state.st_mtime_ns), []).append(file)
+    return series
+
+
+@lru_cache(1 << 16)  # each slide of a folder of many asks for all of its files
+def _series_of(file: Path, size: int, changed_ns: int) -> str:
+    from pydicom import dcmread  # takes a quarter of a second, and most slides are not DICOM
+
+    tag = 0x0020000E  # SeriesInstanceUID
+    try:
+        found = dcmread(file, stop_before_pixels=True, specific_tags=[tag]).get_item(tag)
+    except Exception:  # on damaged files pydicom stumbles in every way; unreadable ones are named when opened
+        return ""
+    value = found.value if found else b""  # as it was read: converting it, pydicom warns of values too long
+    return (value or b"").decode("latin-1").strip("\0 ") if isinstance(value, bytes | None) else str(value)
