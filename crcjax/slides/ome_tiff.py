@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import ImageCms
 
 _UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
+_ICC_PROFILE = 34675  # the tag
 _CACHED_BYTES = 64 << 20
 _LARGEST_TILE_PX = 1 << 26  # 200 MB; a strip of a very wide slide stays below it
 
@@ -36,8 +37,8 @@ class OmeTiff:
             self.level_dimensions = tuple((page.imagewidth, page.imagelength) for page in self.pages)
             self.level_downsamples = tuple(self.dimensions[0] / width for width, _ in self.level_dimensions)
             self.properties = {"openslide.vendor": "ome"} | _stated(first.description)
-            profile = first.iccprofile
-            self.color_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else None
+            if profile := first.tags.get(_ICC_PROFILE):
+                self.properties["openslide.icc-size"] = str(profile.count)
         except Exception as error:  # on damaged directories tifffile stumbles in every way
             self._tiff.close()
             raise ValueError(f"an OME-TIFF that cannot be used: {error}") from error
@@ -58,6 +59,15 @@ class OmeTiff:
     def close(self) -> None:
         """Closes the file."""
         self._tiff.close()
+
+    @property
+    def color_profile(self) -> ImageCms.ImageCmsProfile:
+        """The first image's, read when asked for. Raises ValueError if it is damaged, or there is none."""
+        try:
+            with self._lock:
+                return ImageCms.ImageCmsProfile(io.BytesIO(self.pages[0].tags[_ICC_PROFILE].value))
+        except Exception as error:  # on damaged tags tifffile stumbles in every way
+            raise ValueError(str(error)) from error
 
     def get_best_level_for_downsample(self, downsample: float) -> int:
         """The coarsest level that is at least as fine."""

@@ -89,11 +89,11 @@ class Slide:
 
         Raises SlideError (`corrupt`) if the profile is damaged.
         """
-        profile = self._handle.color_profile
-        if self._to_srgb is not None or profile is None:
+        if self._to_srgb is not None or not self.info.has_icc:
             return
         try:
-            srgb = ImageCms.createProfile("sRGB")
+            profile, srgb = self._handle.color_profile, ImageCms.createProfile("sRGB")
+            assert profile
             self._to_srgb = ImageCms.buildTransform(profile, srgb, "RGB", "RGB")
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
             reason = f"its ICC profile is damaged ({error})"
@@ -240,7 +240,7 @@ def _info(path: Path, handle: openslide.OpenSlide | OmeTiff, given: float | None
         objective_power=power,
         content_hash=content_hash(path),
         synthetic=PAINTED in properties.get("openslide.comment", ""),
-        has_icc=handle.color_profile is not None,
+        has_icc="openslide.icc-size" in properties,
     )
 
 

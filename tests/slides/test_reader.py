@@ -165,6 +165,25 @@ def test_an_icc_profile_is_applied_on_request_and_then_no_stream_is_copied(tmp_p
     np.testing.assert_allclose(after, before[..., [1, 0, 2]], atol=12)
 
 
+@pytest.mark.parametrize("name", ["a.svs", "a.ome.tiff"])
+def test_a_damaged_icc_profile_is_an_error_only_where_it_is_to_be_applied(
+    name: str, tmp_path: Path, write_slide: Writer
+) -> None:
+    path = tmp_path / name
+    if name == "a.svs":
+        write_slide(path, _picture(), iccprofile=b"no profile" * 50)
+    else:
+        about = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+        options = {"photometric": "rgb", "compression": "deflate", "tile": (128, 128), "iccprofile": b"no profile" * 50}
+        tifffile.imwrite(path, _picture(), ome=True, metadata=about, **options)
+    with open_slide(path) as slide:
+        assert slide.info.has_icc
+        assert slide.read(0, 0, 240, 240).shape == (240, 240, 3)
+        with pytest.raises(SlideError, match=r"its ICC profile is damaged .* or tile without --icc") as caught:
+            slide.apply_icc()
+    assert caught.value.status == "corrupt"
+
+
 def _profile_with_red_for_green() -> bytes:
     """sRGB with the names of its red and green primaries changed."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
