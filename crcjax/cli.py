@@ -45,10 +45,14 @@ Slides = Annotated[
     list[Path] | None, typer.Argument(metavar="SLIDE_OR_FOLDER...", help="slide files; folders are searched")
 ]
 CohortFile = Annotated[
-    Path | None, typer.Option(help="CSV with slide_id, case_id and path; its slides, if none are named")
+    Path | None,
+    typer.Option(help="CSV with slide_id, case_id, path and, if need be, mpp; its slides, if none are named"),
 ]
 Mpp = Annotated[
-    float | None, typer.Option(help="µm per level-0 pixel, for slides that do not state it or state it wrongly")
+    float | None,
+    typer.Option(
+        help="µm per level-0 pixel of slides that state none; the cohort's column mpp overrides what one states"
+    ),
 ]
 PseudonymKey = Annotated[
     Path | None,
@@ -142,10 +146,16 @@ def tile(
         from crcjax.slides.normaliser import reference_stain  # loads JAX
 
         params = replace(params, stain=reference_stain(stain, stain_reference, params, mpp))
-    named = named_slides(slides, cohort, pseudonym_key)
     jobs = [
-        TileJob(slide_id, path, mpp, names_path=not pseudonym_key, areas=areas_of(slide_id, include, exclude))
-        for slide_id, _, path in named
+        TileJob(
+            slide.slide_id,
+            slide.path,
+            slide.mpp,
+            names_path=not pseudonym_key,
+            areas=areas_of(slide.slide_id, include, exclude),
+            fallback_mpp=mpp,
+        )
+        for slide in named_slides(slides, cohort, pseudonym_key)
     ]
     if shard is not None:
         jobs = shard_of(jobs, shard)
@@ -202,7 +212,9 @@ def import_(
     ] = None,
     cohort: Annotated[Path | None, typer.Option(help="CSV with slide_id, case_id and path of the slides")] = None,
     encoder: Annotated[str | None, typer.Option(help="name of the features, by default the file's")] = None,
-    mpp: Annotated[float | None, typer.Option(help="µm per level-0 pixel, for all files")] = None,
+    mpp: Annotated[
+        float | None, typer.Option(help="µm per level-0 pixel, for all files, and slides that state none")
+    ] = None,
     side_px: Annotated[
         float | None, typer.Option(help="side of a tile in level-0 pixels, for files that do not state it")
     ] = None,
@@ -215,13 +227,14 @@ def import_(
     from crcjax.data.named import named_slides
     from crcjax.slides.interchange import import_files
 
-    named = {slide_id: path for slide_id, _, path in named_slides(slides, cohort)} if slides or cohort else None
+    named = {slide.slide_id: slide for slide in named_slides(slides, cohort)} if slides or cohort else None
     with _progress() as progress:
         task = progress.add_task("importing", total=None)
         outcomes = import_files(
             files,
             out,
-            slides=named,
+            slides=None if named is None else {slide_id: slide.path for slide_id, slide in named.items()},
+            slide_mpp={slide_id: slide.mpp for slide_id, slide in (named or {}).items() if slide.mpp},
             encoder=encoder,
             mpp=mpp,
             side_px=side_px,
@@ -338,9 +351,11 @@ def predict(
     predictor = Predictor(*run, dropout_samples=dropout_samples, attribution=attribution)
     fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
     site_of = {row.slide_id: row.site for row in load_cohort(cohort, None).rows} if cohort else {}
-    sites = [site_of.get(slide_id) for slide_id, _, _ in named_slides(slides, cohort)]
-    named = named_slides(slides, cohort, pseudonym_key)
-    jobs = [PredictJob(*slide, mpp, site) for slide, site in zip(named, sites, strict=True)]
+    sites = [site_of.get(slide.slide_id) for slide in named_slides(slides, cohort)]
+    jobs = [
+        PredictJob(slide.slide_id, slide.case_id, slide.path, slide.mpp, site, mpp)
+        for slide, site in zip(named_slides(slides, cohort, pseudonym_key), sites, strict=True)
+    ]
     with _progress() as progress:
         task = progress.add_task("predicting", total=len(jobs))
         rows = predict_slides(

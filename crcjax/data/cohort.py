@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from crcjax.errors import InputError
+from crcjax.slides.reader import MPP_RANGE
 
 SPLITS = ("train", "val", "test")
 _REQUIRED = ("slide_id", "case_id")
-_KNOWN = (*_REQUIRED, "path", "subtype", "site", "scanner", "split")
+_KNOWN = (*_REQUIRED, "path", "subtype", "site", "scanner", "split", "mpp")
 
 
 @dataclass(frozen=True)
 class SlideRow:
-    """One slide; what the table leaves empty is None. Further columns are in `extra`."""
+    """One slide; what the table leaves empty is None. `mpp` overrides the file's µm per level-0 px. Further columns are in `extra`."""
 
     slide_id: str
     case_id: str
@@ -27,6 +28,7 @@ class SlideRow:
     site: str | None = None
     scanner: str | None = None
     split: str | None = None
+    mpp: float | None = None
     extra: dict[str, str] = field(default_factory=dict)
 
 
@@ -48,11 +50,11 @@ class Cohort:
 
 
 def load_cohort(path: str | Path, classes: Sequence[str] | None) -> Cohort:
-    """Reads a CSV with slide_id and case_id, and optionally path, subtype, site, scanner and split.
+    """Reads a CSV with slide_id and case_id, and optionally path, subtype, site, scanner, split and mpp.
 
     Relative paths are relative to the CSV's folder; whether the files exist is not checked. With `classes` None any
     subtype is one. Raises InputError naming
-    the line: missing or doubled columns, duplicated slides, unknown subtypes or splits, a case in two splits or with
+    the line: missing or doubled columns, duplicated slides, unknown subtypes or splits, an impossible mpp, a case in two splits or with
     two subtypes.
     """
     path = Path(path)
@@ -103,7 +105,20 @@ def _row(path: Path, number: int, line: dict, classes: tuple[str, ...]) -> Slide
     known: dict[str, Any] = {name: values.get(name) for name in _KNOWN}
     extra = {name: value or "" for name, value in values.items() if name not in _KNOWN}
     file = path.parent / known["path"] if known["path"] else None
-    return SlideRow(**known | {"path": file}, extra=extra)
+    mpp = _mpp(path, number, known["mpp"])
+    return SlideRow(**known | {"path": file, "mpp": mpp}, extra=extra)
+
+
+def _mpp(path: Path, number: int, text: str | None) -> float | None:
+    least, most = MPP_RANGE
+    try:
+        mpp = None if text is None else float(text)
+        if mpp is None or least <= mpp <= most:
+            return mpp
+    except ValueError:
+        pass
+    asked = f"a number from {least:g} to {most:g}, the µm per pixel at level 0"
+    raise InputError(f"{path}, line {number}: mpp {text!r} is not {asked}; correct it, or leave it empty")
 
 
 def _check_rows(path: Path, numbers: list[int], rows: list[SlideRow]) -> None:

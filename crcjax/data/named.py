@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from crcjax.data.cohort import SlideRow, load_cohort
@@ -12,10 +13,20 @@ from crcjax.slides.executor import check_slide_ids
 from crcjax.slides.files import find_slides, slide_id_of
 
 
+@dataclass(frozen=True)
+class NamedSlide:
+    """A slide with its ids; `mpp` is the cohort's, if it states any."""
+
+    slide_id: str
+    case_id: str
+    path: Path
+    mpp: float | None = None
+
+
 def named_slides(
     paths: Sequence[Path] | None, cohort: Path | None, pseudonym_key: Path | None = None
-) -> list[tuple[str, str, Path]]:
-    """(slide id, case id, path) of a cohort's rows, of those alone that are named if any are; or of the files as they are called.
+) -> list[NamedSlide]:
+    """The slides of a cohort's rows, of those alone that are named if any are; or of the files as they are called.
 
     With the file of a key, ids are pseudonyms. Raises InputError.
     """
@@ -23,7 +34,7 @@ def named_slides(
     if pseudonym_key is None:
         return named
     key = load_key(pseudonym_key)
-    return [(pseudonym(key, slide_id), pseudonym(key, case_id), path) for slide_id, case_id, path in named]
+    return [replace(s, slide_id=pseudonym(key, s.slide_id), case_id=pseudonym(key, s.case_id)) for s in named]
 
 
 def named_copies(paths: Sequence[Path], out: Path, pseudonym_key: Path | None) -> list[Path]:
@@ -38,16 +49,16 @@ def named_copies(paths: Sequence[Path], out: Path, pseudonym_key: Path | None) -
     return [out]
 
 
-def _by_file(paths: Sequence[Path] | None) -> list[tuple[str, str, Path]]:
+def _by_file(paths: Sequence[Path] | None) -> list[NamedSlide]:
     if not paths:
         raise InputError("name slides or folders, or give --cohort")
-    return [(slide_id_of(path), slide_id_of(path), path) for path in find_slides(paths)]
+    return [NamedSlide(slide_id_of(path), slide_id_of(path), path) for path in find_slides(paths)]
 
 
-def _of_cohort(paths: Sequence[Path] | None, cohort: Path) -> list[tuple[str, str, Path]]:
+def _of_cohort(paths: Sequence[Path] | None, cohort: Path) -> list[NamedSlide]:
     rows = load_cohort(cohort, None).rows
     if not paths:
-        return [(row.slide_id, row.case_id, _path_of(row, cohort)) for row in rows]
+        return [NamedSlide(row.slide_id, row.case_id, _path_of(row, cohort), row.mpp) for row in rows]
     by_path = {row.path.resolve(): row for row in rows if row.path}
     by_id = {row.slide_id: row for row in rows}
     chosen = []
@@ -55,7 +66,7 @@ def _of_cohort(paths: Sequence[Path] | None, cohort: Path) -> list[tuple[str, st
         row = by_path.get(path.resolve()) or by_id.get(slide_id_of(path))
         if row is None:
             raise InputError(f"{path}: is not in {cohort}; add a row, or leave the slide out")
-        chosen.append((row.slide_id, row.case_id, path))
+        chosen.append(NamedSlide(row.slide_id, row.case_id, path, row.mpp))
     return chosen
 
 

@@ -47,7 +47,7 @@ def write_pseudonymous(cohort: str | Path, key: bytes, out: str | Path, keep: Se
     InputError for an unusable cohort or column, or if `out` exists; OutputError.
     """
     out, rows = Path(out), load_cohort(cohort, None).rows
-    columns = [field.name for field in fields(SlideRow) if field.name not in ("path", "extra")]
+    columns = [field.name for field in fields(SlideRow) if field.name not in ("path", "mpp", "extra")]
     unknown = [name for name in keep if name not in rows[0].extra]
     if unknown:
         raise InputError(f"{cohort}: --keep {unknown[0]}: has no such column; it has {', '.join(rows[0].extra)}")

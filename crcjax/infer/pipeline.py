@@ -33,13 +33,17 @@ MEANING: dict[Method, str] = {
 
 @dataclass(frozen=True)
 class PredictJob:
-    """One slide to predict; `mpp` (µm per level-0 px) overrides what the file says; `site` chooses the set's threshold."""
+    """One slide to predict; `site` chooses the set's threshold.
+
+    `mpp` (µm per level-0 px) overrides what the file says, `fallback_mpp` is for one that states none.
+    """
 
     slide_id: str
     case_id: str
     path: Path
     mpp: float | None = None
     site: str | None = None
+    fallback_mpp: float | None = None
 
 
 Row = dict[str, str]
@@ -65,7 +69,7 @@ def predict_slides(
     file and for an impossible mpp, OutputError if the folder cannot be written.
     """
     check_slide_ids([(job.slide_id, job.path) for job in jobs])
-    for mpp in {job.mpp for job in jobs}:
+    for mpp in {given for job in jobs for given in (job.mpp, job.fallback_mpp)}:
         check_mpp(mpp)
     threads = threads or len(os.sched_getaffinity(0))
     columns = [
@@ -112,7 +116,7 @@ def _predict_bag(
             row["split"] = predictor.split_of.get(job.slide_id) or predictor.split_of.get(job.case_id, "")
             rows.append(row)
             with _failing_into(row):
-                slide = files.enter_context(open_slide(job.path, job.mpp))
+                slide = files.enter_context(open_slide(job.path, job.mpp, job.fallback_mpp))
                 read.append((row, job, slide, predictor.encode(slide, threads), start))
         found: list[SlidePrediction] = []
         with _failing_into(*(row for row, *_ in read)):

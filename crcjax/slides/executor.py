@@ -16,7 +16,7 @@ from crcjax.slides.annotation import Areas
 from crcjax.slides.files import slide_files
 from crcjax.slides.pixels import check_mode, shard_regions
 from crcjax.slides.quality import ABSENT, KEPT, REASONS
-from crcjax.slides.reader import Slide, SlideInfo, open_slide
+from crcjax.slides.reader import Slide, SlideInfo, check_mpp, open_slide
 from crcjax.slides.store import StoreWriter, TileStore, file_lock, open_store, remove_partials, slide_lock, tiled_slides
 from crcjax.slides.tiling import (
     EVERYWHERE,
@@ -39,7 +39,7 @@ EXECUTORS = ("processes", "ray")
 
 @dataclass(frozen=True)
 class TileJob:
-    """One slide to tile; `mpp` (µm per level-0 px) overrides what the file says.
+    """One slide to tile; `mpp` (µm per level-0 px) overrides what the file says, `fallback_mpp` is for one that states none.
 
     A store and a run's outcomes name its path only if `names_path`: a path often holds the identifier of a person.
     """
@@ -49,6 +49,7 @@ class TileJob:
     mpp: float | None = None
     names_path: bool = True
     areas: Areas = EVERYWHERE
+    fallback_mpp: float | None = None
 
     @property
     def name(self) -> str:
@@ -97,7 +98,7 @@ def tile_slides(
     there are fewer slides than workers; with the `executor` "ray" CPUs of a cluster, one a slide. A slide that cannot be
     used, or exceeds the `limits`, is an outcome; every outcome is a line of STORE/manifest.jsonl too. Several runs may
     tile into one store at once, and wait for what another does. Raises InputError if the store holds tiles of other
-    parameters, two jobs share a slide id, one cannot name a file, or there is no such executor, OutputError if the store
+    parameters, two jobs share a slide id, one cannot name a file or has an impossible mpp, or there is no such executor, OutputError if the store
     cannot be written.
     """
     check_mode(pixels)
@@ -106,6 +107,8 @@ def tile_slides(
     if executor not in EXECUTORS:
         raise InputError(f"executor {executor!r}: choose {' or '.join(EXECUTORS)}")
     check_slide_ids([(job.slide_id, job.name) for job in jobs])
+    for mpp in {given for job in jobs for given in (job.mpp, job.fallback_mpp)}:
+        check_mpp(mpp)
     remove_partials(store)
     _check_same_params(store, params)
     noted = _tiled_in_manifest(store)
@@ -161,7 +164,7 @@ class _TileTask:
 
 def _tile_slide(task: _TileTask) -> Outcome:
     job = task.job
-    with slide_lock(task.store, job.slide_id), open_slide(job.path, job.mpp) as slide:
+    with slide_lock(task.store, job.slide_id), open_slide(job.path, job.mpp, job.fallback_mpp) as slide:
         slide.info = replace(slide.info, path=os.path.abspath(job.path) if job.names_path else "")
         outcome = Outcome(job.slide_id, job.name, "already tiled", content_hash=slide.info.content_hash)
         done = _already_tiled(task, slide.info)

@@ -40,6 +40,7 @@ def import_files(
     store: Path,
     *,
     slides: Mapping[str, Path] | None = None,
+    slide_mpp: Mapping[str, float] | None = None,
     encoder: str | None = None,
     mpp: float | None = None,
     side_px: float | None = None,
@@ -49,9 +50,9 @@ def import_files(
     """Imports HDF5 files of CLAM, TRIDENT or STAMP, one slide after another; what is there already stays as it is.
 
     `slides` are the slide files by slide id: their tiles are read, judged as any, and read again from there when pixels
-    are needed. Without `slides` a store has neither pixels nor quality. `encoder` names the features, by default as the
-    file does; `mpp` (µm per level-0 px) overrides the slides' and the files', and `side_px` (level-0 px) is of tiles whose
-    files do not state it. A file that cannot be used is an outcome; every outcome is a line of STORE/manifest.jsonl too.
+    are needed; `slide_mpp` (µm per level-0 px) overrides what they state. Without `slides` a store has neither pixels nor
+    quality. `encoder` names the features, by default as the file does; `mpp` overrides the files', and is for slides that
+    state none; `side_px` (level-0 px) is of tiles whose files do not state it. A file that cannot be used is an outcome; every outcome is a line of STORE/manifest.jsonl too.
     Raises InputError for wrong arguments, OutputError if the store cannot be written.
     """
     check_mpp(mpp)
@@ -71,8 +72,9 @@ def import_files(
                 remedy = "add it, or import without --slides and --cohort, and so without pixels"
                 raise SlideError(tiles.path, "missing", f"the slides named have no {slide_id}", remedy)
             slide = None if slides is None else slides[slide_id]
+            given = (slide_mpp or {}).get(slide_id), mpp
             with slide_lock(store, slide_id):
-                outcome = _import_slide(store, outcome, tiles, slide, mpp, encoder, threads)
+                outcome = _import_slide(store, outcome, tiles, slide, given, encoder, threads)
         except SlideError as error:
             outcome = replace(outcome, status=error.status, reason=f"{error.reason}; {error.remedy}")
         except (BusyError, InputError) as error:  # another process writes it, or what is there is damaged
@@ -89,7 +91,7 @@ def _import_slide(
     outcome: Outcome,
     tiles: ForeignTiles,
     slide: Path | None,
-    mpp: float | None,
+    mpp: tuple[float | None, float | None],
     encoder: str | None,
     threads: int | None,
 ) -> Outcome:
@@ -177,9 +179,9 @@ def _params_of(store: Path, tiles: ForeignTiles, side_um: float, side_px: float)
 
 
 def _write_from_slide(
-    store: Path, slide_id: str, tiles: ForeignTiles, path: Path, mpp: float | None, threads: int
+    store: Path, slide_id: str, tiles: ForeignTiles, path: Path, mpp: tuple[float | None, float | None], threads: int
 ) -> TileStore:
-    with open_slide(path, mpp) as slide:
+    with open_slide(path, *mpp) as slide:
         slide.info = info = replace(slide.info, path=os.path.abspath(path))
         origin, side = _placed(tiles, info)
         params = _params_of(store, tiles, side * sum(info.mpp) / 2, side)

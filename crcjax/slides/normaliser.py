@@ -111,7 +111,7 @@ def reference_stain(method: str, slide: str | Path | None, params: TilingParams,
     """
     if slide is None:
         return StainNormaliser(method, METHODS[method][1]).to_json()
-    with open_slide(slide, mpp) as opened:
+    with open_slide(slide, fallback_mpp=mpp) as opened:
         estimate = StainNormaliser(method, METHODS[method][1]).of_slide(opened, plan_tiles(opened, params))
     return StainNormaliser(method, _reliable(estimate, str(slide))).to_json()
 

@@ -189,20 +189,22 @@ def _edges(source: int, target: int) -> list[tuple[tuple[int, int], tuple[int, i
     return [((ends[i], ends[i + 1]), (cuts[i], cuts[i + 1])) for i in range(blocks) if cuts[i + 1] > cuts[i]]
 
 
-def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
+def open_slide(path: str | Path, mpp: float | None = None, fallback_mpp: float | None = None) -> Slide:
     """Opens a slide file, or a folder of one DICOM series, of which any file will do too; `mpp` (µm per level-0 px) overrides what the file says.
 
-    Raises SlideError: `missing`, `corrupt`, `unsupported`, `mpp_missing`; InputError if `mpp` is out of range.
+    `fallback_mpp` is for a file that states none, or an impossible one. Raises SlideError: `missing`, `corrupt`,
+    `unsupported`, `mpp_missing`; InputError if an mpp that is given is out of range.
     """
     path = Path(path)
     check_mpp(mpp)
+    check_mpp(fallback_mpp)
     file = first_file(path)
     try:
         handle = OmeTiff(file) if OmeTiff.holds(file) else openslide.OpenSlide(file)
     except (openslide.OpenSlideError, ValueError) as error:
         raise _refusal(path, file, error) from error
     try:
-        return Slide(path, file, handle, _info(path, handle, mpp))
+        return Slide(path, file, handle, _info(path, handle, mpp, fallback_mpp))
     except Exception:
         handle.close()
         raise
@@ -225,11 +227,11 @@ def _refusal(path: Path, file: Path, error: Exception) -> SlideError:
     return SlideError(path, "unsupported", f"not a slide ({error})", "crcjax doctor lists the formats")
 
 
-def _info(path: Path, handle: openslide.OpenSlide | OmeTiff, given: float | None) -> SlideInfo:
+def _info(path: Path, handle: openslide.OpenSlide | OmeTiff, given: float | None, fallback: float | None) -> SlideInfo:
     properties = handle.properties
     vendor = properties.get("openslide.vendor", "unknown")
     power = _number(properties, "openslide.objective-power")
-    mpp, source = ((given, given), "given") if given is not None else _mpp(path, properties, vendor, power)
+    mpp, source = ((given, given), "given") if given is not None else _mpp(path, properties, vendor, power, fallback)
     return SlideInfo(
         path=str(path),
         vendor=vendor,
@@ -245,7 +247,7 @@ def _info(path: Path, handle: openslide.OpenSlide | OmeTiff, given: float | None
 
 
 def _mpp(
-    path: Path, properties: Mapping[str, str], vendor: str, power: float | None
+    path: Path, properties: Mapping[str, str], vendor: str, power: float | None, fallback: float | None
 ) -> tuple[tuple[float, float], str]:
     """Micrometres per pixel and where they are from: the best source that says something possible."""
     stated = [_number(properties, f"openslide.mpp-{axis}") for axis in "xy"]
@@ -258,6 +260,8 @@ def _mpp(
     for source, (x, y) in sources:
         if x is not None and y is not None and all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in (x, y)):
             return (x, y), source
+    if fallback is not None:
+        return (fallback, fallback), "given"
     if stated[0] is not None and stated[1] is not None:  # a unit error: the rest of the file is no better
         raise SlideError(path, "mpp_missing", f"states an impossible {stated[0]:g} µm per pixel", "give --mpp")
     if power is not None and MPP_RANGE[0] <= 10 / power <= MPP_RANGE[1]:

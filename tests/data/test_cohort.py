@@ -25,6 +25,11 @@ def test_columns_are_typed_paths_resolved_and_extra_columns_kept(tmp_path: Path)
     assert [row.slide_id for row in cohort.split("train").rows] == ["a"]
 
 
+def test_a_slides_mpp_is_a_number_or_empty(tmp_path: Path) -> None:
+    rows = load_cohort(_write(tmp_path, "slide_id,case_id,mpp\na,A,0.25\nb,B,\n"), None).rows
+    assert [row.mpp for row in rows] == [0.25, None]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -39,6 +44,9 @@ def test_columns_are_typed_paths_resolved_and_extra_columns_kept(tmp_path: Path)
         (HEADER + "a,A,,immune,,,\nb,A,,stromal,,,\n", "line 3: case 'A' has the subtype 'stromal'"),
         (HEADER + "a,,,,,,\n", "line 2: case_id is empty"),
         (HEADER + "a,A\n", "line 2: has another number of fields"),
+        ('slide_id,case_id,mpp\na,A,0.5\nb,B,"0,5"\n', "line 3: mpp '0,5' is not a number from 0.05 to 20"),
+        ("slide_id,case_id,mpp\na,A,250\n", "line 2: mpp '250' is not a number from 0.05 to 20"),
+        ("slide_id,case_id,mpp\na,A,nan\n", "line 2: mpp 'nan' is not"),
         (HEADER + "a/b,A,,,,,\n", "line 2: slide_id 'a/b' has a slash"),
     ],
 )

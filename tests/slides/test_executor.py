@@ -367,3 +367,26 @@ def test_no_jobs_and_an_unknown_executor(slides: list[Path], tmp_path: Path) -> 
     assert tile_slides([], tmp_path, PARAMS) == []
     with pytest.raises(InputError, match="choose processes or ray"):
         tile_slides(_jobs(slides), tmp_path, PARAMS, executor="dask")
+
+
+def _tile(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "crcjax.cli", "tile", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_mpp_is_for_slides_that_state_none_and_the_cohorts_column_for_those_that_state_it_wrongly(
+    tmp_path: Path, write_slide: Writer, tissue_picture: Callable
+) -> None:
+    lines = ["slide_id,case_id,path,mpp"]
+    for name, stated, corrected in [("states", 1.0, ""), ("silent", None, ""), ("wrong", 0.25, "1.0")]:
+        write_slide(tmp_path / f"{name}.svs", tissue_picture(800, 640), mpp=stated)
+        lines.append(f"{name},{name},{name}.svs,{corrected}")
+    (tmp_path / "cohort.csv").write_text("\n".join(lines))
+    options = ("--cohort", tmp_path / "cohort.csv", "--out", tmp_path / "store", "--mag", "10x", "--tile-px", "64")
+    done = _tile(*options, "--mpp", "0.5")
+    assert done.returncode == 0, done.stderr
+    infos = [open_store(tmp_path / "store", name).info for name in ("states", "silent", "wrong")]
+    assert [info.mpp for info in infos] == [(1.0, 1.0), (0.5, 0.5), (1.0, 1.0)]
+    assert [info.mpp_source for info in infos] == ["vendor", "given", "given"]
+    shown = " ".join(_tile("--help").stdout.replace("│", " ").split())
+    assert "of slides that state none; the cohort's column mpp overrides" in shown

@@ -101,6 +101,8 @@ def test_mpp_comes_from_the_vendor_else_the_tiff_resolution_and_is_overridden(
             assert slide.info.mpp_source == source
         with open_slide(path, mpp=1.5) as slide:
             assert (slide.info.mpp, slide.info.mpp_source) == ((1.5, 1.5), "given")
+        with open_slide(path, fallback_mpp=1.5) as slide:
+            assert slide.info.mpp == pytest.approx((mpp, mpp))
 
 
 def test_without_better_the_mpp_is_guessed_from_the_objective_with_a_warning(
@@ -110,6 +112,8 @@ def test_without_better_the_mpp_is_guessed_from_the_objective_with_a_warning(
     with open_slide(guessed) as slide:
         assert (slide.info.mpp, slide.info.mpp_source) == ((0.25, 0.25), "objective")
         assert slide.info.warning == "0.25 µm per pixel is guessed from the objective power 40; give --mpp"
+    with open_slide(guessed, fallback_mpp=0.3) as slide:
+        assert (slide.info.mpp, slide.info.mpp_source, slide.info.warning) == ((0.3, 0.3), "given", "")
     resolution = {"resolution": (1e4 / 0.3, 1e4 / 0.3), "resolutionunit": "CENTIMETER"}
     with open_slide(write_slide(tmp_path / "b.svs", _picture(), mpp=None, power=40, **resolution)) as slide:
         assert slide.info.mpp == pytest.approx((0.3, 0.3))
@@ -212,9 +216,12 @@ def test_an_impossible_mpp_is_refused(tmp_path: Path, write_slide: Writer) -> No
     with pytest.raises(SlideError, match="impossible 500") as caught:
         open_slide(path)
     assert caught.value.status == "mpp_missing"
+    with open_slide(path, fallback_mpp=0.5) as slide:
+        assert slide.info.mpp == (0.5, 0.5)
     for mpp in (0.01, 25.0, float("nan")):
-        with pytest.raises(InputError, match=r"outside 0\.05 to 20"):
-            open_slide(path, mpp=mpp)
+        for name in ("mpp", "fallback_mpp"):
+            with pytest.raises(InputError, match=r"outside 0\.05 to 20"):
+                open_slide(path, **{name: mpp})
 
 
 def _empty(path: Path) -> None:
