@@ -353,7 +353,7 @@ def predict(
     site_of = {row.slide_id: row.site for row in load_cohort(cohort, None).rows} if cohort else {}
     sites = [site_of.get(slide.slide_id) for slide in named_slides(slides, cohort)]
     jobs = [
-        PredictJob(slide.slide_id, slide.case_id, slide.path, slide.mpp, site, mpp)
+        PredictJob(slide.slide_id, slide.case_id, slide.path, slide.mpp, site, mpp, names_path=not pseudonym_key)
         for slide, site in zip(named_slides(slides, cohort, pseudonym_key), sites, strict=True)
     ]
     with _progress() as progress:

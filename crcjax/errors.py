@@ -13,7 +13,7 @@ class SlideError(CrcjaxError):
     """One slide cannot be used; the other slides of the run go through.
 
     `status` is the word for tables and manifests: one of `missing`, `corrupt`, `unsupported`, `mpp_missing`,
-    `too_coarse`, `no_tissue`, `storage`. `reason` and `remedy` do not name the path, which may have to stay hidden.
+    `too_coarse`, `no_tissue`, `storage`, `failed`. `reason` and `remedy` do not name the path, which may have to stay hidden.
     """
 
     def __init__(self, path: str | PathLike[str], status: str, reason: str, remedy: str):

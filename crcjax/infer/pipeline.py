@@ -19,6 +19,7 @@ from crcjax.infer.heatmap import LONGEST_PX, overlay, write_heatmap
 from crcjax.infer.predictor import Predictor, SlidePrediction
 from crcjax.models.mil import Prediction
 from crcjax.slides.executor import check_slide_ids
+from crcjax.slides.files import without_names
 from crcjax.slides.reader import Slide, check_mpp, open_slide
 from crcjax.validation.calibration import Calibration
 from crcjax.validation.metrics import entropy
@@ -35,7 +36,8 @@ MEANING: dict[Method, str] = {
 class PredictJob:
     """One slide to predict; `site` chooses the set's threshold.
 
-    `mpp` (µm per level-0 px) overrides what the file says, `fallback_mpp` is for one that states none.
+    `mpp` (µm per level-0 px) overrides what the file says, `fallback_mpp` is for one that states none. Its
+    row names its path, or files, only if `names_path`.
     """
 
     slide_id: str
@@ -44,6 +46,7 @@ class PredictJob:
     mpp: float | None = None
     site: str | None = None
     fallback_mpp: float | None = None
+    names_path: bool = True
 
 
 Row = dict[str, str]
@@ -115,14 +118,14 @@ def _predict_bag(
             row = {"slide_id": job.slide_id, "case_id": job.case_id, "model": predictor.model_id}
             row["split"] = predictor.split_of.get(job.slide_id) or predictor.split_of.get(job.case_id, "")
             rows.append(row)
-            with _failing_into(row):
+            with _failing_into((row, job)):
                 slide = files.enter_context(open_slide(job.path, job.mpp, job.fallback_mpp))
                 read.append((row, job, slide, predictor.encode(slide, threads), start))
         found: list[SlidePrediction] = []
-        with _failing_into(*(row for row, *_ in read)):
+        with _failing_into(*((row, job) for row, job, *_ in read)):
             found = predictor.predict_encoded([encoded for *_, encoded, _ in read]) if read else []
         for (row, job, slide, _, start), prediction in zip(read, found, strict=False):
-            with _failing_into(row):
+            with _failing_into((row, job)):
                 call = called(prediction.prediction, predictor.classes, calibration, read[0][1].slide_id, job.site)
                 highest = float(call[f"p_{call['subtype']}"])
                 title = f"{call['subtype']} {highest:.2f}"
@@ -165,19 +168,20 @@ def called(
 
 
 @contextmanager
-def _failing_into(*rows: Row) -> Iterator[None]:
-    """Writes into the rows why their slides failed."""
+def _failing_into(*slides: tuple[Row, PredictJob]) -> Iterator[None]:
+    """Writes into the slides' rows why they failed."""
     try:
         yield
     except SlideError as error:
-        failure = {"status": error.status, "reason": f"{error.reason}; {error.remedy}"}
+        status, parts = error.status, [error.reason, error.remedy]
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        failure = {"status": "failed", "reason": f"{reason}; free memory, or predict it on a larger machine"}
+        status, parts = "failed", [reason, "free memory, or predict it on a larger machine"]
     else:
         return
-    for row in rows:
-        row.update(failure)
+    for row, job in slides:
+        told = parts if job.names_path else [without_names(part, job.path) for part in parts]
+        row |= {"status": status, "reason": "; ".join(told)}
 
 
 def _write_pictures(

@@ -22,14 +22,20 @@ _FRACTION_BITS = 4
 
 @dataclass(frozen=True)
 class Areas:
-    """Region files of one slide: tiles are sought within `include` only, and outside `exclude`."""
+    """Region files of one slide: tiles are sought within `include` only, and outside `exclude`.
+
+    With a `fault`, why they cannot be used, all that asks for them raises it as InputError.
+    """
 
     include: Path | None = None
     exclude: Path | None = None
+    fault: str = ""
 
     @property
     def id(self) -> str:
         """SHA-256 over the files' content, empty without any. Raises InputError."""
+        if self.fault:
+            raise InputError(self.fault)
         if not self.include and not self.exclude:
             return ""
         parts = [_bytes_of(path) if path else b"" for path in (self.include, self.exclude)]
@@ -42,20 +48,22 @@ class Areas:
 
 
 def areas_of(slide_id: str, include: Path | None, exclude: Path | None) -> Areas:
-    """The files of a slide's name in two folders of region files; a slide may lack one in `exclude`. Raises InputError."""
-    found = {}
+    """The files of a slide's name in two folders of region files, of which `exclude` may lack one; or why there are none.
+
+    Raises InputError if there is no such folder.
+    """
+    found: dict[str, Path | None] = {}
     for name, folder in (("include", include), ("exclude", exclude)):
         if folder and not folder.is_dir():
             raise InputError(f"--{name} {folder}: name a folder of files such as {slide_id}.geojson or {slide_id}.png")
         files = [path for suffix in SUFFIXES if folder and (path := folder / f"{slide_id}{suffix}").exists()]
         if len(files) > 1:
-            raise InputError(f"--{name} {folder}: holds {files[0].name} and {files[1].name}; leave one")
+            return Areas(fault=f"--{name} {folder}: holds {files[0].name} and {files[1].name}; leave one")
         found[name] = files[0] if files else None
     if include and not found["include"]:
-        raise InputError(
-            f"--include {include}: holds no {slide_id}.geojson or {slide_id}.png; draw it, or leave it out"
-        )
-    return Areas(**found)
+        lacking = f"--include {include}: holds no {slide_id}.geojson or {slide_id}.png"
+        return Areas(fault=f"{lacking}; draw it, or leave the slide out")
+    return Areas(found["include"], found["exclude"])
 
 
 def read_area(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> Bool[np.ndarray, "y x"]:

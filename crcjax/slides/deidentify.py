@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -141,6 +142,7 @@ def deidentify_slides(
         if isinstance(result, OutputError):
             raise result
         if isinstance(result, JobFailed):
+            sys.stderr.write(result.trace)
             for left in copy.parent.glob(f".{glob.escape(copy.name)}.*.partial"):
                 _remove(left)
         yield path, copy, result

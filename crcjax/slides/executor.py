@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crcjax.errors import InputError, OutputError, SlideError
 from crcjax.slides.annotation import Areas
-from crcjax.slides.files import slide_files
+from crcjax.slides.files import slide_files, without_names
 from crcjax.slides.pixels import check_mode, shard_regions
 from crcjax.slides.quality import ABSENT, KEPT, REASONS
 from crcjax.slides.reader import Slide, SlideInfo, check_mpp, open_slide
@@ -142,10 +144,13 @@ def _run(executor: str, tasks: Sequence[_TileTask], workers: int | None, limits:
 def _outcome(done: Done) -> Outcome:
     """Raises a result that stops the run: no output can be written, or the arguments are wrong."""
     job, result = done.job.job, done.result
-    if isinstance(result, SlideError):
-        outcome = Outcome(job.slide_id, job.name, result.status, f"{result.reason}; {result.remedy}")
-    elif isinstance(result, JobFailed):
-        outcome = Outcome(job.slide_id, job.name, result.status, str(result).replace(str(job.path), job.name))
+    if isinstance(result, SlideError | JobFailed):
+        parts = [result.reason, result.remedy] if isinstance(result, SlideError) else [str(result)]
+        if not job.names_path:
+            parts = [without_names(part, job.path) for part in parts]
+        elif isinstance(result, JobFailed):
+            sys.stderr.write(result.trace)
+        outcome = Outcome(job.slide_id, job.name, result.status, "; ".join(parts))
     elif isinstance(result, BaseException):
         raise result
     else:
@@ -167,10 +172,11 @@ def _tile_slide(task: _TileTask) -> Outcome:
     with slide_lock(task.store, job.slide_id), open_slide(job.path, job.mpp, job.fallback_mpp) as slide:
         slide.info = replace(slide.info, path=os.path.abspath(job.path) if job.names_path else "")
         outcome = Outcome(job.slide_id, job.name, "already tiled", content_hash=slide.info.content_hash)
-        done = _already_tiled(task, slide.info)
-        if done:
-            return replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()), reason=slide.info.warning)
-        plan = plan_tiles(slide, task.params, job.areas)
+        with _region_files_of(job):
+            done = _already_tiled(task, slide.info)
+            if done:
+                return replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()), reason=slide.info.warning)
+            plan = plan_tiles(slide, task.params, job.areas)
         stain = _stain_of(slide, plan)
         kept = 0
         with StoreWriter(task.store, job.slide_id, slide, plan, task.pixels, locked=True) as writer:
@@ -181,6 +187,16 @@ def _tile_slide(task: _TileTask) -> Outcome:
                 writer.keep(stain.files())
             writer.commit()
     return replace(outcome, status="tiled", regions=len(plan.origin), tiles=kept, reason=slide.info.warning)
+
+
+@contextmanager
+def _region_files_of(job: TileJob) -> Iterator[None]:
+    """What is wrong with a slide's region files is wrong with this slide alone."""
+    try:
+        yield
+    except InputError as error:
+        reason, _, remedy = str(error).rpartition("; ")
+        raise SlideError(job.path, "failed", reason, remedy) from error
 
 
 def _stain_of(slide: Slide, plan: TilePlan) -> SlideStain | None:
@@ -263,8 +279,11 @@ def _largest_first(jobs: Sequence[TileJob]) -> list[TileJob]:
 
 
 def size_of(job: TileJob) -> int:
-    """Bytes of all of its slide's files; 0 if it is missing."""
-    return sum(file.stat().st_size for file in slide_files(job.path))
+    """Bytes of all of its slide's files; 0 if it is missing or cannot be looked at."""
+    try:
+        return sum(file.stat().st_size for file in slide_files(job.path))
+    except OSError:
+        return 0
 
 
 def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:

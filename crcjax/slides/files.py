@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from crcjax.errors import InputError, SlideError
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi"}
 _DICOM = ".dcm"
 _HASHED_BYTES = 1 << 20
+_SHORTEST_NAME = 3  # letters: shorter ones name nobody, and are words
 _INDEX_BYTES = 1 << 20  # of a Hamamatsu index, a page of text
 
 
@@ -106,6 +109,25 @@ def slide_files(path: Path) -> list[Path]:
         named = {line.partition("=")[2].strip() for line in lines}
         return [path, *(file for file in sorted(path.parent.iterdir()) if file.name in named and file != path)]
     return [path]
+
+
+def without_names(text: str, path: Path) -> str:
+    """A library's words about a slide without what may name a person: its path, its folders' and its files' names.
+
+    What follows a path may be another file's name, and is left out too.
+    """
+    paths = {path, path.absolute(), path.resolve()}
+    folders = {f"{parent}/" for known in paths for parent in known.parents} - {"./", "//"}
+    for place in sorted([*map(str, paths), *folders], key=len, reverse=True):
+        text = re.sub(rf"(?<!\w)['\"]?{re.escape(place)}.*?(\)?)$", r"…\1", text, flags=re.DOTALL)
+    names = {part for known in paths for part in known.parts}
+    with suppress(OSError):
+        names |= {file.name for file in slide_files(path)}
+    names |= {Path(name).stem for name in names}
+    for name in sorted(names, key=len, reverse=True):
+        if len(name) >= _SHORTEST_NAME:
+            text = re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", "…", text, flags=re.IGNORECASE)
+    return text
 
 
 def content_hash(path: Path) -> str:

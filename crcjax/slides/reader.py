@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from crcjax.slides.ome_tiff import OmeTiff
 PAINTED = "synthetic slide painted by crcjax"  # in the description of a painted slide
 MPP_RANGE = (0.05, 20.0)  # finer than optics resolve, coarser than any scanner writes: a unit error
 _BLOCK_PX = 2048
+# What is wrong with a file is in our errors, which can be kept from naming it; its log names it.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,15 @@ NO_LIMITS = JobLimits()
 
 
 class JobFailed(CrcjaxError):
-    """A job ended without an answer: `status` is `timeout`, `memory`, `storage` or, of dead workers and code, `failed`."""
+    """A job ended without an answer: `status` is `timeout`, `memory`, `storage` or, of dead workers and code, `failed`.
 
-    def __init__(self, message: str, status: str = "failed"):
+    `trace` is the traceback of a fault of the code. It may name the job's files.
+    """
+
+    def __init__(self, message: str, status: str = "failed", trace: str = ""):
         super().__init__(message)
         self.status = status
+        self.trace = trace
 
 
 @dataclass(frozen=True)
@@ -255,8 +259,8 @@ def _attempt(function: Callable[[Any], Any], job: Any) -> tuple[Any, bool]:
             return error, failed_storage
         if failed_storage:
             return JobFailed(f"{error}; check the file systems of slides and store", "storage"), True
-        traceback.print_exc()
-        return JobFailed(f"{type(error).__name__}: {error}; a fault of crcjax, please report it"), False
+        message = f"{type(error).__name__}: {error}; a fault of crcjax, please report it"
+        return JobFailed(message, trace=traceback.format_exc()), False
 
 
 def is_storage_fault(error: BaseException | None) -> bool:

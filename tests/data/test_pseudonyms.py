@@ -112,6 +112,26 @@ def test_a_store_tiled_with_a_key_and_all_that_is_printed_name_no_slide_case_or_
     assert store.read_pixels([0]).any()
 
 
+def test_a_library_that_names_a_file_of_the_slide_is_not_quoted(tmp_path: Path) -> None:
+    folder = tmp_path / "John_Doe_H12345"
+    folder.mkdir()
+    slide, key = folder / "John_Doe_H12345.vms", _key_file(tmp_path / "key")
+    (folder / "John_Doe_H12345.jpg").touch()
+    index = {"NoLayers": 1, "NoJpegColumns": 1, "NoJpegRows": 1, "ImageFile": "John_Doe_H12345.jpg"}
+    index |= {"MapFile": "Jim_Doe_map.jpg", "MacroImage": "John_Doe_H12345.jpg"}
+    lines = [f"{name}={value}" for name, value in index.items()]
+    slide.write_text("\n".join(["[Virtual Microscope Specimen]", *lines]))
+    command = [sys.executable, "-m", "crcjax.cli", "tile", str(slide), "--out", str(tmp_path / "store"), "--mpp", "0.5"]
+    told = []
+    for options in ([], ["--pseudonym-key", str(key)]):
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert done.returncode == 1
+        told.append(done.stderr + (tmp_path / "store" / "manifest.jsonl").read_text())
+        shutil.rmtree(tmp_path / "store")
+    assert "Jim_Doe_map.jpg" in told[0]
+    assert not any(word in told[1] for word in ("John", "Jim", "Doe", "12345"))
+
+
 def test_a_store_without_pixels_cannot_hide_its_paths(tmp_path: Path) -> None:
     key = _key_file(tmp_path / "key")
     command = [sys.executable, "-m", "crcjax.cli", "tile", str(tmp_path), "--out", str(tmp_path / "store")]

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from PIL import Image
 
 from crcjax.errors import InputError
 from crcjax.slides.annotation import Areas, areas_of, read_area, write_area
-from crcjax.slides.executor import TileJob, tile_slides
+from crcjax.slides.executor import TileJob, read_manifest, tile_slides
 from crcjax.slides.overview import write_overview
 from crcjax.slides.store import open_store
 from crcjax.slides.tiling import TilingParams
@@ -77,12 +78,45 @@ def test_each_slides_files_are_found_by_its_name(tmp_path: Path) -> None:
     assert areas_of("s1", tmp_path, None) == Areas(include=file)
     assert areas_of("s2", None, tmp_path) == Areas()
     with pytest.raises(InputError, match=r"holds no s2\.geojson"):
-        areas_of("s2", tmp_path, None)
+        _ = areas_of("s2", tmp_path, None).id
     with pytest.raises(InputError, match="name a folder"):
         areas_of("s1", file, None)
     Image.new("L", (16, 12)).save(tmp_path / "s1.png")
     with pytest.raises(InputError, match="leave one"):
-        areas_of("s1", None, tmp_path)
+        _ = areas_of("s1", None, tmp_path).id
+
+
+def test_a_region_file_that_is_lacking_or_bad_fails_its_slide_alone(small_slide: Path, tmp_path: Path) -> None:
+    folder, store = tmp_path / "areas", tmp_path / "store"
+    folder.mkdir()
+    names = ("good", "lacking", "text", "point", "double")
+    slides = [shutil.copy(small_slide, tmp_path / f"{name}.svs") for name in names]
+    for name in ("good", "double"):
+        _geojson(folder / f"{name}.geojson", {"type": "Polygon", "coordinates": [_box(0, 0, 1500, 1300)]})
+    (folder / "double.png").touch()
+    (folder / "text.geojson").write_text("no json")
+    _geojson(folder / "point.geojson", {"type": "Point", "coordinates": [1, 2]})
+    command = [
+        sys.executable,
+        "-m",
+        "crcjax.cli",
+        "tile",
+        *slides,
+        "--out",
+        store,
+        "--include",
+        folder,
+        "--tile-px",
+        32,
+    ]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    found = read_manifest(store)
+    assert [found[name]["status"] for name in names] == ["tiled", *["failed"] * 4]
+    words = ("holds no lacking.geojson", "is not GeoJSON", "holds a Point", "leave one")
+    for name, said in zip(names[1:], words, strict=True):
+        assert said in found[name]["reason"]
+        assert said in done.stderr
 
 
 def test_tiles_lie_within_what_is_included_and_outside_what_is_excluded(small_slide: Path, tmp_path: Path) -> None:

@@ -15,10 +15,19 @@ import psutil
 import pytest
 
 from crcjax.errors import InputError, OutputError
-from crcjax.slides.executor import Outcome, TileJob, read_manifest, shard_of, size_of, tile_slides
+from crcjax.slides.executor import (
+    Outcome,
+    TileJob,
+    _outcome,
+    _TileTask,
+    read_manifest,
+    shard_of,
+    size_of,
+    tile_slides,
+)
 from crcjax.slides.store import open_store, slide_lock, tiled_slides
 from crcjax.slides.tiling import TilingParams
-from crcjax.slides.workers import JobFailed, JobLimits, run_jobs
+from crcjax.slides.workers import Done, JobFailed, JobLimits, run_jobs
 
 pytestmark = pytest.mark.multiprocess
 Writer = Callable[..., Path]
@@ -80,6 +89,19 @@ def test_results_are_the_functions_and_a_dead_worker_loses_its_own_job_alone() -
     assert "exit status -9" in str(results[DIE])
     assert isinstance(results["1 / 0"], JobFailed)
     assert "ZeroDivisionError" in str(results["1 / 0"])
+    assert "Traceback" in results["1 / 0"].trace
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_fault_of_the_code_is_traced_unless_paths_are_hidden(
+    named: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "John_Doe" / "H12345.vms"
+    failed = JobFailed(f"IndexError: of {path}", trace=f"Traceback: {path}")
+    done = Done(_TileTask(TileJob("p1", path, names_path=named), tmp_path, PARAMS, "jpeg"), failed, 1, 0.0, "w")
+    told = _outcome(done).reason + capsys.readouterr().err
+    assert all((word in told) == named for word in ("John_Doe", "H12345", "Traceback"))
+    assert "IndexError" in told
 
 
 def test_a_job_beyond_its_time_or_memory_is_given_up_and_the_others_go_on() -> None:

@@ -12,7 +12,7 @@ from pydicom.uid import UID, JPEGBaseline8Bit, generate_uid
 
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.executor import TileJob, size_of
-from crcjax.slides.files import content_hash, find_slides, slide_files, slide_id_of
+from crcjax.slides.files import content_hash, find_slides, slide_files, slide_id_of, without_names
 from crcjax.slides.reader import open_slide
 
 SIDE = 256
@@ -89,6 +89,24 @@ def test_a_damaged_file_of_a_dicom_folder_is_named_not_left_out(tmp_path: Path) 
     with pytest.raises(SlideError, match=r"a1\.dcm in it is damaged, or no DICOM file; copy") as caught:
         open_slide(tmp_path / "a")
     assert caught.value.status == "corrupt"
+
+
+def test_no_name_of_a_path_is_left_in_a_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "Doe^Jane 1957"
+    paths = _write_series(folder, "S19-0471-", 200)
+    for path, reason in [
+        (folder / "H 1.vms", f"not a slide (Couldn't open {folder}/Jim Doe_map.jpg: No such file or directory)"),
+        (folder / "H 1.vms", f"fault: [Errno 2] No such file: '{folder}/H 1.vms'"),
+        (folder / "H 1.vms", "H 1_map.jpg and H 1.vms differ"),
+        (folder, f"{paths[0].name} in it is damaged, or no DICOM file"),
+        (folder, "the file/S19-0471-0.dcm is cut off"),
+        (Path("Doe^Jane 1957/H 1.vms"), "Couldn't open Doe^Jane 1957/H 1_map.jpg"),
+    ]:
+        told = without_names(reason, path)
+        assert not any(word in told for word in ("Doe", "1957", "H 1", "S19", "0471")), told
+        assert len(told) > 5
+    told = without_names("a TIFF that is damaged at (0, 0) of level 0", tmp_path / "a" / "level.svs")
+    assert told == "a TIFF that is damaged at (0, 0) of … 0"
 
 
 @pytest.mark.real_data
