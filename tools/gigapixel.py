@@ -1,8 +1,8 @@
-"""A painted slide of 60,000 x 60,000 px through tiling at three magnifications: time and peak memory.
+"""Painted slides of 60,000 x 60,000 px, and of 102,400 x 102,400, through tiling at three magnifications: time and memory.
 
     python tools/gigapixel.py OUT
 
-OUT/giga.svs is painted (synthetic, minutes) unless it is there.
+OUT/giga.svs is painted (synthetic, minutes) unless it is there; the larger one is OUT/part.svs laid 5 x 5 times.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import tifffile
 from record import PeakMemory, Row, record
 
 from crcjax.slides.executor import TileJob, tile_slides
@@ -20,38 +22,84 @@ from crcjax.slides.painter import SlideSpec, paint_slide
 from crcjax.slides.store import open_store
 from crcjax.slides.tiling import TilingParams
 
-SIDE_PX, MPP = 60_000, 0.25
+SIDE_PX, PART_PX, TIMES, MPP = 60_000, 20_480, 5, 0.25
 MAGNIFICATIONS = ("10x", "20x", "40x")
+
+
+def painted(path: Path, side: int, cores: int) -> Path:
+    """The slide, painted unless it is there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        paint_slide(path, SlideSpec("stromal", 0, size_px=(side, side), mpp=MPP), workers=cores)
+    return path
+
+
+def laid_out(part: Path, path: Path) -> Path:
+    """A slide of TIMES x TIMES copies of a painted one, tile by tile without decoding; its sides are whole tiles."""
+    with tifffile.TiffFile(part) as small, tifffile.TiffWriter(path, bigtiff=True) as large:
+        handle = small.filehandle
+        for page in small.pages:
+            columns = page.imagewidth // page.tilewidth
+            if page.imagewidth % page.tilewidth:
+                break  # the levels that are left are small; a slide may do without
+            places = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+            rows = [places[i : i + columns] * TIMES for i in range(0, len(places), columns)] * TIMES
+
+            def tiles(rows: list[list[tuple[int, int]]] = rows) -> Iterator[bytes]:
+                for offset, size in (place for row in rows for place in row):
+                    handle.seek(offset)
+                    yield handle.read(size)
+
+            large.write(
+                tiles(),
+                shape=(page.imagelength * TIMES, page.imagewidth * TIMES, 3),
+                dtype="uint8",
+                tile=(page.tilelength, page.tilewidth),
+                photometric=page.photometric,
+                compression=page.compression,
+                subsampling=page.subsampling,
+                description=page.description,
+                metadata=None,
+                software=False,
+            )
+    return path
+
+
+def rows_of(slide: Path, side: int, out: Path, workers: int) -> list[Row]:
+    """Tiling's time and memory."""
+    store = out / f"store-{slide.stem}-{workers}"
+    shutil.rmtree(store, ignore_errors=True)
+    with PeakMemory() as memory:
+        start = time.monotonic()
+        (outcome,) = tile_slides([TileJob("giga", slide)], store, TilingParams(MAGNIFICATIONS), workers=workers)
+        seconds = time.monotonic() - start
+    assert outcome.status == "tiled", outcome
+    kept = int(open_store(store, "giga").mask.sum())
+    stored = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    name = f"{side:,} px a side, {workers} core{'s' if workers > 1 else ''}"
+    return [
+        Row(f"{name}: tiling", seconds, "s"),
+        Row(f"{name}: tiling", kept / seconds, "tiles/s"),
+        Row(f"{name}: peak memory of the worker", memory.worker_mib, "MiB", memory.worker_mib / 2048, "2 GiB"),
+        Row(f"{name}: store", stored / 2**20, "MiB", stored / slide.stat().st_size, "the slide file"),
+        Row(f"{name}: tiles kept", float(kept), ""),
+    ]
 
 
 def main(out: Path) -> None:
     cores = len(os.sched_getaffinity(0))
-    slide = out / "giga.svs"
-    if not slide.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        paint_slide(slide, SlideSpec("stromal", 0, size_px=(SIDE_PX, SIDE_PX), mpp=MPP), workers=cores)
-    rows = []
-    for workers in dict.fromkeys((1, cores)):
-        store = out / f"store{workers}"
-        shutil.rmtree(store, ignore_errors=True)
-        with PeakMemory() as memory:
-            start = time.monotonic()
-            (outcome,) = tile_slides([TileJob("giga", slide)], store, TilingParams(MAGNIFICATIONS), workers=workers)
-            seconds = time.monotonic() - start
-        assert outcome.status == "tiled", outcome
-        found = open_store(store, "giga")
-        stored = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-        name = f"{workers} core{'s' if workers > 1 else ''}"
-        rows += [
-            Row(f"tiling, {name}", seconds, "s"),
-            Row(f"tiling, {name}", int(found.mask.sum()) / seconds, "tiles/s"),
-            Row(f"peak memory of the worker, {name}", memory.worker_mib, "MiB", memory.worker_mib / 2048, "2 GiB"),
-        ]
-    rows += [
-        Row("tiles kept", float(found.mask.sum()), ""),
-        Row("store", stored / 2**20, "MiB", stored / slide.stat().st_size, "the slide file"),
+    large = laid_out(painted(out / "part.svs", PART_PX, cores), out / "large.svs")
+    giga = painted(out / "giga.svs", SIDE_PX, cores)
+    rows = [
+        row
+        for slide, side in ((giga, SIDE_PX), (large, PART_PX * TIMES))
+        for workers in dict.fromkeys((1, cores))
+        for row in rows_of(slide, side, out, workers)
     ]
-    note = f"A synthetic slide of {SIDE_PX:,} x {SIDE_PX:,} px at {MPP} µm per pixel, {', '.join(MAGNIFICATIONS)}, tiles of 256 px."
+    note = (
+        f"Synthetic slides at {MPP} µm per pixel, {', '.join(MAGNIFICATIONS)}, tiles of 256 px; the larger one is a painted"
+        f" one of {PART_PX:,} px laid {TIMES} x {TIMES} times. A slide is one worker's: with 2 cores it decodes in 2 threads."
+    )
     record("gigapixel", "python tools/gigapixel.py runs/gigapixel", rows, note)
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, UInt8
+from jaxtyping import Array, Bool, Float32, UInt8
 
 from crcjax.errors import InputError
+from crcjax.slides.quality import QUALITY_NAMES
 from crcjax.slides.reader import Slide, open_slide
 from crcjax.slides.stain import METHODS, Estimate, normalise
 from crcjax.slides.store import TileStore, open_store
@@ -22,6 +23,7 @@ from crcjax.slides.tiling import TilePlan, TilingParams, plan_tiles, read_region
 STANDARD = "standard"
 _SAMPLED_REGIONS, _SAMPLED_PIXELS = 48, 512  # of a slide, and of each of them
 _SEED = 0
+_TRACE = 0.005  # of a tile
 _TOGETHER_PX = 32 << 16  # of the tiles that are normalised at a time
 
 Tiles = UInt8[np.ndarray, "region slot y x 3"]
@@ -58,8 +60,10 @@ class StainNormaliser:
         """An open slide's estimate, the same as its lossless store would give. Raises SlideError."""
         chosen = _sampled_regions(len(plan.origin))
         read = [read_regions(slide, plan, index, index + 1) for index in chosen]
-        tiles, kept = (np.concatenate([getattr(part, name) for part in read]) for name in ("pixels", "mask"))
-        return _fit(self.method, tiles, kept, plan.params, plan.tissue.white)
+        tiles, kept, scores = (
+            np.concatenate([getattr(part, name) for part in read]) for name in ("pixels", "mask", "quality")
+        )
+        return _fit(self.method, tiles, _spotless(kept, scores), plan.params, plan.tissue.white)
 
     def to_json(self) -> dict:
         """Plain values, as runs keep them."""
@@ -152,8 +156,8 @@ def stored_estimate(store: TileStore, method: str) -> Estimate:
     if store.params.stain:
         raise InputError(f"{path}: is missing, and the tiles kept are normalised ones; tile the slide again")
     chosen = _sampled_regions(len(store.origin))
-    white = store.attributes["white"]
-    estimate = _fit(method, store.read_pixels(chosen), store.mask[chosen], store.params, white)
+    white, kept = store.attributes["white"], _spotless(store.mask[chosen], store.quality[chosen])
+    estimate = _fit(method, store.read_pixels(chosen), kept, store.params, white)
     partial = path.with_name(f".{method}.{os.getpid()}")
     with suppress(OSError):  # a store that may only be read is estimated anew by every run
         path.parent.mkdir(exist_ok=True)
@@ -165,6 +169,15 @@ def stored_estimate(store: TileStore, method: str) -> Estimate:
 def _sampled_regions(count: int) -> list[int]:
     """Evenly over the slide, so that neither a stain's gradient nor one odd place decides."""
     return np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_REGIONS)).round().astype(int)).tolist()
+
+
+def _spotless(kept: Kept, scores: Float32[np.ndarray, "region slot score"]) -> Kept:
+    """The kept tiles without a trace of what is no stain; all kept ones if none is. A model bears such traces, extreme
+    colours in an estimate are what they are made of.
+    """
+    traces = scores[..., [QUALITY_NAMES.index(name) for name in ("pen", "bubble", "blood")]]
+    spotless = kept & (traces < _TRACE).all(axis=-1)
+    return spotless if spotless.any() else kept
 
 
 def _fit(method: str, tiles: Tiles, kept: Kept, params: TilingParams, white: Sequence[float]) -> Estimate:

@@ -13,6 +13,7 @@ from crcjax.errors import InputError
 from crcjax.infer.predictor import Predictor
 from crcjax.slides.executor import TileJob, tile_slides
 from crcjax.slides.normaliser import StainNormaliser, reference_stain, stain_normaliser, stored_estimate
+from crcjax.slides.painter import SITES, SlideSpec, paint_slide
 from crcjax.slides.reader import open_slide
 from crcjax.slides.stain import METHODS
 from crcjax.slides.store import open_store
@@ -46,6 +47,17 @@ def test_a_slide_and_its_lossless_store_give_the_same_estimate_which_is_kept(
     for again in (of_slide, stored_estimate(store, method)):
         for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(again), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["macenko", "vahadane"])
+def test_pen_folds_and_bubbles_leave_a_slides_stains_as_they_are(method: str, tmp_path: Path) -> None:
+    vectors = []
+    for artefacts in ((), ("pen", "fold", "bubble")):
+        path = paint_slide(tmp_path / f"{len(artefacts)}.svs", SlideSpec("stromal", 7, SITES[0], artefacts=artefacts))
+        with open_slide(path) as opened:
+            plan = plan_tiles(opened, TilingParams(("10x",)))
+            vectors.append(StainNormaliser(method, METHODS[method][1]).of_slide(opened, plan).vectors)
+    assert _degrees(*vectors).max() < 2
 
 
 def test_slides_of_different_sites_are_nearer_to_each_other_once_they_are_normalised(painted: Path) -> None:
