@@ -54,7 +54,7 @@ def _shares(folder: Path, store: TileStore) -> dict[str, Float[np.ndarray, "regi
     if drawn.exists():
         cell = slot_boxes(store.params)[:, 2].min() * store.region_px / _CELLS
         width, height = np.ceil(size / cell).astype(int).tolist()
-        masks = read_classes(drawn, (height, width), store.info.size)
+        masks = read_classes(drawn, (height, width), store.info.size, store.info.corner)
         cells_px = size / (width, height)
     elif truth_file.exists():
         truth = load_truth(truth_file)

@@ -41,10 +41,12 @@ class Areas:
         parts = [_bytes_of(path) if path else b"" for path in (self.include, self.exclude)]
         return hashlib.sha256(len(parts[0]).to_bytes(8, "little") + b"".join(parts)).hexdigest()
 
-    def mask(self, shape: tuple[int, int], size: tuple[int, int]) -> Bool[np.ndarray, "y x"]:
-        """What may be tiled, `shape` rows and columns over a slide of `size` (width, height) level-0 px. Raises InputError."""
-        allowed = read_area(self.include, shape, size) if self.include else np.ones(shape, bool)
-        return allowed & ~read_area(self.exclude, shape, size) if self.exclude else allowed
+    def mask(
+        self, shape: tuple[int, int], size: tuple[int, int], corner: tuple[int, int] = (0, 0)
+    ) -> Bool[np.ndarray, "y x"]:
+        """What may be tiled, as `read_area` has it. Raises InputError."""
+        allowed = read_area(self.include, shape, size, corner) if self.include else np.ones(shape, bool)
+        return allowed & ~read_area(self.exclude, shape, size, corner) if self.exclude else allowed
 
 
 def areas_of(slide_id: str, include: Path | None, exclude: Path | None) -> Areas:
@@ -66,18 +68,22 @@ def areas_of(slide_id: str, include: Path | None, exclude: Path | None) -> Areas
     return Areas(found["include"], found["exclude"])
 
 
-def read_area(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> Bool[np.ndarray, "y x"]:
+def read_area(
+    path: Path, shape: tuple[int, int], size: tuple[int, int], corner: tuple[int, int] = (0, 0)
+) -> Bool[np.ndarray, "y x"]:
     """A region file as a mask of `shape` rows and columns over a slide of `size` (width, height) level-0 px.
 
-    GeoJSON polygons are in level-0 px, as QuPath exports them, their holes kept; of an image all that is not black counts,
-    whatever its resolution. Raises InputError.
+    GeoJSON polygons are in level-0 px from the `corner` of the scanned part (SlideInfo.corner), as QuPath exports them,
+    their holes kept. An image is of the whole slide, whatever its resolution; all that is not black counts. Raises InputError.
     """
     if path.suffix == ".png":
         return _read_image(path, shape, size)
-    return np.logical_or.reduce(list(read_classes(path, shape, size).values()))
+    return np.logical_or.reduce(list(read_classes(path, shape, size, corner).values()))
 
 
-def read_classes(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> dict[str, Bool[np.ndarray, "y x"]]:
+def read_classes(
+    path: Path, shape: tuple[int, int], size: tuple[int, int], corner: tuple[int, int] = (0, 0)
+) -> dict[str, Bool[np.ndarray, "y x"]]:
     """The areas of a GeoJSON file by the name of their class in QuPath, empty without one, as `read_area` has them.
 
     Raises InputError.
@@ -88,7 +94,7 @@ def read_classes(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> d
         one = np.zeros(shape, np.uint8)
         for value, ring in zip([1] + [0] * (len(polygon) - 1), polygon, strict=True):
             # A point at x is x pixels from the left edge; OpenCV counts from the first pixel's middle.
-            points = np.rint((ring * scale - 0.5) * 2**_FRACTION_BITS).astype(np.int32)
+            points = np.rint(((ring + corner) * scale - 0.5) * 2**_FRACTION_BITS).astype(np.int32)
             cv2.fillPoly(one, [points], value, shift=_FRACTION_BITS)
         masks[name] = masks.get(name, False) | one.astype(bool)
     return masks
@@ -137,18 +143,30 @@ def _bytes_of(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from error
 
 
-def write_area(stem: Path, mask: Bool[np.ndarray, "y x"], size: tuple[int, int], name: str) -> None:
-    """Writes a mask over a slide of `size` level-0 px as STEM.png and STEM.geojson, an annotation called `name` in QuPath."""
+def write_area(
+    stem: Path, mask: Bool[np.ndarray, "y x"], size: tuple[int, int], name: str, corner: tuple[int, int] = (0, 0)
+) -> None:
+    """Writes a mask over a slide of `size` level-0 px as STEM.png and STEM.geojson, an annotation called `name` in QuPath.
+
+    As `read_area` reads them: the GeoJSON from the `corner`, the PNG of the whole slide.
+    """
     Image.fromarray(mask.astype(np.uint8) * 255).save(f"{stem}.png")
-    polygons = [[_closed(ring) for ring in rings] for rings in _outlines(mask, size)]
+    polygons = [[_closed(ring - corner) for ring in rings] for rings in _outlines(mask, size)]
     _write_geojson(Path(f"{stem}.geojson"), [_feature("MultiPolygon", polygons, "annotation", name)])
 
 
-def write_boxes(path: Path, boxes: Iterable[tuple[Float64[np.ndarray, " 2"], float, str, dict[str, float]]]) -> None:
-    """Writes squares as tiles for QuPath, whole or not at all: corner and side in level-0 px, class and measurements."""
+def write_boxes(
+    path: Path,
+    boxes: Iterable[tuple[Float64[np.ndarray, " 2"], float, str, dict[str, float]]],
+    corner: tuple[int, int] = (0, 0),
+) -> None:
+    """Writes squares as tiles for QuPath, whole or not at all: place and side in level-0 px, class and measurements.
+
+    In the file they count from the `corner`, as `read_area` reads them.
+    """
     features = []
-    for corner, side, name, measurements in boxes:
-        ring = corner + side * np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
+    for place, side, name, measurements in boxes:
+        ring = place - corner + side * np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
         measured = {score: round(value, 4) for score, value in measurements.items()}
         features.append(_feature("Polygon", [_closed(ring)], "tile", name, measurements=measured))
     partial = path.with_suffix(".partial")

@@ -72,7 +72,7 @@ def _write_geojson(slide: TileStore, out: Path) -> None:
         for corner, (region, slot) in zip(corners, places.tolist(), strict=True):
             scores = slide.quality[region, slot].tolist() if judged else []
             boxes.append((corner, side, f"Tile {name}", dict(zip(slide.attributes["quality"], scores, strict=False))))
-    write_boxes(out / f"{slide.slide_id}.geojson", boxes)
+    write_boxes(out / f"{slide.slide_id}.geojson", boxes, slide.info.corner)
 
 
 def _write_trident(slide: TileStore, out: Path) -> None:

@@ -32,7 +32,8 @@ class SlideInfo:
 
     `size` is (width, height) of level 0; `mpp` micrometres per level-0 pixel in (x, y), from `mpp_source`: `vendor`
     (the scanner's property), `tiff` (the resolution tag), `objective` (10 µm over its power: a guess) or `given`.
-    `synthetic` slides say that the painter made them; `has_icc` those that hold a colour profile.
+    `synthetic` slides say that the painter made them; `has_icc` those that hold a colour profile. `corner` is that of the
+    scanned part (level-0 px), where the file states one: QuPath shows that part alone, and counts from its corner.
     """
 
     path: str
@@ -45,6 +46,7 @@ class SlideInfo:
     content_hash: str
     synthetic: bool
     has_icc: bool = False
+    corner: tuple[int, int] = (0, 0)
 
     @property
     def warning(self) -> str:
@@ -246,6 +248,10 @@ def _info(path: Path, handle: openslide.OpenSlide | OmeTiff, given: float | None
         content_hash=content_hash(path),
         synthetic=PAINTED in properties.get("openslide.comment", ""),
         has_icc="openslide.icc-size" in properties,
+        corner=(
+            int(_number(properties, "openslide.bounds-x") or 0),
+            int(_number(properties, "openslide.bounds-y") or 0),
+        ),
     )
 
 

@@ -203,7 +203,7 @@ def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) ->
         raise SlideError(info.path, "unsupported", str(error), "give the H&E scan itself") from error
     shrink = max(info.size) / max(thumbnail.shape[:2])
     mask = tissue_mask(thumbnail, model, info.mpp[0] * shrink, params.tissue)
-    mask &= areas.mask((mask.shape[0], mask.shape[1]), info.size)
+    mask &= areas.mask((mask.shape[0], mask.shape[1]), info.size, info.corner)
     columns, rows = (max(1, int(np.ceil(side / region_px - 0.01))) for side in info.size)
     fraction = _tile_fractions(mask, region_px / shrink, rows, columns, params)
     enough = fraction >= params.min_tissue

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,9 +14,11 @@ from PIL import Image
 from crcjax.errors import InputError
 from crcjax.slides.annotation import Areas, areas_of, read_area, write_area
 from crcjax.slides.executor import TileJob, read_manifest, tile_slides
+from crcjax.slides.export import export_store
 from crcjax.slides.overview import write_overview
-from crcjax.slides.store import open_store
-from crcjax.slides.tiling import TilingParams
+from crcjax.slides.reader import open_slide
+from crcjax.slides.store import StoreWriter, open_store
+from crcjax.slides.tiling import TilingParams, plan_tiles, read_regions
 
 SHAPE, SIZE = (120, 160), (1600, 1200)
 PARAMS = TilingParams(("20x",), tile_px=32)
@@ -53,6 +56,21 @@ def test_a_mask_written_is_the_mask_read_as_geojson_and_as_png(tmp_path: Path) -
     assert written["properties"]["objectType"] == "annotation"
     rings = [ring for polygon in written["geometry"]["coordinates"] for ring in polygon]
     assert all(ring[0] == ring[-1] and len(ring) >= 4 for ring in rings)
+
+
+def test_geojson_counts_from_the_corner_of_the_scanned_part_and_an_image_from_the_slides(tmp_path: Path) -> None:
+    corner = (400, 300)
+    box = _geojson(tmp_path / "a.geojson", {"type": "Polygon", "coordinates": [_box(-100, 0, 400, 300)]})
+    found = read_area(box, SHAPE, SIZE, corner)
+    wanted = np.zeros(SHAPE, bool)
+    wanted[30:60, 30:80] = True
+    assert (found != wanted).mean() < 0.02
+    np.testing.assert_array_equal(Areas(include=box).mask(SHAPE, SIZE, corner), found)
+    write_area(tmp_path / "b", wanted, SIZE, "Tissue", corner)
+    ring = np.array(json.loads((tmp_path / "b.geojson").read_text())["features"][0]["geometry"]["coordinates"][0][0])
+    assert ring.min(axis=0) == pytest.approx((-100, 0), abs=5)
+    for suffix in (".geojson", ".png"):
+        assert (read_area(tmp_path / f"b{suffix}", SHAPE, SIZE, corner) != wanted).mean() < 0.02
 
 
 def test_what_is_no_area_of_the_slide_is_refused(tmp_path: Path) -> None:
@@ -131,6 +149,24 @@ def test_tiles_lie_within_what_is_included_and_outside_what_is_excluded(small_sl
     assert tiles["left"] | tiles["right"] == tiles["all"]
     assert max(x for x, _ in tiles["left"]) <= 750
     assert min(x for x, _ in tiles["right"]) >= 750 - 32
+
+
+def test_tiles_of_a_slide_that_states_its_scanned_part_are_where_qupath_drew_them(
+    small_slide: Path, tmp_path: Path
+) -> None:
+    left = _geojson(tmp_path / "left.geojson", {"type": "Polygon", "coordinates": [_box(-100, -50, 650, 1250)]})
+    with open_slide(small_slide) as slide:
+        slide.info = replace(slide.info, corner=(100, 50))
+        plan = plan_tiles(slide, PARAMS, Areas(include=left))
+        with StoreWriter(tmp_path, "s", slide, plan, "none") as writer:
+            writer.write(0, read_regions(slide, plan, 0, len(plan.origin), writer.pack))
+            writer.commit()
+    assert 700 < plan.origin[:, 0].max() <= 750
+    export_store(tmp_path, tmp_path / "out", "geojson")
+    features = json.loads((tmp_path / "out" / "s.geojson").read_text())["features"]
+    places = {tuple(np.min(feature["geometry"]["coordinates"][0], axis=0).tolist()) for feature in features}
+    store = open_store(tmp_path, "s")
+    assert places == {(x - 100, y - 50) for x, y in store.origin[store.mask[:, 0]].tolist()}
 
 
 def test_the_command_restricts_the_tiles_and_names_a_guessed_scale(

@@ -198,8 +198,17 @@ def test_what_is_known_of_a_slide_survives_json(small_slide: Path) -> None:
     with open_slide(small_slide) as slide:
         info = slide.info
     assert SlideInfo.from_json(info.to_json()) == info
+    before = {name: value for name, value in info.to_json().items() if name != "corner"}
+    assert SlideInfo.from_json(before) == info  # stores that were written without it
     assert (info.vendor, info.size, info.objective_power) == ("aperio", (1500, 1300), 20.0)
     assert info.level_downsamples == pytest.approx((1, 4), rel=1e-2)
+
+
+def test_the_corner_of_the_scanned_part_is_kept(small_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stated = {"openslide.vendor": "mirax", "openslide.bounds-x": "1200", "openslide.bounds-y": "340"}
+    monkeypatch.setattr(openslide.OpenSlide, "properties", stated)
+    with open_slide(small_slide, mpp=0.5) as slide:
+        assert slide.info.corner == (1200, 340)
 
 
 def test_a_slide_without_mpp_is_refused_unless_it_is_given(tmp_path: Path, write_slide: Writer) -> None:
