@@ -26,6 +26,7 @@ from crcjax.slides.quality import (
 from crcjax.slides.reader import Slide, SlideInfo
 from crcjax.slides.tissue import (
     METHODS,
+    MOST_THUMBNAIL_PX,
     THUMBNAIL_UM_PER_PX,
     NotBrightfieldError,
     TissueModel,
@@ -124,7 +125,7 @@ class TilePlan:
     """The regions of a slide that hold tissue, row by row.
 
     `origin` and the region's side `region_px` are in level-0 px; `rejected` counts the slide's other tiles by reason.
-    `thumbnail` is the picture of 8 µm per pixel in which `tissue_mask` was found.
+    `thumbnail` is the picture in which `tissue_mask` was found (`thumbnail_px`).
     """
 
     params: TilingParams
@@ -186,7 +187,7 @@ def slot_boxes(params: TilingParams) -> Float32[np.ndarray, "slot 3"]:
 
 
 def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) -> TilePlan:
-    """The regions with tissue, within the areas that may be tiled, from a thumbnail of 8 µm per pixel.
+    """The regions with tissue, within the areas that may be tiled, from a thumbnail (`thumbnail_px`).
 
     Raises SlideError: `too_coarse`, `no_tissue`, `unsupported` (not a brightfield picture), `corrupt`; InputError if a
     region file is not usable.
@@ -196,7 +197,7 @@ def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) ->
     info = slide.info
     scale = slide_scale(info, params)
     region_px = params.tile_px * params.factors[scale.finest] * scale.downsample
-    thumbnail = slide.thumbnail(max(1, round(max(info.size) * info.mpp[0] / THUMBNAIL_UM_PER_PX)))
+    thumbnail = slide.thumbnail(thumbnail_px(info))
     try:
         model = tissue_model(thumbnail)
     except NotBrightfieldError as error:
@@ -218,6 +219,14 @@ def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) ->
     origin = np.rint(np.stack([column, row], axis=1) * region_px).astype(np.int32)
     rejected = {"glass": int((fraction[:, :, :present] < params.min_tissue).sum())}
     return TilePlan(params, scale, region_px, model, origin, enough[kept], thumbnail, mask, rejected, areas.id)
+
+
+def thumbnail_px(info: SlideInfo) -> int:
+    """The longer side of the picture in which tissue is found: of 8 µm per pixel, and of a slide so large that it would
+    exceed MOST_THUMBNAIL_PX as much coarser as that asks for, so that memory does not grow with the slide.
+    """
+    width, height = (side * info.mpp[0] / THUMBNAIL_UM_PER_PX for side in info.size)
+    return max(1, round(max(width, height) * min(1.0, (MOST_THUMBNAIL_PX / (width * height)) ** 0.5)))
 
 
 def _tile_fractions(

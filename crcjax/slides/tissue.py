@@ -17,6 +17,9 @@ from jaxtyping import Bool, Float32, UInt8
 from crcjax.errors import CrcjaxError
 
 THUMBNAIL_UM_PER_PX = 8.0
+# Finding tissue takes 40 to 55 bytes a pixel; above 770 mm², half of a glass slide, the picture is coarser, and all of one
+# would be of 13 µm per pixel, where every method finds the same tissue (a test).
+MOST_THUMBNAIL_PX = 12_000_000
 _FAINTEST, _FIRMEST = 0.03, 0.06  # bounds of Otsu's threshold: slides that are all tissue, or faint beside dense
 _INK_RATIO = 1.2  # of red over green density; haematoxylin has at most about 1.06
 _WARM = 0.72  # of blue over green density: red ink and blood have more

@@ -10,7 +10,7 @@ import pytest
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.quality import ABSENT
 from crcjax.slides.reader import open_slide
-from crcjax.slides.tiling import TilingParams, mpp_of, plan_tiles, read_regions, slide_scale, slot_boxes
+from crcjax.slides.tiling import TilingParams, mpp_of, plan_tiles, read_regions, slide_scale, slot_boxes, thumbnail_px
 
 Writer = Callable[..., Path]
 ALL = TilingParams(("10x", "20x", "40x"), tile_px=64)
@@ -230,3 +230,21 @@ def test_fluorescence_is_refused(tmp_path: Path, write_slide: Writer, tissue_pic
     with open_slide(path) as slide, pytest.raises(SlideError, match="fluorescence") as caught:
         plan_tiles(slide, TilingParams())
     assert caught.value.status == "unsupported"
+
+
+def test_the_picture_for_tissue_is_of_8_um_and_bounded_for_slides_of_any_size(
+    small_slide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_slide(small_slide) as slide:
+        info, params = slide.info, TilingParams(("10x",), tile_px=32)
+        assert thumbnail_px(info) == round(1500 * 0.5 / 8)
+        assert thumbnail_px(replace(info, size=(100_000, 80_000), mpp=(0.25, 0.25))) == 3125
+        for size in ((100_000, 100_000), (400_000, 90_000), (3_000_000, 2_000_000)):
+            longer = thumbnail_px(replace(info, size=size, mpp=(0.5, 0.5)))
+            assert 11_900_000 < longer**2 * min(size) / max(size) < 12_100_000
+        fine = plan_tiles(slide, params)
+        monkeypatch.setattr("crcjax.slides.tiling.MOST_THUMBNAIL_PX", 4000)
+        coarse = plan_tiles(slide, params)
+    assert (fine.thumbnail[..., 0].size, coarse.thumbnail[..., 0].size) == (94 * 81, pytest.approx(4000, rel=0.02))
+    places = [set(map(tuple, plan.origin.tolist())) for plan in (fine, coarse)]
+    assert len(places[0] & places[1]) > 0.9 * len(places[0] | places[1])

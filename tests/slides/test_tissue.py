@@ -4,6 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
+from crcjax.slides.painter import SlideSpec, paint_slide
+from crcjax.slides.reader import open_slide
 from crcjax.slides.tissue import (
     METHODS,
     NotBrightfieldError,
@@ -78,6 +80,14 @@ def test_each_method_finds_textured_tissue_and_neither_glass_nor_black_nor_ink(m
     noise = np.random.default_rng(0).integers(-4, 5, picture.shape)
     glass = (GLASS + noise).astype(np.uint8)
     assert not tissue_mask(glass, tissue_model(glass), UM_PER_PX, method).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_picture_as_coarse_as_that_of_a_whole_glass_slide_gives_the_same_tissue(method: str, tmp_path: Path) -> None:
+    with open_slide(paint_slide(tmp_path / "a.svs", SlideSpec("immune", 3, size_px=(2400, 2000), mpp=2.0))) as slide:
+        pictures = [slide.thumbnail(round(4800 / um_per_px)) for um_per_px in (8.0, 14.4)]
+    fine, coarse = (tissue_mask(shown, tissue_model(shown), 4800 / shown.shape[1], method) for shown in pictures)
+    assert _overlap(cv2.resize(coarse.astype(np.uint8), fine.shape[::-1]).astype(bool), fine) > 0.95
 
 
 def test_faint_tissue_beside_dense_is_found_by_the_robust_method_not_by_otsus() -> None:
