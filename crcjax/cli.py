@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -537,12 +538,16 @@ def _predict_stored(runs: list[Path], store: Path, out: Path, cohort: Path | Non
 
 
 def _say_outcomes(outcomes: Sequence[Outcome], done: str, out: Path) -> NoReturn:
-    """A line for every outcome with a reason, and one for all; ends with the exit status."""
+    """A line for every outcome with a reason, and one for all, and their verdicts; ends with the exit status."""
     for outcome in outcomes:
         if outcome.reason:
-            _say.print(f"{outcome.status}: {outcome.path}: {outcome.reason}", markup=False)
+            said = ", ".join(filter(None, (outcome.status, outcome.verdict)))
+            _say.print(f"{said}: {outcome.path}: {outcome.reason}", markup=False)
     succeeded, tiles = sum(outcome.succeeded for outcome in outcomes), sum(outcome.tiles for outcome in outcomes)
     _say.print(f"{succeeded} of {len(outcomes)} slides {done}, {tiles} tiles in {out}", markup=False)
+    if verdicts := Counter(outcome.verdict for outcome in outcomes if outcome.verdict):
+        counts = ", ".join(f"{name} {verdicts[name]}" for name in ("accept", "review", "reject"))
+        _say.print(f"verdicts: {counts}; crcjax overview {out} shows why", markup=False)
     raise typer.Exit(1 if succeeded < len(outcomes) else 0)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crcjax.slides.executor import read_manifest
 from crcjax.slides.painter import SlideSpec, paint_slide
 from crcjax.slides.store import open_store, tiled_slides
 
@@ -85,10 +86,16 @@ def test_wrong_arguments_are_one_line_and_status_2(slides: Path, tmp_path: Path,
 def test_limits_decide_what_is_kept_and_the_overview_shows_it(slides: Path, tmp_path: Path) -> None:
     tile = ("tile", slides / "good.svs", "--mag", "10x", "--tile-px", 64, "--out")
     assert _crcjax(*tile, tmp_path / "usual").returncode == 0
-    assert _crcjax(*tile, tmp_path / "strict", "--limit", "min_focus=0.4").returncode == 0
+    told = _crcjax(*tile, tmp_path / "strict", "--limit", "min_focus=0.4")
+    assert told.returncode == 0
     usual, strict = (open_store(tmp_path / name, "good") for name in ("usual", "strict"))
     assert 0 < strict.mask.sum() < usual.mask.sum()
     assert strict.attributes["verdict"]["faults"]["blurred"] > 0
+    verdict, noted = strict.attributes["verdict"], read_manifest(tmp_path / "strict")["good"]
+    assert verdict["reasons"]
+    assert (noted["verdict"], noted["reason"]) == (verdict["verdict"], "; ".join(verdict["reasons"]))
+    assert f"tiled, {verdict['verdict']}: {slides / 'good.svs'}: {noted['reason']}" in told.stderr
+    assert f"{verdict['verdict']} 1" in told.stderr.splitlines()[-1]
     refused = _crcjax(*tile, tmp_path / "strict")
     assert refused.returncode == 2
     cohort = tmp_path / "cohort.csv"

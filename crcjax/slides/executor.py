@@ -6,12 +6,12 @@ import json
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crcjax.errors import InputError, OutputError, SlideError
 from crcjax.slides.annotation import Areas
@@ -63,7 +63,8 @@ class TileJob:
 class Outcome:
     """What became of one slide: `status` is `tiled`, `already tiled`, a JobFailed's or a SlideError's.
 
-    Of a slide that was tiled the `reason` is what a user should know of it, if anything.
+    Of a slide that was tiled `verdict` is quality control's (accept, review or reject), and the `reason` is what a user
+    should know of it, if anything: of its micrometres per pixel, and what the verdict rests on.
     `seconds` are of the last of its `attempts`, in the process `worker` (machine:process).
     """
 
@@ -77,6 +78,7 @@ class Outcome:
     seconds: float = 0.0
     attempts: int = 1
     worker: str = ""
+    verdict: str = ""
 
     @property
     def succeeded(self) -> bool:
@@ -175,7 +177,8 @@ def _tile_slide(task: _TileTask) -> Outcome:
         with _region_files_of(job):
             done = _already_tiled(task, slide.info)
             if done:
-                return replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()), reason=slide.info.warning)
+                outcome = replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()))
+                return judged(outcome, slide.info, done.attributes)
             plan = plan_tiles(slide, task.params, job.areas)
         stain = _stain_of(slide, plan)
         kept = 0
@@ -185,8 +188,17 @@ def _tile_slide(task: _TileTask) -> Outcome:
                 kept += int(tiles.mask.sum())
             if stain:
                 writer.keep(stain.files())
-            writer.commit()
-    return replace(outcome, status="tiled", regions=len(plan.origin), tiles=kept, reason=slide.info.warning)
+            attributes = writer.commit()
+    outcome = replace(outcome, status="tiled", regions=len(plan.origin), tiles=kept)
+    return judged(outcome, slide.info, attributes)
+
+
+def judged(outcome: Outcome, info: SlideInfo, attributes: Mapping[str, Any]) -> Outcome:
+    """The outcome of a slide that a store holds, with its verdict and what a user should know of it."""
+    verdict = attributes["verdict"]
+    return replace(
+        outcome, verdict=verdict["verdict"], reason="; ".join(filter(None, [info.warning, *verdict["reasons"]]))
+    )
 
 
 @contextmanager

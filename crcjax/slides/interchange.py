@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from crcjax.errors import BusyError, InputError, SlideError
-from crcjax.slides.executor import Outcome, check_slide_ids, note_outcome, read_ahead
+from crcjax.slides.executor import Outcome, check_slide_ids, judged, note_outcome, read_ahead
 from crcjax.slides.features import feature_attributes, write_features
 from crcjax.slides.foreign import ForeignTiles, foreign_files, merged, open_h5py, read_foreign
 from crcjax.slides.pixels import NO_PIXELS
@@ -113,7 +113,8 @@ def _import_slide(
     if name and not _keep_features(store, there, tiles, name):
         outcome = replace(outcome, status="already imported")
     kept, hashed = int(there.mask.sum()), there.info.content_hash
-    return replace(outcome, regions=len(there.origin), tiles=kept, content_hash=hashed, reason=there.info.warning)
+    outcome = replace(outcome, regions=len(there.origin), tiles=kept, content_hash=hashed)
+    return judged(outcome, there.info, there.attributes)
 
 
 def _encoder_name(tiles: ForeignTiles, encoder: str | None) -> str | None:
@@ -217,8 +218,8 @@ def _write_alone(store: Path, slide_id: str, tiles: ForeignTiles) -> TileStore:
         covered,
     )
     scores = np.zeros((len(ordered), 1, len(QUALITY_NAMES)), np.float32)
-    judged = slide_verdict(scores, np.zeros((len(ordered), 1), np.uint8), params.quality)
-    verdict = judged | {"verdict": "review", "reasons": ["imported without its slide: no tile was judged"]}
+    unseen = slide_verdict(scores, np.zeros((len(ordered), 1), np.uint8), params.quality)
+    verdict = unseen | {"verdict": "review", "reasons": ["imported without its slide: no tile was judged"]}
     with StoreWriter(store, slide_id, info, plan, NO_PIXELS, locked=True) as writer:
         writer.commit({"imported": _about(tiles), "verdict": verdict})
     return open_store(store, slide_id)

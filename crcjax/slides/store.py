@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import cv2
 import numpy as np
@@ -181,8 +182,8 @@ class StoreWriter:
         except OSError as error:
             self._fail(error)
 
-    def commit(self, about: Mapping[str, object] | None = None) -> None:
-        """Makes the slide appear in the store, whole, replacing an older one; `about` are attributes that win over its own."""
+    def commit(self, about: Mapping[str, object] | None = None) -> dict:
+        """Makes the slide appear in the store, whole, replacing an older one; returns its attributes, over which `about` wins."""
         assert self._pixels is not None
         plan, regions = self._plan, len(self._plan.origin)
         arrays = {"origin": plan.origin, "mask": self._mask, "quality": self._quality, "reason": self._reason}
@@ -215,8 +216,9 @@ class StoreWriter:
             self._partial.rename(self._final)
         except (OSError, ValueError) as error:
             self._fail(error)
+        return attributes
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> NoReturn:
         # TensorStore tells the system's reason within a sentence of its own.
         reasons = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS))
         reason = next((known for known in reasons if known in str(error)), first_line(error))

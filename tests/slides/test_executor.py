@@ -208,6 +208,8 @@ def test_a_second_run_does_only_what_is_missing_or_changed(slides: list[Path], t
     outcomes = tile_slides(_jobs(paths), store, PARAMS)
     assert [outcome.status for outcome in outcomes] == ["already tiled", "tiled", "tiled"]
     assert outcomes[0].tiles == open_store(store, "a").mask.sum()
+    for outcome in outcomes:
+        assert outcome.verdict == open_store(store, outcome.slide_id).attributes["verdict"]["verdict"]
     assert open_store(store, "b").info.size == (1200, 1200)
 
 
