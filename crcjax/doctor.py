@@ -29,7 +29,8 @@ PACKAGES = [
 ]
 FORMATS = (
     "Aperio (.svs, .tif) · Hamamatsu (.ndpi, .vms, .vmu) · Leica (.scn) · MIRAX (.mrxs) · Philips (.tiff) · Sakura "
-    "(.svslide) · Trestle (.tif) · Ventana (.bif, .tif) · Zeiss (.czi) · DICOM (.dcm, a folder a slide) · tiled TIFF"
+    "(.svslide) · Trestle (.tif) · Ventana (.bif, .tif) · Zeiss (.czi) · DICOM (.dcm, a folder a slide) · tiled TIFF; "
+    "without it OME-TIFF (.ome.tif, .ome.tiff)"
 )
 _LEAST_FREE_GIB = 5.0
 _LEAST_MEMORY_GIB = 4.0

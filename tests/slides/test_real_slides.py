@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+import tifffile
 
 from crcjax.errors import SlideError
 from crcjax.slides.executor import TileJob, tile_slides
@@ -72,6 +73,14 @@ def test_the_seconds_of_the_table_are_of_tiling_also_when_it_is_made_again(
     tool = importlib.import_module("real_slides")
     job = TileJob("a", real_data / "slides" / "aperio_cmu-1-small-region.svs")
     assert [tool.tile_anew([job], tmp_path / "store")[0].status for _ in range(2)] == ["tiled", "tiled"]
+
+
+def test_a_real_ome_tiff_is_read_as_it_is(real_data: Path) -> None:
+    path = real_data / "tiles" / "stain" / "openslide_OS-1-detail_HE_hamamatsu.ome.tif"
+    with open_slide(path) as slide:
+        assert slide.info.mpp == pytest.approx((0.2271, 0.2271), abs=1e-3)
+        np.testing.assert_array_equal(slide.read(0, 0, *slide.info.size), tifffile.imread(path)[..., :3])
+        assert len(plan_tiles(slide, TilingParams()).origin) > 0
 
 
 def test_pixels_of_a_real_jpeg_slide_are_those_of_openslide_bit_for_bit(real_data: Path) -> None:
