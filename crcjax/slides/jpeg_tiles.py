@@ -15,7 +15,7 @@ import tifffile
 
 from crcjax.slides.ome_tiff import OmeTiff
 
-_CACHED_BYTES = 32 << 20  # of decoded tiles, a thread
+_CACHED_BYTES = 96 << 20  # of decoded tiles, a slide
 
 
 class JpegTiles:
@@ -26,7 +26,9 @@ class JpegTiles:
         self._file = os.open(file, os.O_RDONLY)
         self._file_bytes = os.fstat(self._file).st_size
         self.close = weakref.finalize(self, os.close, self._file)  # closes it once, when called or forgotten
-        self._local = threading.local()
+        # Tiles of which a part was wanted, and how many of their pixels were not yet.
+        self._cache: OrderedDict[tuple[int, int, int], tuple[np.ndarray, int]] = OrderedDict()
+        self._lock = threading.Lock()
 
     @classmethod
     def of(cls, file: Path, handle: openslide.OpenSlide | OmeTiff) -> JpegTiles | None:
@@ -65,11 +67,11 @@ class JpegTiles:
         top, bottom = max(y, 0), min(y + height, page.imagelength)
         for row in range(top // side_y, -(-bottom // side_y)):
             for column in range(left // side_x, -(-right // side_x)):
-                tile = self._tile(level, row, column)
-                if tile is None:
-                    return None
                 x0, x1 = max(left, column * side_x), min(right, (column + 1) * side_x)
                 y0, y1 = max(top, row * side_y), min(bottom, (row + 1) * side_y)
+                tile = self._shared(level, row, column, (x1 - x0) * (y1 - y0))
+                if tile is None:
+                    return None
                 part = tile[y0 - row * side_y : y1 - row * side_y, x0 - column * side_x : x1 - column * side_x]
                 pixels[y0 - y : y1 - y, x0 - x : x1 - x] = part
         return pixels
@@ -94,18 +96,20 @@ class JpegTiles:
         on_grid = x % page.tilewidth == y % page.tilelength == 0
         return on_grid and 0 <= x <= page.imagewidth - page.tilewidth and 0 <= y <= page.imagelength - page.tilelength
 
-    def _tile(self, level: int, row: int, column: int) -> np.ndarray | None:
-        """A tile of which only a part is wanted: the rest will be, soon."""
-        cache = self._local.__dict__.setdefault("tiles", OrderedDict())
-        key = (level, row, column)
-        if key in cache:
-            cache.move_to_end(key)
-            return cache[key]
-        tile = self._decoded(level, row, column)
-        if tile is not None:
-            cache[key] = tile
-            if len(cache) > max(4, _CACHED_BYTES // tile.nbytes):
-                cache.popitem(last=False)
+    def _shared(self, level: int, row: int, column: int, wanted: int) -> np.ndarray | None:
+        """A tile of which `wanted` pixels are needed; kept until others, as those below it, needed the rest."""
+        key, page = (level, row, column), self.pages[level]
+        with self._lock:
+            tile, rest = self._cache.pop(key, (None, 0))
+        if tile is None:
+            tile = self._decoded(*key)
+            height, width = page.imagelength - row * page.tilelength, page.imagewidth - column * page.tilewidth
+            rest = min(page.tilelength, height) * min(page.tilewidth, width)
+        if tile is not None and rest > wanted:
+            with self._lock:
+                self._cache[key] = tile, rest - wanted
+                while len(self._cache) > max(4, _CACHED_BYTES // tile.nbytes):
+                    self._cache.popitem(last=False)
         return tile
 
     def _decoded(self, level: int, row: int, column: int) -> np.ndarray | None:

@@ -12,6 +12,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from crcjax.errors import InputError, SlideError
+from crcjax.slides.jpeg_tiles import JpegTiles
 from crcjax.slides.reader import SlideInfo, _over_white, open_slide
 
 Writer = Callable[..., Path]
@@ -64,6 +65,21 @@ def test_jpeg_slides_are_read_without_openslide(
         monkeypatch.delattr(openslide.OpenSlide, "read_region")
         assert slide.read(10, 10, 300, 300).shape == (300, 300, 3)
         assert slide.read(0, 0, 20, 20, level=1).shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize("side", [256, 512])
+def test_every_jpeg_tile_is_decoded_once_where_the_grids_differ(
+    side: int, tmp_path: Path, write_slide: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_slide(tmp_path / "a.svs", _picture(2600, 2100))
+    decoded = []
+    one = JpegTiles._decoded
+    monkeypatch.setattr(JpegTiles, "_decoded", lambda self, *place: decoded.append(place) or one(self, *place))
+    with open_slide(path) as slide:
+        for y in range(0, 2100, side):
+            for x in range(0, 2600, side):
+                slide.read(x, y, side, side)
+    assert len(decoded) == len(set(decoded)) == 11 * 9
 
 
 def test_half_transparent_pixels_are_half_white() -> None:
