@@ -131,10 +131,12 @@ PRETRAINED: dict[str, PretrainedEncoder] = {
     "lunit-dino-s8": PretrainedEncoder(_small(8), 384, 0.5, "1aurent/vit_small_patch8_224.lunit_dino", LUNIT),
     "lunit-dino-s16": PretrainedEncoder(_small(16), 384, 0.5, "1aurent/vit_small_patch16_224.lunit_dino", LUNIT),
     "imagenet-vit-b16": PretrainedEncoder(
-        _base(16), 768, None, "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k", HALF
+        _base(16), 768, None, "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k", HALF, resampling="cubic"
     ),
-    "imagenet-swin-t": PretrainedEncoder(Swin, 768, None, "timm/swin_tiny_patch4_window7_224.ms_in1k"),
-    "imagenet-convnext-t": PretrainedEncoder(ConvNeXt, 768, None, "timm/convnext_tiny.fb_in1k"),
+    "imagenet-swin-t": PretrainedEncoder(
+        Swin, 768, None, "timm/swin_tiny_patch4_window7_224.ms_in1k", resampling="cubic"
+    ),
+    "imagenet-convnext-t": PretrainedEncoder(ConvNeXt, 768, None, "timm/convnext_tiny.fb_in1k", resampling="cubic"),
     "imagenet-resnet50": PretrainedEncoder(ResNet, 2048, None, "timm/resnet50.tv_in1k"),
     "imagenet-resnet50-clam": PretrainedEncoder(partial(ResNet, depths=(3, 4, 6)), 1024, None, "timm/resnet50.tv_in1k"),
 }

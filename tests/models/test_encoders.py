@@ -207,6 +207,18 @@ def test_gigapath_sees_the_centre_of_a_tile_as_it_is() -> None:
     np.testing.assert_allclose(encoder.prepare(tile[None])[0], truth, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in PRETRAINED if PRETRAINED[name].source.startswith("timm/")])
+def test_tiles_are_prepared_with_the_constants_that_timm_holds_for_its_weights(name: str, twins: Any) -> None:
+    import timm
+
+    encoder = PRETRAINED[name]
+    known = timm.get_pretrained_cfg(encoder.source.removeprefix("timm/"))
+    assert known is not None
+    resampling = {"linear": "bilinear", "cubic": "bicubic"}[encoder.resampling]
+    assert (known.mean, known.std, known.interpolation) == (*encoder.normalisation, resampling)
+    assert known.input_size == (3, encoder.size_px, encoder.size_px)
+
+
 def test_an_unknown_encoder_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(InputError, match=r"uni3.*uni2-h"):
         pretrained_encoder("uni3")
