@@ -1,62 +1,64 @@
-"""Memory of a training step through the encoder against the size of the bag, and one whole slide of 10,000 tiles."""
+"""Memory of the training step through the encoder against the size of the bag, and one whole slide of 10,000 tiles."""
 
 from __future__ import annotations
 
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from record import Row, peak_memory_mib, record
 
 from crcjax.config import get_config
+from crcjax.data.bags import Bag
 from crcjax.models.mil import build_model
+from crcjax.train.mesh import device_mesh
+from crcjax.train.optimizer import build_optimizer
+from crcjax.train.step import abstract_state, build_step, init_state
 
 TILE_PX, COUNTS = 256, (1_000, 4_000, 10_000)
 
 
 def main() -> None:
-    config = get_config().model
-    graph, params = nnx.split(build_model(config, 3, 0))
-    optimizer = optax.adamw(1e-3)
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: tuple, pixels: jax.Array, mask: jax.Array) -> tuple:
-        params, moments = state
-
-        def loss(params: nnx.State) -> jax.Array:
-            logits = nnx.merge(graph, params)(pixels, mask).logits
-            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([1])).mean()
-
-        value, gradient = jax.value_and_grad(loss)(params)
-        updates, moments = optimizer.update(gradient, moments, params)
-        return (optax.apply_updates(params, updates), moments), value
-
-    state = (params, optimizer.init(params))
-    programs, temporary, rows = {}, {}, []
-    for count in COUNTS:
-        pixels = jax.ShapeDtypeStruct((1, count, 1, TILE_PX, TILE_PX, 3), jnp.uint8)
-        programs[count] = step.lower(state, pixels, jax.ShapeDtypeStruct((1, count, 1), bool)).compile()
-        temporary[count] = programs[count].memory_analysis().temp_size_in_bytes
-        rows.append(Row(f"temporary memory of a step, {count:,} tiles", temporary[count] / 2**20, "MiB"))
-    fewest, most = COUNTS[0], COUNTS[-1]
-    slope = (temporary[most] - temporary[fewest]) / (most - fewest)
-    rows.append(Row("slope", slope, "bytes a tile", slope / (4 * config.features), "a tile's features"))
-    some = np.random.default_rng(0).integers(0, 256, (100, 1, TILE_PX, TILE_PX, 3), np.uint8)
-    pixels = jnp.asarray(np.tile(some, (most // 100, 1, 1, 1, 1))[None])
-    begun = time.perf_counter()
-    _, loss = jax.block_until_ready(programs[most](state, pixels, jnp.ones((1, most, 1), bool)))
-    assert np.isfinite(loss)
-    rows.append(Row(f"a step on {most:,} tiles", time.perf_counter() - begun, "s"))
+    rows = [row for mil in ("gated_abmil", "hierarchical") for row in _rows(mil)]
     rows.append(Row("largest memory of the process, pixels included", peak_memory_mib(), "MiB"))
     note = (
-        f"The compact encoder and gated attention, one bag of tiles of {TILE_PX} px, {config.encode_regions} encoded at a time"
-        " (config.model.encode_regions). Temporary memory is what the compiler counts of the program beside pixels and parameters."
+        f"The training step as it is (crcjax.train.step) with the compact encoder: one bag of tiles of {TILE_PX} px, "
+        f"{get_config().model.encode_regions} encoded at a time (config.model.encode_regions). Temporary memory is what the "
+        "compiler counts of the program beside pixels, parameters and their moments."
     )
     record("mil_memory", "python tools/bench_mil_memory.py", rows, note)
+
+
+def _rows(mil: str) -> list[Row]:
+    config = get_config()
+    config.data.bags, config.model.mil = 1, mil
+    mesh, model = device_mesh(config), build_model(config.model, 3, 0)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    step, state = build_step(model, optimizer, config, mesh), abstract_state(model, optimizer, config, mesh)
+    programs, temporary, rows = {}, {}, []
+    for count in COUNTS:
+        programs[count] = step.lower(state, jax.eval_shape(lambda count=count: _bag(count))).compile()
+        temporary[count] = programs[count].memory_analysis().temp_size_in_bytes
+        rows.append(Row(f"{mil}: temporary memory of a step, {count:,} tiles", temporary[count] / 2**20, "MiB"))
+    fewest, most = COUNTS[-2:]
+    slope = (temporary[most] - temporary[fewest]) / (most - fewest)
+    against = "a tile's features"
+    rows.append(
+        Row(f"{mil}: slope from {fewest:,} tiles", slope, "bytes a tile", slope / (4 * config.model.features), against)
+    )
+    given = init_state(model, optimizer, config, mesh), jax.block_until_ready(jax.jit(lambda: _bag(most))())
+    begun = time.perf_counter()
+    _, metrics = jax.block_until_ready(programs[most](*given))
+    assert np.isfinite(metrics["loss"])
+    return [*rows, Row(f"{mil}: a step on {most:,} tiles", time.perf_counter() - begun, "s")]
+
+
+def _bag(count: int) -> Bag:
+    shape = (1, count, 1, TILE_PX, TILE_PX, 3)
+    pixels = jax.lax.broadcasted_iota(jnp.uint8, shape, 1) + jax.lax.broadcasted_iota(jnp.uint8, shape, 4)
+    position = jnp.stack([jnp.arange(count) % 100, jnp.arange(count) // 100], axis=-1)[None].astype(jnp.float32)
+    return Bag(pixels, jnp.ones((1, count, 1), bool), position, jnp.ones(1, jnp.int32), jnp.ones(1))
 
 
 if __name__ == "__main__":

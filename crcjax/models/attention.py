@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 
 class AttentionScores(nnx.Module):
@@ -58,29 +58,34 @@ def rotary(
 
 
 def attend(
-    query: Float[Array, "batch instance head channel"],
+    query: Float[Array, "batch some head channel"],
     key: Float[Array, "batch instance head channel"],
     value: Float[Array, "batch instance head channel"],
     mask: Bool[Array, "batch instance"],
-    *,
-    block: int = 512,
-) -> Float[Array, "batch instance head channel"]:
-    """Softmax attention over unmasked instances, at most `block` queries at a time.
+) -> Float[Array, "batch some head channel"]:
+    """Softmax attention of some queries over unmasked instances."""
+    scores = jnp.einsum("bqhc,bkhc->bhqk", query, key).astype(jnp.float32) * query.shape[-1] ** -0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(scores).astype(value.dtype), value)
 
-    No [instance, instance] matrix is kept: each block's is made again in the backward pass.
+
+def in_blocks(
+    each: Callable[..., Float[Array, "batch some feature"]], largest: int, *rows: Shaped[Array, "batch instance ..."]
+) -> Float[Array, "batch instance feature"]:
+    """What `each` makes of some instances of every bag, at most `largest` at a time.
+
+    Nothing that it computes is kept but what it returns: it is made again in the backward pass, block by block.
     """
-    batch, count, heads, channels = query.shape
-    blocks = -(-count // block)
+    count = rows[0].shape[1]
+    blocks = -(-count // largest)
     size = -(-count // blocks)
-    padded = jnp.pad(query, ((0, 0), (0, blocks * size - count), (0, 0), (0, 0)))
-    # Every block takes queries from all over the bag, so that where devices share the bag, each has a part of each block.
-    chunks = jnp.moveaxis(padded.reshape(batch, size, blocks, heads, channels), 2, 0)
 
-    @partial(jax.checkpoint, prevent_cse=False)
-    def one(chunk: Float[Array, "batch query head channel"]) -> Float[Array, "batch query head channel"]:
-        scores = jnp.einsum("bqhc,bkhc->bhqk", chunk, key).astype(jnp.float32) * channels**-0.5
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(scores).astype(value.dtype), value)
+    def split(part: Shaped[Array, "batch instance ..."]) -> Shaped[Array, "block batch some ..."]:
+        padded = jnp.pad(part, ((0, 0), (0, blocks * size - count), *[(0, 0)] * (part.ndim - 2)))
+        # Every block takes instances from all over the bag, so that where devices share the bag, each has a part of each.
+        return jnp.moveaxis(padded.reshape(len(part), size, blocks, *part.shape[2:]), 2, 0)
 
-    found = one(chunks[0])[None] if blocks == 1 else jax.lax.map(one, chunks)
-    return jnp.moveaxis(found, 0, 2).reshape(batch, -1, heads, channels)[:, :count]
+    one = jax.checkpoint(each, prevent_cse=False)
+    parts = tuple(split(part) for part in rows)
+    found = one(*(part[0] for part in parts))[None] if blocks == 1 else jax.lax.map(lambda some: one(*some), parts)
+    return jnp.moveaxis(found, 0, 2).reshape(len(rows[0]), blocks * size, -1)[:, :count]

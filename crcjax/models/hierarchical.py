@@ -10,9 +10,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from ml_collections import ConfigDict
 
 from crcjax.models.aggregators import Instances, Pooled
-from crcjax.models.attention import AttentionScores, attend, masked_softmax, rotary
+from crcjax.models.attention import AttentionScores, attend, in_blocks, masked_softmax, rotary
 
 _LONGEST = 256.0  # sides of a region: the distance that the slowest rotary angle still tells apart
+_INSTANCES = 2048  # of each bag that see each other within their regions, at a time
+_PAIRS = 2**19  # of a query and a key that attention across regions holds a head, whatever the number of regions
+_LEAST_QUERIES = 16  # at a time: with fewer, adding up the gradients of all keys would take longest
 
 
 class HierarchicalAttentionMIL(nnx.Module):
@@ -37,23 +40,33 @@ class HierarchicalAttentionMIL(nnx.Module):
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
         batch, _, width = bag.features.shape
-        slots = bag.features.reshape(-1, self.count, width)
-        slot_mask = bag.mask.reshape(-1, self.count)
-        if self.within is not None:
-            slots = slots + self.magnification[...][jnp.array(self.magnification_of)] + self.place[...]
-            slots = self.within(slots, slot_mask)
-        slot_attention = masked_softmax(self.pool_slots(slots), slot_mask)[..., 0]
-        regions = jnp.einsum("rs,rsf->rf", slot_attention, slots.astype(jnp.float32)).reshape(batch, -1, width)
-        mask = slot_mask.any(axis=1).reshape(batch, -1)
+        slots = bag.features.reshape(batch, -1, self.count, width)
+        slot_mask = bag.mask.reshape(batch, -1, self.count)
+        pooled = in_blocks(self._pool_slots, max(1, _INSTANCES // self.count), slots, slot_mask)
+        regions, slot_attention = jnp.split(pooled, [width], axis=-1)
+        mask = slot_mask.any(axis=2)
         position = bag.position[:, :: self.count]
         for block in self.across:
             regions = block(regions, mask, position)
         attention = masked_softmax(self.pool_regions(regions), mask)
         embeddings = jnp.einsum("brk,brf->bkf", attention, regions.astype(jnp.float32))
         logits = jnp.einsum("bkk->bk", self.classify(embeddings))  # each branch by its own class's weights alone
-        by_instance = attention[:, :, None] * slot_attention.reshape(batch, -1, self.count)[..., None]
+        by_instance = attention[:, :, None] * slot_attention[..., None]
         by_instance = by_instance.reshape(batch, -1, attention.shape[-1])
         return Pooled(logits, embeddings.mean(axis=1), by_instance, jnp.zeros(batch))
+
+    def _pool_slots(
+        self, slots: Float[Array, "batch some slot feature"], mask: Bool[Array, "batch some slot"]
+    ) -> Float32[Array, "batch some feature_and_slot"]:
+        """The features of some regions, and behind them the attention to their slots."""
+        lead, (count, width) = slots.shape[:2], slots.shape[2:]
+        slots, mask = slots.reshape(-1, count, width), mask.reshape(-1, count)
+        if self.within is not None:
+            slots = slots + self.magnification[...][jnp.array(self.magnification_of)] + self.place[...]
+            slots = self.within(slots, mask)
+        attention = masked_softmax(self.pool_slots(slots), mask)[..., 0]
+        regions = jnp.einsum("rs,rsf->rf", attention, slots.astype(jnp.float32))
+        return jnp.concatenate([regions, attention], axis=-1).reshape(*lead, -1)
 
 
 class Block(nnx.Module):
@@ -74,11 +87,36 @@ class Block(nnx.Module):
         mask: Bool[Array, "batch instance"],
         position: Float32[Array, "batch instance 2"] | None = None,
     ) -> Float[Array, "batch instance feature"]:
-        normal = self.norms[0](values)
-        parts = self.project(normal).reshape(*values.shape[:2], 3, self.heads, -1)
-        query, key, value = parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
-        if position is not None:
-            query, key = rotary(query, position, _LONGEST), rotary(key, position, _LONGEST)
-        seen = attend(query, key, value, mask).reshape(values.shape)
-        values = values + self.merge(seen)
-        return values + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](values))))
+        rows = (values,) if position is None else (values, position)
+
+        def seen(some: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]) -> Array:
+            normal = self.norms[0](some)
+            found = jnp.stack([self._projected(normal, 1, *place), self._projected(normal, 2)], axis=2)
+            return found.reshape(*some.shape[:2], -1)
+
+        both = in_blocks(seen, _INSTANCES, *rows).reshape(*values.shape[:2], 2, self.heads, -1)
+        key, value = both[:, :, 0], both[:, :, 1]
+
+        def following(
+            some: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]
+        ) -> Float[Array, "batch some feature"]:
+            query = self._projected(self.norms[0](some), 0, *place)
+            some = some + self.merge(attend(query, key, value, mask).reshape(some.shape))
+            return some + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](some))))
+
+        largest = max(_LEAST_QUERIES, _PAIRS // values.shape[1])
+        return in_blocks(following, largest, *rows)
+
+    def _projected(
+        self,
+        normal: Float[Array, "batch instance feature"],
+        part: int,
+        position: Float32[Array, "batch instance 2"] | None = None,
+    ) -> Float[Array, "batch instance head channel"]:
+        """Queries (0), keys (1) or values (2), those of each by its columns: a product of all would be kept whole."""
+        width, layer = normal.shape[-1], self.project
+        columns = slice(part * width, (part + 1) * width)
+        assert layer.bias is not None
+        kernel, bias = (weights[...][..., columns].astype(layer.dtype) for weights in (layer.kernel, layer.bias))
+        found = (normal.astype(layer.dtype) @ kernel + bias).reshape(*normal.shape[:2], self.heads, -1)
+        return found if position is None else rotary(found, position, _LONGEST)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crcjax.config import get_config
+from crcjax.models.attention import attend, in_blocks
 from crcjax.models.mil import AGGREGATORS, MILModel, build_model, params_of
 
 FACTORS = (1, 2)  # 5 slots a region
@@ -324,24 +325,42 @@ def test_attention_between_regions_depends_on_distances_alone() -> None:
 
 
 def test_attention_in_blocks_equals_plain_attention_and_keeps_no_matrix_of_all_pairs() -> None:
-    from crcjax.models.attention import attend
-
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.standard_normal((1, 700, 2, 8)).astype(np.float32)) for _ in range(3))
     mask = jnp.asarray(rng.random((1, 700)) < 0.8)
 
-    def plain(query: jax.Array) -> jax.Array:
+    def plain(query: jax.Array, key: jax.Array) -> jax.Array:
         scores = jnp.einsum("bqhc,bkhc->bhqk", query, key) / np.sqrt(8)
-        return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf)), value)
+        found = jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf)), value)
+        return found.reshape(1, 700, -1)
 
-    def blocked(query: jax.Array) -> jax.Array:
-        return attend(query, key, value, mask, block=64)
+    def blocked(query: jax.Array, key: jax.Array) -> jax.Array:
+        return in_blocks(lambda some: attend(some, key, value, mask).reshape(*some.shape[:2], -1), 64, query)
 
-    np.testing.assert_allclose(blocked(query), plain(query), rtol=1e-4, atol=1e-5)
-    gradients = [jax.jit(jax.grad(lambda query, f=f: (f(query) ** 2).sum())) for f in (blocked, plain)]
-    np.testing.assert_allclose(*(gradient(query) for gradient in gradients), rtol=1e-4, atol=1e-5)
-    memory = [gradient.lower(query).compile().memory_analysis().temp_size_in_bytes for gradient in gradients]
+    np.testing.assert_allclose(blocked(query, key), plain(query, key), rtol=1e-4, atol=1e-5)
+    gradients = [jax.jit(jax.grad(lambda *both, f=f: (f(*both) ** 2).sum(), argnums=(0, 1))) for f in (blocked, plain)]
+    for one, other in zip(*(gradient(query, key) for gradient in gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    memory = [gradient.lower(query, key).compile().memory_analysis().temp_size_in_bytes for gradient in gradients]
     assert memory[0] < memory[1] / 4
+
+
+def test_hierarchical_in_blocks_has_the_gradients_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bag, label = _bag(14, 40), jnp.array([1, 2])
+    graph, state = nnx.split(MODELS["hierarchical"])
+
+    def gradients() -> list[jax.Array]:
+        def loss(state: nnx.State, features: jax.Array) -> jax.Array:
+            logits = nnx.merge(graph, state).pool(features, *bag[1:]).logits
+            return -jax.nn.log_softmax(logits)[jnp.arange(2), label].sum()
+
+        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(state, bag[0]))
+
+    whole = gradients()
+    for name, value in (("_INSTANCES", 30), ("_PAIRS", 40 * 7), ("_LEAST_QUERIES", 1)):
+        monkeypatch.setattr(f"crcjax.models.hierarchical.{name}", value)
+    for part, truth in zip(gradients(), whole, strict=True):
+        np.testing.assert_allclose(part, truth, rtol=1e-5, atol=1e-5 * float(jnp.abs(truth).max()))
 
 
 @pytest.mark.real_data

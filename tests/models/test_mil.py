@@ -137,5 +137,4 @@ def test_memory_grows_with_the_bag_by_its_features_alone() -> None:
         temporary[regions] = gradient.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     slope = (temporary[256] - temporary[64]) / (256 - 64)
     print(f"{slope:.0f} bytes a region")
-    # Features, their normalised copies and gradients: tens of numbers; a tile's activations are tens of thousands.
-    assert slope < 64 * 16 * 4
+    assert slope < 2 * 16 * 4  # twice its features; a tile's activations are tens of thousands of numbers

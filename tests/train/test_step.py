@@ -161,3 +161,23 @@ def test_what_is_not_finite_at_the_lowest_scale_is_not_hidden(config) -> None:
     state = replace(state, scaling=LossScale(jnp.float32(1.0), jnp.int32(0)))
     _, metrics = step(state, replace(_bag(), weight=np.full(6, np.inf, np.float32)))
     assert not np.isfinite(float(metrics["gradient_norm"]))
+
+
+@pytest.mark.parametrize(("mil", "features"), [("gated_abmil", 7), ("hierarchical", 16)])
+def test_the_memory_of_a_step_grows_with_the_bag_by_a_few_times_its_features(config, mil: str, features: int) -> None:
+    """In numbers as many as `features` feature vectors a region, as the compiler counts them."""
+    with config.unlocked():
+        config.update(get_config())
+    config.model.mil, config.model.width, config.data.bags = mil, 4, 1
+    config.augment.flips, config.augment.stain = False, 0.0  # of a part of the bag at a time, as the encoder
+    mesh, shape, temporary = device_mesh(config), jax.ShapeDtypeStruct, {}
+    model, optimizer = build_model(config.model, 3, 0), build_optimizer(config.optimizer, config.train.steps)
+    step, state = build_step(model, optimizer, config, mesh), abstract_state(model, optimizer, config, mesh)
+    for regions in (4096, 8192):
+        pixels, mask = shape((1, regions, 1, 32, 32, 3), np.uint8), shape((1, regions, 1), bool)
+        position, label, weight = shape((1, regions, 2), np.float32), shape((1,), np.int32), shape((1,), np.float32)
+        found = step.lower(state, Bag(pixels, mask, position, label, weight)).compile().memory_analysis()
+        temporary[regions] = found.temp_size_in_bytes
+    slope = (temporary[8192] - temporary[4096]) / 4096 / (4 * config.model.features)
+    print(f"{mil}: {slope:.1f} features a region")
+    assert slope < features
