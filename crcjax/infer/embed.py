@@ -22,7 +22,7 @@ from crcjax.errors import InputError
 from crcjax.models.encoders import PretrainedEncoder, pretrained_encoder
 from crcjax.models.mil import DTYPES
 from crcjax.slides.features import feature_attributes, write_features
-from crcjax.slides.store import TileStore, open_store, tiled_slides
+from crcjax.slides.store import TileStore, readable, tiled_slides
 from crcjax.slides.tiling import TilingParams, mpp_of
 from crcjax.train.mesh import device_mesh, over_data, replicated
 from crcjax.train.pretrained import load_encoder
@@ -147,18 +147,23 @@ def embed_store(
     """Writes features/NAME for every slide of a store that has none; one slide is written whole or not at all.
 
     Computes in `dtype`, by default bfloat16, on CPUs float32; features are kept in float16. `on_start` is told the view,
-    the number of slides and the batch. Raises InputError for a store, an encoder or weights that are not usable, and if
-    features of that name were made in another way; OutputError if the store cannot be written.
+    the number of slides and the batch. A slide that cannot be read is `failed`. Raises InputError for a store, an encoder
+    or weights that are not usable, and if features of that name were made in another way; OutputError if the store cannot
+    be written.
     """
     encoder = pretrained_encoder(name)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    opened = [open_store(store, slide_id) for slide_id in tiled_slides(store)]
-    if not opened:
+    slides = tiled_slides(store)
+    if not slides:
         raise InputError(f"{store}: holds no tiled slides; run crcjax tile --out {store}")
+    found = {slide_id: readable(store, slide_id) for slide_id in slides}
+    opened = [one for one in found.values() if isinstance(one, TileStore)]
+    if not opened:
+        raise InputError(f"{store}: none of its slides can be read; the first: {found[slides[0]]}")
     params = opened[0].params
     view = choose_view(params, encoder, magnifications)
     slots = view.slots(params)
-    most = max(int(found.mask[:, slots].sum()) for found in opened)
+    most = max(int(one.mask[:, slots].sum()) for one in opened)
     embedder = Embedder(name, weights, dtype, params.tile_px, batch, most)
     attributes = {
         "encoder": name,
@@ -167,13 +172,15 @@ def embed_store(
         "magnifications": list(view.magnifications),
         "dtype": dtype,
     }
-    done = {found.slide_id: _is_done(store, found.slide_id, attributes) for found in opened}
-    on_start(view, len(opened), embedder.batch)
+    done = {one.slide_id: _is_done(store, one.slide_id, attributes) for one in opened}
+    on_start(view, len(slides), embedder.batch)
     outcomes = []
-    for found in opened:
-        outcome = Embedded(found.slide_id, "already embedded")
-        if not done[found.slide_id]:
-            outcome = _embed_slide(store, found, embedder, slots, attributes, threads)
+    for slide_id, one in found.items():
+        outcome = Embedded(slide_id, "already embedded")
+        if not isinstance(one, TileStore):
+            outcome = Embedded(slide_id, "failed", reason=str(one))
+        elif not done[slide_id]:
+            outcome = _embed_slide(store, one, embedder, slots, attributes, threads)
         outcomes.append(outcome)
         on_slide(outcome)
     return outcomes

@@ -259,6 +259,14 @@ def open_store(store: str | Path, slide_id: str) -> TileStore:
         raise InputError(f"{path}: damaged (zarr.json: {error}); delete it and run crcjax tile again") from error
 
 
+def readable(store: str | Path, slide_id: str) -> TileStore | InputError:
+    """As `open_store`, but that the error is returned: of many slides, one that is damaged shall not keep the others."""
+    try:
+        return open_store(store, slide_id)
+    except InputError as error:
+        return error
+
+
 def tiled_slides(store: str | Path) -> list[str]:
     """The ids of the slides in a store, sorted."""
     return sorted(path.parent.stem for path in Path(store).glob("*.zarr/zarr.json"))

@@ -54,7 +54,7 @@ class Evaluation:
         probs = np.zeros((len(self.stores), self._classes), np.float32)
         for index in range(jax.process_index(), len(self.stores), jax.process_count()):
             each()
-            probs[index] = self._prediction(params, index).probs[0]
+            probs[index] = self.prediction(params, index).probs[0]
         if jax.process_count() > 1:
             probs = multihost_utils.process_allgather(probs).sum(axis=0)  # each row is of one process, zero elsewhere
         labels, called = [label_of(row, self._cohort.classes) for row in self._cohort.rows], probs.argmax(axis=1)
@@ -65,9 +65,10 @@ class Evaluation:
 
     def predictions(self, params: Params) -> Iterator[Prediction]:
         """What the model says of each slide or case, in the order of the cohort."""
-        return (self._prediction(params, index) for index in range(len(self.stores)))
+        return (self.prediction(params, index) for index in range(len(self.stores)))
 
-    def _prediction(self, params: Params, index: int) -> Prediction:
+    def prediction(self, params: Params, index: int) -> Prediction:
+        """Of one slide or case. Raises InputError if it is damaged."""
         store, read, stain = self.stores[index], self._readers[index], self._stains[index]
         return self._forward.bag(params, self._chunks(len(store.mask), read), store.mask, _position(store), stain)
 

@@ -88,6 +88,23 @@ def test_a_damaged_slide_is_named_and_the_others_are_embedded(encoder: Path, sto
     assert feature_names(store, first) == []
 
 
+@pytest.mark.parametrize("lost", ["mask", "zarr.json"])
+def test_a_slide_that_cannot_be_opened_is_failed_and_the_others_are_embedded(
+    encoder: Path, store: Path, lost: str
+) -> None:
+    first, *others = tiled_slides(store)
+    path = store / f"{first}.zarr" / lost
+    shutil.rmtree(path) if path.is_dir() else path.write_text("{")
+    outcomes = embed_store(store, "small", encoder, batch=8)
+    assert [outcome.status for outcome in outcomes] == ["failed", *["embedded"] * len(others)]
+    assert first in outcomes[0].reason
+    assert all(feature_names(store, slide_id) == ["small"] for slide_id in others)
+    for slide_id in others:
+        shutil.rmtree(store / f"{slide_id}.zarr")
+    with pytest.raises(InputError, match=f"none of its slides can be read; the first: .*{first}"):
+        embed_store(store, "small", encoder, batch=8)
+
+
 def test_other_weights_do_not_mix_with_those_that_the_store_has(encoder: Path, store: Path) -> None:
     embed_store(store, "small", encoder, batch=8)
     save_file(torch_tensors(SMALL.build(rngs=nnx.Rngs(4))), encoder)

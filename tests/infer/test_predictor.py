@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError, OutputError
 from crcjax.infer.pipeline import PredictJob, predict_slides
 from crcjax.infer.predictor import Predictor, SlidePrediction
+from crcjax.infer.stored import predict_stored
 from crcjax.slides.reader import open_slide
 from crcjax.validation.calibration import Calibration
 from crcjax.validation.metrics import entropy
@@ -60,6 +62,27 @@ def test_the_number_of_threads_changes_no_bit(predictor: Predictor, slide: Path)
     one, many = (_predict(predictor, slide, threads) for threads in (1, 5))
     np.testing.assert_array_equal(one.prediction.alpha, many.prediction.alpha)
     np.testing.assert_array_equal(one.prediction.region_attention, many.prediction.region_attention)
+
+
+def test_slides_of_a_store_that_are_damaged_or_not_there_are_named_and_the_others_predicted(
+    run: Path, painted: Path, tmp_path: Path
+) -> None:
+    names = [f"synthetic-{number:04d}" for number in (0, 1, 12, 15)]
+    for name in names:
+        shutil.copytree(painted / "store" / f"{name}.zarr", tmp_path / f"{name}.zarr")
+    cohort = Cohort(tuple(SlideRow(name, name) for name in ("absent", *names)), CLASSES)
+    whole = predict_stored([run], tmp_path, cohort)
+    assert [row["status"] for row in whole] == ["not_tiled", "ok", "ok", "ok", "ok"]
+    shutil.rmtree(tmp_path / f"{names[0]}.zarr" / "mask")
+    shutil.rmtree(tmp_path / f"{names[2]}.zarr" / "pixels" / "streams")
+    rows = predict_stored([run], tmp_path, cohort)
+    assert [row["status"] for row in rows] == ["not_tiled", "failed", "ok", "failed", "ok"]
+    assert [name in row["reason"] for name, row in zip(names, rows[1:], strict=True)] == [True, False, True, False]
+    assert (rows[2], rows[4]) == (whole[2], whole[4])
+    for name in names[1:]:
+        shutil.rmtree(tmp_path / f"{name}.zarr" / "mask")
+    with pytest.raises(InputError, match=f"none of the slides can be read; the first: .*{names[0]}"):
+        predict_stored([run], tmp_path, cohort)
 
 
 def test_a_run_loaded_twice_is_the_same_model(run: Path, predictor: Predictor, slide: Path) -> None:
