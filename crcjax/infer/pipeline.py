@@ -149,6 +149,7 @@ def called(
 ) -> Row:
     """What predictions.csv says of one bag's prediction: its subtype, probabilities, doubt and set.
 
+    Probabilities stand there to the last bit, so that a threshold that `crcjax calibrate` reads from them is met by its like.
     A set may be drawn by chance: `draw` is the id of the slide by which the bag is calibrated, a case's first.
     """
     told = np.asarray(found.probs[0], np.float64)
@@ -157,7 +158,7 @@ def called(
     expected = float(found.expected_entropy[0])
     return {
         "subtype": classes[int(probs.argmax())],
-        **{f"p_{name}": f"{value:.6f}" for name, value in zip(classes, probs, strict=True)},
+        **{f"p_{name}": str(value) for name, value in zip(classes, probs, strict=True)},
         "entropy": f"{entropy(probs):.4f}",
         "expected_entropy": f"{expected:.4f}",
         "mutual_information": f"{max(0.0, entropy(told) - expected):.4f}",

@@ -45,7 +45,9 @@ def predict_stored(paths: Sequence[Path], store: Path, cohort: Cohort, calibrati
         model = build_model(run.config.model, len(classes), run.config.seed, run.tiling.factors)
         params, _ = restore_params(run.path, model)
         evaluation = _evaluation(run, model, store, there)
-        members.append((model_id_of(params), [_predicted(evaluation, params, i) for i in range(len(evaluation.stores))]))
+        members.append(
+            (model_id_of(params), [_predicted(evaluation, params, i) for i in range(len(evaluation.stores))])
+        )
     name = "+".join(model_id for model_id, _ in members)
     fitted = load_calibration(calibration, name, classes) if calibration else None
     rows: dict[str, Row] = {}

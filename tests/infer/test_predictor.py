@@ -14,11 +14,12 @@ import pytest
 
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError, OutputError
-from crcjax.infer.pipeline import PredictJob, predict_slides
+from crcjax.infer.pipeline import PredictJob, called, predict_slides, write_table
 from crcjax.infer.predictor import Predictor, SlidePrediction
 from crcjax.infer.stored import predict_stored
+from crcjax.models.mil import Prediction
 from crcjax.slides.reader import open_slide
-from crcjax.validation.calibration import Calibration
+from crcjax.validation.calibration import Calibration, calibrate, load_calibration
 from crcjax.validation.metrics import entropy
 
 CLASSES = ("canonical", "immune", "stromal")
@@ -83,6 +84,33 @@ def test_slides_of_a_store_that_are_damaged_or_not_there_are_named_and_the_other
         shutil.rmtree(tmp_path / f"{name}.zarr" / "mask")
     with pytest.raises(InputError, match=f"none of the slides can be read; the first: .*{names[0]}"):
         predict_stored([run], tmp_path, cohort)
+
+
+@pytest.mark.parametrize("off", [2e-7, 6e-8, 0.0])
+@pytest.mark.parametrize("method", ["lac", "aps"])
+def test_what_was_calibrated_on_all_but_certain_calls_is_met_by_their_like(
+    off: float, method: str, tmp_path: Path
+) -> None:
+    """With rounded probabilities the threshold would be 0, and the set of a slide like all those empty."""
+
+    def told(draw: str, calibration: Calibration | None = None) -> dict[str, str]:
+        probs, none = np.array([[1 - off, off, 0.0]], np.float32), np.zeros((1, 1), np.float32)
+        attention = none, none[..., None], none[..., None, None]
+        found = Prediction(np.log(probs + 1e-30), probs, none, *attention, None, None, none[0], none[0])
+        return called(found, CLASSES, calibration, draw)
+
+    about = {"status": "ok", "reason": "", "model": "m", "split": "val", "subtype": "canonical"}
+    rows = [{"slide_id": f"s{i}", "case_id": f"c{i}", **told(f"s{i}"), **about} for i in range(20)]
+    for name in ("predictions.csv", "cohort.csv"):
+        write_table(tmp_path / name, rows)
+    tables = tmp_path / "predictions.csv", tmp_path / "cohort.csv", tmp_path / "calibration.json"
+    calibrate(*tables, method=method, error=0.1, by_site=False)
+    fitted = load_calibration(tables[2], "m", CLASSES)
+    again = [told(f"s{i}", fitted) for i in range(20)]
+    assert sum("canonical" in row["set"].split("|") for row in again) >= (20 if method == "lac" else 19)
+    probs = np.array([float(again[0][f"p_{name}"]) for name in CLASSES])
+    assert probs.sum() == pytest.approx(1)
+    assert probs.argmax() == 0
 
 
 def test_a_run_loaded_twice_is_the_same_model(run: Path, predictor: Predictor, slide: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from crcjax.errors import InputError
 from crcjax.validation.calibration import (
+    HOTTEST,
     Calibration,
     at_temperature,
     calibrate,
@@ -39,6 +40,16 @@ def test_the_temperature_undoes_over_and_underconfidence_and_moves_no_call(sharp
     np.testing.assert_array_equal(scaled.argmax(axis=1), probs.argmax(axis=1))
     np.testing.assert_allclose(scaled.sum(axis=1), 1)
     np.testing.assert_allclose(at_temperature(probs, 1.0), probs, atol=1e-12)
+
+
+def test_probabilities_of_zero_have_a_temperature_too() -> None:
+    probs = np.repeat([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1e-38, 0.0]], 10, axis=0)
+    label = np.repeat([0, 2, 1], 10)  # ten right, and twenty wrong with full confidence
+    assert fit_temperature(probs, label) == pytest.approx(HOTTEST, rel=1e-3)
+    scaled = at_temperature(probs, HOTTEST)
+    assert (scaled > 0).all()
+    np.testing.assert_allclose(scaled.sum(axis=1), 1)
+    assert np.isfinite(at_temperature(probs, 1 / HOTTEST)).all()
 
 
 @given(
