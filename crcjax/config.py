@@ -96,7 +96,9 @@ def get_config() -> ConfigDict:
     train.loss = "cross_entropy"  # or focal; for the evidential head evidential (squares) or evidential_digamma
     train.focal_gamma = 2.0  # of the focal loss (Lin 2017); 0 is cross-entropy
     train.annealing_steps = 100  # steps until the evidential loss weighs its KL term fully
-    train.instance_weight = 0.3  # of the instance loss of clam (Lu 2021: 0.3) and dsmil (Li 2021: 0.5)
+    train.instance_weight = (
+        0.3  # of the instance loss beside the bag's 1, clam and dsmil; Lu 2021's 0.7 and 0.3 are 0.43
+    )
     train.class_balance = 1.0  # beta of the effective number (Cui 2019): 1, every class counts alike; 0, by its slides
     train.contrastive_weight = 0.0  # of the supervised contrastive loss on embeddings (Khosla 2020); 0 leaves it out
     train.contrastive_temperature = 0.1  # of that loss (Khosla 2020); lower looks at the hardest pairs

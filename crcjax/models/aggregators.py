@@ -92,7 +92,8 @@ class CLAM(nnx.Module):
 
     Instance loss: for the bag's class a binary classifier must call the k most attended instances positive and the k
     least attended negative; for the others, whose evidence must be absent, the k most attended negative (smooth top-1
-    SVM, tau 1). k is at most half of the bag, so that no instance is both.
+    SVM, tau 1); the mean over classes. k is at most half of the bag, so that no instance is both. The published weights of
+    the bag's and this loss, 0.7 and 0.3, are config.train.instance_weight 0.3 / 0.7.
     """
 
     def __init__(self, config: ConfigDict, classes: int, *, multibranch: bool, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -141,7 +142,8 @@ class CLAM(nnx.Module):
 class DSMIL(nnx.Module):
     """Dual-stream MIL (Li et al. 2021): the highest instance logit a class, and attention by likeness to that instance.
 
-    Logits are the mean of the two streams; the instance loss is the cross-entropy of the first, as published.
+    Logits are the mean of the two streams, as published for prediction; the instance loss is the cross-entropy of the first.
+    Li et al. train the mean of both streams' cross-entropies instead: docs/models.md.
     """
 
     def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):

@@ -295,9 +295,10 @@ def test_transmil_equals_its_formula_over_instances_in_the_order_of_the_tissue()
         np.testing.assert_allclose(found.logits[b], truth, atol=1e-5 * float(np.abs(truth).max()))
 
 
-def test_clam_judges_at_most_half_of_a_bag_each_way_and_learns_from_both_ends() -> None:
+@pytest.mark.parametrize("name", ["clam_sb", "clam_mb"])
+def test_clam_judges_at_most_half_of_a_bag_each_way_and_learns_from_both_ends(name: str) -> None:
     """With k above half of the bag, as the public code has it, one instance would be positive and negative at once."""
-    model = _model("clam_sb", clam_instances=8)
+    model = _model(name, clam_instances=8)
     features, mask, position = _bag(5, 1)
     mask = jnp.zeros_like(mask).at[:, 0, :3].set(True)
     label = jnp.array([1, 2])
@@ -305,11 +306,11 @@ def test_clam_judges_at_most_half_of_a_bag_each_way_and_learns_from_both_ends() 
     w = jax.tree.map(lambda value: np.asarray(value, np.float64), params_of(model)["aggregator"])
     for b in range(2):
         h = np.maximum(_linear(_held((features, mask), b), w["compress"]), 0)
-        rank = _attention(h, w["score"])[:, 0].argsort()
+        ranks = np.broadcast_to(_attention(h, w["score"]), (3, 3)).argsort(axis=0)  # of each class's branch
         judged = _linear(h, w["judge"]).reshape(3, 3, 2)
         total = 0.0
         for c in range(3):
-            first, last = judged[rank[-1], c], judged[rank[0], c]
+            first, last = judged[ranks[-1, c], c], judged[ranks[0, c], c]
             if c == int(label[b]):
                 total += (np.log1p(np.exp(first[0] + 1 - first[1])) + np.log1p(np.exp(last[1] + 1 - last[0]))) / 2
             else:
@@ -366,7 +367,9 @@ def test_hierarchical_in_blocks_has_the_gradients_of_all_at_once(monkeypatch: py
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_real_slides_features_go_through_every_model(name: str, real_data: Path) -> None:
-    for path in sorted((real_data / "mil" / "wsi_features").glob("*.h5")):
+    paths = sorted((real_data / "mil" / "wsi_features").glob("*.h5"))
+    assert len(paths) == 2
+    for path in paths:
         with h5py.File(path) as file:
             features = np.asarray(file["feats" if "feats" in file else "features"], np.float32)
             place = np.asarray(file["coords"], np.float32) if "coords" in file else None

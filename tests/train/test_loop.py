@@ -12,7 +12,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crcjax.errors import InputError
+from crcjax.infer.predictor import Predictor
 from crcjax.models.mil import build_model
+from crcjax.slides.reader import open_slide
 from crcjax.train.checkpoint import restore_params
 from crcjax.train.loop import train
 from crcjax.train.run_directory import open_run
@@ -126,3 +128,21 @@ def test_a_killed_and_restarted_run_that_mines_equals_an_undisturbed_one_bit_for
     mined = [(run / "mined.jsonl").read_text() for run in (undisturbed, killed)]
     assert mined[0] == mined[1]
     assert any(json.loads(line)["slides"] for line in mined[0].splitlines())
+
+
+def test_the_evidential_head_trains_with_its_loss_and_predicts_with_vacuity(
+    small_config, painted: Path, tmp_path: Path
+) -> None:
+    small_config.model.head = "evidential"
+    with pytest.raises(InputError, match=r"config\.train\.loss 'cross_entropy' does not go with"):
+        train(small_config, tmp_path / "run")
+    small_config.train.loss, small_config.train.annealing_steps = "evidential", 3
+    train(small_config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == small_config.train.steps
+    assert np.isfinite(losses).all()
+    with open_slide(next((painted / "slides").glob("*.svs"))) as slide:
+        found = Predictor(tmp_path / "run").predict(slide, 1).prediction
+    assert 0 < float(found.vacuity[0]) < 1
+    np.testing.assert_allclose(found.probs, found.alpha / found.alpha.sum(), rtol=1e-5)
