@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     data.store = ""  # folder of tile stores, as `crcjax tile --out` wrote it
     data.cohort = ""  # CSV with slide_id, case_id, subtype and optionally path, site, scanner, split
     data.features = False  # train on what crcjax embed or import stored for config.model.encoder, unaugmented
+    data.magnifications = ()  # of the store's, that the model sees; (): all, or set by training, all that have features
     data.unit = "slide"  # what a bag holds: a slide, or all slides of a case, which must have one label anyway
     data.classes = ("canonical", "immune", "stromal")  # the label scheme; CMS1 to CMS4 by override
     data.val_fraction = 0.2  # of the cases, for model selection, where the cohort has no split column

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +83,10 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return room[first : first + size].view(dtype).reshape(shape)
 
 
-def open_stores(store: str, cohort: Cohort, pixels: bool = True) -> list[TileStore]:
-    """The store of every slide of the cohort, its pixels at hand if they are to be read.
+def open_stores(
+    store: str, cohort: Cohort, pixels: bool = True, magnifications: Collection[str] = ()
+) -> list[TileStore]:
+    """The store of every slide of the cohort, its pixels at hand if they are to be read; other `magnifications` are masked.
 
     Raises InputError: slides not tiled, or in different ways.
     """
@@ -102,13 +104,23 @@ def open_stores(store: str, cohort: Cohort, pixels: bool = True) -> list[TileSto
             opened.check_slide()
         if opened.params != stores[0].params:
             raise InputError(f"{opened.path}: tiled in another way than {stores[0].path}; tile it again")
+        opened.see(magnifications)
     return stores
 
 
-def open_features(stores: Sequence[TileStore], encoder: str) -> list[FeatureReader]:
-    """The features of every slide by one encoder.
+def featured(stores: Sequence[TileStore], encoder: str) -> tuple[str, ...]:
+    """The magnifications that the first slide has features of; the empty tuple if it has those of all, or of none."""
+    about = FeatureReader(stores[0].path.parent, stores[0].slide_id, encoder).attributes
+    found = tuple(name for name in stores[0].params.magnifications if name in about.get("magnifications", ()))
+    return found if len(found) < len(stores[0].params.magnifications) else ()
 
-    Raises InputError: a slide has none, they were made by other weights than the first's, or not of all magnifications.
+
+def open_features(
+    stores: Sequence[TileStore], encoder: str, magnifications: Collection[str] = ()
+) -> list[FeatureReader]:
+    """The features of every slide by one encoder, at those magnifications, or at all of the store.
+
+    Raises InputError: a slide has none, they were made by other weights than the first's, or lack one of these.
     """
     readers = [FeatureReader(store.path.parent, store.slide_id, encoder) for store in stores]
     first = readers[0]
@@ -116,11 +128,11 @@ def open_features(stores: Sequence[TileStore], encoder: str) -> list[FeatureRead
         for name in ("weights_sha256", "dtype", "stated_encoder", "width"):
             if reader.attributes.get(name) != first.attributes.get(name):
                 raise InputError(f"{reader.path}: was made with another {name} than {first.path}; embed both anew")
-        magnifications = reader.attributes.get("magnifications", ())
-        if lacking := [name for name in store.params.magnifications if name not in magnifications]:
+        wanted, known = magnifications or store.params.magnifications, reader.attributes.get("magnifications", ())
+        if lacking := [name for name in wanted if name not in known]:
             raise InputError(
-                f"{reader.path}: lacks the features of {', '.join(lacking)}, which the store has; delete it and run "
-                f"crcjax embed --mag {','.join(store.params.magnifications)}"
+                f"{reader.path}: lacks the features of {', '.join(lacking)}, which the run sees; delete it "
+                f"and run crcjax embed --mag {','.join(wanted)}"
             )
     return readers
 

@@ -62,8 +62,8 @@ def open_feed(cohort: Cohort, config: ConfigDict, mesh: Mesh, normaliser: StainN
             raise InputError(
                 f"config.data.{field} {data[field]} is no multiple of the {mesh.shape[axis]} devices along {axis}; set it so"
             )
-    slides = open_stores(data.store, cohort, pixels=not data.features)
-    of_slides = open_features(slides, config.model.encoder) if data.features else []
+    slides = open_stores(data.store, cohort, not data.features, data.magnifications)
+    of_slides = open_features(slides, config.model.encoder, data.magnifications) if data.features else []
     cohort, stores, features = by_unit(data.unit, cohort, slides, of_slides)
     stains = slide_stains(slides, config, normaliser) if data.unit == "slide" else []  # a case has several
     sampler = sampler_of(cohort, config, None)

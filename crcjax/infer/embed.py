@@ -58,8 +58,7 @@ class View:
 
     def slots(self, params: TilingParams) -> Bool[np.ndarray, " slot"]:
         """The slots of those magnifications."""
-        shown = [name in self.magnifications for name in params.magnifications]
-        return np.repeat(shown, np.square(params.factors))
+        return params.slots_of(self.magnifications)
 
 
 def choose_view(params: TilingParams, encoder: PretrainedEncoder, magnifications: Sequence[str] = ()) -> View:

@@ -78,6 +78,7 @@ class Predictor:
         self.tiling: TilingParams = first.tiling
         self.classes: tuple[str, ...] = tuple(first.config.data.classes)
         self.unit: str = first.config.data.unit
+        self._seen = self.tiling.slots_of(first.config.data.magnifications)
         check_go_together(opened)
         if dropout_samples and not first.config.model.dropout:
             raise InputError(f"{first.path}: was trained without dropout; predict without --dropout-samples")
@@ -109,7 +110,7 @@ class Predictor:
             begun = time.monotonic()
             for member, stain, parts in zip(self.members, stains, features, strict=True):
                 parts.extend(member.encode(tiles.pixels, stain))
-            masks.append(tiles.mask)
+            masks.append(tiles.mask & self._seen)
             seconds["encode"] += time.monotonic() - begun
         whole = [np.concatenate(parts) for parts in features]
         return EncodedSlide(whole, plan, np.concatenate(masks), slide.info.synthetic, seconds)
@@ -198,6 +199,7 @@ def check_go_together(runs: Sequence[Run]) -> None:
                 ("tiling", first.tiling, other.tiling),
                 ("config.data.classes", first.config.data.classes, other.config.data.classes),
                 ("config.data.unit", first.config.data.unit, other.config.data.unit),
+                ("config.data.magnifications", first.config.data.magnifications, other.config.data.magnifications),
                 ("config.model", first.config.model, other.config.model),
             )
             if one != two

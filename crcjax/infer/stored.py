@@ -107,7 +107,7 @@ def _evaluation(run: Run, model: MILModel, store: Path, cohort: Cohort) -> Evalu
     imported, encoder = config.model.imported_features, config.model.encoder
     sizes = config.data.region_buckets, config.data.regions
     forward = Forward(model, *sizes, local_mesh(), run.normaliser, _from_features(run, store))
-    found = Evaluation(str(store), cohort, forward, encoder, config.data.unit)
+    found = Evaluation(str(store), cohort, forward, encoder, config.data.unit, config.data.magnifications)
     if found.slides[0].params != run.tiling:
         raise InputError(
             f"{store}: its slides were tiled in another way than those of {run.path}; tile them so, or predict the slides "

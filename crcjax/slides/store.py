@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -54,7 +54,17 @@ class TileStore:
         self.mask: Bool[np.ndarray, "region slot"] = self._read("mask")
         self.quality: Float32[np.ndarray, "region slot score"] = self._read("quality")
         self.reason: UInt8[np.ndarray, "region slot"] = self._read("reason")
+        self._tiled = self.mask  # which tiles are there to be read
         self._pixels: PixelReader | None = None
+
+    def see(self, magnifications: Collection[str]) -> None:
+        """Masks the slots of all other magnifications; with none given, no slot. Raises InputError if it lacks one."""
+        if lacking := [name for name in magnifications if name not in self.params.magnifications]:
+            has = ", ".join(self.params.magnifications)
+            raise InputError(
+                f"{self.path}: has {has}, and config.data.magnifications {', '.join(lacking)}; name of those"
+            )
+        self.mask = self._tiled & self.params.slots_of(magnifications)
 
     def thumbnail(self) -> tuple[UInt8[np.ndarray, "y x 3"], Bool[np.ndarray, "y x"]]:
         """A picture of the slide, its longer side at most THUMBNAIL_PX, and where it is tissue."""
@@ -75,7 +85,7 @@ class TileStore:
         with self._checked():
             if self._pixels is None:
                 folder = self.path / "pixels"
-                self._pixels = pixel_reader(self.pixels, folder, self.params, self.info, self.origin, self.mask)
+                self._pixels = pixel_reader(self.pixels, folder, self.params, self.info, self.origin, self._tiled)
             if out is None:
                 out = np.zeros((len(indices), self.params.slots, *(self.params.tile_px,) * 2, 3), np.uint8)
             self._pixels.read(np.asarray(indices, np.int64), out)

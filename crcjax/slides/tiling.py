@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -95,6 +95,11 @@ class TilingParams:
     def slots(self) -> int:
         """Instances per region."""
         return sum(factor**2 for factor in self.factors)
+
+    def slots_of(self, magnifications: Collection[str]) -> Bool[np.ndarray, " slot"]:
+        """Which slots are of those magnifications; with none given, all."""
+        shown = [not magnifications or name in magnifications for name in self.magnifications]
+        return np.repeat(shown, np.square(self.factors))
 
     def to_json(self) -> dict:
         """Plain values, as stores and runs keep them."""

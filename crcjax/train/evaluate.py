@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,19 @@ class Evaluation:
     Each process predicts its share of them.
     """
 
-    def __init__(self, store: str, cohort: Cohort, forward: Forward, encoder: str, unit: str):
-        self.slides = slides = open_stores(store, cohort, pixels=not forward.stored) if cohort.rows else []
+    def __init__(
+        self,
+        store: str,
+        cohort: Cohort,
+        forward: Forward,
+        encoder: str,
+        unit: str,
+        magnifications: Collection[str] = (),
+    ):
+        self.slides = slides = open_stores(store, cohort, not forward.stored, magnifications) if cohort.rows else []
         self.bag_of = [cohort.cases.index(row.case_id) for row in cohort.rows] if unit == "case" else range(len(slides))
         self._classes = len(cohort.classes)
-        of_slides = open_features(slides, encoder) if forward.stored and slides else []
+        of_slides = open_features(slides, encoder, magnifications) if forward.stored and slides else []
         cohort, self.stores, features = by_unit(unit, cohort, slides, of_slides)
         self._cohort = cohort
         self._forward = forward
@@ -89,8 +97,8 @@ class TaskEvaluation:
         self, tasks: Tasks, model: MILModel, config: ConfigDict, cohort: Cohort, normaliser: StainNormaliser | None
     ):
         data, stored = config.data, config.data.features
-        slides = open_stores(data.store, cohort, pixels=not stored) if cohort.rows else []
-        features = open_features(slides, config.model.encoder) if stored and slides else []
+        slides = open_stores(data.store, cohort, not stored, data.magnifications) if cohort.rows else []
+        features = open_features(slides, config.model.encoder, data.magnifications) if stored and slides else []
         _, self._stores, self._features = by_unit(data.unit, cohort, slides, features)
         self._stains = slide_stains(slides, config, normaliser) if data.unit == "slide" else []
         self._labels = bag_labels(self._stores, config.tasks)

@@ -18,7 +18,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crcjax.data.bags import open_features, open_stores
+from crcjax.data.bags import featured, open_features, open_stores
 from crcjax.data.cases import rows_by_unit
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import Feed, open_feed
@@ -29,7 +29,7 @@ from crcjax.models.encoders import PRETRAINED
 from crcjax.models.mil import MILModel, build_model
 from crcjax.monitor.logs import kept_in, say
 from crcjax.monitor.metrics import MetricWriter
-from crcjax.slides.features import feature_attributes
+from crcjax.slides.features import FeatureReader, feature_attributes
 from crcjax.slides.normaliser import StainNormaliser, stain_normaliser
 from crcjax.slides.store import TileStore
 from crcjax.slides.tiling import TilingParams
@@ -154,9 +154,9 @@ def _planned(config: ConfigDict, runs: Mapping[int, Path]) -> _Plan:
     cohort = _cohort(config)
     check_loss(config.train.loss, config.model.head)
     check_tasks(config)
-    stores = open_stores(config.data.store, cohort, pixels=not config.data.features)
+    stores = open_stores(config.data.store, cohort, not config.data.features, config.data.magnifications)
     tiling = stores[0].params
-    config = _with_imported(config, stores)
+    config = _with_seen(_with_imported(config, stores), stores)
     normaliser = stain_normaliser(config.stain.method, config.stain.reference, config.data.store)
     _use_compilation_cache()
     mesh = device_mesh(config)
@@ -215,7 +215,8 @@ class _Record:
         self._rate = learning_rate(config.optimizer, config.train.steps)
         sizes, stored = (config.data.region_buckets, config.data.regions), config.data.features
         forward = Forward(plan.models[0], *sizes, local_mesh(), plan.normaliser, stored)
-        self._slides = Evaluation(config.data.store, validation, forward, config.model.encoder, config.data.unit)
+        of_run = config.model.encoder, config.data.unit, config.data.magnifications
+        self._slides = Evaluation(config.data.store, validation, forward, *of_run)
         others = plan.models[0], config, validation, plan.normaliser
         self._tiles = TaskEvaluation(plan.tasks, *others) if plan.tasks else None
         self._checkpoints = [Checkpointer(path, config.train.keep_best) for path in self._paths]
@@ -312,13 +313,20 @@ def _with_imported(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDic
             f"config.model.weights: the features of {name} were imported, and nothing says that {config.model.weights} "
             "made them; leave it empty, or embed the slides with it"
         )
-    config.model.imported_features = open_features(stores, name)[0].width
+    config.model.imported_features = FeatureReader(config.data.store, stores[0].slide_id, name).width
+    return config
+
+
+def _with_seen(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
+    """The config with the magnifications that have features, if not all have: prediction sees no others either."""
+    if config.data.features and not config.data.magnifications:
+        config.data.magnifications = featured(stores, config.model.encoder)
     return config
 
 
 def _check_features(config: ConfigDict, stores: Sequence[TileStore], sha256: str) -> None:
     """Prediction computes features with the run's weights: those that it was trained on must be the same."""
-    found = open_features(stores, config.model.encoder)[0]
+    found = open_features(stores, config.model.encoder, config.data.magnifications)[0]
     if found.attributes.get("weights_sha256") != sha256:
         raise InputError(f"{found.path}: was made with other weights than {config.model.weights}; embed with these")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from crcjax.config import get_config
 from crcjax.models.attention import attend, in_blocks
-from crcjax.models.mil import AGGREGATORS, MILModel, build_model, params_of
+from crcjax.models.mil import AGGREGATORS, MILModel, Prediction, build_model, params_of
 
 FACTORS = (1, 2)  # 5 slots a region
 
@@ -155,6 +155,40 @@ def test_attention_sums_to_one_in_every_branch_and_is_zero_where_masked(name: st
     found = _pool(name, features, mask, position)
     np.testing.assert_allclose(found.class_attention.sum(axis=(1, 2)), 1, rtol=1e-5)
     assert (np.asarray(found.slot_attention)[~np.asarray(mask)] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["gated_abmil", "hierarchical"])
+@pytest.mark.parametrize(("factors", "absent"), [((1, 2, 4), 1), ((1, 2, 4), 2), ((1, 4), 0)])
+def test_a_magnification_that_is_wholly_absent_never_changes_a_prediction(
+    name: str, factors: tuple[int, ...], absent: int
+) -> None:
+    config = get_config().model
+    config.width, config.features, config.attention, config.heads, config.mil = 4, 16, 8, 2, name
+    model = build_model(config, 3, 0, factors)
+    rng, of = np.random.default_rng(15), np.repeat(np.arange(len(factors)), np.square(factors))
+    features = rng.standard_normal((1, 6, len(of), 16)).astype(np.float32)
+    mask = (rng.random((1, 6, len(of))) < 0.7) & (of != absent)
+    mask[:, 2] = False  # a region without any tile
+    position = rng.integers(0, 9, (1, 6, 2)).astype(np.float32)
+
+    @jax.jit
+    def answer(features: jax.Array, mask: jax.Array) -> tuple:
+        def score(features: jax.Array) -> tuple[jax.Array, Prediction]:
+            found = model.pool(features, mask, jnp.asarray(position))
+            return found.logits[0, 0], found
+
+        (_, found), gradient = jax.value_and_grad(score, has_aux=True)(features)
+        return found, gradient
+
+    found, gradient = answer(jnp.asarray(features), jnp.asarray(mask))
+    other, _ = answer(jnp.where(jnp.asarray(mask)[..., None], features, 1e3), jnp.asarray(mask))
+    _same(found, other)
+    assert np.isfinite(gradient).all()
+    assert (np.asarray(gradient)[~mask] == 0).all()
+    assert (np.asarray(found.slot_attention)[:, :, of == absent] == 0).all()
+    np.testing.assert_allclose(found.slot_attention.sum(), 1, rtol=1e-5)
+    whole, _ = answer(jnp.asarray(features), jnp.asarray(mask | (of == absent)))
+    assert not np.allclose(whole.logits, found.logits, rtol=1e-3)
 
 
 def _held(bag: tuple[jax.Array, ...], b: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Training from the features that `crcjax embed` stored, and prediction from slides with such a run."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +14,17 @@ from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
 from crcjax.infer.embed import embed_store
 from crcjax.infer.predictor import Predictor
+from crcjax.infer.stored import predict_stored
 from crcjax.models import encoders
 from crcjax.models.convnets import ResNet
 from crcjax.models.encoders import PretrainedEncoder
 from crcjax.models.weights import torch_tensors
+from crcjax.slides.executor import TileJob, tile_slides
 from crcjax.slides.features import read_features, write_features
 from crcjax.slides.reader import open_slide
+from crcjax.slides.tiling import TilingParams
 from crcjax.train.loop import train
+from crcjax.train.run_directory import open_run
 
 SMALL = PretrainedEncoder(partial(ResNet, depths=(1,), width=8), 32, 1.0, "", resize_px=64, size_px=48)
 
@@ -129,3 +134,29 @@ def test_features_of_some_magnifications_are_refused(config, embedded: tuple[Pat
         )
     with pytest.raises(InputError, match="lacks the features of 10x"):
         train(config, tmp_path / "run")
+
+
+def test_a_store_of_two_magnifications_is_trained_on_and_predicted_by_the_one_that_has_features(
+    config, embedded: tuple[Path, Path], painted: Path, tmp_path: Path
+) -> None:
+    cohort = load_cohort(painted / "cohort.csv", config.data.classes)
+    jobs = [TileJob(row.slide_id, row.path) for row in cohort.rows]
+    tile_slides(jobs, tmp_path / "store", TilingParams(("5x", "10x"), tile_px=64))
+    assert {outcome.status for outcome in embed_store(tmp_path / "store", "small", embedded[1])} == {"embedded"}
+    config.data.store = str(tmp_path / "store")
+    train(config, tmp_path / "run")
+    assert open_run(tmp_path / "run").config.data.magnifications == ("10x",)
+    row = cohort.split("test").rows[0]
+    with open_slide(Path(str(row.path))) as opened:
+        found = Predictor(tmp_path / "run").predict(opened, 1)
+    assert not found.mask[:, 0].any()
+    assert found.mask[:, 1:].any()
+    stored = predict_stored([tmp_path / "run"], tmp_path / "store", replace(cohort, rows=(row,)))
+    probs = [float(stored[0][f"p_{name}"]) for name in cohort.classes]
+    np.testing.assert_allclose(probs, found.probs, atol=0.02)  # the store's tiles are JPEG
+    config.data.magnifications = ("5x",)
+    with pytest.raises(InputError, match="lacks the features of 5x"):
+        train(config, tmp_path / "other")
+    config.data.magnifications = ("40x",)
+    with pytest.raises(InputError, match=r"has 5x, 10x, and config\.data\.magnifications 40x"):
+        train(config, tmp_path / "other")
