@@ -15,6 +15,8 @@ FOLD_BY = ("case", "site")
 
 def divide(cohort: Cohort, config: ConfigDict) -> Cohort:
     """The cohort with the splits that `config` (config.data) asks for. Raises InputError."""
+    if config.fold and not config.folds:
+        raise InputError(f"config.data.fold {config.fold}: of how many? set config.data.folds, or leave fold at 0")
     if config.folds:
         folds = config.folds, config.fold_by
         return assign_fold(cohort, config.fold, *folds, config.val_fraction, config.split_seed)

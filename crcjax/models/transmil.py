@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
@@ -16,6 +17,7 @@ from crcjax.models.attention import masked_softmax
 
 _PINV_ITERATIONS = 6
 _RESIDUAL_KERNEL = 33
+_POSITION_KERNELS = 7, 5, 3
 
 
 class TransMIL(nnx.Module):
@@ -35,7 +37,7 @@ class TransMIL(nnx.Module):
         self.positions = nnx.List(
             [
                 nnx.Conv(width, width, (side, side), feature_group_count=width, padding="SAME", dtype=dtype, rngs=rngs)
-                for side in (7, 5, 3)
+                for side in _POSITION_KERNELS
             ]
         )
         self.norm = nnx.LayerNorm(width, rngs=rngs)
@@ -67,13 +69,23 @@ class TransMIL(nnx.Module):
         square = jnp.zeros((largest, largest, tokens.shape[-1]), tokens.dtype)
         at = (jnp.where(held, row, largest), jnp.where(held, column, largest))  # beyond the square is dropped
         square = square.at[at].set(tokens[1:], mode="drop")
-        encoded = square + sum(convolution(square[None])[0] for convolution in self.positions)
+        encoded = square + self._encoded(square)
         tokens = tokens.at[1:].set(jnp.where(held[:, None], encoded.at[at].get(mode="fill", fill_value=0), 0))
         tokens, attention = self.layers[1](tokens, seen)
         embedding = self.norm(tokens[0].astype(jnp.float32))
         by_place = jnp.maximum(attention[1:], 0.0) * held
         by_instance = jnp.zeros(total).at[source].add(by_place)
         return embedding, by_instance / jnp.maximum(by_instance.sum(), jnp.finfo(jnp.float32).tiny)
+
+    def _encoded(self, square: Float[Array, "row column feature"]) -> Float[Array, "row column feature"]:
+        """The sum of the convolutions, each feature by itself: of one convolution with the sum of their kernels."""
+        kernel, bias = jnp.zeros(()), jnp.zeros(())
+        for convolution in self.positions:
+            assert convolution.bias is not None
+            pad = (_POSITION_KERNELS[0] - convolution.kernel[...].shape[0]) // 2
+            kernel = kernel + jnp.pad(convolution.kernel[...][:, :, 0], ((pad, pad), (pad, pad), (0, 0)))
+            bias = bias + convolution.bias[...]
+        return (_convolved(square.astype(jnp.float32), kernel) + bias).astype(square.dtype)
 
 
 class NystromLayer(nnx.Module):
@@ -107,26 +119,33 @@ class NystromLayer(nnx.Module):
         from_marks = _softmax_over(jnp.einsum("lhc,thc->hlt", query_marks, key), seen) * lands[:, None]
         weights = to_marks @ _pseudo_inverse(between)
         mixed = jnp.einsum("hlt,thc->lhc", from_marks, value)
-        out = jnp.einsum("htl,lhc->thc", weights, mixed) + self._convolved(value)
+        out = jnp.einsum("htl,lhc->thc", weights, mixed) + self._residual(value)
         attention = jnp.einsum("hl,hlt->t", weights[:, 0], from_marks) / self.heads
         out = self.merge(out.reshape(count, -1).astype(tokens.dtype))
         return tokens + jnp.where(seen[:, None], out, 0), attention
 
-    def _convolved(self, value: Float32[Array, "token head channel"]) -> Float32[Array, "token head channel"]:
+    def _residual(self, value: Float32[Array, "token head channel"]) -> Float32[Array, "token head channel"]:
         """Each head's values convolved along the sequence with the head's own kernel."""
-        channels = jnp.moveaxis(value, 2, 0)  # a batch of sequences, one a channel
-        return jnp.moveaxis(
-            jax.lax.conv_general_dilated(
-                channels,
-                self.residual[...],
-                (1,),
-                "SAME",
-                dimension_numbers=("NWC", "WIO", "NWC"),
-                feature_group_count=self.heads,
-            ),
-            0,
-            2,
-        )
+        width = value.shape[-1]
+        kernel = jnp.repeat(self.residual[...][:, 0], width, axis=1)
+        return _convolved(value.reshape(len(value), -1), kernel).reshape(value.shape)
+
+
+def _convolved(
+    values: Float32[Array, "*place channel"], kernel: Float32[Array, "*tap channel"]
+) -> Float32[Array, "*place channel"]:
+    """Convolution of each channel with its own kernel of odd sides, zero beyond the edge.
+
+    A sum of shifted products: XLA divides those among devices rightly, where gradients of its own grouped convolutions
+    came out wrong, and on CPUs it is faster.
+    """
+    taps = kernel.shape[:-1]
+    padded = jnp.pad(values, [(tap // 2, tap // 2) for tap in taps] + [(0, 0)])
+    total = jnp.zeros_like(values)
+    for at in np.ndindex(*taps):
+        shifted = padded[tuple(slice(i, i + length) for i, length in zip(at, values.shape[:-1], strict=True))]
+        total = total + kernel[at] * shifted
+    return total
 
 
 def _softmax_over(

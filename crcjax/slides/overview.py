@@ -63,7 +63,9 @@ def write_overview(store: str | Path, places: Mapping[str, str] | None = None) -
             place, off = places[slide.slide_id] if places else "", tiles_off(slide, centre)
             lines.append(_line(slide, place, degrees.get(slide.slide_id), off))
             Image.fromarray(contact_sheet(slide)).save(folder / f"{slide.slide_id}.jpg", quality=85)
-            write_area(folder / f"{slide.slide_id}.tissue", slide.thumbnail()[1], slide.info.size, "Tissue")
+            write_area(
+                folder / f"{slide.slide_id}.tissue", slide.thumbnail()[1], slide.info.size, "Tissue", slide.info.corner
+            )
         _stain_picture(stains, places or {}, synthetic).savefig(folder / "stains.png", dpi=110)
         lines.sort(key=lambda line: (VERDICTS.index(line["verdict"]), line["coverage"], line["slide_id"]))
         page = _page(lines, sorted(set(places or ()) - set(tiled)), synthetic)

@@ -68,6 +68,11 @@ def _shape(config: ConfigDict, count: int) -> tuple[int, int, int]:
     bags = data.bags // config.train.micro_batches
     along_data = sizes.data or (rest // sizes.bag if sizes.bag else gcd(rest, bags))
     along_bag = sizes.bag or rest // along_data
+    if not (sizes.data or sizes.bag) and along_data * along_bag == rest and data.regions % along_bag:
+        raise InputError(
+            f"{rest} devices share neither config.data.bags {data.bags} nor each bag's config.data.regions {data.regions}: make "
+            f"bags a multiple of {rest * config.train.micro_batches}, or regions one of {along_bag}"
+        )
     if along_data * along_bag * sizes.model != count:
         raise InputError(f"config.mesh {_words(sizes)}: does not make {count} devices; set sizes whose product is that")
     if data.bags % (along_data * config.train.micro_batches):

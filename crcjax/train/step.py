@@ -72,6 +72,8 @@ def abstract_state(
     """The shapes and the layout of a state, for compiling without one."""
     state = jax.eval_shape(partial(_first, optimizer, config.model.dtype), params_of(model), mining)
     layout = state_shardings(state, mesh, config.mesh.shard_params)
+    # Every process reads and changes all of what is remembered for mining.
+    layout = replace(layout, mining=jax.tree.map(lambda _: replicated(mesh), state.mining))
     return jax.tree.map(lambda value, at: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=at), state, layout)
 
 
@@ -116,7 +118,7 @@ def build_step(
     """
     following = _build_following(model, optimizer, config, mesh, normaliser, tasks)
     layout = jax.tree.map(lambda value: value.sharding, abstract_state(model, optimizer, config, mesh))
-    layout = replace(layout, mining=replicated(mesh))
+    layout = replace(layout, mining=replicated(mesh))  # of any mining
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     def step(state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
@@ -250,6 +252,8 @@ def _build_encode(
     # do by bringing the pixels of a bag together. Mapped by hand, each device encodes what it holds; and the encoder's
     # gradient is summed over devices once a step, in float32, not once a part in the type of the computation.
     def mapped(params: Params, bag: Bag, drawn: Augmentation) -> Float32[Array, "batch region slot feature"]:
+        if mesh.shape["data"] * mesh.shape["bag"] == 1:  # nothing to map over, which the partitioner cannot do
+            return encode(params, jnp.asarray(bag.tiles), bag.stain, drawn)
         by_bag, by_region = PartitionSpec("data"), PartitionSpec("data", "bag")
         draws, tree = jax.tree.flatten(drawn)
         by_draw = [by_bag if draw.shape[1] == 1 else by_region for draw in draws]  # drawn for a slide, or for its tiles

@@ -4,8 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from crcjax.config import get_config
 from crcjax.data.cohort import Cohort, SlideRow
-from crcjax.data.splits import assign_fold, assign_splits, fold_of
+from crcjax.data.splits import assign_fold, assign_splits, divide, fold_of
 from crcjax.errors import InputError
 
 CLASSES = ("canonical", "immune", "stromal")
@@ -119,3 +120,10 @@ def test_a_case_of_two_sites_is_in_no_fold_by_site() -> None:
     rows = (replace(cohort.rows[0], site="b"), *cohort.rows[1:])
     with pytest.raises(InputError, match="case a00 of the cohort has slides of b and a"):
         fold_of(Cohort(rows, CLASSES), 2, "site", 0)
+
+
+def test_a_fold_of_no_number_of_folds_is_refused() -> None:
+    config = get_config().data
+    config.fold = 2
+    with pytest.raises(InputError, match=r"config\.data\.fold 2: of how many\? set config\.data\.folds"):
+        divide(_cohort(), config)

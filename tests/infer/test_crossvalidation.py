@@ -11,6 +11,7 @@ from crcjax.errors import InputError
 from crcjax.infer.crossvalidation import crossvalidate
 from crcjax.infer.predictor import Predictor
 from crcjax.slides.store import open_store
+from crcjax.train.loop import train
 from crcjax.train.run_directory import open_run
 from crcjax.validation.report import validate
 
@@ -35,7 +36,14 @@ def config(small_config, tmp_path: Path):
 
 def test_each_case_is_predicted_by_runs_that_never_saw_it_and_the_table_is_validated(config, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    # As launch/slurm/train.sbatch does in an array: such a run is taken as it is.
+    of_fold = config.copy_and_resolve_references()
+    of_fold.data.fold = 1
+    train(of_fold, out / "fold-1" / "seed-0")
+    written = out / "fold-1" / "seed-0" / "metrics.jsonl"
+    before = written.read_text()
     crossvalidate(config, out, seeds=2)
+    assert written.read_text() == before
     rows = _table(out / "predictions.csv")
     assert sorted(row["slide_id"] for row in rows) == sorted(
         row.slide_id for row in load_cohort(config.data.cohort, None).rows

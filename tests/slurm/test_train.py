@@ -84,18 +84,25 @@ def test_a_fold_trained_over_two_nodes_is_stopped_by_a_signal_requeued_and_goes_
     _await(lambda: [post["event"] for post in posted][-1] in ("end", "failure"), text())
     assert [post["event"] for post in posted] == ["start", "requeue", "start", "end"], text()
     assert [post["restarts"] for post in posted] == [0, 0, 1, 1]
-    assert {post["workdir"] for post in posted} == {str(run / "fold-1")}
+    assert {post["workdir"] for post in posted} == {str(run / "fold-1" / "seed-0")}
     saved = re.search(r"stopped as asked, step (\d+) is saved", text())
     resumed = re.search(r"going on from step (\d+)", text())
     assert saved is not None
     assert resumed is not None
     assert saved[1] == resumed[1]
     assert "8,707 parameters on 2 cpu devices of 2 processes" in text()
-    lines = [json.loads(line) for line in (run / "fold-1" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "fold-1" / "seed-0" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 301))
-    assert json.loads((run / "fold-1" / "config.json").read_text())["data"]["fold"] == 1
+    assert json.loads((run / "fold-1" / "seed-0" / "config.json").read_text())["data"]["fold"] == 1
     for process in (0, 1):
-        assert "trained to step 300" in (run / "fold-1" / "logs" / f"process-{process}.log").read_text()
+        assert "trained to step 300" in (run / "fold-1" / "seed-0" / "logs" / f"process-{process}.log").read_text()
     mails = (slurm / "mails").read_text()
     assert "Began" in mails
     assert "somebody" in mails
+
+
+def test_without_a_place_for_the_run_the_script_says_so() -> None:
+    script = ROOT / "launch" / "slurm" / "train.sbatch"
+    done = subprocess.run(["bash", script, "--config=small.py"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "give --workdir RUN" in done.stderr

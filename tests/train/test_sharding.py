@@ -5,11 +5,15 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from crcjax.config import get_config
+from crcjax.data.mining import start_mining
 from crcjax.models.convnets import ConvNeXt
 from crcjax.models.hierarchical import HierarchicalAttentionMIL
+from crcjax.models.mil import build_model
 from crcjax.models.vit import ViT
 from crcjax.train.mesh import AXES
+from crcjax.train.optimizer import build_optimizer
 from crcjax.train.sharding import state_shardings
+from crcjax.train.step import abstract_state
 
 MESH = AbstractMesh((4, 1, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -50,3 +54,13 @@ def test_dense_layers_of_a_mil_model_are_divided() -> None:
     assert specs["across.0.perceptron.0.kernel"] == PartitionSpec(None, "model")
     assert specs["across.0.perceptron.1.kernel"] == PartitionSpec("model", None)
     assert specs["pool_regions.hidden.kernel"] == PartitionSpec(None, "model")
+
+
+def test_what_is_remembered_for_mining_is_whole_on_every_device_however_large() -> None:
+    config = get_config()
+    config.data.mine_slides, config.data.mine_regions, config.mesh.shard_params = 0.3, 0.3, 8
+    config.model.width, config.model.features, config.model.attention = 8, 16, 8
+    model, mining = build_model(config.model, 3, 0), start_mining(config.data, 64)
+    state = abstract_state(model, build_optimizer(config.optimizer, 10), config, MESH, mining)
+    assert any("data" in leaf.sharding.spec for leaf in jax.tree.leaves(state.moments))
+    assert not any(any(leaf.sharding.spec) for leaf in jax.tree.leaves(state.mining))
