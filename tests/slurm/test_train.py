@@ -101,8 +101,20 @@ def test_a_fold_trained_over_two_nodes_is_stopped_by_a_signal_requeued_and_goes_
     assert "somebody" in mails
 
 
-def test_without_a_place_for_the_run_the_script_says_so() -> None:
-    script = ROOT / "launch" / "slurm" / "train.sbatch"
-    done = subprocess.run(["bash", script, "--config=small.py"], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize(
+    ("array", "arguments", "message"),
+    [
+        ("", ["--config=small.py"], "give --config FILE and --workdir DIR"),
+        ("0", ["--config=small.py", "--workdir=RUN", "--config.data.folds=0"], "an array trains folds, of how many"),
+    ],
+)
+def test_without_a_place_for_the_run_or_folds_for_an_array_the_script_says_so(
+    array: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "small.py").write_text(SMALL)
+    ours = {"CRCJAX_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_ID": array}
+    command = ["bash", str(ROOT / "launch" / "slurm" / "train.sbatch"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | ours, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "give --workdir RUN" in done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "RUN").exists()
