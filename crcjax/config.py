@@ -91,7 +91,9 @@ def get_config() -> ConfigDict:
     train.eval_every = 100  # steps between evaluations on the validation cases
     train.checkpoint_every = 50  # steps between checkpoints; a killed run repeats at most these
     train.log_every = 10  # steps between lines of metrics
-    train.agree_every = 100  # steps between checks that all devices hold the same parameters to the bit; 0, never
+    train.agree_every = (
+        100  # steps between checks of several processes that their copies are the same to the bit; 0, never
+    )
     train.stall_timeout_s = 900.0  # several processes end where none finishes a step, or a slide of an evaluation
     train.keep_best = 1  # checkpoints kept for their validation metric, beside the newest
     train.loss = "cross_entropy"  # or focal; for the evidential head evidential (squares) or evidential_digamma

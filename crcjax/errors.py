@@ -41,5 +41,15 @@ class StoppedError(CrcjaxError):
     """A signal asked the run to stop; what is done is saved, and the same command goes on from there."""
 
 
+class DeviceMemoryError(CrcjaxError):
+    """A device's memory ran out within a step; the same command goes on from the last checkpoint, in smaller parts than
+    the `parts` that were tried.
+    """
+
+    def __init__(self, message: str, parts: int):
+        super().__init__(message)
+        self.parts = parts
+
+
 class BusyError(CrcjaxError):
     """Another process holds what is needed; it will be free again."""

@@ -27,10 +27,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from crcjax.config import get_config
-from crcjax.errors import CrcjaxError, InputError, OutputError, StoppedError
+from crcjax.errors import CrcjaxError, DeviceMemoryError, InputError, OutputError, StoppedError
 from crcjax.monitor.logs import complain
 
-STATUS = {InputError: 2, OutputError: 3, StoppedError: 85}
+STATUS = {InputError: 2, OutputError: 3, StoppedError: 85, DeviceMemoryError: 85}
 
 
 def main(arguments: list[str] | None = None) -> int:

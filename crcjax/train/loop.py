@@ -24,7 +24,7 @@ from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import Feed, open_feed
 from crcjax.data.mining import Miner, Mining, start_mining
 from crcjax.data.splits import divide
-from crcjax.errors import InputError, StoppedError
+from crcjax.errors import DeviceMemoryError, InputError, StoppedError
 from crcjax.models.encoders import PRETRAINED
 from crcjax.models.mil import MILModel, build_model
 from crcjax.monitor.logs import kept_in, say
@@ -38,13 +38,15 @@ from crcjax.train.distributed import Group
 from crcjax.train.ensemble import Ensemble, apart, check_members, member_config, side_by_side, with_encoder_of
 from crcjax.train.evaluate import Evaluation, TaskEvaluation
 from crcjax.train.losses import check_loss
-from crcjax.train.memory import Budget, Parts, fitting_step, is_out_of_memory, keep_parts, more_parts
+from crcjax.train.memory import Budget, Parts, fitting_step, keep_parts, memory_errors, memory_of_step, more_parts
 from crcjax.train.mesh import described, device_mesh, local_mesh, on_local_mesh
 from crcjax.train.optimizer import build_optimizer, learning_rate
 from crcjax.train.pretrained import is_kept, load_published
 from crcjax.train.run_directory import start_run
 from crcjax.train.step import Forward, JointMetrics, Metrics, TrainState, abstract_state, build_step, init_state
 from crcjax.train.tasks import Tasks, add_heads, check_tasks, open_tasks
+
+_OUTSIDE = "That was outside of a step: lower config.data.region_buckets, of the evaluation, or the model's width"
 
 
 def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
@@ -80,12 +82,12 @@ def _train_on(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> Non
     while True:
         try:
             return _train(config, runs, group)
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            say(f"{run}: {str(error).splitlines()[0]} Steps are computed in {more_parts(run)} parts from now on")
-            if jax.process_count() > 1:
-                raise  # the other processes wait within the step: the run starts anew, in as many parts
+        except DeviceMemoryError as error:
+            # Of the parts that the run was started with, which this process has kept there.
+            message = f"{run}: {error} Steps are computed in {more_parts(run, error.parts)} parts from now on"
+            if jax.process_count() > 1:  # the others wait within the step: the run starts anew
+                raise DeviceMemoryError(f"{message}; give the same command again", error.parts) from error
+            say(message)
         gc.collect()  # what the failed step's frames held
 
 
@@ -99,7 +101,7 @@ def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
     miner = Miner(run, plan.bags_of, config, state.mining, start)
     batches = plan.feed.batches(start, miner.board)
     # The miner is left before the batches are closed: readers that wait for it would never end.
-    with record.from_step(start), closing(batches), miner:
+    with memory_of_step(plan.parts), record.from_step(start), closing(batches), miner:
         say(f"{parameter_overview.count_parameters(state.params):,} parameters on {described(plan.mesh)}")
         for path in runs.values():
             say(f"{path}: going on from step {start}" if start else f"{path}: starting")
@@ -264,8 +266,9 @@ class _Record:
     def _evaluated(self, number: int, state: TrainState) -> dict[str, float] | None:
         params = on_local_mesh(state.params, self._plan.mesh, local_mesh())
         each = partial(self._group.at, number, "evaluating")
-        found = self._slides.metrics(params, each)
-        return found | self._tiles.metrics(params, each) if found and self._tiles else found
+        with memory_errors(lambda words: InputError(f"{self._paths[0]}: {words} {_OUTSIDE}")):
+            found = self._slides.metrics(params, each)
+            return found | self._tiles.metrics(params, each) if found and self._tiles else found
 
     def finish(self) -> None:
         """Waits for the checkpoints."""

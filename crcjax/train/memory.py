@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import Bag
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import CrcjaxError, DeviceMemoryError, InputError, OutputError
 from crcjax.train.step import TrainState
 
 _USABLE = 0.9  # of a device: the rest is lost between allocations, and to buffers of the communication
@@ -130,9 +131,20 @@ def _host_memory() -> int:
     return found
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of JAX says that a device's memory did not suffice."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+@contextmanager
+def memory_errors(made_of: Callable[[str], CrcjaxError]) -> Iterator[None]:
+    """Raises what is made of JAX's own words where a device's memory does not suffice for what is within."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise made_of(str(error).splitlines()[0]) from error
+
+
+def memory_of_step(parts: Parts) -> AbstractContextManager[None]:
+    """Raises DeviceMemoryError where memory does not suffice for steps of `parts`; JAX says so when they are waited for."""
+    return memory_errors(lambda words: DeviceMemoryError(words, parts.count))
 
 
 def keep_parts(run: Path, parts: Parts) -> None:
@@ -145,16 +157,16 @@ def keep_parts(run: Path, parts: Parts) -> None:
         raise OutputError(f"{run}: cannot be written ({error.strerror}); choose another --workdir") from error
 
 
-def more_parts(run: Path) -> int:
-    """Halves the micro-batch for the next start, after a device's memory did not suffice, and returns the new parts.
+def more_parts(run: Path, tried: int) -> int:
+    """Halves the micro-batch for the next start, after memory did not suffice for `tried` parts; returns the new parts.
 
-    Raises InputError if bags came one by one already.
+    Several processes may say so of the same step. Raises InputError if bags came one by one already.
     """
     parts = _kept(run)
-    larger = [count for count in parts.possible if count >= 2 * parts.count]
+    larger = [count for count in parts.possible if count >= 2 * tried]
     if not larger:
         raise InputError(
-            f"{run}: the devices' memory does not suffice for a step of {parts.count} parts, and there can be no more; lower "
+            f"{run}: the devices' memory does not suffice for a step of {tried} parts, and there can be no more; lower "
             "config.data.regions, config.model.encode_regions or the model's width, or free the devices of other programs"
         )
     keep_parts(run, Parts(larger[0], parts.possible))

@@ -66,13 +66,14 @@ def _slurm(environment: Mapping[str, str]) -> dict | None:
     if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
         return None
     nodes = environment["SLURM_STEP_NODELIST"]
-    # n[07-12,14],m1 begins with n07
-    first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
+    # rack[1-2]n[07-12,14]-ib,m1 begins with rack1n07-ib
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     assert first is not None
+    host = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
     port = _FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _PORTS
     return {
         "name": "SLURM",
-        "coordinator": f"{first[1]}{first[2] or ''}:{port}",
+        "coordinator": f"{host}:{port}",
         "processes": int(environment["SLURM_STEP_NUM_TASKS"]),
         "process": int(environment["SLURM_PROCID"]),
         "local": (int(environment["SLURM_LOCALID"]), _tasks_here(environment)),

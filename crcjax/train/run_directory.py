@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -130,6 +130,7 @@ def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
     listing = sha256()
     for slide in slides:
         listing.update(slide.parent.name.encode() + slide.read_bytes())
+    others = {"the weights": config.model.weights, "the labels": config.tasks.labels}
     return {
         "--workdir": str(path),
         **{f"config.{name}": repr(value) for name, value in _leaves(config)},
@@ -138,7 +139,21 @@ def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "the cohort file": sha256(cohort.read_bytes()).hexdigest()[:12] if cohort.is_file() else "absent",
         "the store": f"{len(slides)} slides, listing {listing.hexdigest()[:12]}",
+        **{name: _digest(Path(path)) for name, path in others.items() if path},
     }
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of the files of a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = sha256()
+    for file in files:
+        try:
+            with open(file, "rb") as opened:
+                found.update(file.name.encode() + file_digest(opened, "sha256").digest())
+        except OSError:
+            return "absent"
+    return found.hexdigest()[:12]
 
 
 def _await(file: Path) -> None:

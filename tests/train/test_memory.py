@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -151,6 +152,19 @@ def test_the_fewest_parts_that_fit_are_chosen_and_a_step_that_cannot_fit_is_refu
 
 def test_parts_are_kept_by_the_run_and_made_smaller_until_bags_come_one_by_one(small_config, tmp_path: Path) -> None:
     assert _fitted(small_config, tmp_path)[1] == 1
-    assert [more_parts(tmp_path), _fitted(small_config, tmp_path)[1], more_parts(tmp_path)] == [2, 2, 4]
+    assert [more_parts(tmp_path, 1), _fitted(small_config, tmp_path)[1], more_parts(tmp_path, 2)] == [2, 2, 4]
+    assert more_parts(tmp_path, 2) == 4  # another process, of the same step
     with pytest.raises(InputError, match="4 parts, and there can be no more; lower"):
-        more_parts(tmp_path)
+        more_parts(tmp_path, 4)
+
+
+def test_memory_that_does_not_suffice_outside_of_a_step_is_not_taken_for_the_steps(
+    small_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore.")
+
+    monkeypatch.setattr("crcjax.train.evaluate.Evaluation.metrics", lacking)
+    with pytest.raises(InputError, match=r"allocating 9 bytes\. That was outside of a step: lower"):
+        train(small_config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "memory.json").read_text())["count"] == 1

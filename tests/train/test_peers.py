@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 
+from crcjax.config import get_config
 from crcjax.errors import InputError
 from crcjax.train.peers import Peers, find_peers
+from crcjax.train.run_directory import common_facts
 
 SRUN = {
     "SLURM_JOB_ID": "4099",
@@ -29,7 +33,8 @@ def test_a_bare_environment_is_a_single_process() -> None:
 
 def test_srun_says_all() -> None:
     assert find_peers(SRUN) == Peers("gpu07:61443", 8, 5, (1,))
-    assert find_peers(SRUN | {"SLURM_STEP_NODELIST": "a,b"}) == Peers("a:61443", 8, 5, (1,))
+    for nodes, first in (("a,b", "a"), ("gpu[07-08]-ib,a", "gpu07-ib"), ("rack[1-2]n[3,5],b", "rack1n3")):
+        assert find_peers(SRUN | {"SLURM_STEP_NODELIST": nodes}) == Peers(f"{first}:61443", 8, 5, (1,))
 
 
 def test_a_batch_script_without_srun_and_a_step_of_one_task_run_alone() -> None:
@@ -78,3 +83,15 @@ def test_processes_of_one_machine_divide_its_visible_gpus(visible: str, gpus) ->
 def test_what_is_missing_or_impossible_is_named(given: tuple, message: str) -> None:
     with pytest.raises(InputError, match=message):
         find_peers({}, *given)
+
+
+def test_processes_with_other_weights_or_labels_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    config = get_config()
+    config.model.weights, config.tasks.labels = str(tmp_path / "a.safetensors"), str(tmp_path / "labels")
+    (tmp_path / "labels").mkdir()
+    found = []
+    for content in (b"1", b"2"):
+        for file in (tmp_path / "a.safetensors", tmp_path / "labels" / "slide.csv"):
+            file.write_bytes(content)
+        found.append(common_facts(config, tmp_path))
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"the weights", "the labels"}

@@ -10,7 +10,7 @@ from crcjax.models.convnets import ConvNeXt
 from crcjax.models.hierarchical import HierarchicalAttentionMIL
 from crcjax.models.mil import build_model
 from crcjax.models.vit import ViT
-from crcjax.train.mesh import AXES
+from crcjax.train.mesh import AXES, device_mesh
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.sharding import state_shardings
 from crcjax.train.step import abstract_state
@@ -61,6 +61,7 @@ def test_what_is_remembered_for_mining_is_whole_on_every_device_however_large() 
     config.data.mine_slides, config.data.mine_regions, config.mesh.shard_params = 0.3, 0.3, 8
     config.model.width, config.model.features, config.model.attention = 8, 16, 8
     model, mining = build_model(config.model, 3, 0), start_mining(config.data, 64)
-    state = abstract_state(model, build_optimizer(config.optimizer, 10), config, MESH, mining)
+    mesh = device_mesh(config, jax.devices()[:1])
+    state = abstract_state(model, build_optimizer(config.optimizer, 100), config, mesh, mining)
     assert any("data" in leaf.sharding.spec for leaf in jax.tree.leaves(state.moments))
     assert not any(any(leaf.sharding.spec) for leaf in jax.tree.leaves(state.mining))
