@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from os import PathLike
 
+AGAIN_STATUS = 85  # the exit status of a run that the same command goes on with, by itself (launch/slurm/train.sbatch)
+
 
 class CrcjaxError(Exception):
     """An error that a user can act on; shown as one line, without a traceback."""

@@ -9,7 +9,8 @@ Several processes find each other by SLURM's, Open MPI's or Kubernetes' variable
 
 Exit status: 0 trained; 2 the config, cohort, store, run directory or set of processes is not usable; 3 the output cannot
 be written; 4 another process of the run failed, was lost or stood still; 85 stopped by SIGTERM or SIGUSR1, with
-everything saved: the same command goes on from there.
+everything saved, or a device of several processes ran out of memory: the same command goes on from there, or in smaller
+parts from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from crcjax.config import get_config
-from crcjax.errors import CrcjaxError, DeviceMemoryError, InputError, OutputError, StoppedError
+from crcjax.errors import AGAIN_STATUS, CrcjaxError, DeviceMemoryError, InputError, OutputError, StoppedError
 from crcjax.monitor.logs import complain
 
-STATUS = {InputError: 2, OutputError: 3, StoppedError: 85, DeviceMemoryError: 85}
+STATUS = {InputError: 2, OutputError: 3, StoppedError: AGAIN_STATUS, DeviceMemoryError: AGAIN_STATUS}
 
 
 def main(arguments: list[str] | None = None) -> int:

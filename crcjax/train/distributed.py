@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from crcjax.errors import StoppedError
+from crcjax.errors import AGAIN_STATUS, DeviceMemoryError, StoppedError
 from crcjax.monitor.logs import complain, note, number_lines
 from crcjax.train.agreement import disagreement, local_sums
 from crcjax.train.peers import Peers
@@ -107,10 +107,12 @@ class Group:
         if not self._ending.acquire(blocking=False):
             time.sleep(60)  # the watch has spoken and is ending this process
         words = " ".join(str(error).split()) or type(error).__name__
+        # One status of all, so that whoever started them sees it, whichever ends first.
+        status = AGAIN_STATUS if isinstance(error, DeviceMemoryError) else PEER_STATUS
         if self.main:
-            self._line.tell({"error": f"{self._line.names[0]} ended: {words}"})
+            self._line.tell({"error": f"{self._line.names[0]} ended: {words}", "status": status})
         else:
-            self._line.tell({"ended": words})
+            self._line.tell({"ended": words, "status": status})
         time.sleep(_DELIVERY_S)
 
     def ask_to_stop(self) -> None:
@@ -126,9 +128,9 @@ class Group:
         elif "finished" in message:
             self._finished.add(process)
         elif "ended" in message:
-            self._end(f"{name} ended: {message['ended']}")
+            self._end(f"{name} ended: {message['ended']}", message["status"])
         elif "error" in message:
-            self._end(message["error"])
+            self._end(message["error"], message["status"])
         elif "at" in message:
             self._heard_of[process] = (time.monotonic(), *message["at"])
         elif "sums" in message:
@@ -174,19 +176,19 @@ class Group:
             told.append(f"{self._line.names[process]} is {doing}, step {step}{silence}")
         return "; ".join(told[:8])
 
-    def _end(self, words: str) -> None:
+    def _end(self, words: str, status: int = PEER_STATUS) -> None:
         """Ends this process and, as process 0, all others, unless it has begun to end already."""
         if not self._ending.acquire(blocking=False):
             return
         assert self._line is not None
         if self.main:
-            self._line.tell({"error": words})
+            self._line.tell({"error": words, "status": status})
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         note("the main thread is here:\n" + "".join(traceback.format_stack(frame)))
         complain(f"crcjax: {words}; started again, the run goes on from its last checkpoint")
         time.sleep(_DELIVERY_S)
         # Not sys.exit: the main thread waits within jax, which would wait for minutes more for the others.
-        os._exit(PEER_STATUS)
+        os._exit(status)
 
 
 @contextmanager

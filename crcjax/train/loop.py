@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import optax
 from clu import parameter_overview
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -46,7 +47,7 @@ from crcjax.train.run_directory import start_run
 from crcjax.train.step import Forward, JointMetrics, Metrics, TrainState, abstract_state, build_step, init_state
 from crcjax.train.tasks import Tasks, add_heads, check_tasks, open_tasks
 
-_OUTSIDE = "That was outside of a step: lower config.data.region_buckets, of the evaluation, or the model's width"
+_OUTSIDE = "That was in an evaluation, not in a step: lower config.data.regions, of which it encodes as many, or the model's width"
 
 
 def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
@@ -179,7 +180,7 @@ def _planned(config: ConfigDict, runs: Mapping[int, Path]) -> _Plan:
     if ensemble:
         build, abstract = partial(ensemble.build, tuple(runs)), ensemble.abstract(len(runs))
     compiled = fitting_step(build, config, mesh, abstract, feed.shapes(), run)
-    models = tuple(model if seed == first else with_encoder_of(model, of_seed(seed)) for seed in runs)
+    models = tuple(_on_host(model if seed == first else with_encoder_of(model, of_seed(seed))) for seed in runs)
     of_data = feed, bags_of, mining, tasks
     return _Plan(config, cohort, tiling, normaliser, mesh, models, optimizer, *of_data, ensemble, *compiled)
 
@@ -193,6 +194,13 @@ def _load_published(model: MILModel, config: ConfigDict, stores: Sequence[TileSt
     if config.data.features:
         _check_features(config, stores, sha256)
     return partial(is_kept, config.model.frozen)
+
+
+def _on_host(model: MILModel) -> MILModel:
+    """The model, its parameters off the devices: of these the run's state alone has a copy."""
+    # Copied: NumPy's view of an array of a CPU would keep it there.
+    nnx.update(model, jax.tree.map(np.array, nnx.state(model)))
+    return model
 
 
 def _start(plan: _Plan, runs: Mapping[int, Path], group: Group) -> None:
@@ -264,9 +272,9 @@ class _Record:
             saved.save(one, evaluated)
 
     def _evaluated(self, number: int, state: TrainState) -> dict[str, float] | None:
-        params = on_local_mesh(state.params, self._plan.mesh, local_mesh())
         each = partial(self._group.at, number, "evaluating")
         with memory_errors(lambda words: InputError(f"{self._paths[0]}: {words} {_OUTSIDE}")):
+            params = on_local_mesh(state.params, self._plan.mesh, local_mesh())
             found = self._slides.metrics(params, each)
             return found | self._tiles.metrics(params, each) if found and self._tiles else found
 

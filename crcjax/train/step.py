@@ -88,7 +88,7 @@ def init_state(
     abstract = abstract_state(model, optimizer, config, mesh, mining)
     layout = jax.tree.map(lambda value: value.sharding, abstract)
 
-    def place(value: Array, at: NamedSharding) -> Array:
+    def place(value: Array | np.ndarray, at: NamedSharding) -> Array:
         held = np.asarray(value)
         return jax.make_array_from_callback(held.shape, at, lambda index: held[index])
 

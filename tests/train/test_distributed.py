@@ -34,6 +34,23 @@ def get_config():
     config.train.log_every, config.train.agree_every, config.optimizer.warmup_steps = 1, 2, 2
     return config
 """
+LACKING = """
+import sys
+import jax
+from crcjax.train import loop
+
+fitting_step = loop.fitting_step
+
+def lacking(*arguments):
+    step, budget, parts = fitting_step(*arguments)
+    def run(state, bag):
+        if "--process=1" in sys.argv and int(state.step) == 2 and parts.count == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory, by a test.")
+        return step(state, bag)
+    return run, budget, parts
+
+loop.fitting_step = lacking
+"""
 HOST = socket.gethostname()
 
 
@@ -142,28 +159,37 @@ def test_features_that_are_not_finite_are_one_error_from_each_process(start, pai
 
 def test_processes_of_other_configs_end_with_the_field_and_the_process(painted: Path, tmp_path: Path) -> None:
     (tmp_path / "small.py").write_text(SMALL)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "crcjax.main",
-        f"--config={tmp_path / 'small.py'}",
-        f"--workdir={tmp_path / 'run'}",
-    ]
-    command += [f"--config.data.store={painted / 'store'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
-    command += ["--processes=2", f"--coordinator=127.0.0.1:{port}"]
-    running = [
-        subprocess.Popen(
-            [*command, f"--process={i}", f"--config.seed={i}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        for i in (0, 1)
-    ]
+    running = _two(tmp_path, painted, [["--config.seed=0"], ["--config.seed=1"]])
     for i, process in enumerate(running):
         error = process.communicate(timeout=120)[1]
         assert process.returncode == 2
         assert f"[{i}] crcjax: the processes do not agree. process 1 ({HOST}) differs: config.seed is 1 there" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_where_one_process_has_too_little_memory_all_end_to_be_started_again_in_smaller_parts(
+    painted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small.py").write_text(SMALL + LACKING)
+    running = _two(tmp_path, painted, [[], []])
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [85, 85], errors
+    for error in errors:
+        assert "memory, by a test. Steps are computed in 2 parts from now on; give the same command again" in error
+    assert json.loads((tmp_path / "run" / "memory.json").read_text()) == {"count": 2, "possible": [1, 2]}
+
+
+def _two(folder: Path, painted: Path, own: list[list[str]]) -> list[subprocess.Popen]:
+    """Two processes of crcjax.main, each with arguments of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "crcjax.main", f"--config={folder / 'small.py'}", f"--workdir={folder / 'run'}"]
+    command += [f"--config.data.store={painted / 'store'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
+    command += ["--processes=2", f"--coordinator=127.0.0.1:{port}"]
+    return [
+        subprocess.Popen([*command, f"--process={i}", *more], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for i, more in enumerate(own)
+    ]
 
 
 SCRIPT = """

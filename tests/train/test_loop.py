@@ -16,6 +16,7 @@ from crcjax.infer.predictor import Predictor
 from crcjax.models.mil import build_model
 from crcjax.slides.reader import open_slide
 from crcjax.train.checkpoint import restore_params
+from crcjax.train.distributed import Group
 from crcjax.train.loop import train
 from crcjax.train.run_directory import open_run
 
@@ -54,6 +55,22 @@ def test_a_run_keeps_its_config_versions_tiling_metrics_and_checkpoints(small_co
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert 6 in {int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit()}
+
+
+def test_while_a_run_trains_the_devices_hold_its_state_and_no_other_copy_of_the_model(
+    small_config, tmp_path: Path
+) -> None:
+    small_config.model.features, small_config.model.heads = 24, 2  # a width that nothing else here has
+    small_config.train.eval_every = small_config.train.checkpoint_every = 6
+    held: list[int] = []
+
+    class Watching(Group):
+        def at(self, step: int, doing: str) -> None:
+            if doing == "computing":
+                held.append(sum(array.shape == (64, 24) for array in jax.live_arrays()))
+
+    train(small_config, tmp_path / "run", Watching())
+    assert held == [3] * 6  # the encoder's last kernel and its two moments
 
 
 def test_a_finished_run_is_left_as_it_is(small_config, tmp_path: Path) -> None:
