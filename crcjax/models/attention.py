@@ -70,22 +70,25 @@ def attend(
 
 
 def in_blocks(
-    each: Callable[..., Float[Array, "batch some feature"]], largest: int, *rows: Shaped[Array, "batch instance ..."]
-) -> Float[Array, "batch instance feature"]:
+    each: Callable[..., tuple[Shaped[Array, "batch some ..."], ...]],
+    largest: int,
+    *rows: Shaped[Array, "batch instance ..."],
+) -> tuple[Shaped[Array, "batch instance ..."], ...]:
     """What `each` makes of some instances of every bag, at most `largest` at a time.
 
-    Nothing that it computes is kept but what it returns: it is made again in the backward pass, block by block.
+    Of several blocks nothing that it computes is kept but what it returns: it is made again in the backward pass.
     """
-    count = rows[0].shape[1]
+    batch, count = rows[0].shape[:2]
     blocks = -(-count // largest)
+    if blocks == 1:
+        return each(*rows)
     size = -(-count // blocks)
 
     def split(part: Shaped[Array, "batch instance ..."]) -> Shaped[Array, "block batch some ..."]:
         padded = jnp.pad(part, ((0, 0), (0, blocks * size - count), *[(0, 0)] * (part.ndim - 2)))
         # Every block takes instances from all over the bag, so that where devices share the bag, each has a part of each.
-        return jnp.moveaxis(padded.reshape(len(part), size, blocks, *part.shape[2:]), 2, 0)
+        return jnp.moveaxis(padded.reshape(batch, size, blocks, *part.shape[2:]), 2, 0)
 
     one = jax.checkpoint(each, prevent_cse=False)
-    parts = tuple(split(part) for part in rows)
-    found = one(*(part[0] for part in parts))[None] if blocks == 1 else jax.lax.map(lambda some: one(*some), parts)
-    return jnp.moveaxis(found, 0, 2).reshape(len(rows[0]), blocks * size, -1)[:, :count]
+    found = jax.lax.map(lambda some: one(*some), tuple(split(part) for part in rows))
+    return tuple(jnp.moveaxis(part, 0, 2).reshape(batch, blocks * size, *part.shape[3:])[:, :count] for part in found)

@@ -42,8 +42,7 @@ class HierarchicalAttentionMIL(nnx.Module):
         batch, _, width = bag.features.shape
         slots = bag.features.reshape(batch, -1, self.count, width)
         slot_mask = bag.mask.reshape(batch, -1, self.count)
-        pooled = in_blocks(self._pool_slots, max(1, _INSTANCES // self.count), slots, slot_mask)
-        regions, slot_attention = jnp.split(pooled, [width], axis=-1)
+        regions, slot_attention = in_blocks(self._pool_slots, max(1, _INSTANCES // self.count), slots, slot_mask)
         mask = slot_mask.any(axis=2)
         position = bag.position[:, :: self.count]
         for block in self.across:
@@ -57,8 +56,8 @@ class HierarchicalAttentionMIL(nnx.Module):
 
     def _pool_slots(
         self, slots: Float[Array, "batch some slot feature"], mask: Bool[Array, "batch some slot"]
-    ) -> Float32[Array, "batch some feature_and_slot"]:
-        """The features of some regions, and behind them the attention to their slots."""
+    ) -> tuple[Float32[Array, "batch some feature"], Float32[Array, "batch some slot"]]:
+        """The features of some regions, and the attention to their slots."""
         lead, (count, width) = slots.shape[:2], slots.shape[2:]
         slots, mask = slots.reshape(-1, count, width), mask.reshape(-1, count)
         if self.within is not None:
@@ -66,7 +65,7 @@ class HierarchicalAttentionMIL(nnx.Module):
             slots = self.within(slots, mask)
         attention = masked_softmax(self.pool_slots(slots), mask)[..., 0]
         regions = jnp.einsum("rs,rsf->rf", attention, slots.astype(jnp.float32))
-        return jnp.concatenate([regions, attention], axis=-1).reshape(*lead, -1)
+        return regions.reshape(*lead, -1), attention.reshape(*lead, -1)
 
 
 class Block(nnx.Module):
@@ -89,23 +88,23 @@ class Block(nnx.Module):
     ) -> Float[Array, "batch instance feature"]:
         rows = (values,) if position is None else (values, position)
 
-        def seen(some: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]) -> Array:
+        def seen(
+            some: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]
+        ) -> tuple[Array, Array]:
             normal = self.norms[0](some)
-            found = jnp.stack([self._projected(normal, 1, *place), self._projected(normal, 2)], axis=2)
-            return found.reshape(*some.shape[:2], -1)
+            return self._projected(normal, 1, *place), self._projected(normal, 2)
 
-        both = in_blocks(seen, _INSTANCES, *rows).reshape(*values.shape[:2], 2, self.heads, -1)
-        key, value = both[:, :, 0], both[:, :, 1]
+        key, value = in_blocks(seen, _INSTANCES, *rows)
 
         def following(
             some: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]
-        ) -> Float[Array, "batch some feature"]:
+        ) -> tuple[Float[Array, "batch some feature"]]:
             query = self._projected(self.norms[0](some), 0, *place)
             some = some + self.merge(attend(query, key, value, mask).reshape(some.shape))
-            return some + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](some))))
+            return (some + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](some)))),)
 
         largest = max(_LEAST_QUERIES, _PAIRS // values.shape[1])
-        return in_blocks(following, largest, *rows)
+        return in_blocks(following, largest, *rows)[0]
 
     def _projected(
         self,

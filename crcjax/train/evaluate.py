@@ -71,12 +71,8 @@ class Evaluation:
             "balanced_accuracy": float(balanced_accuracy_score(labels, called)),
         }
 
-    def predictions(self, params: Params) -> Iterator[Prediction]:
-        """What the model says of each slide or case, in the order of the cohort."""
-        return (self.prediction(params, index) for index in range(len(self.stores)))
-
     def prediction(self, params: Params, index: int) -> Prediction:
-        """Of one slide or case. Raises InputError if it is damaged."""
+        """What the model says of one slide or case, in the order of the cohort. Raises InputError if it is damaged."""
         store, read, stain = self.stores[index], self._readers[index], self._stains[index]
         return self._forward.bag(params, self._chunks(len(store.mask), read), store.mask, _position(store), stain)
 

@@ -370,7 +370,7 @@ def test_attention_in_blocks_equals_plain_attention_and_keeps_no_matrix_of_all_p
         return found.reshape(1, 700, -1)
 
     def blocked(query: jax.Array, key: jax.Array) -> jax.Array:
-        return in_blocks(lambda some: attend(some, key, value, mask).reshape(*some.shape[:2], -1), 64, query)
+        return in_blocks(lambda some: (attend(some, key, value, mask).reshape(*some.shape[:2], -1),), 64, query)[0]
 
     np.testing.assert_allclose(blocked(query, key), plain(query, key), rtol=1e-4, atol=1e-5)
     gradients = [jax.jit(jax.grad(lambda *both, f=f: (f(*both) ** 2).sum(), argnums=(0, 1))) for f in (blocked, plain)]
