@@ -69,7 +69,9 @@ def get_config() -> ConfigDict:
     model.imported_features = 0  # numbers in each feature of crcjax import; set by training on such, without weights
     model.frozen = True  # a published encoder stays as it is, and the model learns on its features
     model.encode_regions = 64  # of each bag encoded at a time in training; memory grows with it, not with the bag
-    model.remat = "full"  # what is made again of each such part: all (full), all but matrix products (dots), or none
+    model.remat = (
+        "full"  # what is made again of each of several such parts: all (full), all but matrix products (dots), or none
+    )
     model.width = 32  # channels of the encoder's first stage; doubles per stage
     model.features = 128  # numbers per instance
     model.mil = "gated_abmil"  # mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil, transmil, hierarchical

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from ml_collections import ConfigDict
 
 from crcjax.models.attention import AttentionScores, masked_softmax
+from crcjax.models.linear import Linear
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +100,7 @@ class CLAM(nnx.Module):
     def __init__(self, config: ConfigDict, classes: int, *, multibranch: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         branches = classes if multibranch else 1
         self.k = config.clam_instances
-        self.compress = nnx.Linear(config.features, config.features, dtype=dtype, rngs=rngs)
+        self.compress = Linear(config.features, config.features, dtype=dtype, rngs=rngs)
         self.score = AttentionScores(config.features, config.attention, branches, gated=True, dtype=dtype, rngs=rngs)
         self.classify = nnx.Linear(config.features, classes, rngs=rngs)
         self.judge = nnx.Linear(config.features, 2 * classes, rngs=rngs)  # class by class: negative, positive
@@ -150,7 +151,7 @@ class DSMIL(nnx.Module):
         width, hidden = config.features, config.attention
         self.instance = nnx.Linear(width, classes, rngs=rngs)
         self.query = nnx.List(
-            [nnx.Linear(width, hidden, dtype=dtype, rngs=rngs), nnx.Linear(hidden, hidden, dtype=dtype, rngs=rngs)]
+            [Linear(width, hidden, dtype=dtype, rngs=rngs), Linear(hidden, hidden, dtype=dtype, rngs=rngs)]
         )
         self.bag = nnx.Linear(classes * width, classes, rngs=rngs)  # the paper's convolution over the class embeddings
 

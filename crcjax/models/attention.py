@@ -10,6 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Shaped
 
+from crcjax.models.linear import Linear
+
 
 class AttentionScores(nnx.Module):
     """A score a branch for every instance (Ilse et al. 2018: equation 8, or 9 if `gated`), before the softmax.
@@ -20,8 +22,8 @@ class AttentionScores(nnx.Module):
     def __init__(self, features: int, hidden: int, branches: int, *, gated: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         # Content and gate are one product, so that the features, by far the most to read, are read once.
         self.gated = gated
-        self.hidden = nnx.Linear(features, 2 * hidden if gated else hidden, dtype=dtype, rngs=rngs)
-        self.score = nnx.Linear(hidden, branches, use_bias=False, dtype=dtype, rngs=rngs)
+        self.hidden = Linear(features, 2 * hidden if gated else hidden, dtype=dtype, rngs=rngs)
+        self.score = Linear(hidden, branches, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, features: Float[Array, "*bag instance feature"]) -> Float32[Array, "*bag instance branch"]:
         hidden = self.hidden(features)

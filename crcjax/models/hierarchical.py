@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from crcjax.models.aggregators import Instances, Pooled
 from crcjax.models.attention import AttentionScores, attend, in_blocks, masked_softmax, rotary
+from crcjax.models.linear import Linear, linear
 
 _LONGEST = 256.0  # sides of a region: the distance that the slowest rotary angle still tells apart
 _INSTANCES = 2048  # of each bag that see each other within their regions, at a time
@@ -74,10 +75,10 @@ class Block(nnx.Module):
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = heads
         self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
-        self.project = nnx.Linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.merge = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.project = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.merge = Linear(width, width, dtype=dtype, rngs=rngs)
         self.perceptron = nnx.List(
-            [nnx.Linear(width, 2 * width, dtype=dtype, rngs=rngs), nnx.Linear(2 * width, width, dtype=dtype, rngs=rngs)]
+            [Linear(width, 2 * width, dtype=dtype, rngs=rngs), Linear(2 * width, width, dtype=dtype, rngs=rngs)]
         )
 
     def __call__(
@@ -116,6 +117,7 @@ class Block(nnx.Module):
         width, layer = normal.shape[-1], self.project
         columns = slice(part * width, (part + 1) * width)
         assert layer.bias is not None
-        kernel, bias = (weights[...][..., columns].astype(layer.dtype) for weights in (layer.kernel, layer.bias))
-        found = (normal.astype(layer.dtype) @ kernel + bias).reshape(*normal.shape[:2], self.heads, -1)
+        assert layer.dtype is not None
+        found = linear(normal, layer.kernel[...][:, columns], layer.bias[...][columns], layer.dtype)
+        found = found.reshape(*normal.shape[:2], self.heads, -1)
         return found if position is None else rotary(found, position, _LONGEST)

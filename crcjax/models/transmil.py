@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from crcjax.models.aggregators import Instances, Pooled
 from crcjax.models.attention import masked_softmax
+from crcjax.models.linear import Linear
 
 _PINV_ITERATIONS = 6
 _RESIDUAL_KERNEL = 33
@@ -31,7 +32,7 @@ class TransMIL(nnx.Module):
 
     def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.features
-        self.compress = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.compress = Linear(width, width, dtype=dtype, rngs=rngs)
         self.token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,)))
         self.layers = nnx.List([NystromLayer(width, config.heads, dtype=dtype, rngs=rngs) for _ in range(2)])
         self.positions = nnx.List(
@@ -63,7 +64,7 @@ class TransMIL(nnx.Module):
         source = order[jnp.where(places < count, places, places - count) % total]
         sequence = jax.nn.relu(self.compress(features))[source] * held[:, None]
         row, column = places // jnp.maximum(side, 1), places % jnp.maximum(side, 1)
-        tokens = jnp.concatenate([self.token[...][None].astype(sequence.dtype), sequence])
+        tokens = jnp.concatenate([self.token[...][None], sequence]).astype(sequence.dtype)
         seen = jnp.concatenate([jnp.ones(1, bool), held])
         tokens, _ = self.layers[0](tokens, seen)
         square = jnp.zeros((largest, largest, tokens.shape[-1]), tokens.dtype)
@@ -94,8 +95,8 @@ class NystromLayer(nnx.Module):
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads, self.landmarks = heads, width // 2
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.project = nnx.Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.merge = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.project = Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.merge = Linear(width, width, dtype=dtype, rngs=rngs)
         init = nnx.initializers.lecun_normal()
         self.residual = nnx.Param(init(rngs.params(), (_RESIDUAL_KERNEL, 1, heads)))
 

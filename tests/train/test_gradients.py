@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +92,50 @@ def test_any_layout_gives_the_gradients_of_one_device(kind: str) -> None:
     for loss, gradient, name in json.loads(done.stdout.rpartition("found")[2]):
         assert loss < 1e-5
         assert gradient < 1e-5, name
+
+
+# python -c COMPILED MODEL ...: compiles their steps in bfloat16 for bags divided among four devices.
+COMPILED = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding
+from crcjax.config import get_config
+from crcjax.data.bags import Bag
+from crcjax.models.mil import build_model
+from crcjax.train.mesh import device_mesh
+from crcjax.train.optimizer import build_optimizer
+from crcjax.train.sharding import bag_spec
+from crcjax.train.step import abstract_state, build_step
+
+for kind in sys.argv[1:]:
+    config = get_config()
+    config.data.bags, config.data.regions, config.data.features = 4, 4, True
+    config.model.mil, config.model.encoder, config.model.imported_features = kind, "theirs", 16
+    config.model.features, config.model.attention, config.model.heads, config.model.clam_instances = 16, 8, 2, 2
+    config.model.dtype = "bfloat16"
+    mesh, model = device_mesh(config), build_model(config.model, 3, 0)
+    optimizer = build_optimizer(config.optimizer, 50)
+    shapes = ((4, 4, 1, 16), np.float32), ((4, 4, 1), bool), ((4, 4, 2), np.float32), ((4,), np.int32), ((4,), np.float32)
+    bag = jax.tree_util.tree_map_with_path(
+        lambda path, part: part.update(sharding=NamedSharding(mesh, bag_spec(path))),
+        Bag(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)),
+    )
+    build_step(model, optimizer, config, mesh).lower(abstract_state(model, optimizer, config, mesh), bag).compile()
+"""
+
+
+def test_gradients_of_a_bfloat16_computation_are_added_up_over_devices_in_float32(tmp_path: Path) -> None:
+    kinds = ("clam_mb", "hierarchical", "transmil")
+    # As the partitioner leaves it: CPUs have no sums in bfloat16, and convert what was asked for.
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_pass_re=spmd.* --xla_dump_hlo_as_text"
+    flags += " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    settings = {"XLA_FLAGS": flags, "PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-c", COMPILED, *kinds]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    programs = [path.read_text() for path in tmp_path.glob("*jit_step*after_spmd-partitioning*")]
+    assert len(programs) == len(kinds), sorted(path.name for path in tmp_path.iterdir())
+    for program in programs:
+        sums = re.findall(r"= (.+?) all-reduce\(", program)
+        assert any("f32" in kind for kind in sums)
+        assert not [kind for kind in sums if "bf16" in kind]
