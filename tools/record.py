@@ -14,6 +14,7 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jax
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -73,10 +74,10 @@ class PeakMemory:
 def record(name: str, command: str, rows: list[Row] | list[dict], note: str = "") -> None:
     """Prints the rows, writes them to tools/results/NAME.json with machine, versions and date, and the page anew.
 
-    Rows are figures (`Row`) or, where words belong in the table, dictionaries with the same keys each.
+    On a GPU the name is NAME_gpu. Rows are figures (`Row`) or, where words belong in the table, dictionaries with the same keys each.
     """
     result = {
-        "name": name,
+        "name": (name := _named(name)),
         "command": command,
         "date": datetime.date.today().isoformat(),
         "machine": _machine(),
@@ -92,8 +93,12 @@ def record(name: str, command: str, rows: list[Row] | list[dict], note: str = ""
 
 def earlier_rows(name: str) -> list[dict]:
     """The rows recorded last under a name: a benchmark that is run in pieces keeps those of its other pieces."""
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{_named(name)}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def _named(name: str) -> str:
+    return name if jax.default_backend() == "cpu" else f"{name}_gpu"
 
 
 def _results() -> list[dict]:
@@ -120,7 +125,8 @@ def _machine() -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}"
+    device = "" if jax.default_backend() == "cpu" else f"one {jax.devices()[0].device_kind}, "
+    return f"{device}{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}"
 
 
 def page(results: list[dict]) -> str:

@@ -14,8 +14,11 @@ from crcjax.models.attention import AttentionScores, attend, in_blocks, masked_s
 from crcjax.models.linear import Linear, linear
 
 _LONGEST = 256.0  # sides of a region: the distance that the slowest rotary angle still tells apart
-_INSTANCES = 2048  # of each bag that see each other within their regions, at a time
-_PAIRS = 2**19  # of a query and a key that attention across regions holds a head, whatever the number of regions
+# Of each bag, on CPUs: instances that see each other within their regions at a time, and pairs of a query and a key that
+# attention across regions holds a head, whatever the number of regions.
+_INSTANCES, _PAIRS = 2**11, 2**19
+# On other devices, of all bags: small blocks would leave them idle.
+_INSTANCES_ELSEWHERE, _PAIRS_ELSEWHERE = 2**16, 2**25
 _LEAST_QUERIES = 16  # at a time: with fewer, adding up the gradients of all keys would take longest
 
 
@@ -43,7 +46,7 @@ class HierarchicalAttentionMIL(nnx.Module):
         batch, _, width = bag.features.shape
         slots = bag.features.reshape(batch, -1, self.count, width)
         slot_mask = bag.mask.reshape(batch, -1, self.count)
-        regions, slot_attention = in_blocks(self._pool_slots, max(1, _INSTANCES // self.count), slots, slot_mask)
+        regions, slot_attention = in_blocks(self._pool_slots, max(1, _instances(batch) // self.count), slots, slot_mask)
         mask = slot_mask.any(axis=2)
         position = bag.position[:, :: self.count]
         for block in self.across:
@@ -95,7 +98,8 @@ class Block(nnx.Module):
             normal = self.norms[0](some)
             return self._projected(normal, 1, *place), self._projected(normal, 2)
 
-        key, value = in_blocks(seen, _INSTANCES, *rows)
+        batch, count, _ = values.shape
+        key, value = in_blocks(seen, _instances(batch), *rows)
 
         def following(
             some: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]
@@ -104,7 +108,8 @@ class Block(nnx.Module):
             some = some + self.merge(attend(query, key, value, mask).reshape(some.shape))
             return (some + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](some)))),)
 
-        largest = max(_LEAST_QUERIES, _PAIRS // values.shape[1])
+        pairs = _PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE // batch
+        largest = max(_LEAST_QUERIES, pairs // count)
         return in_blocks(following, largest, *rows)[0]
 
     def _projected(
@@ -121,3 +126,8 @@ class Block(nnx.Module):
         found = linear(normal, layer.kernel[...][:, columns], layer.bias[...][columns], layer.dtype)
         found = found.reshape(*normal.shape[:2], self.heads, -1)
         return found if position is None else rotary(found, position, _LONGEST)
+
+
+def _instances(batch: int) -> int:
+    """Of each bag that are computed at a time."""
+    return _INSTANCES if jax.default_backend() == "cpu" else max(_INSTANCES, _INSTANCES_ELSEWHERE // batch)

@@ -1,0 +1,67 @@
+"""What a device does at most, measured: products of matrices, and bytes moved; and what a computation must do at least."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Work:
+    """The floating-point operations of all products, and the bytes of memory that must be read or written."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Operations a second of a product by type, and bytes a second of a copy, read and written."""
+
+    flops: dict[str, float]
+    bytes: float
+
+    def seconds(self, work: Work, dtype: str) -> tuple[float, str]:
+        """The least time of some work, and what sets it."""
+        compute, memory = work.flops / self.flops[dtype], work.bytes / self.bytes
+        return (compute, "products") if compute > memory else (memory, "memory")
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in self.flops.items())
+        return f"products of {products}, copies of {self.bytes / 1e9:.3g} GB/s"
+
+
+def ceilings(dtypes: Sequence[str]) -> Ceilings:
+    """Of this device, as JAX uses it: a product of two large square matrices of random numbers, and a copy."""
+    on_cpu = jax.default_backend() == "cpu"
+    side, count = (1024, 2**26) if on_cpu else (8192, 2**30)
+    flops = {}
+    for dtype in dtypes:
+        matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
+        flops[dtype] = 2 * side**3 / _seconds(jax.jit(jnp.matmul), matrix, matrix)
+    values = jnp.arange(count, dtype=jnp.float32)
+    return Ceilings(flops, 8 * count / _seconds(jax.jit(lambda values: values + 1), values))
+
+
+def torch_work(call: Callable[[], object]) -> float:
+    """The operations of all products in PyTorch, nothing computed twice; to be called on tensors of the device meta."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def _seconds(call: Callable[..., jax.Array], *values: jax.Array) -> float:
+    jax.block_until_ready(call(*values))
+    times = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        jax.block_until_ready(call(*values))
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
