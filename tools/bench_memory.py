@@ -22,18 +22,29 @@ from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step, init_state
 
 ON_CPU = jax.default_backend() == "cpu"
-BAGS, TILE_PX = 8, 64 if ON_CPU else 256
-SIZES = ((64, "none", 1), (128, "none", 1), (128, "none", 2), (128, "none", 4), (256, "full", 1), (256, "full", 2))
+BAGS = 8
+SIZES = (  # regions, px of a tile's side, config.model.remat, parts
+    (64, 64, "none", 1),
+    (128, 64, "none", 1),
+    (128, 64, "none", 2),
+    (128, 64, "none", 4),
+    (256, 64, "full", 1),
+    (256, 64, "full", 2),
+    (32, 256, "none", 1),
+    (32, 256, "none", 2),
+    (128, 256, "full", 1),
+    (128, 256, "full", 2),
+)
 
 
-def measure(regions: int, remat: str, parts: int) -> tuple[int, int]:
+def measure(regions: int, side: int, remat: str, parts: int) -> tuple[int, int]:
     """Bytes that the step's activations and gradients are said to take, and bytes that the peak rises by as it runs."""
     config = get_config()
     config.data.bags, config.data.regions = BAGS, regions
     config.model.remat, config.train.micro_batches = remat, parts
     mesh, model = device_mesh(config), build_model(config.model, 3, 0)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
-    pixels = np.random.default_rng(0).integers(0, 255, (BAGS, regions, 1, TILE_PX, TILE_PX, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (BAGS, regions, 1, side, side, 3), np.uint8)
     position = np.zeros((BAGS, regions, 2), np.float32)
     label = np.arange(BAGS, dtype=np.int32) % 3
     bag = jax.device_put(Bag(pixels, np.ones((BAGS, regions, 1), bool), position, label, np.ones(BAGS, np.float32)))
@@ -64,17 +75,17 @@ def resident(field: str) -> int:
 
 def main() -> None:
     rows = []
-    for regions, remat, parts in SIZES:
-        command = [sys.executable, __file__, str(regions), remat, str(parts)]
+    for regions, side, remat, parts in SIZES:
+        command = [sys.executable, __file__, str(regions), str(side), remat, str(parts)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         said, taken = (int(value) / 2**20 for value in output.split())
-        name = f"{BAGS} bags of {regions} tiles in {parts} part{'s' if parts > 1 else ''}, remat {remat}"
+        name = f"{BAGS} bags of {regions} tiles of {side} px in {parts} part{'s' if parts > 1 else ''}, remat {remat}"
         rows += [
             Row(f"{name}: said", said, "MiB"),
             Row(f"{name}: measured", taken, "MiB", taken / said, "what the step says"),
         ]
     note = (
-        f"The default model on random tiles of {TILE_PX} px. Said: the compiled program's own account, with nothing allocated."
+        "The default model on random tiles. Said: the compiled program's own account, with nothing allocated."
         " Measured: by how much the step raises the memory of a fresh process over what it holds already, its parameters,"
         " optimiser and bags."
     )
@@ -84,13 +95,13 @@ def main() -> None:
 CPU_NOTE = (
     " On the CPU this is the resident memory. The 10 % that were aimed at are missed where little is said: the C library keeps freed"
     " memory for later. With it returned at once (MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536"
-    " MALLOC_MMAP_MAX_=1000000 python tools/bench_memory.py 256 full 2) the last size takes 107 MiB, 1.11 of what is said; the"
+    " MALLOC_MMAP_MAX_=1000000 python tools/bench_memory.py 256 64 full 2) the last size takes 107 MiB, 1.11 of what is said; the"
     " rest is the runtime's own."
 )
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(*measure(int(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+        print(*measure(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
     else:
         main()
