@@ -93,9 +93,10 @@ def draw_regions(
     filled = np.flatnonzero(mask.any(axis=1))
     if len(filled) <= count:
         return filled
-    first = np.intersect1d(filled, mined if mined is not None else [])[:count].astype(filled.dtype)
+    is_mined = np.isin(filled, mined if mined is not None else [])
+    first = filled[is_mined][:count]
     rng = np.random.default_rng([seed, 11, step, bag])
-    wanted, others = count - len(first), np.setdiff1d(filled, first)
+    wanted, others = count - len(first), filled[~is_mined]
     if cells is None or tissue is None:
         return np.sort(np.concatenate([first, rng.choice(others, wanted, replace=False)]))
     others = others[~np.isin(cells[others], cells[first])]
