@@ -10,20 +10,23 @@ from jaxtyping import Bool, Float
 from crcjax.data.cohort import SlideRow
 from crcjax.validation.metrics import Estimate, wilson
 
-MEASURES = ("entropy", "expected_entropy", "mutual_information", "vacuity")
+OF_SEVERAL = ("expected_entropy", "mutual_information")  # distributions held possible
+MEASURES = ("entropy", *OF_SEVERAL, "vacuity")
 
 
 def doubt_statistics(rows: Sequence[dict[str, str]], slides: Sequence[SlideRow]) -> dict[str, Estimate | float]:
     """Of rows of predictions.csv and their labelled slides, the first slide of each case alone: cases are independent.
 
-    The area under the risk-coverage curve by every measure of doubt that is given, and coverage and size of the sets.
+    The area under the risk-coverage curve by every measure of doubt that says something of its own, and coverage and size
+    of the sets. Where no mutual information is above zero, there is one distribution, and its expected entropy its entropy.
     """
     first = {slide.case_id: i for i, slide in reversed(list(enumerate(slides)))}
     chosen = [(rows[i], slides[i]) for i in sorted(first.values())]
     wrong = np.array([row["subtype"] != slide.subtype for row, slide in chosen])
     found: dict[str, Estimate | float] = {}
+    one = not any(float(row.get("mutual_information") or 0) for row, _ in chosen)
     for measure in MEASURES:
-        if all(row.get(measure) for row, _ in chosen):
+        if all(row.get(measure) for row, _ in chosen) and not (one and measure in OF_SEVERAL):
             doubt = np.array([float(row[measure]) for row, _ in chosen])
             found[f"area under risk-coverage by {measure.replace('_', ' ')}"] = risk_coverage_area(doubt, wrong)
     if all(row.get("set") for row, _ in chosen):

@@ -36,3 +36,20 @@ def test_sets_are_judged_by_site_on_the_first_slide_of_each_case() -> None:
     assert found["mean set size"] == 1.0
     assert (found["sets of one"], found["empty sets"]) == (0.5, 0.25)
     assert [name for name in found if "area" in name] == ["area under risk-coverage by entropy"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_measures_of_several_distributions_are_left_out_where_there_is_one(temperature: float) -> None:
+    slides = [SlideRow(f"s{i}", f"c{i}", subtype="a") for i in range(4)]
+    own = [0.1, 0.3, 0.2, 0.6]  # a calibration's temperature changes `entropy` alone
+
+    def areas(mutual_information: list[float]) -> list[str]:
+        rows = [
+            {"subtype": "ab"[i % 2], "entropy": f"{temperature * own[i]:.4f}", "expected_entropy": f"{own[i] - mi:.4f}"}
+            | {"mutual_information": f"{mi:.4f}", "vacuity": "0.5"}
+            for i, mi in enumerate(mutual_information)
+        ]
+        return [name.removeprefix("area under risk-coverage by ") for name in doubt_statistics(rows, slides)]
+
+    assert areas([0.0] * 4) == ["entropy", "vacuity"]
+    assert areas([0.0, 0.0, 0.0, 0.1]) == ["entropy", "expected entropy", "mutual information", "vacuity"]
