@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config.data.bags = 32
     config.data.regions = 64
     config.data.read_threads = 16
+    config.mesh.shard_params = 0  # a million parameters: dividing them would only send more (tools/collectives.py)
     config.model.width = 64
     config.model.features = 512
     config.model.attention = 256
