@@ -47,6 +47,7 @@ def _start(folder: Path, started: list[subprocess.Popen]) -> None:
     mail = folder / "mail"
     mail.write_text(f'#!/bin/sh\necho "$@" >> {folder}/mails\n')
     mail.chmod(0o755)
+    (folder / "mails").touch()
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
