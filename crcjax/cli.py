@@ -111,7 +111,11 @@ def tile(
         bool, typer.Option("--no-pixels", help="keep no tiles: training reads them from the slide, which must not move")
     ] = False,
     limit: Annotated[
-        list[str] | None, typer.Option(help="NAME=NUMBER, a limit of quality control such as max_pen=0.3; repeatable")
+        list[str] | None,
+        typer.Option(
+            help="NAME=NUMBER, a limit of quality control, by default min_tissue=0.25, the least fraction of a tile within "
+            "the tissue, max_pen=0.1, the largest under ink, and others (docs/slides.md); repeatable"
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="cores to use; all by default")] = None,
     executor: Annotated[
@@ -133,13 +137,13 @@ def tile(
     from crcjax.data.named import named_slides
     from crcjax.slides.annotation import areas_of
     from crcjax.slides.executor import TileJob, shard_of, size_of, tile_slides
-    from crcjax.slides.quality import parse_limits
+    from crcjax.slides.quality import QualityLimits, parse_limits
     from crcjax.slides.tiling import TilingParams
     from crcjax.slides.workers import JobLimits
 
     if no_pixels and pseudonym_key:
         raise InputError("--no-pixels keeps the slides' paths, which --pseudonym-key hides; keep the pixels")
-    limits = parse_limits(limit or ())
+    limits = parse_limits(limit or (), QualityLimits)
     params = TilingParams(tuple(mag.split(",")), tile_px, quality=limits, tissue=tissue_method, icc=icc)
     if stain_reference and not stain:
         raise InputError("--stain-reference needs --stain macenko, vahadane or reinhard")
@@ -193,14 +197,23 @@ def overview(
     cohort: Annotated[
         Path | None, typer.Option(help="CSV with slide_id, case_id, site and scanner: only its slides, by site")
     ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=DEGREES, by default max_stain_degrees=15, the largest angle of a slide's stains to the cohort's, and "
+            "max_tile_degrees=10, of a tile's colour to every mixture of these; repeatable"
+        ),
+    ] = None,
 ) -> None:
     """Writes STORE/overview/index.html: every slide's contact sheet, quality and verdict."""
     from crcjax.data.cohort import load_cohort
     from crcjax.slides.overview import write_overview
+    from crcjax.slides.quality import StainLimits, parse_limits
 
+    limits = parse_limits(limit or (), StainLimits)
     rows = load_cohort(cohort, None).rows if cohort else ()
     places = {row.slide_id: ", ".join(filter(None, (row.site, row.scanner))) for row in rows}
-    _say.print(f"{write_overview(store, places if cohort else None)}", markup=False)
+    _say.print(f"{write_overview(store, places if cohort else None, limits)}", markup=False)
 
 
 @app.command("import")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def test_tiling_names_each_bad_slide_finishes_the_good_one_and_exits_1(slides: P
         (["--tile-px", "4"], "tile_px 4"),
         (["--mpp", "250"], "--mpp 250"),
         (["--limit", "max_pens=1"], "max_pens"),
+        (["--limit", "min_tissue=1.5"], "min_tissue 1.5: must be a fraction above 0 and up to 1"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_status_2(slides: Path, tmp_path: Path, arguments: list, words: str) -> None:
@@ -106,6 +108,22 @@ def test_limits_decide_what_is_kept_and_the_overview_shows_it(slides: Path, tmp_
     assert "north" in page
     assert "Not in the store: absent" in page
     assert _crcjax("overview", tmp_path / "nothing").returncode == 2
+    wide = _crcjax("overview", tmp_path / "strict", "--limit", "max_stain_degrees=200")
+    assert (wide.returncode, wide.stderr.count("\n")) == (2, 1)
+    assert "max_stain_degrees 200.0: must be an angle from 0 to 180 degrees" in wide.stderr
+
+
+def test_the_help_tells_the_limits_of_the_code() -> None:
+    from typer.main import get_command
+
+    from crcjax.cli import app
+    from crcjax.slides.quality import QualityLimits, StainLimits
+
+    for command, limits in (("tile", QualityLimits()), ("overview", StainLimits())):
+        (option,) = (param for param in get_command(app).commands[command].params if param.name == "limit")  # type: ignore[attr-defined]
+        told = re.findall(r"(\w+)=(\d+(?:\.\d+)?)", option.help)
+        assert len(told) == 2
+        assert all(getattr(limits, name) == float(value) for name, value in told)
 
 
 def test_a_full_disk_stops_with_status_3_and_leaves_nothing_that_looks_finished(slides: Path, small_disk: Path) -> None:

@@ -16,15 +16,13 @@ from PIL import Image
 import crcjax
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.annotation import write_area
-from crcjax.slides.quality import ABSENT, GLASS, QUALITY_NAMES, REASONS
+from crcjax.slides.quality import ABSENT, GLASS, QUALITY_NAMES, REASONS, StainLimits
 from crcjax.slides.quality import stain_degrees as tile_degrees
 from crcjax.slides.store import TileStore, open_store, tiled_slides
 from crcjax.slides.tissue import ink, optical_density
 
 VERDICTS = ("reject", "review", "accept")  # as the page lists them
-# From the cohort: further off, a slide's stain is named on the page. A tile's is compared with mixtures of the cohort's two,
-# which lie closer: painted tiles are 1 from their own site's, up to 8 from other sites', and 15 from a stain of none.
-MAX_STAIN_DEGREES, MAX_TILE_DEGREES = 15.0, 10.0
+STAIN_LIMITS = StainLimits()
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = {
     "kept": (0, 158, 115),
@@ -41,12 +39,14 @@ _GAP_PX, _LEGEND_PX = 10, 24
 Stains = dict[str, Float64[np.ndarray, "stain 3"]]  # haematoxylin's and eosin's unit vectors by slide
 
 
-def write_overview(store: str | Path, places: Mapping[str, str] | None = None) -> Path:
+def write_overview(
+    store: str | Path, places: Mapping[str, str] | None = None, limits: StainLimits = STAIN_LIMITS
+) -> Path:
     """Writes STORE/overview/index.html, beside it a contact sheet a slide and its tissue as PNG and GeoJSON; returns the page's path.
 
     With `places`, slide ids and where they come from (site and scanner), only these slides are shown, by place too, and
-    those that are not in the store are named. Raises InputError if the store has none of the slides or one is damaged,
-    OutputError if the page cannot be written.
+    those that are not in the store are named. Slides whose stain exceeds the `limits` are to be reviewed. Raises InputError if
+    the store has none of the slides or one is damaged, OutputError if the page cannot be written.
     """
     store, tiled = Path(store), tiled_slides(store)
     shown = [slide_id for slide_id in tiled if places is None or slide_id in places]
@@ -60,33 +60,33 @@ def write_overview(store: str | Path, places: Mapping[str, str] | None = None) -
     try:
         folder.mkdir(exist_ok=True)
         for slide in slides:
-            place, off = places[slide.slide_id] if places else "", tiles_off(slide, centre)
-            lines.append(_line(slide, place, degrees.get(slide.slide_id), off))
+            place, off = places[slide.slide_id] if places else "", tiles_off(slide, centre, limits)
+            lines.append(_line(slide, place, degrees.get(slide.slide_id), off, limits))
             Image.fromarray(contact_sheet(slide)).save(folder / f"{slide.slide_id}.jpg", quality=85)
             write_area(
                 folder / f"{slide.slide_id}.tissue", slide.thumbnail()[1], slide.info.size, "Tissue", slide.info.corner
             )
         _stain_picture(stains, places or {}, synthetic).savefig(folder / "stains.png", dpi=110)
         lines.sort(key=lambda line: (VERDICTS.index(line["verdict"]), line["coverage"], line["slide_id"]))
-        page = _page(lines, sorted(set(places or ()) - set(tiled)), synthetic)
+        page = _page(lines, sorted(set(places or ()) - set(tiled)), synthetic, limits)
         (folder / "index.html").write_text(page)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror}); free space or change its rights") from error
     return folder / "index.html"
 
 
-def _line(slide: TileStore, place: str, degrees: float | None, off: float | None) -> dict:
+def _line(slide: TileStore, place: str, degrees: float | None, off: float | None, limits: StainLimits) -> dict:
     """What the page says of one slide; a stain far from the cohort's asks for a review."""
     found = slide.attributes["verdict"]
     line = found | {"slide_id": slide.slide_id, "place": place, "degrees": degrees, "kept": int(slide.mask.sum())}
     line["off"] = off
-    if degrees is not None and degrees > MAX_STAIN_DEGREES:
+    if degrees is not None and degrees > limits.max_stain_degrees:
         line["reasons"] = [*found["reasons"], f"the stain is {degrees:.0f} degrees from the cohort's"]
         line["verdict"] = "reject" if found["verdict"] == "reject" else "review"
     return line
 
 
-def _page(lines: list[dict], absent: list[str], synthetic: bool) -> str:
+def _page(lines: list[dict], absent: list[str], synthetic: bool, limits: StainLimits) -> str:
     by_place: dict[str, Counter[str]] = defaultdict(Counter)
     for line in lines:
         by_place[line["place"]][line["verdict"]] += 1
@@ -98,7 +98,7 @@ def _page(lines: list[dict], absent: list[str], synthetic: bool) -> str:
         absent=absent,
         synthetic=synthetic,
         with_stain=any(line["degrees"] is not None for line in lines),
-        max_degrees=f"{MAX_TILE_DEGREES:.0f}",
+        limits=limits,
         by_place=dict(sorted(by_place.items())),
         verdicts=VERDICTS,
         colours={name: f"rgb{colour}" for name, colour in _COLOURS.items()},
@@ -179,12 +179,14 @@ def stain_degrees(stains: Stains) -> dict[str, float]:
     return {} if centre is None else {name: float(_angle(vectors, centre).max()) for name, vectors in stains.items()}
 
 
-def tiles_off(slide: TileStore, centre: Float64[np.ndarray, "stain 3"] | None) -> float | None:
-    """The fraction of the kept tiles further than MAX_TILE_DEGREES from any mixture of the cohort's stains."""
+def tiles_off(
+    slide: TileStore, centre: Float64[np.ndarray, "stain 3"] | None, limits: StainLimits = STAIN_LIMITS
+) -> float | None:
+    """The fraction of the kept tiles further than `max_tile_degrees` from any mixture of the cohort's stains."""
     scored = slide.mask & slide.quality.any(axis=-1)
     if centre is None or len(slide.attributes["quality"]) < len(QUALITY_NAMES) or not scored.any():
         return None  # no cohort, a store from before these scores, or tiles that nobody judged
-    return float((tile_degrees(slide.quality[scored], centre) > MAX_TILE_DEGREES).mean())
+    return float((tile_degrees(slide.quality[scored], centre) > limits.max_tile_degrees).mean())
 
 
 def _centre(stains: Stains) -> Float64[np.ndarray, "stain 3"] | None:

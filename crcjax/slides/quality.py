@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -31,11 +32,14 @@ class QualityLimits:
     """The scores (see `score_tiles`) that a tile may have, and what a slide needs to be accepted; tuned on painted and
     looked at on real slides.
 
+    `min_tissue` is the least fraction of a tile within the tissue, lumina counted, for it to be read and scored at all.
     `min_coverage` is the fraction of the tissue's tiles that must be kept for a slide not to be rejected;
     `good_coverage` spares it a review, unless its median `stain` is outside the tiles' limits or one kind of fault takes
-    more than `max_fault` of its tiles. Raises InputError for a limit that is no number from 0 up.
+    more than `max_fault` of its tiles. Raises InputError for a limit that is no number from 0 up, or `min_tissue` outside
+    0 to 1 or 0.
     """
 
+    min_tissue: float = 0.25
     min_stained: float = 0.02
     max_pen: float = 0.1
     max_bubble: float = 0.2
@@ -54,21 +58,45 @@ class QualityLimits:
             value = getattr(self, limit.name)
             if not (np.isfinite(value) and value >= 0):
                 raise InputError(f"{limit.name} {value}: must be a number from 0 up")
+        if not 0 < self.min_tissue <= 1:
+            raise InputError(f"min_tissue {self.min_tissue}: must be a fraction above 0 and up to 1")
 
 
-def parse_limits(texts: Sequence[str]) -> QualityLimits:
+@dataclass(frozen=True)
+class StainLimits:
+    """How far stains may be from the cohort's, in degrees: a slide's two from the cohort's medians, and a tile's colour from
+    every mixture of these, which lie closer.
+
+    Painted tiles are 1 from their own site's, up to 8 from other sites', and 15 from a stain of none. Raises InputError for
+    an angle outside 0 to 180.
+    """
+
+    max_stain_degrees: float = 15.0
+    max_tile_degrees: float = 10.0
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if not 0 <= value <= 180:
+                raise InputError(f"{limit.name} {value}: must be an angle from 0 to 180 degrees")
+
+
+Limits = TypeVar("Limits", QualityLimits, StainLimits)
+
+
+def parse_limits(texts: Sequence[str], kind: type[Limits]) -> Limits:
     """Limits from texts such as max_pen=0.2, the others at their defaults. Raises InputError."""
     values = {}
     for text in texts:
         name, _, value = text.partition("=")
-        known = [limit.name for limit in fields(QualityLimits)]
+        known = [limit.name for limit in fields(kind)]
         if name not in known:
             raise InputError(f"limit {text!r}: write NAME=NUMBER; the names are {', '.join(known)}")
         try:
             values[name] = float(value)
         except ValueError:
             raise InputError(f"limit {text!r}: {value!r} is no number") from None
-    return QualityLimits(**values)
+    return kind(**values)
 
 
 # Why a tile is kept or not. `glass`: too little tissue; `absent`: finer than the slide.

@@ -55,8 +55,7 @@ class TilingParams:
     """Everything that decides which tiles a slide gives.
 
     `magnifications` are kept from coarse to fine and differ by powers of two; a region is one tile of the first.
-    `min_tissue` is the least fraction of a tile within the tissue, lumina counted; `quality` limits the scores of its
-    own pixels. `tissue` is the method that finds tissue, one of tissue.METHODS; with `icc` colours are
+    `quality` limits a tile's share of tissue and the scores of its pixels. `tissue` is the method that finds tissue, one of tissue.METHODS; with `icc` colours are
     turned to sRGB by the slide's ICC profile. With `stain`, a StainNormaliser as its `to_json` gives it, kept tiles are
     brought to its reference once they were judged.
     Raises InputError.
@@ -64,7 +63,6 @@ class TilingParams:
 
     magnifications: tuple[str, ...] = ("20x",)
     tile_px: int = 256
-    min_tissue: float = 0.25
     quality: QualityLimits = field(default_factory=QualityLimits)
     tissue: str = "robust"
     icc: bool = False
@@ -80,8 +78,6 @@ class TilingParams:
                 raise InputError(f"{ordered[0]} and {magnification} do not differ by a power of two")
         if not 16 <= self.tile_px <= 4096:
             raise InputError(f"tile_px {self.tile_px} is outside 16 to 4096")
-        if not 0 < self.min_tissue <= 1:
-            raise InputError(f"min_tissue {self.min_tissue} is outside 0 to 1")
         if self.tissue not in METHODS:
             raise InputError(f"tissue method {self.tissue!r}: choose {', '.join(METHODS)}")
 
@@ -107,8 +103,10 @@ class TilingParams:
 
     @classmethod
     def from_json(cls, values: dict) -> TilingParams:
-        """The inverse of `to_json`."""
-        magnifications, quality = tuple(values["magnifications"]), QualityLimits(**values["quality"])
+        """The inverse of `to_json`, and of how stores had it before `min_tissue` was one of the limits."""
+        values = dict(values)
+        before = {name: values.pop(name) for name in ("min_tissue",) if name in values}
+        magnifications, quality = tuple(values["magnifications"]), QualityLimits(**before | values["quality"])
         return cls(**values | {"magnifications": magnifications, "quality": quality})
 
 
@@ -212,7 +210,7 @@ def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) ->
     mask &= areas.mask((mask.shape[0], mask.shape[1]), info.size, info.corner)
     columns, rows = (max(1, int(np.ceil(side / region_px - 0.01))) for side in info.size)
     fraction = _tile_fractions(mask, region_px / shrink, rows, columns, params)
-    enough = fraction >= params.min_tissue
+    enough = fraction >= params.quality.min_tissue
     present = sum(factor**2 for factor in params.factors[: scale.finest + 1])
     enough[:, :, present:] = False  # finer than the slide
     kept = enough.any(axis=-1)
@@ -222,7 +220,7 @@ def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) ->
         )
     row, column = np.nonzero(kept)
     origin = np.rint(np.stack([column, row], axis=1) * region_px).astype(np.int32)
-    rejected = {"glass": int((fraction[:, :, :present] < params.min_tissue).sum())}
+    rejected = {"glass": int((fraction[:, :, :present] < params.quality.min_tissue).sum())}
     return TilePlan(params, scale, region_px, model, origin, enough[kept], thumbnail, mask, rejected, areas.id)
 
 

@@ -8,7 +8,7 @@ from crcjax.errors import InputError
 from crcjax.slides.executor import TileJob, tile_slides
 from crcjax.slides.overview import contact_sheet, slide_stains, stain_degrees, tiles_off, write_overview
 from crcjax.slides.painter import SITES, SlideSpec, paint_slide
-from crcjax.slides.quality import REASONS
+from crcjax.slides.quality import REASONS, StainLimits
 from crcjax.slides.store import open_store
 from crcjax.slides.tiling import TilingParams
 
@@ -77,9 +77,13 @@ def test_a_stain_far_from_the_cohorts_asks_for_a_review(store: Path) -> None:
         degrees = stain_degrees(slide_stains(open_store(store, name) for name in kept))
         assert degrees["penned"] == pytest.approx(0, abs=1e-3)
         assert degrees["plain <b>"] == pytest.approx(30, abs=1)
-        page = write_overview(store)
-        assert "degrees from the cohort&#39;s" in page.read_text()
-        assert "tiles off it" in page.read_text()
+        text = write_overview(store).read_text()
+        assert "degrees from the cohort&#39;s" in text
+        assert "tiles off it" in text
+        assert "15° a reason for a review" in " ".join(text.split())
+        text = write_overview(store, limits=StainLimits(35.0, 7.5)).read_text()
+        assert "degrees from the cohort&#39;s" not in text
+        assert "more than 7.5° from every mixture" in " ".join(text.split())
     finally:
         for name, path in kept.items():
             path.write_text(before[name])
@@ -91,6 +95,8 @@ def test_tiles_off_the_cohorts_stain_are_counted(store: Path) -> None:
     for stains, share in (((SITES[1].haematoxylin, SITES[1].eosin), 0), (((0.45, 0.60, 0.66), (0.35, 0.70, 0.62)), 1)):
         unit = np.array(stains) / np.linalg.norm(stains, axis=1, keepdims=True)
         assert tiles_off(slide, unit) == pytest.approx(share, abs=0.02)
+    off = [tiles_off(slide, unit, StainLimits(max_tile_degrees=degrees)) for degrees in (0.0, 90.0)]
+    assert off == [1, 0]
 
 
 def test_an_empty_store_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from crcjax.slides.quality import (
     QUALITY_NAMES,
     REASONS,
     QualityLimits,
+    StainLimits,
     judge,
     parse_limits,
     score_tiles,
@@ -199,16 +200,32 @@ def test_a_tile_is_judged_by_its_first_fault(changes: dict, reason: str) -> None
 
 
 def test_limits_are_read_and_survive_json() -> None:
-    limits = parse_limits(["max_pen=0.3", "min_focus=0.1"])
-    assert limits == QualityLimits(max_pen=0.3, min_focus=0.1)
+    limits = parse_limits(["max_pen=0.3", "min_focus=0.1", "min_tissue=0.5"], QualityLimits)
+    assert limits == QualityLimits(max_pen=0.3, min_focus=0.1, min_tissue=0.5)
     params = TilingParams(quality=limits)
     assert TilingParams.from_json(params.to_json()) == params
+    before = params.to_json() | {"quality": {"max_pen": 0.3, "min_focus": 0.1}, "min_tissue": 0.5}
+    assert TilingParams.from_json(before) == params
+    assert parse_limits(["max_tile_degrees=8"], StainLimits) == StainLimits(15.0, 8.0)
 
 
 @pytest.mark.parametrize("text", ["max_pens=1", "max_pen", "max_pen=much", "max_pen=-1", "max_pen=nan"])
 def test_senseless_limits_are_refused_by_name(text: str) -> None:
     with pytest.raises(InputError, match="max_pen"):
-        parse_limits([text])
+        parse_limits([text], QualityLimits)
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "-1", "nan"])
+def test_the_least_share_of_tissue_is_a_fraction(value: str) -> None:
+    with pytest.raises(InputError, match=rf"min_tissue {float(value)}: must be a (fraction above 0|number from 0)"):
+        parse_limits([f"min_tissue={value}"], QualityLimits)
+
+
+@pytest.mark.parametrize("name", ["max_stain_degrees", "max_tile_degrees"])
+@pytest.mark.parametrize("value", ["-1", "181", "nan"])
+def test_how_far_stains_may_be_is_an_angle(name: str, value: str) -> None:
+    with pytest.raises(InputError, match=rf"{name} {float(value)}: must be an angle from 0 to 180 degrees"):
+        parse_limits([f"{name}={value}"], StainLimits)
 
 
 def test_a_verdict_follows_from_what_was_kept() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crcjax.errors import InputError, SlideError
-from crcjax.slides.quality import ABSENT
+from crcjax.slides.quality import ABSENT, QualityLimits
 from crcjax.slides.reader import open_slide
 from crcjax.slides.tiling import TilingParams, mpp_of, plan_tiles, read_regions, slide_scale, slot_boxes, thumbnail_px
 
@@ -38,8 +38,6 @@ def test_magnifications_are_ordered_from_coarse_to_fine() -> None:
         ({"magnifications": ("0x",)}, "write a number and x"),
         ({"magnifications": ()}, "no magnification"),
         ({"tile_px": 8}, "outside 16 to 4096"),
-        ({"min_tissue": 0.0}, "min_tissue"),
-        ({"min_tissue": 1.5}, "min_tissue"),
         ({"tissue": "magic"}, "choose robust, otsu, entropy"),
     ],
 )
@@ -49,7 +47,7 @@ def test_senseless_parameters_are_refused(changes: dict, message: str) -> None:
 
 
 def test_parameters_survive_json() -> None:
-    params = replace(ALL, min_tissue=0.5)
+    params = replace(ALL, tissue="otsu", icc=True)
     assert TilingParams.from_json(params.to_json()) == params
 
 
@@ -103,6 +101,20 @@ def test_regions_lie_on_a_grid_in_rows_and_cover_the_tissue(small_slide: Path) -
     assert kept[tissue].mean() > 0.97
     assert kept[~tissue].mean() < 0.1
     assert len(origin) + plan.rejected["glass"] == 24 * 21
+
+
+def test_no_tile_with_less_tissue_than_asked_for_is_planned(small_slide: Path) -> None:
+    kept = {}
+    for least in (0.25, 0.9):
+        with open_slide(small_slide) as slide:
+            plan = plan_tiles(slide, TilingParams(("20x",), tile_px=96, quality=QualityLimits(min_tissue=least)))
+        scale = np.array(plan.tissue_mask.shape[::-1]) / slide.info.size
+        corner, end = plan.origin * scale, (plan.origin + plan.region_px) * scale
+        places = np.rint(np.concatenate([corner, end], axis=1)).astype(int).tolist()
+        inside = [plan.tissue_mask[y:bottom, x:right].mean() for x, y, right, bottom in places]
+        assert min(inside) >= least - 0.02
+        kept[least] = {tuple(origin) for origin in plan.origin.tolist()}
+    assert kept[0.9] < kept[0.25]
 
 
 def test_tiles_are_the_pixels_at_their_slots_coordinates(fine_slide: Path) -> None:
