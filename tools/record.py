@@ -14,7 +14,6 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import jax
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -98,7 +97,14 @@ def earlier_rows(name: str) -> list[dict]:
 
 
 def _named(name: str) -> str:
-    return name if jax.default_backend() == "cpu" else f"{name}_gpu"
+    return f"{name}_gpu" if _gpu() else name
+
+
+def _gpu() -> str:
+    """What GPU JAX uses, if any."""
+    import jax  # not above: the worker processes of benchmarks import this file, and would hold JAX too
+
+    return "" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
 
 
 def _results() -> list[dict]:
@@ -125,7 +131,7 @@ def _machine() -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    device = "" if jax.default_backend() == "cpu" else f"one {jax.devices()[0].device_kind}, "
+    device = f"one {_gpu()}, " if _gpu() else ""
     return f"{device}{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}"
 
 
