@@ -29,6 +29,7 @@ from rich.table import Table
 from crcjax.errors import CrcjaxError, InputError, OutputError, SlideError
 
 if TYPE_CHECKING:
+    from crcjax.infer.attribution import Method
     from crcjax.slides.executor import Outcome
 
 HELP = """Molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
@@ -335,13 +336,13 @@ def predict(
         Path | None, typer.Option(help="calibration.json of crcjax calibrate: a temperature, and sets of subtypes")
     ] = None,
     attribution: Annotated[
-        Literal["attention", "gradient", "occlusion"],
-        typer.Option(help="what the heatmap shows; occlusion takes a pass of the bag for every tile"),
+        Literal["attention", "gradient", "occlusion", "region_occlusion"],
+        typer.Option(help="what the heatmap shows; occlusion takes a pass of the bag for every tile, or every region"),
     ] = "attention",
     workers: Annotated[int | None, typer.Option(min=1, help="threads that decode; all cores by default")] = None,
     pseudonym_key: PseudonymKey = None,
     store: Annotated[
-        Path | None, typer.Option(help="predict what was tiled, embedded or imported there, not slides; no heatmaps")
+        Path | None, typer.Option(help="predict what was tiled, embedded or imported there, without the slides")
     ] = None,
 ) -> None:
     """Predicts the subtype of slides with a trained run, or with several."""
@@ -358,10 +359,10 @@ def predict(
             "--dropout-samples": dropout_samples,
             "--workers": workers,
         }
-        alone |= {"--pseudonym-key": pseudonym_key, "--attribution": attribution != "attention"}
+        alone["--pseudonym-key"] = pseudonym_key
         if given := [name for name, value in alone.items() if value]:
             raise InputError(f"--store: goes without {' and '.join(given)}; leave out one or the other")
-        return _predict_stored(run, store, out, cohort, calibration)
+        return _predict_stored(run, store, out, cohort, calibration, attribution)
     predictor = Predictor(*run, dropout_samples=dropout_samples, attribution=attribution)
     fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
     site_of = {row.slide_id: row.site for row in load_cohort(cohort, None).rows} if cohort else {}
@@ -534,14 +535,16 @@ def doctor() -> None:
     raise typer.Exit(1 if faults else 0)
 
 
-def _predict_stored(runs: list[Path], store: Path, out: Path, cohort: Path | None, calibration: Path | None) -> None:
+def _predict_stored(
+    runs: list[Path], store: Path, out: Path, cohort: Path | None, calibration: Path | None, attribution: Method
+) -> None:
     from crcjax.data.cohort import Cohort, SlideRow, load_cohort
     from crcjax.infer.pipeline import write_table
     from crcjax.infer.stored import predict_stored
     from crcjax.slides.store import tiled_slides
 
     found = load_cohort(cohort, None) if cohort else Cohort(tuple(SlideRow(s, s) for s in tiled_slides(store)), ())
-    rows = predict_stored(runs, store, found, calibration)
+    rows = predict_stored(runs, store, found, calibration, out=out, attribution=attribution)
     write_table(out / "predictions.csv", rows)
     failed = [row for row in rows if row["status"] != "ok"]
     for row in failed:

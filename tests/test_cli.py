@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -179,10 +180,12 @@ def test_predicting_from_the_file_equals_predicting_from_the_store(painted: Path
 
 
 def test_a_store_is_predicted_without_its_slides_as_they_would_be(painted: Path, run: Path, tmp_path: Path) -> None:
-    rows = {}
+    rows, some = {}, tmp_path / "some.csv"
+    head, *lines = (painted / "cohort.csv").read_text().replace("slides/", f"{painted}/slides/").splitlines(True)
+    some.write_text("".join([head, *lines[::5]]))
     for name, options in {"slides": (), "store": ("--store", painted / "store")}.items():
         out = tmp_path / name
-        done = _crcjax("predict", "--run", run, "--cohort", painted / "cohort.csv", "--out", out, *options)
+        done = _crcjax("predict", "--run", run, "--cohort", some, "--out", out, *options)
         assert done.returncode == 0, done.stderr
         with open(out / "predictions.csv") as file:
             rows[name] = list(csv.DictReader(file))
@@ -193,6 +196,17 @@ def test_a_store_is_predicted_without_its_slides_as_they_would_be(painted: Path,
                 assert float(value) == pytest.approx(float(from_slide[name]), abs=0.02)  # the store's tiles are JPEG
             elif name not in ("entropy", "expected_entropy", "mutual_information", "vacuity", "subtype"):
                 assert value == from_slide[name], name
+        slide_id = from_slide["slide_id"]
+        shown = [tmp_path / name / "attention" / f"{slide_id}.npz" for name in rows]
+        with np.load(shown[0]) as of_slide, np.load(shown[1]) as of_store:
+            assert set(of_slide) == set(of_store)
+            for name in ("origin", "region_px", "mpp"):
+                np.testing.assert_array_equal(of_store[name], of_slide[name])
+            for name in ("attention", "slot_attention", "class_attention", "attribution"):
+                np.testing.assert_allclose(of_store[name], of_slide[name], atol=0.02)
+        pictures = [cv2.imread(str(tmp_path / name / "heatmaps" / f"{slide_id}.png")) for name in rows]
+        assert pictures[0].shape[1] == pictures[1].shape[1]
+        assert pictures[1].std() > 10
     lacking = tmp_path / "lacking.csv"
     lacking.write_text(f"slide_id,case_id\nabsent,a\n{rows['store'][0]['slide_id']},b\n")
     done = _crcjax(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from crcjax.models.mil import MILModel, Params, Prediction
 
-Method = Literal["attention", "gradient", "occlusion"]
+Method = Literal["attention", "gradient", "occlusion", "region_occlusion"]
 METHODS: tuple[str, ...] = get_args(Method)
 _STEPS = 32  # of the path of integrated gradients
 
@@ -36,7 +36,7 @@ def attention_for(prediction: Prediction, target: int) -> Float[np.ndarray, "reg
 def attributor(model: MILModel, method: Method) -> Callable[..., Float32[Array, "region slot"]]:
     """The jitted map of params, one bag (features, mask, position) and a class: what each instance did for its log-odds."""
     graph = nnx.graphdef(model)
-    of_score = integrated_gradients if method == "gradient" else occlusion
+    of_score = {"gradient": integrated_gradients, "occlusion": occlusion, "region_occlusion": region_occlusion}[method]
 
     def attribute(
         params: Params,
@@ -79,11 +79,28 @@ def integrated_gradients(score: Score, features: Features, mask: Mask) -> Float3
 
 def occlusion(score: Score, features: Features, mask: Mask) -> Float32[Array, "region slot"]:
     """What the score loses when an instance is masked (Zeiler and Fergus 2014), one pass of the bag an instance."""
-    order = jnp.argsort(~mask.ravel(), stable=True)  # those that are held come first
-    whole = score(features, mask)
+    alone = mask.reshape(-1, 1)
+    return _lost(lambda rest: score(features, rest.reshape(mask.shape)), alone).reshape(mask.shape)
 
-    def without(i: Int[Array, ""], lost: Float32[Array, " instance"]) -> Float32[Array, " instance"]:
-        rest = mask.ravel().at[order[i]].set(False).reshape(mask.shape)
-        return lost.at[order[i]].set(whole - score(features, rest))
 
-    return jax.lax.fori_loop(0, mask.sum(), without, jnp.zeros(mask.size)).reshape(mask.shape)
+def region_occlusion(score: Score, features: Features, mask: Mask) -> Float32[Array, "region slot"]:
+    """What the score loses when a region is masked, in equal parts to its instances; one pass of the bag a region.
+
+    Where neighbours say the same, the loss of one alone is small.
+    """
+    lost = _lost(lambda rest: score(features, rest), mask)
+    return jnp.where(mask, (lost / jnp.maximum(mask.sum(axis=1), 1))[:, None], 0.0)
+
+
+def _lost(
+    score: Callable[[Bool[Array, "part instance"]], Float32[Array, ""]], mask: Bool[Array, "part instance"]
+) -> Float32[Array, " part"]:
+    """What a mask's score loses without each of its parts; zero of those that hold nothing."""
+    held = mask.any(axis=1)
+    order = jnp.argsort(~held, stable=True)  # those that are held come first
+    whole = score(mask)
+
+    def without(i: Int[Array, ""], lost: Float32[Array, " part"]) -> Float32[Array, " part"]:
+        return lost.at[order[i]].set(whole - score(mask.at[order[i]].set(False)))
+
+    return jax.lax.fori_loop(0, held.sum(), without, jnp.zeros(len(mask)))

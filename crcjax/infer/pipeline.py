@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 
 from crcjax.errors import OutputError, SlideError
 from crcjax.infer.attribution import Method
@@ -20,7 +21,7 @@ from crcjax.infer.predictor import Predictor, SlidePrediction
 from crcjax.models.mil import Prediction
 from crcjax.slides.executor import check_slide_ids
 from crcjax.slides.files import without_names
-from crcjax.slides.reader import Slide, check_mpp, open_slide
+from crcjax.slides.reader import SlideInfo, check_mpp, open_slide
 from crcjax.validation.calibration import Calibration
 from crcjax.validation.metrics import entropy
 
@@ -29,6 +30,7 @@ MEANING: dict[Method, str] = {
     "attention": "attention (attention, not evidence)",
     "gradient": "evidence for the call, by integrated gradients,",
     "occlusion": "evidence for the call, by occlusion,",
+    "region_occlusion": "evidence for the call, by its occlusion,",
 }
 
 
@@ -127,9 +129,9 @@ def _predict_bag(
         for (row, job, slide, _, start), prediction in zip(read, found, strict=False):
             with _failing_into((row, job)):
                 call = called(prediction.prediction, predictor.classes, calibration, read[0][1].slide_id, job.site)
-                highest = float(call[f"p_{call['subtype']}"])
-                title = f"{call['subtype']} {highest:.2f}"
-                _write_pictures(job, slide, prediction, predictor.attribution, title, out)
+                begun, thumbnail = time.monotonic(), slide.thumbnail(LONGEST_PX)
+                write_evidence(out, job.slide_id, slide.info, prediction, call, predictor.attribution, thumbnail)
+                prediction.seconds["pictures"] = time.monotonic() - begun
                 row |= call | {
                     "regions": str(int(prediction.mask.any(axis=1).sum())),
                     "status": "ok",
@@ -185,33 +187,44 @@ def _failing_into(*slides: tuple[Row, PredictJob]) -> Iterator[None]:
         row |= {"status": status, "reason": "; ".join(told)}
 
 
-def _write_pictures(
-    job: PredictJob, slide: Slide, found: SlidePrediction, attribution: Method, call: str, out: Path
+def write_evidence(
+    out: Path,
+    slide_id: str,
+    info: SlideInfo,
+    found: SlidePrediction,
+    call: Row,
+    method: Method,
+    thumbnail: UInt8[np.ndarray, "y x 3"] | None,
 ) -> None:
-    begun = time.monotonic()
-    attention = np.asarray(found.prediction.region_attention[0])
+    """OUT/attention/SLIDE_ID.npz, and over the slide's thumbnail, where there is one, OUT/heatmaps/SLIDE_ID.png. Raises OutputError."""
+    arrays, picture = out / "attention" / f"{slide_id}.npz", out / "heatmaps" / f"{slide_id}.png"
     by_region, used = found.attribution.sum(axis=1), found.mask.any(axis=1)
-    np.savez_compressed(
-        out / "attention" / f"{job.slide_id}.npz",
-        origin=found.origin,
-        region_px=found.plan.region_px,
-        mpp=slide.info.mpp[0],
-        attention=attention,
-        slot_attention=np.asarray(found.prediction.slot_attention[0]),
-        class_attention=np.asarray(found.prediction.class_attention[0]),
-        attribution=found.attribution,
-    )
-    thumbnail = slide.thumbnail(LONGEST_PX)
-    write_heatmap(
-        out / "heatmaps" / f"{job.slide_id}.png",
-        thumbnail,
-        overlay(thumbnail, found.origin[used], found.plan.region_px, by_region[used], slide.info.size),
-        meaning=MEANING[attribution],
-        title=f"{job.slide_id}: {call} · {DISCLAIMER}",
-        um_per_px=slide.info.mpp[0] * slide.info.size[0] / thumbnail.shape[1],
-        synthetic=slide.info.synthetic,
-    )
-    found.seconds["pictures"] = time.monotonic() - begun
+    try:
+        arrays.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(
+            arrays,
+            origin=found.origin,
+            region_px=found.region_px,
+            mpp=info.mpp[0],
+            attention=np.asarray(found.prediction.region_attention[0]),
+            slot_attention=np.asarray(found.prediction.slot_attention[0]),
+            class_attention=np.asarray(found.prediction.class_attention[0]),
+            attribution=found.attribution,
+        )
+        if thumbnail is None:
+            return
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        write_heatmap(
+            picture,
+            thumbnail,
+            overlay(thumbnail, found.origin[used], found.region_px, by_region[used], info.size),
+            meaning=MEANING[method],
+            title=f"{slide_id}: {call['subtype']} {float(call['p_' + call['subtype']]):.2f} · {DISCLAIMER}",
+            um_per_px=info.mpp[0] * info.size[0] / thumbnail.shape[1],
+            synthetic=info.synthetic,
+        )
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror}); free space or choose another --out") from error
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:

@@ -26,6 +26,11 @@ from crcjax.train.mesh import local_mesh, replicated
 from crcjax.train.run_directory import Run, open_run
 from crcjax.train.step import Forward
 
+# Of one bag its features, mask and positions.
+PooledBag = tuple[
+    Float32[np.ndarray, "region slot feature"], Bool[np.ndarray, "region slot"], Float32[np.ndarray, "region 2"]
+]
+
 
 @dataclass(frozen=True)
 class EncodedSlide:
@@ -40,10 +45,11 @@ class EncodedSlide:
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """One slide's prediction, where its regions lie (level-0 px), and the seconds of each stage."""
+    """One slide's prediction, where its regions lie (corner and side in level-0 px), and the seconds of each stage."""
 
     prediction: Prediction
-    plan: TilePlan
+    origin: Int32[np.ndarray, "region 2"]
+    region_px: float
     mask: Bool[np.ndarray, "region slot"]
     synthetic: bool
     seconds: dict[str, float]
@@ -52,10 +58,6 @@ class SlidePrediction:
     @property
     def probs(self) -> Float[np.ndarray, " class"]:
         return np.asarray(self.prediction.probs[0], np.float64)
-
-    @property
-    def origin(self) -> Int32[np.ndarray, "region 2"]:
-        return self.plan.origin
 
 
 class Predictor:
@@ -123,18 +125,11 @@ class Predictor:
         features = [np.concatenate(parts) for parts in zip(*(slide.features for slide in slides), strict=True)]
         found, attribution = self.pool(features, mask, np.concatenate(position))
         seconds = {"pool": time.monotonic() - begun}
-        ends = np.cumsum([len(slide.mask) for slide in slides])
         predictions = []
-        for slide, end in zip(slides, ends, strict=True):
-            own = slice(end - len(slide.mask), end)
-            part = replace(
-                found,
-                region_attention=found.region_attention[:, own],
-                slot_attention=found.slot_attention[:, own],
-                class_attention=found.class_attention[:, own],
-            )
-            rest = (slide.plan, slide.mask, slide.synthetic, slide.seconds | seconds, attribution[own])
-            predictions.append(SlidePrediction(part, *rest))
+        parts = by_slide(found, attribution, [len(slide.mask) for slide in slides])
+        for slide, (part, own) in zip(slides, parts, strict=True):
+            where = slide.plan.origin, slide.plan.region_px, slide.mask
+            predictions.append(SlidePrediction(part, *where, slide.synthetic, slide.seconds | seconds, own))
         return predictions
 
     def pool(
@@ -144,12 +139,7 @@ class Predictor:
         position: Float32[np.ndarray, "region 2"],
     ) -> tuple[Prediction, Float[np.ndarray, "region slot"]]:
         """The prediction of one bag from each member's features, and the attribution of the class that it calls."""
-        bags = [(member, (part, mask, position)) for member, part in zip(self.members, features, strict=True)]
-        found = combine([member.forward.pool(member.params, *bag, key) for member, bag in bags for key in self._keys])
-        target = int(np.argmax(found.probs[0]))
-        if self.attribution == "attention":
-            return found, attention_for(found, target)
-        return found, np.mean([member.attribution(bag, target) for member, bag in bags], axis=0)
+        return pooled(self.members, [(part, mask, position) for part in features], self.attribution, self._keys)
 
     @staticmethod
     def _timed(shards: Iterator, seconds: dict[str, float], stage: str) -> Iterator:
@@ -164,15 +154,15 @@ class Predictor:
 
 
 class Member:
-    """One run's model with its parameters on the devices."""
+    """One run's model with its parameters on the devices; with `stored`, for stored features instead of pixels."""
 
-    def __init__(self, run: Run, attribution: Method):
+    def __init__(self, run: Run, attribution: Method, stored: bool = False):
         config = run.config
         model = build_model(config.model, len(config.data.classes), config.seed, run.tiling.factors)
         params, self.step = restore_params(run.path, model)
         self.model_id = model_id_of(params)
         mesh = local_mesh()
-        self.forward = Forward(model, config.data.region_buckets, config.data.regions, mesh, run.normaliser)
+        self.forward = Forward(model, config.data.region_buckets, config.data.regions, mesh, run.normaliser, stored)
         self.params = jax.device_put(params, replicated(mesh))
         self.attribute = None if attribution == "attention" else attributor(model, attribution)
 
@@ -182,11 +172,41 @@ class Member:
         for some in (pixels[first : first + chunk] for first in range(0, len(pixels), chunk)):
             yield np.asarray(self.forward.encode(self.params, some, stain))[: len(some)]
 
-    def attribution(self, bag: tuple[np.ndarray, ...], target: int) -> Float32[np.ndarray, "region slot"]:
+    def attribution(self, bag: PooledBag, target: int) -> Float32[np.ndarray, "region slot"]:
         """What each instance did for a class, by gradients or occlusion."""
         assert self.attribute is not None
         padded = (part[0] for part in self.forward.padded(*bag))
         return np.asarray(self.attribute(self.params, *padded, target))[: len(bag[0])]
+
+
+def pooled(
+    members: Sequence[Member], bags: Sequence[PooledBag], method: Method, keys: Sequence[Array | None] = (None,)
+) -> tuple[Prediction, Float[np.ndarray, "region slot"]]:
+    """The prediction of one bag from what each member has of it, and what its instances did for the class that is called.
+
+    With `keys` each member predicts as often with dropout.
+    """
+    both = list(zip(members, bags, strict=True))
+    found = combine([member.forward.pool(member.params, *bag, key) for member, bag in both for key in keys])
+    target = int(np.argmax(found.probs[0]))
+    if method == "attention":
+        return found, attention_for(found, target)
+    return found, np.mean([member.attribution(bag, target) for member, bag in both], axis=0)
+
+
+def by_slide(
+    found: Prediction, attribution: Float[np.ndarray, "region slot"], regions: Sequence[int]
+) -> Iterator[tuple[Prediction, Float[np.ndarray, "_ slot"]]]:
+    """A bag's prediction and attribution by slide, of so many regions each: the same, but that each has its part of the attention."""
+    ends = np.cumsum(regions)
+    for own in (slice(end - count, end) for count, end in zip(regions, ends, strict=True)):
+        part = replace(
+            found,
+            region_attention=found.region_attention[:, own],
+            slot_attention=found.slot_attention[:, own],
+            class_attention=found.class_attention[:, own],
+        )
+        yield part, attribution[own]
 
 
 def check_go_together(runs: Sequence[Run]) -> None:

@@ -6,28 +6,38 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from crcjax.data.cohort import Cohort, SlideRow
+import numpy as np
+from jaxtyping import UInt8
+
+from crcjax.data.cohort import Cohort
 from crcjax.errors import InputError
-from crcjax.infer.pipeline import Row, called
-from crcjax.infer.predictor import check_go_together, model_id_of, used_for
-from crcjax.models.mil import MILModel, Params, Prediction, build_model, combine
+from crcjax.infer.attribution import Method
+from crcjax.infer.pipeline import Row, called, write_evidence
+from crcjax.infer.predictor import Member, SlidePrediction, by_slide, check_go_together, pooled, used_for
 from crcjax.slides.features import FeatureReader
-from crcjax.slides.store import open_store, tiled_slides
-from crcjax.train.checkpoint import restore_params
+from crcjax.slides.pixels import NO_PIXELS
+from crcjax.slides.store import TileStore, open_store, tiled_slides
 from crcjax.train.evaluate import Evaluation
-from crcjax.train.mesh import local_mesh
 from crcjax.train.run_directory import Run, open_run
-from crcjax.train.step import Forward
 from crcjax.validation.calibration import load_calibration
 
 
-def predict_stored(paths: Sequence[Path], store: Path, cohort: Cohort, calibration: Path | None = None) -> list[Row]:
+def predict_stored(
+    paths: Sequence[Path],
+    store: Path,
+    cohort: Cohort,
+    calibration: Path | None = None,
+    *,
+    out: Path | None = None,
+    attribution: Method = "attention",
+) -> list[Row]:
     """The rows of predictions.csv of a cohort's slides in a store, by a run or by an ensemble of runs.
 
     What runs were trained on is read: imported features, those of crcjax embed in the runs' own store, and tiles
-    otherwise. Slides that are not in the store, or cannot be read, have rows that say so. Raises InputError: none of them can;
-    slides that were tiled in another way than the runs'; features that are not those of the runs; runs that do not go
-    together; a calibration of other runs.
+    otherwise. Slides that are not in the store, or cannot be read, have rows that say so. With `out` each slide's attention
+    and `attribution` are written there as `predict_slides` does, and its heatmap unless it was imported without its slide.
+    Raises InputError: none of them can; slides that were tiled in another way than the runs'; features that are not those of
+    the runs; runs that do not go together; a calibration of other runs. Raises OutputError.
     """
     tiled = set(tiled_slides(store))
     runs = [open_run(path) for path in paths]
@@ -40,38 +50,65 @@ def predict_stored(paths: Sequence[Path], store: Path, cohort: Cohort, calibrati
         raise InputError(f"{store}: none of the slides can be read; the first: {next(iter(held_back.values()))}")
     used = used_for(runs)
     classes = tuple(runs[0].config.data.classes)
-    members: list[tuple[str, list[Prediction | InputError]]] = []
-    for run in runs:
-        model = build_model(run.config.model, len(classes), run.config.seed, run.tiling.factors)
-        params, _ = restore_params(run.path, model)
-        evaluation = _evaluation(run, model, store, there)
-        members.append(
-            (model_id_of(params), [_predicted(evaluation, params, i) for i in range(len(evaluation.stores))])
-        )
-    name = "+".join(model_id for model_id, _ in members)
+    members = [Member(run, attribution, _from_features(run, store)) for run in runs]
+    evaluations = [_evaluation(run, member, store, there) for run, member in zip(runs, members, strict=True)]
+    name = "+".join(member.model_id for member in members)
     fitted = load_calibration(calibration, name, classes) if calibration else None
     rows: dict[str, Row] = {}
-    for slide in cohort.rows:
-        row = {"slide_id": slide.slide_id, "case_id": slide.case_id, "model": name}
-        row |= {"split": used.get(slide.slide_id) or used.get(slide.case_id, ""), "status": "not_tiled"}
+    for listed in cohort.rows:
+        row = {"slide_id": listed.slide_id, "case_id": listed.case_id, "model": name}
+        row |= {"split": used.get(listed.slide_id) or used.get(listed.case_id, ""), "status": "not_tiled"}
         row["reason"] = f"is not in {store}; run crcjax tile or import for it"
-        if reason := held_back.get(slide.slide_id):
+        if reason := held_back.get(listed.slide_id):
             row |= {"status": "failed", "reason": reason}
-        rows[slide.slide_id] = row
-    first: dict[int, SlideRow] = {}  # of each bag: what it is calibrated by
-    for number, slide, held in zip(evaluation.bag_of, there.rows, evaluation.slides, strict=True):
-        told, by = [predictions[number] for _, predictions in members], first.setdefault(number, slide)
-        if faults := [one for one in told if isinstance(one, InputError)]:
-            rows[slide.slide_id] |= {"status": "failed", "reason": str(faults[0])}
+        rows[listed.slide_id] = row
+    slides_of: dict[int, list[int]] = {}
+    for i, number in enumerate(evaluations[0].bag_of):
+        slides_of.setdefault(number, []).append(i)
+    for number, indices in slides_of.items():
+        slides, first = (
+            [evaluations[0].slides[i] for i in indices],
+            there.rows[indices[0]],
+        )  # which a case is calibrated by
+        try:
+            pictures = [_picture(slide) if out else None for slide in slides]
+            predictions = _predicted(members, evaluations, number, slides, attribution)
+        except InputError as error:
+            for slide in slides:
+                rows[slide.slide_id] |= {"status": "failed", "reason": str(error)}
             continue
-        found = combine([one for one in told if isinstance(one, Prediction)])
-        rows[slide.slide_id] |= called(found, classes, fitted, by.slide_id, by.site) | {
-            "regions": str(int(held.mask.any(axis=1).sum())),
-            "status": "ok",
-            "reason": held.info.warning,
-            "synthetic": "yes" if held.info.synthetic else "no",
-        }
+        call = called(predictions[0].prediction, classes, fitted, first.slide_id, first.site)
+        for slide, picture, found in zip(slides, pictures, predictions, strict=True):
+            rows[slide.slide_id] |= call | {
+                "regions": str(int(found.mask.any(axis=1).sum())),
+                "status": "ok",
+                "reason": slide.info.warning,
+                "synthetic": "yes" if found.synthetic else "no",
+            }
+            if out:
+                write_evidence(out, slide.slide_id, slide.info, found, call, attribution, picture)
     return list(rows.values())
+
+
+def _predicted(
+    members: Sequence[Member],
+    evaluations: Sequence[Evaluation],
+    number: int,
+    slides: Sequence[TileStore],
+    attribution: Method,
+) -> list[SlidePrediction]:
+    """The prediction of each slide of a bag. Raises InputError if its tiles or features cannot be read."""
+    bags = [evaluation.bag(member.params, number) for evaluation, member in zip(evaluations, members, strict=True)]
+    parts = by_slide(*pooled(members, bags, attribution), [len(slide.mask) for slide in slides])
+    return [
+        SlidePrediction(found, slide.origin, slide.region_px, slide.mask, slide.info.synthetic, {}, own)
+        for slide, (found, own) in zip(slides, parts, strict=True)
+    ]
+
+
+def _picture(slide: TileStore) -> UInt8[np.ndarray, "y x 3"] | None:
+    """The slide, unless it was never seen. Raises InputError."""
+    return None if slide.pixels == NO_PIXELS else slide.thumbnail()[0]
 
 
 def _from_features(run: Run, store: Path) -> bool:
@@ -94,20 +131,10 @@ def _fault(runs: Sequence[Run], store: Path, slide_id: str) -> str:
     return ""
 
 
-def _predicted(evaluation: Evaluation, params: Params, index: int) -> Prediction | InputError:
-    """A bag's prediction, or what of its tiles or features cannot be read."""
-    try:
-        return evaluation.prediction(params, index)
-    except InputError as error:
-        return error
-
-
-def _evaluation(run: Run, model: MILModel, store: Path, cohort: Cohort) -> Evaluation:
+def _evaluation(run: Run, member: Member, store: Path, cohort: Cohort) -> Evaluation:
     config = run.config
     imported, encoder = config.model.imported_features, config.model.encoder
-    sizes = config.data.region_buckets, config.data.regions
-    forward = Forward(model, *sizes, local_mesh(), run.normaliser, _from_features(run, store))
-    found = Evaluation(str(store), cohort, forward, encoder, config.data.unit, config.data.magnifications)
+    found = Evaluation(str(store), cohort, member.forward, encoder, config.data.unit, config.data.magnifications)
     if found.slides[0].params != run.tiling:
         raise InputError(
             f"{store}: its slides were tiled in another way than those of {run.path}; tile them so, or predict the slides "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float32, Key, Num
+from jaxtyping import Array, Bool, Float32, Key, Num
 from ml_collections import ConfigDict
 from sklearn.metrics import balanced_accuracy_score
 
@@ -75,6 +75,17 @@ class Evaluation:
         """What the model says of one slide or case, in the order of the cohort. Raises InputError if it is damaged."""
         store, read, stain = self.stores[index], self._readers[index], self._stains[index]
         return self._forward.bag(params, self._chunks(len(store.mask), read), store.mask, _position(store), stain)
+
+    def bag(
+        self, params: Params, index: int
+    ) -> tuple[
+        Float32[np.ndarray, "region slot feature"], Bool[np.ndarray, "region slot"], Float32[np.ndarray, "region 2"]
+    ]:
+        """The features, mask and positions of one slide or case, as `Forward.pool` takes them. Raises InputError if it is damaged."""
+        store, read, stain = self.stores[index], self._readers[index], self._stains[index]
+        chunks = self._chunks(len(store.mask), read)
+        features = [np.asarray(self._forward.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks]
+        return np.concatenate(features), store.mask, _position(store)
 
     def _chunks(
         self, regions: int, read: Callable[[Sequence[int]], np.ndarray]

@@ -16,6 +16,7 @@ from crcjax.data.loader import train_batches
 from crcjax.errors import InputError
 from crcjax.infer.pipeline import PredictJob, predict_slides
 from crcjax.infer.predictor import Predictor
+from crcjax.infer.stored import predict_stored
 from crcjax.train.loop import train
 from crcjax.train.mesh import local_mesh
 from crcjax.validation.report import validate
@@ -118,6 +119,13 @@ def test_a_run_by_case_predicts_every_slide_of_a_case_alike_and_is_validated(
         ]
         assert sum(share.sum() for share in shares) == pytest.approx(1, abs=1e-5)
         assert all(share.sum() > 0 for share in shares)
+    cohort = load_cohort(small_config.data.cohort, small_config.data.classes).split("test")
+    stored = predict_stored([tmp_path / "run"], Path(small_config.data.store), cohort, out=tmp_path / "stored")
+    for one, other in zip(rows, stored, strict=True):
+        assert float(one["p_immune"]) == pytest.approx(float(other["p_immune"]), abs=0.02)  # the store's tiles are JPEG
+        shares = [np.load(tmp_path / out / "attention" / f"{one['slide_id']}.npz") for out in ("out", "stored")]
+        np.testing.assert_array_equal(shares[0]["origin"], shares[1]["origin"])
+        np.testing.assert_allclose(shares[0]["attention"], shares[1]["attention"], atol=0.02)
     shuffled = predict_slides(predictor, jobs[::-1], tmp_path / "again")
     for one, other in zip(rows, shuffled[::-1], strict=True):
         assert float(one["p_immune"]) == pytest.approx(float(other["p_immune"]), abs=2e-6)

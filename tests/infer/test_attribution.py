@@ -8,7 +8,14 @@ import pytest
 from flax import nnx
 
 from crcjax.config import get_config
-from crcjax.infer.attribution import attention_for, attributor, integrated_gradients, log_odds, occlusion
+from crcjax.infer.attribution import (
+    attention_for,
+    attributor,
+    integrated_gradients,
+    log_odds,
+    occlusion,
+    region_occlusion,
+)
 from crcjax.models.mil import AGGREGATORS, MILModel, build_model, params_of
 
 PLANTED = (7, 3)  # region, slot
@@ -107,6 +114,29 @@ def test_occlusion_is_the_loss_of_each_instance_and_stands_a_bag_of_one() -> Non
         np.testing.assert_allclose(found[tuple(place)], lost, rtol=1e-4, atol=1e-5)
     alone = jnp.zeros_like(mask).at[PLANTED].set(True)
     assert np.isfinite(occlusion(score, features, alone)).all()
+    assert np.isfinite(region_occlusion(score, features, alone)).all()
+
+
+def test_a_regions_occlusion_is_what_is_lost_without_all_of_its_instances() -> None:
+    model = _trained("gated_abmil")
+    features, mask, position = _bag(2, 4)
+    mask = mask.at[PLANTED[0], :3].set(True).at[2].set(False)
+
+    def score(features: jax.Array, mask: jax.Array) -> jax.Array:
+        return log_odds(model.pool(features[None], mask[None], position[None]).logits[0], 2)
+
+    found = np.asarray(region_occlusion(score, features, mask))
+    assert (found[~np.asarray(mask)] == 0).all()
+    for region in range(len(mask)):
+        lost = score(features, mask) - score(features, mask.at[region].set(False))
+        np.testing.assert_allclose(found[region].sum(), lost, rtol=1e-4, atol=1e-5)
+        assert len(np.unique(found[region][np.asarray(mask[region])])) <= 1
+    assert found.sum(axis=1).argmax() == PLANTED[0]
+    twice = features.at[PLANTED[0], :3].set(features[PLANTED])  # one hides what the loss of the other would tell
+    alone, together = (
+        np.asarray(method(score, twice, mask))[PLANTED[0]].sum() for method in (occlusion, region_occlusion)
+    )
+    assert together > alone
 
 
 @pytest.mark.parametrize("head", ["softmax", "evidential"])
@@ -145,7 +175,7 @@ def test_no_aggregator_s_gradients_or_occlusions_are_undefined(mil: str) -> None
     def score(features: jax.Array, mask: jax.Array) -> jax.Array:
         return log_odds(model.pool(features[None], mask[None], position[None]).logits[0], 0)
 
-    for method in (integrated_gradients, occlusion):
+    for method in (integrated_gradients, occlusion, region_occlusion):
         values = np.asarray(jax.jit(lambda *bag, method=method: method(score, *bag))(features, mask))
         assert np.isfinite(values).all()
         assert np.abs(values).sum() > 0

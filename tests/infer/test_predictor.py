@@ -134,7 +134,7 @@ def test_the_order_of_regions_changes_nothing_but_rounding(predictor: Predictor,
     found = _predict(predictor, slide)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(*found.mask.shape, 16)).astype(np.float32)
-    position = (found.origin / found.plan.region_px).astype(np.float32)
+    position = (found.origin / found.region_px).astype(np.float32)
     order = rng.permutation(len(found.mask))
     pool = predictor.members[0].forward.pool
     wanted = pool(predictor.members[0].params, features, found.mask, position)
@@ -148,7 +148,7 @@ def test_what_masked_tiles_hold_changes_no_bit(predictor: Predictor, slide: Path
     mask = found.mask.copy()
     mask[::2] = False
     features = np.random.default_rng(0).normal(size=(*mask.shape, 16)).astype(np.float32)
-    position = (found.origin / found.plan.region_px).astype(np.float32)
+    position = (found.origin / found.region_px).astype(np.float32)
     other = np.where(mask[..., None], features, 1e3).astype(np.float32)
     one, two = (
         predictor.members[0].forward.pool(predictor.members[0].params, each, mask, position)
@@ -190,7 +190,7 @@ def test_runs_of_other_models_are_no_ensemble(run: Path, tmp_path: Path) -> None
         Predictor(run, other)
 
 
-@pytest.mark.parametrize("attribution", ["gradient", "occlusion"])
+@pytest.mark.parametrize("attribution", ["gradient", "occlusion", "region_occlusion"])
 def test_attributions_lie_on_kept_tiles_and_reach_the_attention_file(
     attribution: str, run: Path, slide: Path, tmp_path: Path
 ) -> None:

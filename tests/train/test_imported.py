@@ -52,6 +52,19 @@ def test_imported_features_train_and_the_run_says_that_it_cannot_predict_slides(
     cohort = load_cohort(config.data.cohort, config.data.classes)
     rows = predict_stored([tmp_path / "run"], Path(config.data.store), cohort.split("test"))
     assert [row["subtype"] for row in rows] == [row.subtype for row in cohort.split("test").rows]
+    for method in ("attention", "gradient", "region_occlusion"):
+        out = tmp_path / method
+        again = predict_stored([tmp_path / "run"], Path(config.data.store), cohort, out=out, attribution=method)
+        assert [row for row in again if row["slide_id"] in {one["slide_id"] for one in rows}] == rows
+        assert not (out / "heatmaps").exists()  # nobody saw the slides
+        for row in cohort.rows:
+            store = open_store(config.data.store, row.slide_id)
+            with np.load(out / "attention" / f"{row.slide_id}.npz") as saved:
+                np.testing.assert_array_equal(saved["origin"], store.origin)
+                assert (saved["region_px"], saved["mpp"]) == (store.region_px, store.info.mpp[0])
+                assert saved["attention"].sum() == pytest.approx(1, abs=1e-5)
+                assert saved["attribution"].shape == saved["slot_attention"].shape == store.mask.shape
+                assert saved["attribution"].any()
     for row in cohort.rows:
         values = np.zeros((len(open_store(config.data.store, row.slide_id).mask), 1, 5), np.float32)
         about = feature_attributes(config.data.store, row.slide_id, "theirs")
