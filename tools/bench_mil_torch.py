@@ -189,6 +189,8 @@ CPU_NOTE = (
     "Where ours is behind, it is by the products: on 10,000 x 1,024 features and 256 units, XLA's CPU code takes 44 ms forward"
     " and 84 ms for the weights' gradient, PyTorch's library 40 and 37. The other order of that product takes 76 ms, features"
     " turned over first 73. Bags of few instances also pay XLA's start of a program."
+    " Furthest behind are hierarchical, whose attention PyTorch computes in one kernel, and TransMIL, which masks, sorts and"
+    " convolves by shifted products."
 )
 GPU_NOTE = (
     "Products of float32 are TF32 in both; bfloat16 is PyTorch's autocast. The limit is the time of the least that must be"
