@@ -5,9 +5,7 @@ Made for a GPU; on a CPU it runs at small sizes.
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import timm
 import torch
-from ceilings import Ceilings, Work, ceilings, torch_work
+from ceilings import Ceilings, Work, ceilings, median_seconds, torch_work, wait_for_torch
 from flax import nnx
 from ml_collections import ConfigDict
 from record import record
@@ -100,7 +98,7 @@ def encoder_case(name: str, pool: ThreadPoolExecutor) -> Case:
             with torch.inference_mode():
                 resized = functional.interpolate(tiles.float(), (224, 224), mode="bilinear", antialias=True)
                 model(((resized.round() / 255 - mean) / std).to(getattr(torch, DTYPE)))
-            wait()
+            wait_for_torch()
 
         return encode
 
@@ -297,7 +295,7 @@ def step_case(case: StepCase, pool: ThreadPoolExecutor) -> Case:
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            wait()
+            wait_for_torch()
 
         return train
 
@@ -314,29 +312,12 @@ def step_case(case: StepCase, pool: ThreadPoolExecutor) -> Case:
     )
 
 
-def wait() -> None:
-    """For PyTorch's device."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def median_seconds(call: Callable[[], object]) -> float:
-    """The median of some calls after two, which compile or allocate."""
-    call(), call()
-    seconds: list[float] = []
-    for _ in range(REPEATS):
-        begun = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
-
-
 def rows_of(cases: list[Case], limits: Ceilings) -> Iterator[dict]:
     """One by one; what a case held is freed before the next."""
     while cases:
         case = cases.pop(0)
-        seconds = median_seconds(case.ours.result())
-        of_torch = median_seconds(case.theirs())
+        seconds = median_seconds(case.ours.result(), REPEATS)
+        of_torch = median_seconds(case.theirs(), REPEATS)
         if not ON_CPU:
             torch.cuda.empty_cache()
         least, by = limits.seconds(case.work, DTYPE)

@@ -5,9 +5,8 @@ python tools/bench_mil_torch.py [TYPE ...] [INSTANCES ...]     # of others, the 
 
 from __future__ import annotations
 
-import statistics
+import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from ceilings import Ceilings, Work, ceilings, torch_work
+from ceilings import Ceilings, Work, ceilings, median_seconds, torch_work, wait_for_torch
 from flax import nnx
 from record import earlier_rows, record
 from torch import nn
@@ -31,7 +30,7 @@ LABEL = 1
 COUNTS = (1_000, 10_000, 100_000)
 ON_CPU = jax.default_backend() == "cpu"
 DEVICE = "cpu" if ON_CPU else "cuda"
-REPEATS = 5 if ON_CPU else 20
+REPEATS, MOST_S = (5, math.inf) if ON_CPU else (20, 2.0)
 # 100,000 instances on a CPU: attention of all to all takes a hundred times as long as at 10,000, hours on two cores; TransMIL's
 # weights of landmarks, [instances, 512] a head, and their gradients do not fit the memory.
 LARGEST = {"hierarchical": 10_000, "transmil": 10_000} if ON_CPU else {}
@@ -51,7 +50,7 @@ def in_torch(mil: str, features: np.ndarray, dtype: str) -> Timed:
     def forward() -> None:
         with torch.inference_mode(), autocast():
             model(bag, None)
-        wait()
+        wait_for_torch()
 
     def step() -> None:
         optimizer.zero_grad()
@@ -60,15 +59,9 @@ def in_torch(mil: str, features: np.ndarray, dtype: str) -> Timed:
             loss = nn.functional.cross_entropy(logits, label) + instance_loss
         loss.backward()
         optimizer.step()
-        wait()
+        wait_for_torch()
 
     return forward, step
-
-
-def wait() -> None:
-    """For PyTorch's device."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def in_jax(mil: str, features: np.ndarray, dtype: str, pool: ThreadPoolExecutor) -> Callable[[], Timed]:
@@ -132,17 +125,6 @@ def work_of(mil: str, count: int, dtype: str) -> tuple[Work, Work]:
     )
 
 
-def median_seconds(call: Callable[[], object]) -> float:
-    """The median of some calls, after one that compiles or allocates; of fewer where they take seconds on a GPU."""
-    call()
-    seconds: list[float] = []
-    while len(seconds) < REPEATS and (ON_CPU or len(seconds) < 3 or sum(seconds) < 2):
-        begun = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
-
-
 def rows_of(count: int, types: list[str], limits: Ceilings | None) -> Iterator[dict]:
     """The rows of bags of one size."""
     features = np.random.default_rng(0).standard_normal((count, WIDTH), np.float32)
@@ -157,7 +139,7 @@ def rows_of(count: int, types: list[str], limits: Ceilings | None) -> Iterator[d
             for what, one, other, work in zip(
                 ("forward", "training step"), ours, theirs, work_of(mil, count, dtype), strict=True
             ):
-                seconds, of_torch = median_seconds(one), median_seconds(other)
+                seconds, of_torch = (median_seconds(call, REPEATS, MOST_S) for call in (one, other))
                 row = {"instances": f"{count:,}", "model": mil, "type": dtype, "pass": what, "ours, ms": seconds * 1e3}
                 row |= {"PyTorch, ms": of_torch * 1e3, "times as fast": of_torch / seconds}
                 if limits:

@@ -1,7 +1,8 @@
-"""What a device does at most, measured: products of matrices, and bytes moved; and what a computation must do at least."""
+"""What a device does at most, measured: products of matrices, and bytes moved; what a computation must do at least; how long it takes."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,11 +59,23 @@ def torch_work(call: Callable[[], object]) -> float:
     return counter.get_total_flops()
 
 
-def _seconds(call: Callable[..., jax.Array], *values: jax.Array) -> float:
-    jax.block_until_ready(call(*values))
-    times = []
-    for _ in range(10):
+def median_seconds(call: Callable[[], object], repeats: int, most_s: float = math.inf) -> float:
+    """The median of so many calls, after two that compile or allocate; of fewer, but three, once they took `most_s`."""
+    call()
+    call()
+    seconds: list[float] = []
+    while len(seconds) < repeats and (len(seconds) < 3 or sum(seconds) < most_s):
         begun = time.perf_counter()
-        jax.block_until_ready(call(*values))
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+        call()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def wait_for_torch() -> None:
+    """Until PyTorch's device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _seconds(program: Callable[..., jax.Array], *values: jax.Array) -> float:
+    return median_seconds(lambda: jax.block_until_ready(program(*values)), 10)

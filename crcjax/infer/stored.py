@@ -66,10 +66,8 @@ def predict_stored(
     for i, number in enumerate(evaluations[0].bag_of):
         slides_of.setdefault(number, []).append(i)
     for number, indices in slides_of.items():
-        slides, first = (
-            [evaluations[0].slides[i] for i in indices],
-            there.rows[indices[0]],
-        )  # which a case is calibrated by
+        slides = [evaluations[0].slides[i] for i in indices]
+        first = there.rows[indices[0]]  # which a case is calibrated by
         try:
             pictures = [_picture(slide) if out else None for slide in slides]
             predictions = _predicted(members, evaluations, number, slides, attribution)

@@ -55,9 +55,9 @@ class TilingParams:
     """Everything that decides which tiles a slide gives.
 
     `magnifications` are kept from coarse to fine and differ by powers of two; a region is one tile of the first.
-    `quality` limits a tile's share of tissue and the scores of its pixels. `tissue` is the method that finds tissue, one of tissue.METHODS; with `icc` colours are
-    turned to sRGB by the slide's ICC profile. With `stain`, a StainNormaliser as its `to_json` gives it, kept tiles are
-    brought to its reference once they were judged.
+    `quality` limits a tile's share of tissue and the scores of its pixels. `tissue` is the method that finds tissue, one of
+    tissue.METHODS; with `icc` colours are turned to sRGB by the slide's ICC profile. With `stain`, a StainNormaliser as its
+    `to_json` gives it, kept tiles are brought to its reference once they were judged.
     Raises InputError.
     """
 

@@ -73,8 +73,7 @@ class Evaluation:
 
     def prediction(self, params: Params, index: int) -> Prediction:
         """What the model says of one slide or case, in the order of the cohort. Raises InputError if it is damaged."""
-        store, read, stain = self.stores[index], self._readers[index], self._stains[index]
-        return self._forward.bag(params, self._chunks(len(store.mask), read), store.mask, _position(store), stain)
+        return self._forward.pool(params, *self.bag(params, index))
 
     def bag(
         self, params: Params, index: int
@@ -83,9 +82,8 @@ class Evaluation:
     ]:
         """The features, mask and positions of one slide or case, as `Forward.pool` takes them. Raises InputError if it is damaged."""
         store, read, stain = self.stores[index], self._readers[index], self._stains[index]
-        chunks = self._chunks(len(store.mask), read)
-        features = [np.asarray(self._forward.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks]
-        return np.concatenate(features), store.mask, _position(store)
+        features = self._forward.features(params, self._chunks(len(store.mask), read), stain)
+        return features, store.mask, _position(store)
 
     def _chunks(
         self, regions: int, read: Callable[[Sequence[int]], np.ndarray]

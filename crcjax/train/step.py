@@ -407,5 +407,10 @@ class Forward:
         stain: Estimate | None = None,
     ) -> Prediction:
         """The prediction for one bag from its regions, `chunk` at a time."""
-        features = [np.asarray(self.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks]
-        return self.pool(params, np.concatenate(features), mask, position)
+        return self.pool(params, self.features(params, chunks, stain), mask, position)
+
+    def features(
+        self, params: Params, chunks: Iterable[Num[np.ndarray, "region slot *tile"]], stain: Estimate | None = None
+    ) -> Float32[np.ndarray, "region slot feature"]:
+        """One bag's features from its regions, `chunk` at a time."""
+        return np.concatenate([np.asarray(self.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks])
