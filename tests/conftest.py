@@ -1,8 +1,7 @@
 """Fixtures of all tests. jaxtyping's run-time check of signatures is switched on in pyproject.toml."""
 
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,6 @@ import pytest
 
 def _required(part: str) -> bool:
     return part in os.environ.get("CRCJAX_REQUIRE", "").split(",")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_programs() -> Iterator[None]:
-    """Forgets what jax compiled for a file of tests after it: all of them together take 10 GB."""
-    yield
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")
