@@ -353,16 +353,10 @@ def predict(
     from crcjax.validation.calibration import load_calibration
 
     if store:
-        alone: dict[str, object] = {
-            "slides": slides,
-            "--mpp": mpp,
-            "--dropout-samples": dropout_samples,
-            "--workers": workers,
-        }
-        alone["--pseudonym-key"] = pseudonym_key
+        alone = {"slides": slides, "--mpp": mpp, "--workers": workers, "--pseudonym-key": pseudonym_key}
         if given := [name for name, value in alone.items() if value]:
             raise InputError(f"--store: goes without {' and '.join(given)}; leave out one or the other")
-        return _predict_stored(run, store, out, cohort, calibration, attribution)
+        return _predict_stored(run, store, out, cohort, calibration, dropout_samples, attribution)
     predictor = Predictor(*run, dropout_samples=dropout_samples, attribution=attribution)
     fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
     site_of = {row.slide_id: row.site for row in load_cohort(cohort, None).rows} if cohort else {}
@@ -536,7 +530,13 @@ def doctor() -> None:
 
 
 def _predict_stored(
-    runs: list[Path], store: Path, out: Path, cohort: Path | None, calibration: Path | None, attribution: Method
+    runs: list[Path],
+    store: Path,
+    out: Path,
+    cohort: Path | None,
+    calibration: Path | None,
+    dropout_samples: int,
+    attribution: Method,
 ) -> None:
     from crcjax.data.cohort import Cohort, SlideRow, load_cohort
     from crcjax.infer.pipeline import write_table
@@ -544,7 +544,9 @@ def _predict_stored(
     from crcjax.slides.store import tiled_slides
 
     found = load_cohort(cohort, None) if cohort else Cohort(tuple(SlideRow(s, s) for s in tiled_slides(store)), ())
-    rows = predict_stored(runs, store, found, calibration, out=out, attribution=attribution)
+    rows = predict_stored(
+        runs, store, found, calibration, out=out, dropout_samples=dropout_samples, attribution=attribution
+    )
     write_table(out / "predictions.csv", rows)
     failed = [row for row in rows if row["status"] != "ok"]
     for row in failed:

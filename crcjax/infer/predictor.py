@@ -82,15 +82,11 @@ class Predictor:
         self.unit: str = first.config.data.unit
         self._seen = self.tiling.slots_of(first.config.data.magnifications)
         check_go_together(opened)
-        if dropout_samples and not first.config.model.dropout:
-            raise InputError(f"{first.path}: was trained without dropout; predict without --dropout-samples")
+        self._keys = dropout_keys(opened, dropout_samples)
         self.split_of = used_for(opened)
         self.attribution = attribution
         self.members = [Member(run, attribution) for run in opened]
-        self.model_id = "+".join(member.model_id for member in self.members)
-        self.model_id += f" dropout {dropout_samples}" if dropout_samples else ""
-        keys = [jax.random.fold_in(jax.random.key(0), sample) for sample in range(dropout_samples)]
-        self._keys: list[Array | None] = [*keys] or [None]
+        self.model_id = ensemble_id(self.members, dropout_samples)
 
     def predict(self, slide: Slide, threads: int) -> SlidePrediction:
         """The prediction of an open slide alone. Raises SlideError."""
@@ -228,6 +224,18 @@ def check_go_together(runs: Sequence[Run]) -> None:
             raise InputError(
                 f"{other.path}: another {' and '.join(differing)} than {first.path}; give runs that differ in their seed"
             )
+
+
+def dropout_keys(runs: Sequence[Run], samples: int) -> list[Array | None]:
+    """The keys of so many predictions with dropout by each run; with none, of one without. Raises InputError."""
+    if samples and not runs[0].config.model.dropout:
+        raise InputError(f"{runs[0].path}: was trained without dropout; predict without --dropout-samples")
+    return [jax.random.fold_in(jax.random.key(0), sample) for sample in range(samples)] or [None]
+
+
+def ensemble_id(members: Sequence[Member], dropout_samples: int) -> str:
+    """What predictions and calibrations call the model by."""
+    return "+".join(member.model_id for member in members) + (f" dropout {dropout_samples}" if dropout_samples else "")
 
 
 def used_for(runs: Sequence[Run]) -> dict[str, str]:

@@ -7,13 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, UInt8
 
 from crcjax.data.cohort import Cohort
 from crcjax.errors import InputError
 from crcjax.infer.attribution import Method
 from crcjax.infer.pipeline import Row, called, write_evidence
-from crcjax.infer.predictor import Member, SlidePrediction, by_slide, check_go_together, pooled, used_for
+from crcjax.infer.predictor import (
+    Member,
+    SlidePrediction,
+    by_slide,
+    check_go_together,
+    dropout_keys,
+    ensemble_id,
+    pooled,
+    used_for,
+)
 from crcjax.slides.features import FeatureReader
 from crcjax.slides.pixels import NO_PIXELS
 from crcjax.slides.store import TileStore, open_store, tiled_slides
@@ -29,6 +38,7 @@ def predict_stored(
     calibration: Path | None = None,
     *,
     out: Path | None = None,
+    dropout_samples: int = 0,
     attribution: Method = "attention",
 ) -> list[Row]:
     """The rows of predictions.csv of a cohort's slides in a store, by a run or by an ensemble of runs.
@@ -37,11 +47,12 @@ def predict_stored(
     otherwise. Slides that are not in the store, or cannot be read, have rows that say so. With `out` each slide's attention
     and `attribution` are written there as `predict_slides` does, and its heatmap unless it was imported without its slide.
     Raises InputError: none of them can; slides that were tiled in another way than the runs'; features that are not those of
-    the runs; runs that do not go together; a calibration of other runs. Raises OutputError.
+    the runs; runs that do not go together, or know no dropout; a calibration of other runs. Raises OutputError.
     """
     tiled = set(tiled_slides(store))
     runs = [open_run(path) for path in paths]
     check_go_together(runs)
+    keys = dropout_keys(runs, dropout_samples)
     held_back = {row.slide_id: _fault(runs, store, row.slide_id) for row in cohort.rows if row.slide_id in tiled}
     there = replace(cohort, rows=tuple(row for row in cohort.rows if held_back.get(row.slide_id) == ""))
     if not held_back:
@@ -52,7 +63,7 @@ def predict_stored(
     classes = tuple(runs[0].config.data.classes)
     members = [Member(run, attribution, _from_features(run, store)) for run in runs]
     evaluations = [_evaluation(run, member, store, there) for run, member in zip(runs, members, strict=True)]
-    name = "+".join(member.model_id for member in members)
+    name = ensemble_id(members, dropout_samples)
     fitted = load_calibration(calibration, name, classes) if calibration else None
     rows: dict[str, Row] = {}
     for listed in cohort.rows:
@@ -70,7 +81,7 @@ def predict_stored(
         first = there.rows[indices[0]]  # which a case is calibrated by
         try:
             pictures = [_picture(slide) if out else None for slide in slides]
-            predictions = _predicted(members, evaluations, number, slides, attribution)
+            predictions = _predicted(members, evaluations, number, slides, attribution, keys)
         except InputError as error:
             for slide in slides:
                 rows[slide.slide_id] |= {"status": "failed", "reason": str(error)}
@@ -94,10 +105,11 @@ def _predicted(
     number: int,
     slides: Sequence[TileStore],
     attribution: Method,
+    keys: Sequence[Array | None],
 ) -> list[SlidePrediction]:
     """The prediction of each slide of a bag. Raises InputError if its tiles or features cannot be read."""
     bags = [evaluation.bag(member.params, number) for evaluation, member in zip(evaluations, members, strict=True)]
-    parts = by_slide(*pooled(members, bags, attribution), [len(slide.mask) for slide in slides])
+    parts = by_slide(*pooled(members, bags, attribution, keys), [len(slide.mask) for slide in slides])
     return [
         SlidePrediction(found, slide.origin, slide.region_px, slide.mask, slide.info.synthetic, {}, own)
         for slide, (found, own) in zip(slides, parts, strict=True)

@@ -44,7 +44,7 @@ class Group:
         self._place: tuple[int, str] = (0, "starting")
         self._since = time.monotonic()
         self._heard_of: dict[int, tuple[float, int, str]] = {}
-        self._sums: dict[int, dict[int, list[list[int]]]] = {}
+        self._sums: dict[int, dict[int, list[dict[str, int]]]] = {}
         self._finished: set[int] = set()
         self._ending = threading.Lock()  # taken for good by whoever says this process's last words
         self._comparing = threading.Lock()
@@ -75,11 +75,11 @@ class Group:
         """Has process 0 compare the copies of all devices; if they differ, all processes end soon after, with words."""
         if self._line is None:
             return
-        names, sums = local_sums(values)
+        sums = local_sums(values)
         if self.main:
-            self._collect(0, step, names, sums)
+            self._collect(0, step, sums)
         else:
-            self._line.tell({"sums": sums, "step": step, "names": names})
+            self._line.tell({"sums": sums, "step": step})
 
     def watch(self) -> None:
         """Starts to listen to the others and to look at the clock."""
@@ -134,16 +134,16 @@ class Group:
         elif "at" in message:
             self._heard_of[process] = (time.monotonic(), *message["at"])
         elif "sums" in message:
-            self._collect(process, message["step"], message["names"], message["sums"])
+            self._collect(process, message["step"], message["sums"])
 
-    def _collect(self, process: int, step: int, names: list[str], sums: list[list[int]]) -> None:
+    def _collect(self, process: int, step: int, sums: list[dict[str, int]]) -> None:
         assert self._line is not None
         with self._comparing:
             so_far = self._sums.setdefault(step, {})
             so_far[process] = sums
             if len(so_far) < len(self._line.names):
                 return
-            found = disagreement(names, self._sums.pop(step))
+            found = disagreement(self._sums.pop(step))
         if found:
             self._end(
                 f"{self._line.names[found[0]]} has another {found[1]} than the other processes after step {step}: its "

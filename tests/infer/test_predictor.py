@@ -181,6 +181,20 @@ def test_an_ensemble_of_one_run_twice_has_no_disagreement_and_dropout_has(
     np.testing.assert_array_equal(dropped.probs, _predict(Predictor(run, dropout_samples=5), slide).probs)
 
 
+def test_slides_of_a_store_are_predicted_with_dropout_too(run: Path, painted: Path, tmp_path: Path) -> None:
+    cohort = Cohort((SlideRow("synthetic-0000", "a"),), CLASSES)
+    whole, dropped = (predict_stored([run], painted / "store", cohort, dropout_samples=n)[0] for n in (0, 5))
+    assert dropped["model"] == f"{whole['model']} dropout 5"
+    assert float(whole["mutual_information"]) == pytest.approx(0, abs=1e-6)
+    assert float(dropped["mutual_information"]) > 1e-6
+    without = _with(run, tmp_path / "without")
+    config = json.loads((without / "config.json").read_text())
+    config["model"]["dropout"] = 0.0
+    (without / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="without: was trained without dropout; predict without --dropout-samples"):
+        predict_stored([without], painted / "store", cohort, dropout_samples=5)
+
+
 def test_runs_of_other_models_are_no_ensemble(run: Path, tmp_path: Path) -> None:
     other = _with(run, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
