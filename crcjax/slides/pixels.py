@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, lru_cache
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +231,7 @@ class LosslessReader:
         self._arrays = [open_array(folder / name) for name in params.magnifications]
 
     def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
-        """Fills zeros with the tiles of some regions; masked slots stay as they are."""
+        """Puts the tiles of some regions into `out`, masked slots zero."""
         np.concatenate(
             [future.result() for future in [array[chosen].read() for array in self._arrays]], axis=1, out=out
         )
@@ -248,35 +247,34 @@ class JpegReader:
 
     def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
         """As `LosslessReader.read`."""
-        regions = self._regions(chosen)
-        step = max(1, _DECODED_TOGETHER // self._params.slots)
-        # What is read first is decoded while the rest is read.
-        decoding = [
-            _threads().submit(_decode, list(islice(regions, len(part))), part)
-            for part in (out[start : start + step] for start in range(0, len(out), step))
-        ]
+        slots = self._params.slots
+        offset = self._offset[chosen[:, None] * slots + np.arange(slots + 1)]
+        # Neighbours are read as one.
+        first, last = (np.flatnonzero(np.diff(chosen, **beyond) != 1) for beyond in ({"prepend": -2}, {"append": -2}))
+        bounds = zip(offset[first, 0].tolist(), offset[last, -1].tolist(), strict=True)
+        reads = [self._streams[start:stop].read() for start, stop in bounds]
+        run = np.repeat(np.arange(len(first)), last - first + 1).tolist()
+        within = (offset - offset[first, 0][run, None]).tolist()
+        step, decoding = max(1, _DECODED_TOGETHER // slots), []
+        for start in range(0, len(chosen), step):
+            part = slice(start, start + step)
+            # What is read first is decoded while the rest is read.
+            streams = [reads[i].result() for i in run[part]]
+            decoding.append(_threads().submit(_decode, streams, within[part], out[part]))
         for future in decoding:
             future.result()
 
-    def _regions(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For every region bytes that hold its streams, and where each slot's begin in them; neighbours are read as one."""
-        slots = self._params.slots
-        runs = np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1) if len(chosen) else []
-        bounds = [(self._offset[run[0] * slots], self._offset[(run[-1] + 1) * slots]) for run in runs]
-        reads = [self._streams[int(start) : int(stop)].read() for start, stop in bounds]
-        for run, (start, _), read in zip(runs, bounds, reads, strict=True):
-            streams = read.result()
-            for first in run * slots:
-                yield streams, self._offset[first : first + slots + 1] - start
 
-
-def _decode(regions: list[tuple[np.ndarray, np.ndarray]], out: np.ndarray) -> None:
-    for (streams, offset), tiles in zip(regions, out, strict=True):
-        for slot in np.flatnonzero(np.diff(offset)):
-            stream = streams[offset[slot] : offset[slot + 1]]
-            tile = simplejpeg.decode_jpeg(stream, "RGB", buffer=tiles[slot], strict=True)
-            if tile.shape != tiles[slot].shape:
-                raise ValueError(f"pixels/streams: a tile has the shape {tile.shape}")
+def _decode(streams: list[np.ndarray], offsets: list[list[int]], out: np.ndarray) -> None:
+    """Of every region bytes that hold its streams, and where each slot's begin in them."""
+    for held, offset, tiles in zip(streams, offsets, out, strict=True):
+        for tile, (start, stop) in zip(tiles, pairwise(offset), strict=True):
+            if start == stop:
+                tile[:] = 0
+                continue
+            shape = simplejpeg.decode_jpeg(held[start:stop], "RGB", buffer=tile, strict=True).shape
+            if shape != tile.shape:
+                raise ValueError(f"pixels/streams: a tile has the shape {shape}")
 
 
 class SlideReader:
@@ -311,6 +309,7 @@ class SlideReader:
     def _read_region(self, slide: Slide, region: int, out: np.ndarray) -> None:
         x, y = self._origin[region].tolist()
         tiles = region_tiles(slide, self._params, slide_scale(self._info, self._params), x, y)
+        out[~self._mask[region]] = 0
         for slot in np.flatnonzero(self._mask[region]):
             out[slot] = tiles[slot]
             if zlib.crc32(out[slot]) != self._checksum[region, slot]:

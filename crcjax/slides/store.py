@@ -78,7 +78,7 @@ class TileStore:
     def read_pixels(
         self, indices: Sequence[int] | np.ndarray, out: UInt8[np.ndarray, "region slot y x 3"] | None = None
     ) -> UInt8[np.ndarray, "region slot y x 3"]:
-        """The tiles of some regions, masked slots zero; any number of threads may read. `out` are zeros to put them into.
+        """The tiles of some regions, masked slots zero; any number of threads may read. `out` is where to put them.
 
         Raises InputError if the store is damaged, or keeps no pixels and its slide is not there as it was.
         """
@@ -87,7 +87,7 @@ class TileStore:
                 folder = self.path / "pixels"
                 self._pixels = pixel_reader(self.pixels, folder, self.params, self.info, self.origin, self._tiled)
             if out is None:
-                out = np.zeros((len(indices), self.params.slots, *(self.params.tile_px,) * 2, 3), np.uint8)
+                out = np.empty((len(indices), self.params.slots, *(self.params.tile_px,) * 2, 3), np.uint8)
             self._pixels.read(np.asarray(indices, np.int64), out)
             return out
 
