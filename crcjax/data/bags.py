@@ -56,15 +56,13 @@ def read_bag(
     mask = np.zeros(shape, bool)
     position = np.zeros((len(stores), padded, 2), np.float32)
     region = np.full((len(stores), padded), -1, np.int32)
-    held = [reader.read(chosen) for reader, chosen in zip(features, regions, strict=bool(features))]
-    side = stores[0].params.tile_px
-    each, dtype = (held[0].shape[2:], held[0].dtype) if held else ((side, side, 3), np.dtype(np.uint8))
-    tiles = _lent((*shape, *each), dtype)
-    for i, (store, chosen) in enumerate(zip(stores, regions, strict=True)):
-        if held:
-            tiles[i, : len(chosen)] = held[i]
-        else:
-            store.read_pixels(chosen, tiles[i, : len(chosen)])  # decoded where they stay
+    if features:
+        tiles = _lent((*shape, features[0].width), features[0].dtype)
+    else:
+        tiles = _lent((*shape, *(stores[0].params.tile_px,) * 2, 3), np.dtype(np.uint8))
+    reads = [reader.read for reader in features] or [store.read_pixels for store in stores]
+    for i, (store, read, chosen) in enumerate(zip(stores, reads, regions, strict=True)):
+        read(chosen, tiles[i, : len(chosen)])  # where they stay
         tiles[i, len(chosen) :] = 0
         mask[i, : len(chosen)] = store.mask[chosen]
         position[i, : len(chosen)] = store.origin[chosen] / store.region_px

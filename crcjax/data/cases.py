@@ -48,9 +48,21 @@ class CaseFeatures:
     readers: tuple[FeatureReader, ...]
     sizes: tuple[int, ...]
 
-    def read(self, indices: Sequence[int] | Int[np.ndarray, " _"]) -> Num[np.ndarray, "_ slot feature"]:
+    @property
+    def width(self) -> int:
         """As of a slide's features."""
-        return _read([reader.read for reader in self.readers], self.sizes, indices)
+        return self.readers[0].width
+
+    @property
+    def dtype(self) -> np.dtype:
+        """As of a slide's features."""
+        return self.readers[0].dtype
+
+    def read(
+        self, indices: Sequence[int] | Int[np.ndarray, " _"], out: Num[np.ndarray, "_ slot feature"] | None = None
+    ) -> Num[np.ndarray, "_ slot feature"]:
+        """As of a slide's features."""
+        return _read([reader.read for reader in self.readers], self.sizes, indices, out)
 
 
 def by_unit(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import tensorstore as ts
 from jaxtyping import Float
 
 from crcjax.errors import InputError, OutputError
@@ -88,11 +89,19 @@ class FeatureReader:
         with _checked(self.path):
             self._array = open_array(self.path)
         self.width: int = self._array.shape[-1]
+        self.dtype: np.dtype = self._array.dtype.numpy_dtype
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> Float[np.ndarray, "region slot feature"]:
-        """Raises InputError if they are damaged, or not finite."""
+    def read(
+        self, indices: Sequence[int] | np.ndarray, out: Float[np.ndarray, "region slot feature"] | None = None
+    ) -> Float[np.ndarray, "region slot feature"]:
+        """Those of some regions, put into `out` if it is given. Raises InputError if they are damaged, or not finite."""
         with _checked(self.path):
-            found = self._array[np.asarray(indices, np.int64)].read().result()
+            chosen = self._array[np.asarray(indices, np.int64)]
+            if out is None:
+                found = chosen.read().result()
+            else:
+                ts.array(out).write(chosen).result()
+                found = out
         if not _all_finite(found):
             raise InputError(f"{self.path}: holds features that are not finite; delete it and make them again")
         return found

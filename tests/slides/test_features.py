@@ -44,9 +44,12 @@ def test_features_that_are_not_finite_are_named_when_they_are_read(slide: tuple,
     features[0], features[1, 0, 0], features[2, 0, 3] = 0, -np.finfo(dtype).max, value
     write_features(store, name, "a", features, ABOUT)
     reader = FeatureReader(store, name, "a")
-    np.testing.assert_array_equal(reader.read([0, 1]), features[:2])
-    with pytest.raises(InputError, match=rf"{name}.*not finite; delete it"):
-        reader.read([1, 2])
+    for out in (None, np.empty_like(features[:2])):
+        np.testing.assert_array_equal(reader.read([0, 1], out), features[:2])
+        with pytest.raises(InputError, match=rf"{name}.*not finite; delete it"):
+            reader.read([1, 2], out)
+    assert out is not None
+    np.testing.assert_array_equal(out, features[1:3])
 
 
 def test_little_is_read_of_a_slides_features_beside_the_regions_asked_for(slide: tuple) -> None:
