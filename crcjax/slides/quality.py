@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -163,21 +163,42 @@ def score_tiles(
     `stain`: the mean optical density of the stained pixels, the three channels' sum; `red` and `blue`: these channels'
     shares of it, 0 without a stained pixel, which `stain_degrees` compares with a cohort's stains.
     """
-    count = len(tiles)
-    cells = min(max(2, round(len(tiles[0]) * mpp / _FOCUS_UM / _CELL_PX)), _MOST_CELLS)
-    side, half, shrink = cells * _CELL_PX, cells * _CELL_PX // 2, judged_shrink(len(tiles[0]), mpp)
+    return score_digests([digest(tile, mpp) for tile in tiles], model)
+
+
+class Digest(NamedTuple):
+    """What a tile is judged by: its green at 2 µm per pixel, its colours at 4, and its `sharpness`."""
+
+    green: UInt8[np.ndarray, "y x"]
+    coloured: UInt8[np.ndarray, "half_y half_x 3"]
+    sharpness: float
+
+
+def digest(tile: UInt8[np.ndarray, "y x 3"], mpp: float) -> Digest:
+    """Of a tile of `mpp` µm per pixel; a few kB, so that those of many tiles stay in the cache."""
+    cells = min(max(2, round(len(tile) * mpp / _FOCUS_UM / _CELL_PX)), _MOST_CELLS)
+    side, half = cells * _CELL_PX, cells * _CELL_PX // 2
+    detail = _shrunk(tile, judged_shrink(len(tile), mpp))
+    green = cv2.extractChannel(detail, 1)
+    small = cv2.resize(detail, (side, side), interpolation=cv2.INTER_AREA)
+    return Digest(
+        cv2.resize(green, (side, side), interpolation=cv2.INTER_AREA),
+        cv2.resize(small, (half, half), interpolation=cv2.INTER_AREA),
+        _sharpness(green),
+    )
+
+
+def score_digests(digests: Sequence[Digest], model: TissueModel) -> Float32[np.ndarray, "tile score"]:
+    """The scores of `score_tiles`, of tiles of one size and magnification."""
+    count, half = len(digests), len(digests[0].coloured)
+    cells = 2 * half // _CELL_PX
     # One below the other: on pictures this small NumPy's calls would take longer than its arithmetic.
-    green = np.empty((count, side, side), np.uint8)
-    coloured = np.empty((count, half, half, 3), np.uint8)
-    sharpness = np.empty(count, np.float32)
-    for i, tile in enumerate(tiles):
-        detail = shrunk(tile, shrink)
-        small = cv2.resize(detail, (side, side), interpolation=cv2.INTER_AREA)
-        cv2.extractChannel(small, 1, dst=green[i])
-        cv2.resize(small, (half, half), dst=coloured[i], interpolation=cv2.INTER_AREA)
-        sharpness[i] = _sharpness(detail)
-    density = optical_density(coloured.reshape(-1, half, 3), model.white)
-    total, least, excess, inked = density.sum(axis=0), density.min(axis=0), excess_green(density), ink(density)
+    green = np.concatenate([found.green for found in digests])
+    coloured = np.concatenate([found.coloured for found in digests])
+    sharpness = np.array([found.sharpness for found in digests], np.float32)
+    density = optical_density(coloured, model.white)
+    total, excess, inked = density.sum(axis=0), excess_green(density), ink(density)
+    least = cv2.min(cv2.min(density[0], density[1]), density[2])
     stained = (excess > model.threshold) & ~inked
     grey = (least > _GREY) & (least > _NEUTRAL * excess) & ~inked
     focus, tissue = _cell_focus(green, coloured, cells), _cell_means(stained, cells) > 0.3
@@ -192,17 +213,18 @@ def score_tiles(
     def share(pixels: np.ndarray) -> np.ndarray:
         return pixels.reshape(count, -1).mean(axis=1, dtype=np.float32)
 
-    dense = [share(np.where(stained, channel, 0)) for channel in (total, density[0], density[2])]
+    covered, weight = share(stained), stained.reshape(count, -1).astype(np.float32) / half**2
+    dense = [np.einsum("ij,ij->i", weight, channel.reshape(count, -1)) for channel in (total, density[0], density[2])]
     return np.stack(
         [
-            share(stained),
+            covered,
             sharpness,
             least_sharp,
             share(inked),
             share(grey) + share(veiled),
             np.partition(patches, -_DENSEST)[:, -_DENSEST],
             share(blood(density)),
-            dense[0] / np.maximum(share(stained), 1e-9),
+            dense[0] / np.maximum(covered, 1e-9),
             *(channel / np.maximum(dense[0], 1e-9) for channel in dense[1:]),
         ],
         axis=1,
@@ -234,7 +256,7 @@ def judged_shrink(tile_px: int, mpp: float) -> int:
     return shrink
 
 
-def shrunk(tile: UInt8[np.ndarray, "y x 3"], shrink: int) -> UInt8[np.ndarray, "small_y small_x 3"]:
+def _shrunk(tile: np.ndarray, shrink: int) -> np.ndarray:
     """The tile by area means, as many times smaller."""
     # Halving twice is twice as fast as shrinking to a quarter.
     while shrink > 1:
@@ -243,24 +265,21 @@ def shrunk(tile: UInt8[np.ndarray, "y x 3"], shrink: int) -> UInt8[np.ndarray, "
     return tile
 
 
-def _sharpness(detail: np.ndarray) -> float:
-    green = cv2.extractChannel(detail, 1)
+def _sharpness(green: np.ndarray) -> float:
     contrast = float(cv2.meanStdDev(green)[1][0, 0]) ** 2
     energy = cv2.norm(cv2.Laplacian(green, cv2.CV_16S), cv2.NORM_L2SQR) / green.size
     return max(0.0, energy - _ROUNDING) / contrast if contrast > 1 else 0.0
 
 
 def _cell_focus(green: np.ndarray, coloured: np.ndarray, cells: int) -> Float32[np.ndarray, "tile cell"]:
-    coarse = cv2.extractChannel(coloured.reshape(-1, coloured.shape[2], 3), 1)
-    pictures = (green.reshape(-1, green.shape[2]), coarse)
-    energy = [_cell_means(_laplacians(picture) ** 2, cells) for picture in pictures]
+    energy = [_cell_means(_laplacians(picture) ** 2, cells) for picture in (green, coloured[..., 1])]
     return (energy[0] + _NOISE_FINE) / (energy[1] + _NOISE_COARSE)
 
 
 def _laplacians(pictures: np.ndarray) -> np.ndarray:
     """Of square pictures one below the other, each as if it were alone."""
     found = np.empty(pictures.shape, np.float32)
-    side = pictures.shape[1]
+    pictures, side = pictures.astype(np.float32), pictures.shape[1]  # cv2 takes twice as long on bytes
     for top in range(0, len(pictures), side):
         cv2.Laplacian(pictures[top : top + side], cv2.CV_32F, dst=found[top : top + side])
     return found

@@ -17,11 +17,12 @@ from crcjax.slides.quality import (
     GLASS,
     KEPT,
     QUALITY_NAMES,
+    Digest,
     QualityLimits,
+    digest,
     judge,
     judged_shrink,
-    score_tiles,
-    shrunk,
+    score_digests,
 )
 from crcjax.slides.reader import Slide, SlideInfo
 from crcjax.slides.tissue import (
@@ -270,8 +271,8 @@ def read_regions(
 
     Masked slots are zero. With `pack`, what it makes of each kept tile is returned instead of the pixels, which then need
     no memory of their own. Tiles are judged as they were scanned, then those that are kept go through `transform`. Where
-    nothing but the slide's own streams is wanted, tiles are judged by a decode that is smaller from the start: of 600
-    one is judged otherwise. Raises SlideError (`corrupt`).
+    the finest tiles are wanted as the slide's own streams, they are judged by a decode that is smaller from the start (of
+    600 one is judged otherwise), and the coarser tiles are made of that. Raises SlideError (`corrupt`).
     """
     params, count = plan.params, stop - start
     pixels = np.zeros((0 if pack else count, params.slots, params.tile_px, params.tile_px, 3), np.uint8)
@@ -283,10 +284,10 @@ def read_regions(
     step = max(1, _JUDGED_TOGETHER // params.slots)
     for first in range(0, count, step):
         tiles: dict[tuple[int, int], bytes | np.ndarray] = {}
-        judged = {}
+        judged: dict[tuple[int, int], Digest] = {}
         for i in range(first, min(first + step, count)):
-            for slot, tile, picture in _read_region(slide, plan, start + i, mpp, bool(pack and pack.stream)):
-                tiles[i, slot], judged[i, slot] = tile, picture
+            for slot, tile, found in _read_region(slide, plan, start + i, mpp, bool(pack and pack.stream)):
+                tiles[i, slot], judged[i, slot] = tile, found
         _score(judged, plan, mpp, quality)
         places = tuple(np.array(list(tiles), np.intp).reshape(-1, 2).T)
         reason[places] = judge(quality[places], params.quality)
@@ -306,21 +307,40 @@ def read_regions(
 
 def _read_region(
     slide: Slide, plan: TilePlan, region: int, mpp: np.ndarray, streams: bool
-) -> Iterator[tuple[int, bytes | np.ndarray, np.ndarray]]:
-    """Slot, tile, and the picture that it is judged by, of a region's tiles; with `streams` as the slide's own where it has them."""
-    params, scale = plan.params, plan.scale
-    shrink = [judged_shrink(params.tile_px, float(um)) for um in mpp]
-    if streams and scale.finest == 0:  # its one tile
-        place = own_square(slide, plan, region, 0)
-        if place and (stream := slide.jpeg_stream(*place)):
-            yield 0, stream, slide.shrunk_stream(stream, *place, shrink[0])
-            return
-    x, y = plan.origin[region].tolist()
-    for slot, tile in enumerate(region_tiles(slide, params, scale, x, y)):
-        if plan.mask[region, slot]:
-            place = own_square(slide, plan, region, slot) if streams else None
-            # The copy frees the region that the tile is a view of.
-            yield slot, (place and slide.jpeg_stream(*place)) or tile, shrunk(tile, shrink[slot])
+) -> Iterator[tuple[int, bytes | np.ndarray, Digest]]:
+    """Slot by slot the tile and what it is judged by, of a region; with `streams` as the slide's own where it has them."""
+    params, scale, mask = plan.params, plan.scale, plan.mask[region]
+    own = _own_streams(slide, plan, region) if streams else None
+    if own is None:
+        for slot, tile in enumerate(region_tiles(slide, params, scale, *plan.origin[region].tolist())):
+            if mask[slot]:
+                place = own_square(slide, plan, region, slot) if streams else None
+                yield slot, (place and slide.jpeg_stream(*place)) or tile, digest(tile, mpp[slot])
+        return
+    first = sum(factor**2 for factor in params.factors[: scale.finest])
+    shrink = 2 if scale.finest else judged_shrink(params.tile_px, mpp[0])
+    pictures = [slide.shrunk_stream(stream, *square, shrink) for square, stream in own]
+    if mask[:first].any():
+        factor = params.factors[scale.finest]
+        whole = np.vstack([np.hstack(pictures[row : row + factor]) for row in range(0, factor**2, factor)])
+        for slot, tile in enumerate(_cut(whole, params, scale.finest)):
+            if mask[slot]:
+                yield slot, tile, digest(tile, mpp[slot])
+    for slot, (picture, (_, stream)) in enumerate(zip(pictures, own, strict=True), first):
+        if mask[slot]:
+            yield slot, stream, digest(picture, mpp[slot] * shrink)
+
+
+def _own_streams(slide: Slide, plan: TilePlan, region: int) -> list[tuple[tuple[int, int, int, int], bytes]] | None:
+    """Square and stream of each of a region's finest tiles; None unless the slide has all of them."""
+    factors, finest = plan.params.factors, plan.scale.finest
+    first, own = sum(factor**2 for factor in factors[:finest]), []
+    for slot in range(first, first + factors[finest] ** 2):
+        square = own_square(slide, plan, region, slot)
+        if not square or not (stream := slide.jpeg_stream(*square)):
+            return None
+        own.append((square, stream))
+    return own
 
 
 def own_square(slide: Slide, plan: TilePlan, region: int, slot: int) -> tuple[int, int, int, int] | None:
@@ -335,15 +355,13 @@ def own_square(slide: Slide, plan: TilePlan, region: int, slot: int) -> tuple[in
     return scale.level, x + column * side, y + row * side, side
 
 
-def _score(tiles: dict[tuple[int, int], np.ndarray], plan: TilePlan, mpp: np.ndarray, quality: np.ndarray) -> None:
+def _score(judged: dict[tuple[int, int], Digest], plan: TilePlan, mpp: np.ndarray, quality: np.ndarray) -> None:
     """Fills in the scores of some tiles, those of one magnification at a time."""
     by_mpp: dict[float, list[tuple[int, int]]] = {}
-    for place in tiles:
-        by_mpp.setdefault(float(mpp[place[1]]), []).append(place)
-    for of_tiles, places in by_mpp.items():
-        shrink = judged_shrink(plan.params.tile_px, of_tiles)
-        scores = score_tiles([tiles[place] for place in places], plan.tissue, of_tiles * shrink)
-        quality[tuple(np.array(places).T)] = scores
+    for place in judged:
+        by_mpp.setdefault(mpp[place[1]], []).append(place)
+    for places in by_mpp.values():
+        quality[tuple(np.array(places).T)] = score_digests([judged[place] for place in places], plan.tissue)
 
 
 def region_tiles(slide: Slide, params: TilingParams, scale: Scale, x: int, y: int) -> list[UInt8[np.ndarray, "y x 3"]]:
@@ -358,10 +376,15 @@ def region_tiles(slide: Slide, params: TilingParams, scale: Scale, x: int, y: in
     region = slide.read(x, y, level_side, level_side, scale.level)
     if level_side != side:
         region = cv2.resize(region, (side, side), interpolation=cv2.INTER_AREA)
+    return _cut(region, params, scale.finest + 1)
+
+
+def _cut(region: np.ndarray, params: TilingParams, magnifications: int) -> list[np.ndarray]:
+    """The tiles of so many of the first magnifications, from a picture of their region."""
     tiles = []
-    for factor in params.factors[: scale.finest + 1]:
+    for factor in params.factors[:magnifications]:
         shown = params.tile_px * factor
-        picture = region if shown == side else cv2.resize(region, (shown, shown), interpolation=cv2.INTER_AREA)
+        picture = region if shown == len(region) else cv2.resize(region, (shown, shown), interpolation=cv2.INTER_AREA)
         grid = picture.reshape(factor, params.tile_px, factor, params.tile_px, 3).swapaxes(1, 2)
         tiles += list(grid.reshape(-1, params.tile_px, params.tile_px, 3))
     return tiles

@@ -64,6 +64,19 @@ def test_encoded_tiles_differ_from_lossless_ones_by_less_than_a_scanner_does(sto
     assert 10 * np.log10(255**2 / (error**2).mean()) > 35
 
 
+def test_so_do_coarse_tiles_that_are_made_of_the_slides_own_streams_at_half_size(
+    small_slide: Path, tmp_path: Path
+) -> None:
+    jpeg, lossless = (_tile(small_slide, tmp_path / mode, mode, OWN) for mode in ("jpeg", "lossless"))
+    assert jpeg.attributes["jpeg"]["own_streams"] == jpeg.mask[:, 1:].sum() > 0
+    coarse = jpeg.mask[:, 0] & lossless.mask[:, 0]
+    error = _all(jpeg)[coarse, 0].astype(float) - _all(lossless)[coarse, 0]
+    assert coarse.sum() > 2
+    assert 0 < np.abs(error).mean() < 3
+    assert np.abs(error.mean(axis=(0, 1, 2))).max() < 0.3
+    assert 10 * np.log10(255**2 / (error**2).mean()) > 35
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_masked_slots_are_zero_and_no_other(mode: str, stores: dict[str, TileStore]) -> None:
     store = stores[mode]
