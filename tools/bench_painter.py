@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import PeakMemory, Row, record
+from record import PeakMemory, Row, record, shared_memory_mib
 
 from crcjax.slides.painter import SITES, SUBTYPES, SlideSpec, paint_cohort, paint_slide
 
@@ -22,7 +22,7 @@ def demo_rows(folder: Path, cores: int) -> list[Row]:
     for seed, subtype in enumerate(SUBTYPES):
         paint_slide(folder / "one.svs", SlideSpec(subtype, seed=seed, site=SITES[seed], size_px=size))
     one = len(SUBTYPES) * size[0] * size[1] / (time.perf_counter() - start) / 1e6
-    with PeakMemory() as memory:
+    with PeakMemory(shared_memory_mib, 0.02) as memory:
         start = time.perf_counter()
         paint_cohort(folder / "cohort", {"train": 24}, size_px=size)
         cohort = 24 * size[0] * size[1] / (time.perf_counter() - start) / 1e6
@@ -35,7 +35,7 @@ def demo_rows(folder: Path, cores: int) -> list[Row]:
 
 def large_rows(folder: Path, cores: int, side: int) -> list[Row]:
     """One large slide, its blocks painted by all cores."""
-    with PeakMemory() as memory:
+    with PeakMemory(shared_memory_mib, 0.02) as memory:
         start = time.perf_counter()
         path = paint_slide(folder / "large.svs", SlideSpec("stromal", 1, size_px=(side, side)), workers=cores)
         speed = side * side / (time.perf_counter() - start) / 1e6

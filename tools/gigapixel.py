@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tifffile
-from record import PeakMemory, Row, record
+from record import PeakMemory, Row, largest_worker_mib, record
 
 from crcjax.slides.executor import TileJob, tile_slides
 from crcjax.slides.painter import SlideSpec, paint_slide
@@ -69,7 +69,7 @@ def rows_of(slide: Path, side: int, out: Path, workers: int) -> list[Row]:
     """Tiling's time and memory."""
     store = out / f"store-{slide.stem}-{workers}"
     shutil.rmtree(store, ignore_errors=True)
-    with PeakMemory() as memory:
+    with PeakMemory(largest_worker_mib, 0.2) as memory:
         start = time.monotonic()
         (outcome,) = tile_slides([TileJob("giga", slide)], store, TilingParams(MAGNIFICATIONS), workers=workers)
         seconds = time.monotonic() - start
@@ -80,7 +80,7 @@ def rows_of(slide: Path, side: int, out: Path, workers: int) -> list[Row]:
     return [
         Row(f"{name}: tiling", seconds, "s"),
         Row(f"{name}: tiling", kept / seconds, "tiles/s"),
-        Row(f"{name}: peak memory of the worker", memory.worker_mib, "MiB", memory.worker_mib / 2048, "2 GiB"),
+        Row(f"{name}: peak memory of the worker", memory.mib, "MiB", memory.mib / 2048, "2 GiB"),
         Row(f"{name}: store", stored / 2**20, "MiB", stored / slide.stat().st_size, "the slide file"),
         Row(f"{name}: tiles kept", float(kept), ""),
     ]

@@ -11,6 +11,8 @@ import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,15 +40,27 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-class PeakMemory:
-    """The largest memory while the block runs, sampled fifty times a second, in MiB.
+def shared_memory_mib(processes: list[psutil.Process]) -> float:
+    """The memory of processes together, what they share counted once, in MiB. Slow: some ms each."""
+    return sum(process.memory_full_info().pss for process in processes) / 2**20
 
-    `mib` is of this process and all below it, what they share counted once; `worker_mib` the resident memory of the
-    largest one below it.
-    """
+
+def largest_worker_mib(processes: list[psutil.Process]) -> float:
+    """The largest resident memory that one of the processes but the first ever had, in MiB: the kernel's own mark."""
+    marks = [
+        Path(f"/proc/{process.pid}/status").read_text().partition("VmHWM:")[2].split()[:1] for process in processes
+    ]
+    return max((int(mark) / 1024 for found in marks[1:] for mark in found), default=0.0)
+
+
+class PeakMemory:
+    """The largest, `mib`, that a function found of this process and all below it while the block ran, `every_s` seconds."""
+
+    def __init__(self, find: Callable[[list[psutil.Process]], float], every_s: float):
+        self._find, self._every_s = find, every_s
 
     def __enter__(self) -> PeakMemory:
-        self.mib = self.worker_mib = 0.0
+        self.mib = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
@@ -58,16 +72,9 @@ class PeakMemory:
 
     def _sample(self) -> None:
         here = psutil.Process()
-        while not self._stop.wait(0.02):
-            total = here.memory_full_info().pss
-            for process in here.children(recursive=True):
-                try:
-                    found = process.memory_full_info()
-                except psutil.Error:
-                    continue  # it ended meanwhile
-                total += found.pss
-                self.worker_mib = max(self.worker_mib, found.rss / 2**20)
-            self.mib = max(self.mib, total / 2**20)
+        while not self._stop.wait(self._every_s):
+            with suppress(psutil.Error, OSError):  # one of them ended meanwhile
+                self.mib = max(self.mib, self._find([here, *here.children(recursive=True)]))
 
 
 def record(name: str, command: str, rows: list[Row] | list[dict], note: str = "") -> None:
