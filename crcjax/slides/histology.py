@@ -6,7 +6,7 @@ drawn alone and fits its neighbours. Sizes are in µm; textures repeat after som
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -66,7 +66,7 @@ for _kind, _look in _LOOKS.items():
 
 @dataclass(frozen=True)
 class _Nucleus:
-    """Half axes, the spread of their size, the concentration of haematoxylin."""
+    """Half axes, the spread of their size, the concentration of haematoxylin; or of what other particles consist of."""
 
     long_um: float
     short_um: float
@@ -81,8 +81,11 @@ _NUCLEI = {
     "fibrocyte": _Nucleus(7.5, 1.3, 0.25, 1.15),
     "plump": _Nucleus(8.0, 2.6, 0.20, 1.05, vesicular=True),
     "debris": _Nucleus(1.5, 1.1, 0.40, 1.25),
+    "erythrocyte": _Nucleus(3.7, 3.4, 0.08, 1.0, vesicular=True),
+    "speck": _Nucleus(2.0, 1.5, 0.40, 1.0),
+    "grain": _Nucleus(5.0, 4.0, 0.40, 1.0),
+    "flake": _Nucleus(9.0, 5.0, 0.40, 1.0),
 }
-_NAMES = tuple(_NUCLEI)
 _SIZES, _TURNS = 4, 16
 _CELL_UM = 9.0  # at most one nucleus in a cell of this side, but for those along outlines
 
@@ -257,20 +260,7 @@ def _direction(angle: float) -> np.ndarray:
 
 def _scattered(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[_Rows]:
     """Nuclei of the density that each zone has."""
-    pitch = _CELL_UM / ground.mpp
-    height, width = zones.shape
-    column, row = (
-        grid.ravel()
-        for grid in np.meshgrid(
-            np.arange(int(x // pitch), int((x + width) // pitch) + 1),
-            np.arange(int(y // pitch), int((y + height) // pitch) + 1),
-        )
-    )
-    u = _hashed(ground.seed, 9, column, row, 5)
-    px = np.floor((column + 0.7 * u[0]) * pitch).astype(int) - x
-    py = np.floor((row + 0.7 * u[1]) * pitch).astype(int) - y
-    inside = (px >= 0) & (py >= 0) & (px < width) & (py < height)
-    px, py, u = px[inside], py[inside], u[:, inside]
+    px, py, u = _strewn(ground, _CELL_UM, 9, x, y, *zones.shape[::-1])
     zone = zones[py, px]
     along = _fibre_angle(ground, px + x, py + y)
     rows = []
@@ -283,6 +273,40 @@ def _scattered(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[_Rows]
             angle = along[i] + 0.5 * (u[3, i] - 0.5) if name in ("fibrocyte", "plump") else np.pi * u[3, i]
             rows.append(_Rows(name, px[i], py[i], angle, u[4, i]))
     return rows
+
+
+def draw_particles(
+    ground: Ground, names: Sequence[str], apart_um: float, x: int, y: int, width: int, height: int
+) -> Float32[np.ndarray, "y x"]:
+    """Particles of those kinds, as many of each, strewn some `apart_um` apart over a block: about 1 where one lies, else 0.
+
+    They depend on the place alone, but for REACH_UM at the edge of the block.
+    """
+    px, py, u = _strewn(ground, apart_um, 20, x, y, width, height)
+    which = (u[2] * len(names)).astype(int)
+    amount = np.zeros((height, width), np.float32)
+    of = [(name, which == i) for i, name in enumerate(names)]
+    _stamp(ground.mpp, amount, [_Rows(name, px[i], py[i], np.pi * u[3, i], u[4, i]) for name, i in of])
+    return amount
+
+
+def _strewn(
+    ground: Ground, pitch_um: float, purpose: int, x: int, y: int, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places in a block, one in each cell of a grid, as px of the block, each with five numbers in [0, 1)."""
+    pitch = pitch_um / ground.mpp
+    column, row = (
+        grid.ravel()
+        for grid in np.meshgrid(
+            np.arange(int(x // pitch), int((x + width) // pitch) + 1),
+            np.arange(int(y // pitch), int((y + height) // pitch) + 1),
+        )
+    )
+    u = _hashed(ground.seed, purpose, column, row, 5)
+    px = np.floor((column + 0.7 * u[0]) * pitch).astype(int) - x
+    py = np.floor((row + 0.7 * u[1]) * pitch).astype(int) - y
+    inside = (px >= 0) & (py >= 0) & (px < width) & (py < height)
+    return px[inside], py[inside], u[:, inside]
 
 
 def _stamp(mpp: float, haematoxylin: np.ndarray, rows: list[_Rows]) -> None:

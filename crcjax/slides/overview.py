@@ -16,7 +16,7 @@ from PIL import Image
 import crcjax
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.annotation import write_area
-from crcjax.slides.quality import ABSENT, GLASS, QUALITY_NAMES, REASONS, StainLimits
+from crcjax.slides.quality import ABSENT, GLASS, REASONS, StainLimits
 from crcjax.slides.quality import stain_degrees as tile_degrees
 from crcjax.slides.store import TileStore, open_store, tiled_slides
 from crcjax.slides.tissue import ink, optical_density
@@ -184,7 +184,7 @@ def tiles_off(
 ) -> float | None:
     """The fraction of the kept tiles further than `max_tile_degrees` from any mixture of the cohort's stains."""
     scored = slide.mask & slide.quality.any(axis=-1)
-    if centre is None or len(slide.attributes["quality"]) < len(QUALITY_NAMES) or not scored.any():
+    if centre is None or "blue" not in slide.attributes["quality"] or not scored.any():
         return None  # no cohort, a store from before these scores, or tiles that nobody judged
     return float((tile_degrees(slide.quality[scored], centre) > limits.max_tile_degrees).mean())
 

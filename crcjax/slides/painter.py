@@ -27,13 +27,13 @@ from jaxtyping import Bool, Float32, UInt8
 
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.architecture import CARRIER, MAP_UM, SUBTYPES, Tissue, architecture
+from crcjax.slides.artefacts import ARTEFACTS, artefact_mask, spoil_picture, spoil_section
 from crcjax.slides.histology import REACH_UM, Ground, draw_stains
 from crcjax.slides.reader import PAINTED
 
 TILE_PX = 256
 BLOCK_PX = 1024  # a block shrunk four times is one tile of the next level
 _OPTICS_UM, _SPOIL_UM = 2.0, 10.0  # reach of the blur of the optics, and with that of an artefact
-ARTEFACTS = ("out_of_focus", "pen", "fold", "bubble")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ SITES = (
 
 @dataclass(frozen=True)
 class SlideSpec:
-    """One slide to paint. `artefacts` are of ARTEFACTS; the same spec gives the same bytes."""
+    """One slide to paint. `artefacts` are of slides.artefacts.ARTEFACTS; the same spec gives the same bytes."""
 
     subtype: str
     seed: int
@@ -97,14 +97,14 @@ class Truth:
         return float(np.isin(self._box(self.kinds, x_um, y_um, side_um), kinds).mean())
 
     def spoilt_share(self, artefact: str, x_um: float, y_um: float, side_um: float) -> float:
-        """The fraction of a square box's tissue that the artefact spoils: a fold spoils neither fat nor mucin, whose
-        double does not show.
+        """The fraction of a square box's tissue that the artefact spoils: fold and dense spoil neither fat nor mucin, whose
+        double or triple does not show.
         """
         kinds = self._box(self.kinds, x_um, y_um, side_um)
         if artefact not in self.artefacts or not kinds.any():
             return 0.0
         spoilt = self._box(self.artefacts[artefact], x_um, y_um, side_um) & (kinds > 0)
-        if artefact == "fold":
+        if artefact in ("fold", "dense"):
             spoilt &= ~np.isin(kinds, (Tissue.ADIPOSE, Tissue.MUCIN))
         return float(spoilt.sum() / (kinds > 0).sum())
 
@@ -251,7 +251,7 @@ def _scene(spec: SlideSpec) -> _Scene:
     kinds = architecture(spec.subtype, spec.seed, *(side * spec.mpp for side in spec.size_px))
     rng = np.random.default_rng([spec.seed, 6])
     haematoxylin, eosin = np.exp(rng.normal(0, 0.25, 2)).tolist()
-    artefacts = {name: _artefact_mask(name, kinds.shape, rng) for name in spec.artefacts}
+    artefacts = {name: artefact_mask(name, kinds.shape, rng) for name in spec.artefacts}
     return _Scene(Ground(kinds, spec.seed, spec.mpp), spec.site, (haematoxylin, eosin), artefacts)
 
 
@@ -262,43 +262,16 @@ def paint_block(spec: SlideSpec, x: int, y: int, width: int, height: int) -> UIn
     box = (x - margin, y - margin, width + 2 * margin, height + 2 * margin)
     haematoxylin, eosin = draw_stains(scene.ground, *box)
     masks = {name: _block_of(mask, spec.mpp, *box) for name, mask in scene.artefacts.items()}
-    if "fold" in masks:  # two layers of tissue
-        haematoxylin *= 1 + masks["fold"]
-        eosin *= 1 + masks["fold"]
+    layers = spoil_section(scene.ground, masks, haematoxylin, eosin, *box[:2])
     vectors = scene.stain[0] * _unit(site.haematoxylin), scene.stain[1] * _unit(site.eosin)
     channels = []
-    for white, h, e in zip(site.white, *vectors, strict=True):
-        transmitted = cv2.exp(cv2.addWeighted(haematoxylin, -h, eosin, -e, 0))
-        channels.append(cv2.convertScaleAbs(transmitted, alpha=white))
+    for i, (white, h, e) in enumerate(zip(site.white, *vectors, strict=True)):
+        exponent = cv2.addWeighted(haematoxylin, -h, eosin, -e, 0)
+        for amount, density in layers:
+            exponent = exponent - density[i] * amount
+        channels.append(cv2.convertScaleAbs(cv2.exp(exponent), alpha=white))
     pixels = cv2.GaussianBlur(cv2.merge(channels), (0, 0), site.blur_um / spec.mpp)
-    for name, mask in masks.items():
-        pixels = _spoilt(pixels, name, mask, spec)
-    return pixels[margin:-margin, margin:-margin]
-
-
-def _spoilt(pixels: np.ndarray, name: str, mask: np.ndarray, spec: SlideSpec) -> np.ndarray:
-    if name == "fold" or not mask.any():
-        return pixels
-    if name == "out_of_focus":
-        changed = cv2.GaussianBlur(pixels, (0, 0), 2.5 / spec.mpp).astype(np.float32)
-    elif name == "pen":
-        changed = pixels * np.array([0.15, 0.45, 0.40], np.float32)
-    else:  # an air bubble: smooth and pale within, dark at its rim
-        rim = np.clip(1 - np.abs(mask - 0.5) * 4, 0, 1)[..., None]
-        changed = 0.6 * cv2.GaussianBlur(pixels, (0, 0), 2.0 / spec.mpp) + 0.4 * np.array(spec.site.white, np.float32)
-        changed *= 1 - 0.7 * rim
-    return np.where(mask[..., None] > 0, pixels + (changed - pixels) * mask[..., None], pixels).astype(np.uint8)
-
-
-def _artefact_mask(name: str, shape: tuple[int, int], rng: np.random.Generator) -> Float32[np.ndarray, "y x"]:
-    mask = np.zeros(shape, np.float32)
-    start, end = (rng.uniform(0.2, 0.8, 2) * shape[::-1] for _ in range(2))
-    if name in ("out_of_focus", "bubble"):
-        cv2.circle(mask, start.astype(int).tolist(), max(3, int(min(shape) * rng.uniform(0.15, 0.25))), 1.0, -1)
-    else:
-        thickness = max(2, round((160 if name == "pen" else 60) / MAP_UM))
-        cv2.line(mask, start.astype(int).tolist(), end.astype(int).tolist(), 1.0, thickness)
-    return np.clip(2 * cv2.GaussianBlur(mask, (0, 0), 1.0) - 0.5, 0, 1)
+    return spoil_picture(pixels, masks, site.white, spec.mpp)[margin:-margin, margin:-margin]
 
 
 def _block_of(mask: np.ndarray, mpp: float, x: int, y: int, width: int, height: int) -> Float32[np.ndarray, "y x"]:

@@ -13,7 +13,20 @@ from jaxtyping import Float, Float32, Float64, UInt8
 from crcjax.errors import InputError
 from crcjax.slides.tissue import TissueModel, blood, excess_green, ink, optical_density
 
-QUALITY_NAMES = ("tissue", "sharpness", "focus", "pen", "bubble", "fold", "blood", "stain", "red", "blue")
+QUALITY_NAMES = (
+    "tissue",
+    "sharpness",
+    "focus",
+    "pen",
+    "bubble",
+    "fold",
+    "blood",
+    "stain",
+    "red",
+    "blue",
+    "dust",
+    "pale",
+)
 # A pixel of the pictures that are judged, whatever the tile's magnification; the third, of half the second's, gives colours.
 _DETAIL_UM, _FOCUS_UM = 1.0, 2.0
 _CELL_PX = 8  # of the second picture: focus and bubbles are judged in cells of 16 µm, a nucleus and its surroundings
@@ -22,7 +35,11 @@ _ROUNDING = 2.0  # Laplacian energy that rounding to whole intensities gives a s
 # Laplacian energies below which JPEG's noise, not the tissue, decides their ratio; at 2 and at 4 µm per pixel.
 _NOISE_FINE, _NOISE_COARSE = 10.0, 30.0
 _BLURRED, _VEILED = 0.25, 0.8  # focus of a blurred cell; density of a veiled one over the slide's
-_GREY, _NEUTRAL = 0.15, 2.5  # least density of rims and debris; how far it exceeds the excess of green
+# Least density of debris and rims, and what they absorb of blue and red over green, tissue below them included:
+# haematoxylin absorbs less blue, eosin and red cells less red.
+_GREY, _GREY_BLUE, _GREY_RED = 0.15, 0.75, 0.5
+# Density, the channels' sum, of lumina and of faint stain at most; red over green of mucin, which is as faint, at least.
+_BARE, _FAINT, _BLUISH = 0.12, 0.3, 0.7
 _FOLD = np.ones((3, 3), np.uint8)  # 12 µm: wider than a nucleus or a capillary, narrower than a fold
 _PATCHES, _DENSEST = 16, 6  # of 16 x 16 patches the sixth densest is the fold's: 2 % of the tile are as dense
 
@@ -42,11 +59,12 @@ class QualityLimits:
     min_tissue: float = 0.25
     min_stained: float = 0.02
     max_pen: float = 0.1
-    max_bubble: float = 0.2
+    max_bubble: float = 0.15
     max_fold: float = 1.7
     max_blood: float = 0.5
-    min_focus: float = 0.17
+    min_focus: float = 0.22
     min_sharpness: float = 0.01
+    max_pale: float = 0.25
     min_stain: float = 0.2
     max_stain: float = 4.0
     min_coverage: float = 0.25
@@ -111,10 +129,10 @@ def judge(scores: Float32[np.ndarray, "*tile score"], limits: QualityLimits) -> 
         "pen": score["pen"] > limits.max_pen,
         "glass": score["tissue"] < limits.min_stained,  # which all that lies under ink would be too
         "bubble": score["bubble"] > limits.max_bubble,
+        "blood": score["blood"] > limits.max_blood,  # which is as dense as a fold
         "fold": score["fold"] > limits.max_fold,
-        "blood": score["blood"] > limits.max_blood,
         "blurred": (score["focus"] < limits.min_focus) | (score["sharpness"] < limits.min_sharpness),
-        "pale": score["stain"] < limits.min_stain,
+        "pale": (score["pale"] > limits.max_pale) | (score["stain"] < limits.min_stain),
         "overstained": score["stain"] > limits.max_stain,
     }
     codes = [np.uint8(REASONS.index(name)) for name in faults]
@@ -156,12 +174,14 @@ def score_tiles(
 
     `tissue`: the stained fraction of the tile. `sharpness`: the variance of the Laplacian over the variance of the green
     channel, so that pale and dense tissue compare; about 0.5 to 3 in focus, towards 0 when blurred, 0 on a tile of one
-    colour. `focus`: the energy of detail of 2 µm over that of 4 µm in the least sharp quarter of the tissue, its mean; smooth
-    mucin and stroma lack both alike, as does what is blurred by more than 5 µm, which `sharpness` tells. `pen`: the fraction under ink. `bubble`: the fraction that is grey, as rims of
-    bubbles and debris are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider
-    than a nucleus over that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
+    colour. `focus`: the energy of detail of 2 µm over that of 4 µm, a mean over 48 µm, and of these the mean in the least
+    sharp quarter of the tissue; smooth mucin and stroma lack both alike, as does what is blurred by more than 5 µm, which
+    `sharpness` tells. `pen`: the fraction under ink. `bubble`: the fraction that is grey, as rims of bubbles and debris
+    are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider than a nucleus over
+    that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
     `stain`: the mean optical density of the stained pixels, the three channels' sum; `red` and `blue`: these channels'
-    shares of it, 0 without a stained pixel, which `stain_degrees` compares with a cohort's stains.
+    shares of it, 0 without a stained pixel, which `stain_degrees` compares with a cohort's stains. `dust`: the part of
+    `bubble` that is grey. `pale`: the fraction that is hardly stained, and not bluish, as mucin is.
     """
     return score_digests([digest(tile, mpp) for tile in tiles], model)
 
@@ -197,10 +217,11 @@ def score_digests(digests: Sequence[Digest], model: TissueModel) -> Float32[np.n
     coloured = np.concatenate([found.coloured for found in digests])
     sharpness = np.array([found.sharpness for found in digests], np.float32)
     density = optical_density(coloured, model.white)
-    total, excess, inked = density.sum(axis=0), excess_green(density), ink(density)
-    least = cv2.min(cv2.min(density[0], density[1]), density[2])
-    stained = (excess > model.threshold) & ~inked
-    grey = (least > _GREY) & (least > _NEUTRAL * excess) & ~inked
+    total, excess, clear = density.sum(axis=0), excess_green(density), ~ink(density)
+    stained = (excess > model.threshold) & clear
+    red, absorbed, blue = density
+    grey = (absorbed > _GREY) & (blue > _GREY_BLUE * absorbed) & (red > _GREY_RED * absorbed) & clear
+    faint = (total > _BARE) & (total < _FAINT) & (red < _BLUISH * absorbed) & clear
     focus, tissue = _cell_focus(green, coloured, cells), _cell_means(stained, cells) > 0.3
     veiled = (focus < _BLURRED) & tissue & (_cell_means(total, cells) < _VEILED * model.density)
     judged = np.sort(np.where(tissue | ~tissue.any(axis=1, keepdims=True), focus, np.inf))
@@ -211,21 +232,23 @@ def score_digests(digests: Sequence[Digest], model: TissueModel) -> Float32[np.n
     patches = cv2.resize(layers, (_PATCHES, count * _PATCHES), interpolation=cv2.INTER_NEAREST).reshape(count, -1)
 
     def share(pixels: np.ndarray) -> np.ndarray:
-        return pixels.reshape(count, -1).mean(axis=1, dtype=np.float32)
+        return cv2.reduce(pixels.view(np.uint8).reshape(count, -1), 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F)[:, 0]
 
-    covered, weight = share(stained), stained.reshape(count, -1).astype(np.float32) / half**2
-    dense = [np.einsum("ij,ij->i", weight, channel.reshape(count, -1)) for channel in (total, density[0], density[2])]
+    covered, dust, weight = share(stained), share(grey), stained.reshape(count, -1).astype(np.float32) / half**2
+    dense = [np.einsum("ij,ij->i", weight, channel.reshape(count, -1)) for channel in (total, red, blue)]
     return np.stack(
         [
             covered,
             sharpness,
             least_sharp,
-            share(inked),
-            share(grey) + share(veiled),
+            1 - share(clear),
+            dust + share(veiled),
             np.partition(patches, -_DENSEST)[:, -_DENSEST],
             share(blood(density)),
             dense[0] / np.maximum(covered, 1e-9),
             *(channel / np.maximum(dense[0], 1e-9) for channel in dense[1:]),
+            dust,
+            share(faint),
         ],
         axis=1,
     ).astype(np.float32, copy=False)
@@ -273,7 +296,10 @@ def _sharpness(green: np.ndarray) -> float:
 
 def _cell_focus(green: np.ndarray, coloured: np.ndarray, cells: int) -> Float32[np.ndarray, "tile cell"]:
     energy = [_cell_means(_laplacians(picture) ** 2, cells) for picture in (green, coloured[..., 1])]
-    return (energy[0] + _NOISE_FINE) / (energy[1] + _NOISE_COARSE)
+    focus = ((energy[0] + _NOISE_FINE) / (energy[1] + _NOISE_COARSE)).reshape(-1, cells, cells)
+    for of_tile in focus:  # what is out of focus is larger than a cell; one smooth cell amid sharp ones is not
+        cv2.blur(of_tile, (3, 3), dst=of_tile, borderType=cv2.BORDER_REPLICATE)
+    return focus.reshape(-1, cells**2)
 
 
 def _laplacians(pictures: np.ndarray) -> np.ndarray:

@@ -15,10 +15,11 @@ from sklearn.preprocessing import StandardScaler
 
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.architecture import CARRIER, MAP_UM, SUBTYPES, Tissue, architecture
+from crcjax.slides.artefacts import ARTEFACTS
 from crcjax.slides.painter import (
-    ARTEFACTS,
     SITES,
     SlideSpec,
+    _scene,
     load_truth,
     paint_block,
     paint_cohort,
@@ -144,6 +145,51 @@ def test_an_artefact_changes_pixels_only_within_its_mask(name: str, tmp_path: Pa
     assert not changed[~_at_pixels(_grown(mask, 1), changed.shape, 1.0)].any()
     tissue = _at_pixels(mask & (truth.kinds > 0), changed.shape, 1.0)
     assert changed[tissue].mean() > 0.5
+
+
+@pytest.mark.parametrize("name", ARTEFACTS[4:])
+def test_an_artefact_neither_moves_nor_changes_those_before_it(name: str) -> None:
+    spec = SlideSpec("immune", seed=14, size_px=(1024, 768), mpp=1.0, artefacts=("pen", "fold"))
+    before, scene = paint_block(spec, 0, 0, *spec.size_px), _scene(spec)
+    with_it = replace(spec, artefacts=(*spec.artefacts, name))
+    after, changed = paint_block(with_it, 0, 0, *spec.size_px), _scene(with_it).artefacts[name] > 0
+    for other in spec.artefacts:
+        np.testing.assert_array_equal(_scene(with_it).artefacts[other], scene.artefacts[other])
+    outside = ~_at_pixels(_grown(changed, 1), after.shape[:2], 1.0)
+    assert 0.3 < outside.mean() < 1
+    np.testing.assert_array_equal(after[outside], before[outside])
+
+
+@pytest.mark.parametrize(("name", "times"), [("fold", 2.0), ("pale", 0.25), ("dense", 3.0)])
+def test_thin_and_thick_tissue_absorbs_as_many_times_as_much_light(name: str, times: float) -> None:
+    site = replace(SITES[0], blur_um=0.01)
+    spec = SlideSpec("stromal", seed=9, site=site, size_px=(1024, 768), mpp=1.0, artefacts=(name,))
+    spoilt, clean = (
+        paint_block(replace(spec, artefacts=names), 0, 0, *spec.size_px).astype(float) for names in ((name,), ())
+    )
+    solid = (clean.min(axis=2) > 120) & (clean.max(axis=2) < 235)  # where rounding to a byte is small
+    inner = solid & ~_at_pixels(_grown(_scene(spec).artefacts[name] < 1, 1), solid.shape, 1.0)
+    ratio = np.log(spoilt[inner] / site.white).sum(axis=1) / np.log(clean[inner] / site.white).sum(axis=1)
+    assert inner.sum() > 500
+    assert np.median(ratio) == pytest.approx(times, rel=0.03)
+
+
+def test_blood_is_red_orange_and_dust_is_dark_and_grey_on_tissue_and_on_glass() -> None:
+    spec = SlideSpec("canonical", seed=4, size_px=(1024, 768), mpp=1.0)
+    for name in ("blood", "dust"):
+        spoilt = replace(spec, artefacts=(name,))
+        pixels, truth = paint_block(spoilt, 0, 0, *spec.size_px), _scene(spoilt)
+        inner = _at_pixels(truth.artefacts[name] == 1, pixels.shape[:2], 1.0)
+        for tissue in (True, False):
+            here = pixels[inner & (_at_pixels(truth.ground.kinds > 0, inner.shape, 1.0) == tissue)]
+            assert len(here) > 500
+            if name == "blood":
+                red, green, blue = np.median(here, axis=0)
+                assert red > 150 > 120 > max(green, blue)
+            else:
+                specks = here[here.max(axis=1) < 90]
+                assert 0.2 < len(specks) / len(here) < 0.8
+                assert np.ptp(np.median(specks, axis=0)) < 40
 
 
 def test_a_cohort_is_balanced_and_painted_again_only_where_its_specification_changed(tmp_path: Path) -> None:
