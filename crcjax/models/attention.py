@@ -61,14 +61,17 @@ def rotary(
 
 def attend(
     query: Float[Array, "batch some head channel"],
-    key: Float[Array, "batch instance head channel"],
-    value: Float[Array, "batch instance head channel"],
+    key: Float[Array, "batch head instance channel"],
+    value: Float[Array, "batch head instance channel"],
     mask: Bool[Array, "batch instance"],
 ) -> Float[Array, "batch some head channel"]:
     """Softmax attention of some queries over unmasked instances."""
-    scores = jnp.einsum("bqhc,bkhc->bhqk", query, key).astype(jnp.float32) * query.shape[-1] ** -0.5
+    scores = jnp.einsum("bqhc,bhkc->bhqk", query, key).astype(jnp.float32) * query.shape[-1] ** -0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(scores).astype(value.dtype), value)
+    # Divided by the sum after the product, so that the backward pass has no sum over all instances to make.
+    powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    seen = jnp.einsum("bhqk,bhkc->bhqc", powers.astype(value.dtype), value).astype(jnp.float32)
+    return jnp.swapaxes(seen / powers.sum(axis=-1, keepdims=True), 1, 2).astype(value.dtype)
 
 
 def in_blocks(

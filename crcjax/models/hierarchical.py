@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from crcjax.models.aggregators import Instances, Pooled
 from crcjax.models.attention import AttentionScores, attend, in_blocks, masked_softmax, rotary
-from crcjax.models.linear import Linear, linear
+from crcjax.models.linear import Linear
 
 _LONGEST = 256.0  # sides of a region: the distance that the slowest rotary angle still tells apart
 # Of each bag, on CPUs: instances that see each other within their regions at a time, and pairs of a query and a key that
 # attention across regions holds a head, whatever the number of regions.
-_INSTANCES, _PAIRS = 2**11, 2**19
+_INSTANCES, _PAIRS = 2**11, 2**21
 # On other devices, of all bags: small blocks would leave them idle.
 _INSTANCES_ELSEWHERE, _PAIRS_ELSEWHERE = 2**16, 2**25
 _LEAST_QUERIES = 16  # at a time: with fewer, adding up the gradients of all keys would take longest
@@ -90,42 +90,31 @@ class Block(nnx.Module):
         mask: Bool[Array, "batch instance"],
         position: Float32[Array, "batch instance 2"] | None = None,
     ) -> Float[Array, "batch instance feature"]:
-        rows = (values,) if position is None else (values, position)
-
-        def seen(
-            some: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]
-        ) -> tuple[Array, Array]:
-            normal = self.norms[0](some)
-            return self._projected(normal, 1, *place), self._projected(normal, 2)
-
         batch, count, _ = values.shape
-        key, value = in_blocks(seen, _instances(batch), *rows)
 
-        def following(
+        def projected(
             some: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]
-        ) -> tuple[Float[Array, "batch some feature"]]:
-            query = self._projected(self.norms[0](some), 0, *place)
-            some = some + self.merge(attend(query, key, value, mask).reshape(some.shape))
-            return (some + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](some)))),)
+        ) -> tuple[Float[Array, "batch some head channel"], ...]:
+            parts = self.project(self.norms[0](some)).reshape(*some.shape[:2], 3, self.heads, -1)
+            query, key, value = jnp.moveaxis(parts, 2, 0)
+            for at in place:
+                query, key = rotary(query, at, _LONGEST), rotary(key, at, _LONGEST)
+            return query, key, value
 
+        rows = (values,) if position is None else (values, position)
+        query, key, value = in_blocks(projected, _instances(batch), *rows)
+        key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
         pairs = _PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE // batch
         largest = max(_LEAST_QUERIES, pairs // count)
-        return in_blocks(following, largest, *rows)[0]
+        (seen,) = in_blocks(lambda some: (attend(some, key, value, mask),), largest, query)
 
-    def _projected(
-        self,
-        normal: Float[Array, "batch instance feature"],
-        part: int,
-        position: Float32[Array, "batch instance 2"] | None = None,
-    ) -> Float[Array, "batch instance head channel"]:
-        """Queries (0), keys (1) or values (2), those of each by its columns: a product of all would be kept whole."""
-        width, layer = normal.shape[-1], self.project
-        columns = slice(part * width, (part + 1) * width)
-        assert layer.bias is not None
-        assert layer.dtype is not None
-        found = linear(normal, layer.kernel[...][:, columns], layer.bias[...][columns], layer.dtype)
-        found = found.reshape(*normal.shape[:2], self.heads, -1)
-        return found if position is None else rotary(found, position, _LONGEST)
+        def following(
+            some: Float[Array, "batch some feature"], seen: Float[Array, "batch some head channel"]
+        ) -> tuple[Float[Array, "batch some feature"]]:
+            some = some + self.merge(seen.reshape(some.shape))
+            return (some + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](some)))),)
+
+        return in_blocks(following, _instances(batch), values, seen)[0]
 
 
 def _instances(batch: int) -> int:

@@ -132,21 +132,39 @@ class NystromLayer(nnx.Module):
         return _convolved(value.reshape(len(value), -1), kernel).reshape(value.shape)
 
 
+@jax.custom_vjp
 def _convolved(
     values: Float32[Array, "*place channel"], kernel: Float32[Array, "*tap channel"]
 ) -> Float32[Array, "*place channel"]:
     """Convolution of each channel with its own kernel of odd sides, zero beyond the edge.
 
     A sum of shifted products: XLA divides those among devices rightly, where gradients of its own grouped convolutions
-    came out wrong, and on CPUs it is faster.
+    came out wrong, and on CPUs it is faster. Of the plain sum every shifted copy would be kept for the backward pass.
     """
-    taps = kernel.shape[:-1]
-    padded = jnp.pad(values, [(tap // 2, tap // 2) for tap in taps] + [(0, 0)])
-    total = jnp.zeros_like(values)
-    for at in np.ndindex(*taps):
+    padded, total = _padded(values, kernel), jnp.zeros_like(values)
+    for at in np.ndindex(*kernel.shape[:-1]):
         shifted = padded[tuple(slice(i, i + length) for i, length in zip(at, values.shape[:-1], strict=True))]
         total = total + kernel[at] * shifted
     return total
+
+
+def _convolved_gradients(kept: tuple[Array, Array], of: Array) -> tuple[Array, Array]:
+    values, kernel = kept
+    padded, taps = _padded(values, kernel), kernel.shape[:-1]
+
+    def by_tap(at: Int[Array, " axis"]) -> Float32[Array, " channel"]:
+        shifted = jax.lax.dynamic_slice(padded, (*at, 0), values.shape)
+        return (shifted * of).sum(axis=tuple(range(len(taps))))
+
+    by_kernel = jax.lax.map(by_tap, jnp.array(list(np.ndindex(*taps)))).reshape(kernel.shape)
+    return _convolved(of, jnp.flip(kernel, range(len(taps)))), by_kernel
+
+
+def _padded(values: Array, kernel: Array) -> Array:
+    return jnp.pad(values, [(tap // 2, tap // 2) for tap in kernel.shape[:-1]] + [(0, 0)])
+
+
+_convolved.defvjp(lambda values, kernel: (_convolved(values, kernel), (values, kernel)), _convolved_gradients)
 
 
 def _softmax_over(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from crcjax.config import get_config
 from crcjax.models.attention import attend, in_blocks
 from crcjax.models.mil import AGGREGATORS, MILModel, Prediction, build_model, params_of
+from crcjax.models.transmil import _convolved
 
 FACTORS = (1, 2)  # 5 slots a region
 
@@ -329,6 +330,24 @@ def test_transmil_equals_its_formula_over_instances_in_the_order_of_the_tissue()
         np.testing.assert_allclose(found.logits[b], truth, atol=1e-5 * float(np.abs(truth).max()))
 
 
+def test_transmils_convolution_and_its_gradients_are_those_of_a_grouped_convolution() -> None:
+    rng = np.random.default_rng(16)
+    values, kernel, of = (
+        jnp.asarray(rng.standard_normal(shape).astype(np.float32)) for shape in ((9, 8, 3), (7, 5, 3), (9, 8, 3))
+    )
+
+    def grouped(values: jax.Array, kernel: jax.Array) -> jax.Array:
+        axes = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            values[None], kernel[:, :, None], (1, 1), "SAME", dimension_numbers=axes, feature_group_count=3
+        )[0]
+
+    found, gradients = jax.vjp(_convolved, values, kernel)
+    truth, true_gradients = jax.vjp(grouped, values, kernel)
+    for one, other in zip((found, *gradients(of)), (truth, *true_gradients(of)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["clam_sb", "clam_mb"])
 def test_clam_judges_at_most_half_of_a_bag_each_way_and_learns_from_both_ends(name: str) -> None:
     """With k above half of the bag, as the public code has it, one instance would be positive and negative at once."""
@@ -370,7 +389,8 @@ def test_attention_in_blocks_equals_plain_attention_and_keeps_no_matrix_of_all_p
         return found.reshape(1, 700, -1)
 
     def blocked(query: jax.Array, key: jax.Array) -> jax.Array:
-        return in_blocks(lambda some: (attend(some, key, value, mask).reshape(*some.shape[:2], -1),), 64, query)[0]
+        by_head = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+        return in_blocks(lambda some: (attend(some, *by_head, mask).reshape(*some.shape[:2], -1),), 64, query)[0]
 
     np.testing.assert_allclose(blocked(query, key), plain(query, key), rtol=1e-4, atol=1e-5)
     gradients = [jax.jit(jax.grad(lambda *both, f=f: (f(*both) ** 2).sum(), argnums=(0, 1))) for f in (blocked, plain)]
