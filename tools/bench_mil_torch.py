@@ -170,8 +170,10 @@ CPU_NOTE = (
     "Where ours is behind, it is by the products: on 10,000 x 1,024 features and 256 units, XLA's CPU code takes 44 ms forward"
     " and 84 ms for the weights' gradient, PyTorch's library 40 and 37. The other order of that product takes 76 ms, features"
     " turned over first 73. Bags of few instances also pay XLA's start of a program."
-    " Furthest behind are hierarchical, whose attention PyTorch computes in one kernel, and TransMIL, which masks, sorts and"
-    " convolves by shifted products."
+    " Furthest behind are hierarchical, whose attention PyTorch computes in one kernel that keeps its scores in the caches:"
+    " ours writes them out block by block, and adds up all keys' gradients once a block. Of its step on 10,000, blocks of 52,"
+    " 104, 209 and 419 queries take 48, 39, 37 and 39 s of processor time. And TransMIL, which masks, sorts and convolves by"
+    " shifted products: 7 x 7 of 1,024 channels take 0.36 s of processor time forward, XLA's grouped convolution 4.1."
 )
 GPU_NOTE = (
     "Products of float32 are TF32 in both; bfloat16 is PyTorch's autocast. The limit is the time of the least that must be"
