@@ -14,6 +14,7 @@ from record import record
 from sklearn.metrics import roc_auc_score
 
 from crcjax.slides.architecture import SUBTYPES, Tissue
+from crcjax.slides.artefacts import SCORE_OF
 from crcjax.slides.painter import SITES, SlideSpec, Truth, load_truth, paint_slide, truth_path
 from crcjax.slides.quality import QUALITY_NAMES, QualityLimits, judge, score_tiles
 from crcjax.slides.reader import open_slide
@@ -23,16 +24,6 @@ from crcjax.slides.tissue import TissueModel, tissue_model
 # Scores and limits were made on slides of seeds from 9000, 30000 and 31000 on; those reported here are of other seeds.
 FIRST_SEED = 700_000
 SIZE_UM = (1536, 1280)
-SCORE_OF = {
-    "out_of_focus": ("focus", -1),
-    "pen": ("pen", 1),
-    "fold": ("fold", 1),
-    "bubble": ("bubble", 1),
-    "blood": ("blood", 1),
-    "dust": ("dust", 1),
-    "pale": ("pale", 1),
-    "dense": ("stain", 1),
-}
 # Together on one slide; stain is judged apart from what lies on the tissue.
 TOGETHER = (("pen", "bubble"), ("out_of_focus", "fold"), ("blood", "dust"), ("pale",), ("dense",))
 SMOOTH = (Tissue.STROMA, Tissue.MUCIN, Tissue.NECROSIS)

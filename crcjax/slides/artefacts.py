@@ -14,7 +14,18 @@ from jaxtyping import Float32, UInt8
 from crcjax.slides.architecture import MAP_UM
 from crcjax.slides.histology import Ground, draw_particles
 
-ARTEFACTS = ("out_of_focus", "pen", "fold", "bubble", "blood", "dust", "pale", "dense")
+# The score of a tile (`quality.QUALITY_NAMES`) that tells each, and whether it rises or falls.
+SCORE_OF = {
+    "out_of_focus": ("focus", -1),
+    "pen": ("pen", 1),
+    "fold": ("fold", 1),
+    "bubble": ("bubble", 1),
+    "blood": ("blood", 1),
+    "dust": ("dust", 1),
+    "pale": ("pale", 1),
+    "dense": ("stain", 1),
+}
+ARTEFACTS = tuple(SCORE_OF)
 _TIMES = {"fold": 2.0, "pale": 0.25, "dense": 3.0}  # as much stain
 # Particles (as often as named), how far apart in µm, the optical density of one (RGB), the least amount between them, the
 # part of the stain that is left with them. Red cells lie in tissue's place, in plasma; dust lies on top.

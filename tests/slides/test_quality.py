@@ -8,6 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from crcjax.errors import InputError
 from crcjax.slides.architecture import SUBTYPES, Tissue
+from crcjax.slides.artefacts import SCORE_OF
 from crcjax.slides.painter import SITES, SlideSpec, load_truth, paint_slide, truth_path
 from crcjax.slides.quality import (
     QUALITY_NAMES,
@@ -39,16 +40,6 @@ GOOD = {
     "blue": 0.25,
     "dust": 0.0,
     "pale": 0.0,
-}
-SCORE_OF = {
-    "out_of_focus": ("focus", -1),
-    "pen": ("pen", 1),
-    "fold": ("fold", 1),
-    "bubble": ("bubble", 1),
-    "blood": ("blood", 1),
-    "dust": ("dust", 1),
-    "pale": ("pale", 1),
-    "dense": ("stain", 1),
 }
 PAINTED = [("out_of_focus", "fold")] * 4 + [("pen", "bubble")] * 4 + [("blood", "dust"), ("pale",), ("dense",)] * 2
 
