@@ -1,10 +1,11 @@
 """Seconds of MIL models' forward pass and training step, ours and the same in PyTorch, on the same device.
 
-python tools/bench_mil_torch.py [TYPE ...] [INSTANCES ...]     # of others, the rows recorded last stay
+python tools/bench_mil_torch.py [MODEL ...] [TYPE ...] [INSTANCES ...]     # of others, the rows recorded last stay
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from ceilings import Ceilings, Work, ceilings, median_seconds, torch_work, wait_
 from flax import nnx
 from record import earlier_rows, record
 from torch import nn
-from torch_mil import CLASSES, HEADS, HIDDEN, TWINS, WIDTH
+from torch_mil import CLASSES, FACTORS, HEADS, HIDDEN, SLOTTED, TWINS, WIDTH
 
 from crcjax.config import get_config
 from crcjax.models.aggregators import Instances
@@ -29,9 +30,11 @@ LABEL = 1
 COUNTS = (1_000, 10_000, 100_000)
 ON_CPU = jax.default_backend() == "cpu"
 DEVICE = "cpu" if ON_CPU else "cuda"
-REPEATS, MOST_S = (5, 30.0) if ON_CPU else (20, 2.0)
-# 100,000 instances on a CPU: attention of all to all takes a hundred times as long as at 10,000, hours on two cores; TransMIL's
-# weights of landmarks, [instances, 512] a head, and their gradients do not fit the memory.
+REPEATS, MOST_S, ONCE_S = (5, 30.0, 30.0) if ON_CPU else (20, 2.0, math.inf)
+SLOTS = sum(factor**2 for factor in FACTORS)
+# 100,000 instances on a CPU: attention of all to all takes a hundred times as long as at 10,000, hours on two cores (bags of the
+# design have a region for 21 instances); TransMIL's weights of landmarks, [instances, 512] a head, and their gradients do not
+# fit the memory.
 LARGEST = {"hierarchical": 10_000, "transmil": 10_000} if ON_CPU else {}
 
 Timed = tuple[
@@ -66,8 +69,10 @@ def in_torch(mil: str, features: np.ndarray, dtype: str) -> Timed:
 def in_jax(mil: str, features: np.ndarray, dtype: str, pool: ThreadPoolExecutor) -> Callable[[], Timed]:
     """The forward pass and the step of AdamW, compiled in `pool` until they are asked for."""
     config = get_config().model
-    config.mil, config.features, config.attention, config.heads, config.dropout = mil, WIDTH, HIDDEN, HEADS, 0.0
-    graph, first = nnx.split(AGGREGATORS[mil](config, CLASSES, (1,), dtype=DTYPES[dtype], rngs=nnx.Rngs(0)))
+    config.mil, config.dropout = mil.partition(",")[0], 0.0
+    config.features, config.attention, config.heads = WIDTH, HIDDEN, HEADS
+    factors = FACTORS if mil == SLOTTED else (1,)
+    graph, first = nnx.split(AGGREGATORS[config.mil](config, CLASSES, factors, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)))
     sizes = [sum(part.size for part in jax.tree.leaves(first)), sum(part.numel() for part in TWINS[mil]().parameters())]
     assert sizes[0] == sizes[1], f"{mil}: {sizes[0]:,} parameters, PyTorch's {sizes[1]:,}"
     optimizer = optax.adamw(1e-4)
@@ -124,21 +129,22 @@ def work_of(mil: str, count: int, dtype: str) -> tuple[Work, Work]:
     )
 
 
-def rows_of(count: int, types: list[str], limits: Ceilings | None) -> Iterator[dict]:
-    """The rows of bags of one size."""
-    features = np.random.default_rng(0).standard_normal((count, WIDTH), np.float32)
-    cases = [(mil, dtype) for mil in TWINS if count <= LARGEST.get(mil, count) for dtype in types]
+def rows_of(count: int, models: list[str], types: list[str], limits: Ceilings | None) -> Iterator[dict]:
+    """The rows of bags of one size, of several slots a region the next whole number of regions."""
+    features = np.random.default_rng(0).standard_normal((-(-count // SLOTS) * SLOTS, WIDTH), np.float32)
+    cases = [(mil, dtype) for mil in models if count <= LARGEST.get(mil, count) for dtype in types]
+    bags = {mil: features if mil == SLOTTED else features[:count] for mil in models}
     with ThreadPoolExecutor(1 if ON_CPU else 4) as pool:
         # On a CPU one by one: what is held would crowd the caches, and the memory.
-        made = {} if ON_CPU else {case: in_jax(case[0], features, case[1], pool) for case in cases}
+        made = {} if ON_CPU else {case: in_jax(case[0], bags[case[0]], case[1], pool) for case in cases}
         compiled = {case: ready() for case, ready in made.items()}
         for mil, dtype in cases:
-            ours = compiled[mil, dtype] if compiled else in_jax(mil, features, dtype, pool)()
-            theirs = in_torch(mil, features, dtype)
+            ours = compiled[mil, dtype] if compiled else in_jax(mil, bags[mil], dtype, pool)()
+            theirs = in_torch(mil, bags[mil], dtype)
             for what, one, other, work in zip(
-                ("forward", "training step"), ours, theirs, work_of(mil, count, dtype), strict=True
+                ("forward", "training step"), ours, theirs, work_of(mil, len(bags[mil]), dtype), strict=True
             ):
-                seconds, of_torch = (median_seconds(call, REPEATS, MOST_S) for call in (one, other))
+                seconds, of_torch = (median_seconds(call, REPEATS, MOST_S, ONCE_S) for call in (one, other))
                 row = {"instances": f"{count:,}", "model": mil, "type": dtype, "pass": what, "ours, ms": seconds * 1e3}
                 row |= {"PyTorch, ms": of_torch * 1e3, "times as fast": of_torch / seconds}
                 if limits:
@@ -150,16 +156,21 @@ def rows_of(count: int, types: list[str], limits: Ceilings | None) -> Iterator[d
 
 def main(chosen: list[str]) -> None:
     types = [part for part in chosen if part in DTYPES] or ["float32"] + ["bfloat16"] * (not ON_CPU)
-    counts = [int(part) for part in chosen if part not in DTYPES] or COUNTS
+    models = [part for part in chosen if part in TWINS] or list(TWINS)
+    counts = [int(part) for part in chosen if part not in DTYPES and part not in TWINS] or COUNTS
     torch.set_float32_matmul_precision("high")  # on GPUs as JAX has it by default: TF32
     limits = None if ON_CPU else ceilings(types)  # a CPU holds small bags in its caches
-    anew = {(f"{count:,}", dtype) for count in counts for dtype in types}
-    rows = [row for row in earlier_rows("mil_torch") if (row["instances"], row["type"]) not in anew]
+    anew = {(f"{count:,}", mil, dtype) for count in counts for mil in models for dtype in types}
+    earlier = earlier_rows("mil_torch")
+    rows = [row for row in earlier if (row["instances"], row["model"], row["type"]) not in anew]
     for count in counts:
-        rows += rows_of(count, types, limits)
-    rows.sort(key=lambda row: int(row["instances"].replace(",", "")))
+        rows += rows_of(count, models, types, limits)
+    order = list(TWINS)
+    rows.sort(key=lambda row: (int(row["instances"].replace(",", "")), order.index(row["model"])))
     note = (
-        f"{WIDTH} features, {HIDDEN} hidden units, one bag, medians of {REPEATS}, of fewer, but three, past {MOST_S:.0f} s."
+        f"{WIDTH} features, {HIDDEN} hidden units, one bag, medians of {REPEATS}, of fewer, but three, past {MOST_S:.0f} s"
+        f"{'' if math.isinf(ONCE_S) else ', of the first call alone if it takes longer'}."
+        f" Of {SLOTS} slots a region (10x, 20x and 40x), the next whole number of regions: 48, 477 and 4,762."
         f" Steps of clam and dsmil include their instance losses. PyTorch {torch.__version__}, eager. "
     )
     note += CPU_NOTE if limits is None else GPU_NOTE.format(limits)

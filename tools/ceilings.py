@@ -59,16 +59,26 @@ def torch_work(call: Callable[[], object]) -> float:
     return counter.get_total_flops()
 
 
-def median_seconds(call: Callable[[], object], repeats: int, most_s: float = math.inf) -> float:
-    """The median of so many calls, after two that compile or allocate; of fewer, but three, once they took `most_s`."""
-    call()
-    call()
-    seconds: list[float] = []
-    while len(seconds) < repeats and (len(seconds) < 3 or sum(seconds) < most_s):
+def median_seconds(
+    call: Callable[[], object], repeats: int, most_s: float = math.inf, once_s: float = math.inf
+) -> float:
+    """The median of so many calls, after two that compile or allocate; of fewer, but three, once they took `most_s`.
+
+    If the first took longer than `once_s`, its time.
+    """
+
+    def seconds() -> float:
         begun = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
+        return time.perf_counter() - begun
+
+    if (first := seconds()) > once_s:
+        return first
+    call()
+    found: list[float] = []
+    while len(found) < repeats and (len(found) < 3 or sum(found) < most_s):
+        found.append(seconds())
+    return statistics.median(found)
 
 
 def wait_for_torch() -> None:

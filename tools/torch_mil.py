@@ -15,6 +15,7 @@ from torch import nn
 
 WIDTH, HIDDEN, CLASSES = 1024, 256, 3
 HEADS = 4
+SLOTTED, FACTORS = "hierarchical, 21 slots a region", (1, 2, 4)  # 10x, 20x and 40x, as the design has bags
 Found = tuple[torch.Tensor, torch.Tensor | float]  # logits, instance loss
 
 
@@ -167,32 +168,25 @@ class TransMIL(nn.Module):
         return self.classify(self.norm(tokens[:1])), 0.0
 
 
-class Hierarchical(nn.Module):
-    """Ours, of one slot a region: a layer of attention across the regions, and gated attention a class."""
+class Block(nn.Module):
+    """Attention between instances, by their positions too if `turned`, and a perceptron, each added to its input."""
 
-    def __init__(self) -> None:
+    def __init__(self, turned: bool) -> None:
         super().__init__()
-        self.pool_slots, self.pool_regions = Scores(gated=True), Scores(gated=True, branches=CLASSES)
-        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
+        self.turned = turned
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH, eps=1e-6), nn.LayerNorm(WIDTH, eps=1e-6)])
         self.project, self.merge = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.perceptron = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU("tanh"), nn.Linear(2 * WIDTH, WIDTH))
-        self.classify = nn.Linear(WIDTH, CLASSES)
-        # A slot's magnification and place, which a region of one slot does without; counted, so that both are as large.
-        self.embeddings = nn.Parameter(torch.zeros(2, WIDTH), requires_grad=False)
 
-    def forward(self, features: torch.Tensor, label: int | None) -> Found:
-        slots = features.unsqueeze(-2)
-        regions = (torch.softmax(self.pool_slots(slots), dim=-2).mT @ slots).squeeze(-2)
-        parts = self.project(self.norms[0](regions)).unflatten(-1, (3, HEADS, -1)).movedim((-3, -2), (0, -3))
-        query, key = (self._turned(part) for part in parts[:2])
-        # With a batch axis, whichever there is: PyTorch's fast kernels want one.
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        parts = self.project(self.norms[0](values)).unflatten(-1, (3, HEADS, -1)).movedim((-3, -2), (0, -3))
+        query, key = (self._turned(part) for part in parts[:2]) if self.turned else parts[:2]
+        # With one batch axis, whatever there is: PyTorch's fast kernels want one.
         seen = nn.functional.scaled_dot_product_attention(
             *(part.reshape(-1, *part.shape[-3:]) for part in (query, key, parts[2]))
         )
-        regions = regions + self.merge(seen.transpose(1, 2).reshape(regions.shape))
-        regions = regions + self.perceptron(self.norms[1](regions))
-        pooled = torch.softmax(self.pool_regions(regions), dim=-2).mT @ regions
-        return self.classify(pooled).diagonal(dim1=-2, dim2=-1).reshape(-1, CLASSES), 0.0
+        values = values + self.merge(seen.transpose(1, 2).reshape(values.shape))
+        return values + self.perceptron(self.norms[1](values))
 
     def _turned(self, values: torch.Tensor) -> torch.Tensor:
         """By the position, which is the same for all here, as the time does not depend on it."""
@@ -205,6 +199,35 @@ class Hierarchical(nn.Module):
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(values.dtype)
 
 
+class Hierarchical(nn.Module):
+    """Ours: attention between a region's slots, one layer of it across the regions, and gated attention a class.
+
+    `factors` are the tiles along a region's side, per magnification; slots of a region stand side by side.
+    """
+
+    def __init__(self, factors: tuple[int, ...] = (1,)) -> None:
+        super().__init__()
+        tiles = [factor**2 for factor in factors]
+        self.register_buffer(
+            "magnification_of", torch.tensor([i for i, count in enumerate(tiles) for _ in range(count)])
+        )
+        # A region of one slot does without them; there they are counted alone, so that both are as large.
+        self.magnification = nn.Parameter(0.02 * torch.randn(len(tiles), WIDTH))
+        self.place = nn.Parameter(0.02 * torch.randn(sum(tiles), WIDTH))
+        self.within = Block(turned=False) if sum(tiles) > 1 else None
+        self.pool_slots, self.across = Scores(gated=True), Block(turned=True)
+        self.pool_regions, self.classify = Scores(gated=True, branches=CLASSES), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, features: torch.Tensor, label: int | None) -> Found:
+        slots = features.unflatten(-2, (-1, len(self.place)))
+        if self.within is not None:
+            slots = self.within(slots + (self.magnification[self.magnification_of] + self.place))
+        regions = (torch.softmax(self.pool_slots(slots), dim=-2).mT @ slots).squeeze(-2)
+        regions = self.across(regions)
+        pooled = torch.softmax(self.pool_regions(regions), dim=-2).mT @ regions
+        return self.classify(pooled).diagonal(dim1=-2, dim2=-1).reshape(-1, CLASSES), 0.0
+
+
 TWINS: dict[str, Callable[[], nn.Module]] = {
     "mean": partial(Pool, largest=False),
     "max": partial(Pool, largest=True),
@@ -215,4 +238,5 @@ TWINS: dict[str, Callable[[], nn.Module]] = {
     "dsmil": DSMIL,
     "transmil": TransMIL,
     "hierarchical": Hierarchical,
+    SLOTTED: partial(Hierarchical, factors=FACTORS),
 }

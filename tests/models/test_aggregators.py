@@ -1,5 +1,6 @@
 """Each aggregator against its formula written out in NumPy, and what none of them may do."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crcjax.config import get_config
+from crcjax.models.aggregators import Instances
 from crcjax.models.attention import attend, in_blocks
 from crcjax.models.mil import AGGREGATORS, MILModel, Prediction, build_model, params_of
 from crcjax.models.transmil import _convolved
@@ -416,6 +418,50 @@ def test_hierarchical_in_blocks_has_the_gradients_of_all_at_once(monkeypatch: py
         monkeypatch.setattr(f"crcjax.models.hierarchical.{name}", value)
     for part, truth in zip(gradients(), whole, strict=True):
         np.testing.assert_allclose(part, truth, rtol=1e-5, atol=1e-5 * float(jnp.abs(truth).max()))
+
+
+def _torch_weights(params: dict) -> dict[str, np.ndarray]:
+    """Of `hierarchical`, as the twin in PyTorch names and lays them out."""
+    weights = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        *names, kind = (str(part.key) for part in path)
+        name = ".".join(names).replace("across.0", "across").replace("perceptron.1", "perceptron.2")
+        value = np.asarray(leaf).T if kind == "kernel" else np.asarray(leaf)
+        kind = {"kernel": "weight", "scale": "weight"}.get(kind, kind)
+        if name.endswith("hidden"):  # content and gate
+            pool = name.removesuffix("hidden")
+            weights |= {
+                f"{pool}{part}.{kind}": half for part, half in zip(("content", "gate"), np.split(value, 2), strict=True)
+            }
+        else:
+            weights[f"{name}.{kind}" if names else kind] = value
+    return weights
+
+
+@pytest.mark.parametrize("factors", [(1,), (1, 2, 4)])
+def test_hierarchical_equals_the_twin_in_pytorch_that_its_speed_is_compared_with(
+    factors: tuple[int, ...], required: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools")
+    try:
+        import torch
+        import torch_mil
+    except ImportError as error:
+        if required("torch"):
+            raise
+        pytest.skip(f"the extra torch is not installed: {error}")
+    config = get_config().model
+    config.features, config.attention, config.heads = torch_mil.WIDTH, torch_mil.HIDDEN, torch_mil.HEADS
+    model = AGGREGATORS["hierarchical"](config, torch_mil.CLASSES, factors, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    twin = torch_mil.Hierarchical(factors)
+    weights = _torch_weights(nnx.to_pure_dict(nnx.state(model)))
+    twin.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()}, strict=False)
+    assert set(weights) == {name for name, _ in twin.named_parameters()}
+    features = np.random.default_rng(17).standard_normal((5 * model.count, torch_mil.WIDTH), np.float32)
+    bag = Instances(jnp.asarray(features)[None], jnp.ones((1, len(features)), bool), jnp.zeros((1, len(features), 2)))
+    with torch.inference_mode():
+        truth = twin(torch.from_numpy(features), None)[0].numpy()
+    np.testing.assert_allclose(nnx.jit(lambda model: model(bag).logits)(model), truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.real_data
