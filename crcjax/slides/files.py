@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,12 @@ SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", "
 _DICOM = ".dcm"
 _HASHED_BYTES = 1 << 20
 _SHORTEST_NAME = 3  # letters: shorter ones name nobody, and are words
-_INDEX_BYTES = 1 << 20  # of a Hamamatsu index, a page of text
+_INDEX_BYTES = 1 << 20  # of a Hamamatsu or MIRAX index, pages of text
+_PARTS = {  # the lines of an index that name a file which must be there; of several focal planes the first alone is read
+    ".mrxs": r"INDEXFILE|FILE_\d+",
+    ".vms": r"MapFile|MacroImage|ImageFile(\(0\)|\((0,)?\d+,\d+\))?",
+    ".vmu": r"MapFile|MacroImage|ImageFile",
+}
 
 
 def find_slides(paths: Sequence[str | Path]) -> list[Path]:
@@ -62,6 +68,9 @@ def first_file(path: Path) -> Path:
         raise SlideError(path, "missing", "no such file", "check the path")
     if not path.is_dir():
         _check_readable(path, path)
+        if lacking := _lacking_files(path):
+            more = f" and {len(lacking) - 1} more of its files" if len(lacking) > 1 else ""
+            raise SlideError(path, "missing", f"lacks {lacking[0]}{more}", "copy all files of the slide")
         return path
     series = _dicom_series(path)
     if not series:
@@ -104,11 +113,29 @@ def slide_files(path: Path) -> list[Path]:
     if suffix == ".mrxs" and path.with_suffix("").is_dir():
         return [path, *sorted(file for file in path.with_suffix("").iterdir() if file.is_file())]
     if suffix in (".vms", ".vmu"):
-        with open(path, "rb") as index:
-            lines = index.read(_INDEX_BYTES).decode("latin-1").splitlines()
-        named = {line.partition("=")[2].strip() for line in lines}
+        named = {name for _, name in _index_lines(path)}
         return [path, *(file for file in sorted(path.parent.iterdir()) if file.name in named and file != path)]
     return [path]
+
+
+def _lacking_files(path: Path) -> list[str]:
+    """Names of the files that a slide needs and that are not there."""
+    suffix = path.suffix.lower()
+    index, names = path, []
+    if suffix == ".mrxs":
+        index, names = path.with_suffix("") / "Slidedat.ini", ["Slidedat.ini"]
+    if suffix in _PARTS and index.is_file():
+        names += [name for key, name in _index_lines(index) if name and re.fullmatch(_PARTS[suffix], key)]
+    folder = f"{path.stem}/" if index != path else ""
+    return [folder + name for name in names if not os.path.isfile(f"{path.parent}/{folder}{name}")]
+
+
+def _index_lines(index: Path) -> list[tuple[str, str]]:
+    """What an index file says, as (key, value), whatever its sections."""
+    with open(index, "rb") as opened:
+        lines = opened.read(_INDEX_BYTES).decode("utf-8", "replace").splitlines()
+    pairs = [line.partition("=") for line in lines]
+    return [(key.strip(), value.strip()) for key, _, value in pairs]
 
 
 def without_names(text: str, path: Path) -> str:
@@ -122,7 +149,7 @@ def without_names(text: str, path: Path) -> str:
         text = re.sub(rf"(?<!\w)['\"]?{re.escape(place)}.*?(\)?)$", r"…\1", text, flags=re.DOTALL)
     names = {part for known in paths for part in known.parts}
     with suppress(OSError):
-        names |= {file.name for file in slide_files(path)}
+        names |= {file.name for file in slide_files(path)} | {Path(name).name for name in _lacking_files(path)}
     names |= {Path(name).stem for name in names}
     for name in sorted(names, key=len, reverse=True):
         if len(name) >= _SHORTEST_NAME:

@@ -21,6 +21,7 @@ from crcjax.slides.ome_tiff import OmeTiff
 
 PAINTED = "synthetic slide painted by crcjax"  # in the description of a painted slide
 MPP_RANGE = (0.05, 20.0)  # finer than optics resolve, coarser than any scanner writes: a unit error
+_SQUARE = 0.02  # as much may a pixel's sides differ: as magnifications that count as the same
 _BLOCK_PX = 2048
 # What is wrong with a file is in our errors, which can be kept from naming it; its log names it.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -30,10 +31,11 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 class SlideInfo:
     """What a slide file says of itself.
 
-    `size` is (width, height) of level 0; `mpp` micrometres per level-0 pixel in (x, y), from `mpp_source`: `vendor`
-    (the scanner's property), `tiff` (the resolution tag), `objective` (10 µm over its power: a guess) or `given`.
-    `synthetic` slides say that the painter made them; `has_icc` those that hold a colour profile. `corner` is that of the
-    scanned part (level-0 px), where the file states one: QuPath shows that part alone, and counts from its corner.
+    `size` is (width, height) of level 0; `mpp` micrometres per level-0 pixel in (x, y), which differ by 2 % at most, from
+    `mpp_source`: `vendor` (the scanner's property), `tiff` (the resolution tag), `objective` (10 µm over its power: a
+    guess) or `given`. `synthetic` slides say that the painter made them; `has_icc` those that hold a colour profile.
+    `corner` is that of the scanned part (level-0 px), where the file states one: QuPath shows that part alone, and counts
+    from its corner.
     """
 
     path: str
@@ -226,9 +228,13 @@ def check_mpp(mpp: float | None) -> None:
 def _refusal(path: Path, file: Path, error: Exception) -> SlideError:
     with open(file, "rb") as opened:
         magic = opened.read(4)
+    kind = ""
     if magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        reason = f"a TIFF that OpenSlide cannot open: damaged, cut off, or not a tiled slide ({error})"
-        return SlideError(path, "corrupt", reason, "copy it again, or export it as a tiled TIFF")
+        kind = "a TIFF that OpenSlide cannot open: damaged, cut off, or not a tiled slide"
+    elif not isinstance(error, openslide.OpenSlideUnsupportedFormatError):
+        kind = "of a format that OpenSlide knows, but damaged, cut off, or of an unknown kind"
+    if kind:
+        return SlideError(path, "corrupt", f"{kind} ({error})", "copy it again, or export it as a tiled TIFF")
     return SlideError(path, "unsupported", f"not a slide ({error})", "crcjax doctor lists the formats")
 
 
@@ -266,11 +272,18 @@ def _mpp(
         ("tiff" if vendor == "generic-tiff" else "vendor", stated),
         ("tiff", [unit_um / value if value else None for value in tiff]),
     ]
+    oblong = ""
     for source, (x, y) in sources:
         if x is not None and y is not None and all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in (x, y)):
-            return (x, y), source
+            if max(x, y) <= min(x, y) * (1 + _SQUARE):
+                return (x, y), source
+            oblong = oblong or f"states {x:.4g} µm per pixel across and {y:.4g} down, so that tiles would be stretched"
     if fallback is not None:
         return (fallback, fallback), "given"
+    if oblong:
+        raise SlideError(
+            path, "mpp_missing", oblong, "give --mpp if its pixels are square, else scan or export it anew"
+        )
     if stated[0] is not None and stated[1] is not None:  # a unit error: the rest of the file is no better
         raise SlideError(path, "mpp_missing", f"states an impossible {stated[0]:g} µm per pixel", "give --mpp")
     if power is not None and MPP_RANGE[0] <= 10 / power <= MPP_RANGE[1]:

@@ -105,6 +105,13 @@ def test_no_name_of_a_path_is_left_in_a_reason(tmp_path: Path) -> None:
         told = without_names(reason, path)
         assert not any(word in told for word in ("Doe", "1957", "H 1", "S19", "0471")), told
         assert len(told) > 5
+    (folder / "H 1.vms").write_text(
+        "[Virtual Microscope Specimen]\nMapFile=Jim Doe.jpg\nImageFile(1,0)=Jim Doe 2.jpg\n"
+    )
+    with pytest.raises(SlideError) as caught:
+        open_slide(folder / "H 1.vms")
+    assert caught.value.reason == "lacks Jim Doe.jpg and 1 more of its files"
+    assert "Doe" not in without_names(caught.value.reason, folder / "H 1.vms")
     told = without_names("a TIFF that is damaged at (0, 0) of level 0", tmp_path / "a" / "level.svs")
     assert told == "a TIFF that is damaged at (0, 0) of … 0"
 
@@ -118,6 +125,15 @@ def test_a_real_dicom_folder_with_a_foreign_file_is_the_slide_that_it_was(real_d
     assert find_slides([tmp_path]) == [folder]
     with open_slide(folder) as slide, open_slide(original) as whole:
         assert slide.info.content_hash == whole.info.content_hash
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "x" * 300 + ".jpg", "a\0.jpg"])
+def test_an_index_that_names_what_cannot_be_a_file_is_one_clear_error(name: str, tmp_path: Path) -> None:
+    index = "[Virtual Microscope Specimen]\nNoLayers=1\nNoJpegColumns=1\nNoJpegRows=1\nImageFile=a.vms\nMapFile="
+    (tmp_path / "a.vms").write_text(index + name)
+    with pytest.raises(SlideError, match="lacks ") as caught:
+        open_slide(tmp_path / "a.vms")
+    assert caught.value.status == "missing"
 
 
 def test_slides_are_found_in_folders_and_dicom_folders_count_as_one(tmp_path: Path) -> None:

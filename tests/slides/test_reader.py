@@ -14,6 +14,7 @@ from PIL import Image, ImageCms
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.jpeg_tiles import JpegTiles
 from crcjax.slides.reader import SlideInfo, _over_white, open_slide
+from crcjax.slides.tiling import TilingParams, slide_scale
 
 Writer = Callable[..., Path]
 
@@ -247,6 +248,26 @@ def test_an_impossible_mpp_is_refused(tmp_path: Path, write_slide: Writer) -> No
         for name in ("mpp", "fallback_mpp"):
             with pytest.raises(InputError, match=r"outside 0\.05 to 20"):
                 open_slide(path, **{name: mpp})
+
+
+def test_pixels_that_are_not_square_are_refused_unless_their_size_is_given(tmp_path: Path, write_slide: Writer) -> None:
+    def written(name: str, x: float, y: float, **options) -> Path:
+        resolution = {"resolution": (1e4 / x, 1e4 / y), "resolutionunit": "CENTIMETER"}
+        return write_slide(tmp_path / name, _picture(), **{"mpp": None} | resolution | options)
+
+    for path in (written("a.tiff", 0.5, 0.52, aperio=False), written("b.svs", 0.5, 0.52, power=20)):
+        with pytest.raises(SlideError, match=r"states 0\.5 µm per pixel across and 0\.52 down.* give --mpp") as caught:
+            open_slide(path)
+        assert caught.value.status == "mpp_missing"
+        for given in ({"mpp": 0.5}, {"fallback_mpp": 0.5}):
+            with open_slide(path, **given) as slide:
+                assert (slide.info.mpp, slide.info.mpp_source) == ((0.5, 0.5), "given")
+    for x, y in ((0.5, 0.505), (0.505, 0.5)):
+        with open_slide(written("c.tiff", x, y, aperio=False)) as slide:
+            assert slide.info.mpp == pytest.approx((x, y), rel=1e-4)
+            assert slide_scale(slide.info, TilingParams(("10x",))).downsample == pytest.approx(1 / 0.5025, rel=1e-4)
+    with open_slide(written("d.svs", 0.5, 0.6, mpp=0.4)) as slide:
+        assert (slide.info.mpp, slide.info.mpp_source) == ((0.4, 0.4), "vendor")
 
 
 def _empty(path: Path) -> None:
