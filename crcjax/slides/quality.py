@@ -60,7 +60,7 @@ class QualityLimits:
     min_stained: float = 0.02
     max_pen: float = 0.1
     max_bubble: float = 0.15
-    max_fold: float = 1.7
+    max_fold: float = 1.6
     max_blood: float = 0.5
     min_focus: float = 0.22
     min_sharpness: float = 0.01
@@ -174,7 +174,7 @@ def score_tiles(
 
     `tissue`: the stained fraction of the tile. `sharpness`: the variance of the Laplacian over the variance of the green
     channel, so that pale and dense tissue compare; about 0.5 to 3 in focus, towards 0 when blurred, 0 on a tile of one
-    colour. `focus`: the energy of detail of 2 µm over that of 4 µm, a mean over 48 µm, and of these the mean in the least
+    colour. `focus`: the energy of detail of 2 µm over that of 4 µm, a weighted mean over 48 µm, and of these the mean in the least
     sharp quarter of the tissue; smooth mucin and stroma lack both alike, as does what is blurred by more than 5 µm, which
     `sharpness` tells. `pen`: the fraction under ink. `bubble`: the fraction that is grey, as rims of bubbles and debris
     are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider than a nucleus over
@@ -298,7 +298,7 @@ def _cell_focus(green: np.ndarray, coloured: np.ndarray, cells: int) -> Float32[
     energy = [_cell_means(_laplacians(picture) ** 2, cells) for picture in (green, coloured[..., 1])]
     focus = ((energy[0] + _NOISE_FINE) / (energy[1] + _NOISE_COARSE)).reshape(-1, cells, cells)
     for of_tile in focus:  # what is out of focus is larger than a cell; one smooth cell amid sharp ones is not
-        cv2.blur(of_tile, (3, 3), dst=of_tile, borderType=cv2.BORDER_REPLICATE)
+        cv2.GaussianBlur(of_tile, (3, 3), 0, dst=of_tile, borderType=cv2.BORDER_REPLICATE)
     return focus.reshape(-1, cells**2)
 
 

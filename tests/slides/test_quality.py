@@ -23,7 +23,7 @@ from crcjax.slides.quality import (
 )
 from crcjax.slides.reader import open_slide
 from crcjax.slides.tiling import TilingParams, plan_tiles, read_regions, region_tiles
-from crcjax.slides.tissue import TissueModel
+from crcjax.slides.tissue import TissueModel, tissue_model
 
 MODEL = TissueModel((240.0, 240.0, 240.0), 0.06)
 EOSIN, HAEMATOXYLIN = (0.05, 0.4, 0.2), (0.7, 0.9, 0.4)
@@ -100,6 +100,9 @@ def test_a_quarter_of_a_tile_out_of_focus_is_seen() -> None:
     tile = _tile()
     tile[:, :80] = cv2.GaussianBlur(tile, (0, 0), 5)[:, :80]
     assert _score(tile)["focus"] < 0.5 * _score(_tile())["focus"]
+    small = _tile()  # taken for 64 µm, it has four cells along its side
+    small[:, :64] = cv2.GaussianBlur(small, (0, 0), 10)[:, :64]
+    assert _score(small, 0.25)["focus"] < 0.46 * _score(_tile(), 0.25)["focus"]
 
 
 def test_a_tile_of_one_colour_has_no_sharpness() -> None:
@@ -172,6 +175,19 @@ def test_tissue_that_lies_double_in_a_stripe_is_a_fold() -> None:
     assert score_tiles([tile], model)[0][fold] == pytest.approx(1.0, abs=0.25)
     tile[:, 100:160] = 240 * np.exp(-2 * np.array(EOSIN))
     assert score_tiles([tile], model)[0][fold] == pytest.approx(2.0, abs=0.25)
+
+
+@pytest.mark.parametrize("pale", [0, 1, 4, 8])
+def test_ordinary_tissue_beside_however_much_pale_is_no_fold_and_what_lies_double_is(pale: int) -> None:
+    glass, ordinary, faint = (
+        cv2.resize(tile, (16, 16), interpolation=cv2.INTER_AREA)
+        for tile in (np.full((256, 256, 3), 240, np.uint8), _tile(), _tile(0.25))
+    )
+    model = tissue_model(np.vstack([glass, ordinary, *[faint] * pale]))
+    folded = _tile()
+    folded[:, 100:160] = _tile(2.0)[:, 100:160]
+    reasons = judge(score_tiles([_tile(), folded, _tile(0.25)], model), QualityLimits())
+    assert [REASONS[reason] for reason in reasons.tolist()] == ["kept", "fold", "pale"]
 
 
 def test_stain_is_the_optical_density_of_the_tissue() -> None:

@@ -50,6 +50,14 @@ def test_faint_tissue_is_kept_beside_dense_tissue() -> None:
     assert _overlap(_mask(picture), DISC) > 0.94
 
 
+def test_a_slides_density_is_that_of_its_ordinary_tissue_unless_hardly_any_is() -> None:
+    picture = _slide(FAINT)
+    assert tissue_model(picture).density < 0.3
+    picture[:, :100][DISC[:, :100]] = PINK
+    assert tissue_model(picture).density == pytest.approx(tissue_model(_slide(PINK)).density)
+    assert tissue_model(picture).excess == pytest.approx(tissue_model(_slide(PINK)).excess)
+
+
 def test_lumina_within_tissue_are_kept_and_a_wide_opening_is_not() -> None:
     picture = _slide()
     cv2.circle(picture, (110, 150), 20, GLASS, -1)  # 80 000 um2
