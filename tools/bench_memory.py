@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from crcjax.train.step import abstract_state, build_step, init_state
 ON_CPU = jax.default_backend() == "cpu"
 # What is freed is returned at once, so that the memory held is the memory used.
 PROMPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-PROMPT |= {"MALLOC_MMAP_MAX_": "1000000"}
+PROMPT |= {"MALLOC_MMAP_MAX_": "1000000", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 BAGS = 8
 SIZES = (  # regions, px of a tile's side, config.model.remat, parts
     (64, 64, "none", 1),
@@ -77,11 +78,17 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def apart(size: tuple[int, int, str, int]) -> str:
+    """What a process of its own prints of a size."""
+    command = [sys.executable, __file__, *map(str, size)]
+    return subprocess.run(command, env=os.environ | PROMPT, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def main() -> None:
     rows = []
-    for regions, side, remat, parts in SIZES:
-        command = [sys.executable, __file__, str(regions), str(side), remat, str(parts)]
-        output = subprocess.run(command, env=os.environ | PROMPT, capture_output=True, text=True, check=True).stdout
+    with ThreadPoolExecutor(1 if ON_CPU else 5) as pool:
+        outputs = list(pool.map(apart, SIZES))
+    for (regions, side, remat, parts), output in zip(SIZES, outputs, strict=True):
         said, taken = (int(value) / 2**20 for value in output.split())
         name = f"{BAGS} bags of {regions} tiles of {side} px in {parts} part{'s' if parts > 1 else ''}, remat {remat}"
         rows += [
@@ -93,7 +100,7 @@ def main() -> None:
         " Measured: by how much the step raises the memory of a fresh process over what it holds already, its parameters,"
         " optimiser and bags."
     )
-    record("memory", "python tools/bench_memory.py", rows, note + CPU_NOTE * ON_CPU)
+    record("memory", "python tools/bench_memory.py", rows, note + (CPU_NOTE if ON_CPU else GPU_NOTE))
 
 
 CPU_NOTE = (
@@ -101,6 +108,7 @@ CPU_NOTE = (
     " for later, and the smallest steps rise by up to 1.4 of what is said. What lies above is the runtime's own, about 10 MiB as a"
     " process runs its first step, so that the smallest step misses the 10 % that were aimed at."
 )
+GPU_NOTE = " On the GPU this is what JAX's allocator has handed out, of which the peak counts what compiling tried too."
 
 
 if __name__ == "__main__":

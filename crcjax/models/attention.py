@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.backend import get_backend
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from crcjax.models.linear import Linear
 
@@ -69,6 +71,38 @@ def attend(
     scores = jnp.einsum("bqhc,bhkc->bhqk", query, key).astype(jnp.float32) * query.shape[-1] ** -0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     return jnp.einsum("bhqk,bhkc->bqhc", jax.nn.softmax(scores).astype(value.dtype), value)
+
+
+def kernel(dtype: DTypeLike, channels: int) -> Literal["cudnn", "xla"] | None:
+    """The implementation of jax.nn.dot_product_attention that keeps the scores on the chip of this device, if one does.
+
+    cuDNN's, on NVIDIA GPUs of compute capability 8 or more, of 16 bits and up to 128 channels a head.
+    """
+    if "cuda" not in get_backend().platform_version or jnp.dtype(dtype).itemsize != 2 or channels % 8 or channels > 128:
+        return None
+    return "cudnn" if float(jax.local_devices()[0].compute_capability) >= 8 else None
+
+
+def attend_on_chip(
+    query: Float[Array, "batch instance head channel"],
+    key: Float[Array, "batch instance head channel"],
+    value: Float[Array, "batch instance head channel"],
+    count: Int[Array, " batch"],
+    implementation: Literal["cudnn", "xla"],
+) -> Float[Array, "batch instance head channel"]:
+    """Softmax attention of all instances over the first `count`, at least one, with a kernel that keeps no scores."""
+    instances = query.shape[1]
+    # cuDNN's gradient wants an even number of them.
+    padding = ((0, 0), (0, -instances % 8), (0, 0), (0, 0))
+    query, key, value = (jnp.pad(part, padding) for part in (query, key, value))
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        query_seq_lengths=jnp.full_like(count, query.shape[1]),
+        key_value_seq_lengths=jnp.maximum(count, 1),
+        implementation=implementation,
+    )[:, :instances]
 
 
 def in_blocks(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from ml_collections import ConfigDict
 
 from crcjax.models.aggregators import Instances, Pooled
-from crcjax.models.attention import AttentionScores, attend, in_blocks, masked_softmax, rotary
+from crcjax.models.attention import AttentionScores, attend, attend_on_chip, in_blocks, kernel, masked_softmax, rotary
 from crcjax.models.linear import Linear
 
 _LONGEST = 256.0  # sides of a region: the distance that the slowest rotary angle still tells apart
@@ -73,10 +73,14 @@ class HierarchicalAttentionMIL(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm self-attention over unmasked instances and a two-layer perceptron, each added to its input."""
+    """Pre-norm self-attention over unmasked instances and a two-layer perceptron, each added to its input.
+
+    Instances with positions see each other by the device's `kernel`, if it has one, unless `fused` is set to False: where
+    devices share a bag.
+    """
 
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.heads = heads
+        self.heads, self.fused = heads, True
         self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
         self.project = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.merge = Linear(width, width, dtype=dtype, rngs=rngs)
@@ -103,10 +107,15 @@ class Block(nnx.Module):
 
         rows = (values,) if position is None else (values, position)
         query, key, value = in_blocks(projected, _instances(batch), *rows)
-        key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-        pairs = _PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE // batch
-        largest = max(_LEAST_QUERIES, pairs // count)
-        (seen,) = in_blocks(lambda some: (attend(some, key, value, mask),), largest, query)
+        if position is not None and self.fused and (implementation := kernel(query.dtype, query.shape[-1])):
+            held_first = jnp.argsort(~mask, axis=1, stable=True)[..., None, None]
+            key, value = (jnp.take_along_axis(part, held_first, axis=1) for part in (key, value))
+            seen = attend_on_chip(query, key, value, mask.sum(axis=1), implementation)
+        else:
+            key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+            pairs = _PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE // batch
+            largest = max(_LEAST_QUERIES, pairs // count)
+            (seen,) = in_blocks(lambda some: (attend(some, key, value, mask),), largest, query)
 
         def following(
             some: Float[Array, "batch some feature"], seen: Float[Array, "batch some head channel"]

@@ -133,8 +133,8 @@ class _Block(nnx.Module):
 
 class _WindowAttention(nnx.Module):
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.heads, self.dtype = heads, dtype
-        self.qkv = linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.heads = heads
+        self.qkv = linear(width, 3 * width, narrow=True, dtype=dtype, rngs=rngs)
         self.proj = linear(width, width, dtype=dtype, rngs=rngs)
         self.relative_position_bias_table = nnx.Param(jnp.zeros(((2 * WINDOW - 1) ** 2, heads)))
 
@@ -147,7 +147,7 @@ class _WindowAttention(nnx.Module):
         bias = self.relative_position_bias_table[...][_relative_index()].transpose(2, 0, 1)[None]
         if seen is not None:
             bias = jnp.tile(jnp.where(seen[:, None], bias, -jnp.inf), (tiles, 1, 1, 1))
-        found = self_attention(self.qkv(windows).astype(self.dtype), self.heads, bias)
+        found = self_attention(self.qkv(windows), self.heads, bias)
         joined = self.proj(found).reshape(tiles, rows // WINDOW, columns // WINDOW, WINDOW, WINDOW, width)
         return joined.transpose(0, 1, 3, 2, 4, 5).reshape(maps.shape)
 

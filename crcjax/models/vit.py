@@ -10,15 +10,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from crcjax.models.attention import attend_on_chip, kernel
+
 
 def layer_norm(width: int, *, epsilon: float = 1e-6, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """A layer norm in float32 whose variance is taken after the mean, as torch does: E[x²] - E[x]² loses digits."""
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
-def linear(inputs: int, outputs: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    """A layer that multiplies in `dtype` and sums in float32, which all that lies between such layers is."""
-    kind: dict[str, Any] = {"dtype": dtype, "preferred_element_type": jnp.float32, "rngs": rngs}
+def linear(
+    inputs: int, outputs: int, *, use_bias: bool = True, narrow: bool = False, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A layer that multiplies in `dtype` and sums in float32, which its outputs are too, unless `narrow`: then `dtype`."""
+    kind: dict[str, Any] = {"dtype": dtype, "preferred_element_type": dtype if narrow else jnp.float32, "rngs": rngs}
     return nnx.Linear(inputs, outputs, use_bias=use_bias, **kind)
 
 
@@ -27,11 +31,11 @@ class MLP(nnx.Module):
 
     def __init__(self, width: int, hidden: int, *, swiglu: bool = False, dtype: DTypeLike, rngs: nnx.Rngs):
         self.swiglu = swiglu
-        self.fc1 = linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(width, hidden, narrow=True, dtype=dtype, rngs=rngs)
         self.fc2 = linear(hidden // 2 if swiglu else hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "*token feature"]) -> Float[Array, "*token feature"]:
-        hidden = self.fc1(tokens)
+        hidden = self.fc1(tokens).astype(jnp.float32)
         if self.swiglu:
             gate, value = jnp.split(hidden, 2, axis=-1)
             return self.fc2(jax.nn.silu(gate) * value)
@@ -59,12 +63,18 @@ def self_attention(
 
 class _Attention(nnx.Module):
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.heads, self.dtype = heads, dtype
-        self.qkv = linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.heads, self.dtype, self.fused = heads, dtype, True
+        self.qkv = linear(width, 3 * width, narrow=True, dtype=dtype, rngs=rngs)
         self.proj = linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "tile token feature"]) -> Float[Array, "tile token feature"]:
-        return self.proj(self_attention(self.qkv(tokens).astype(self.dtype), self.heads))
+        qkv = self.qkv(tokens)
+        tiles, count, width = tokens.shape
+        if not (self.fused and (implementation := kernel(self.dtype, width // self.heads))):
+            return self.proj(self_attention(qkv, self.heads))
+        query, key, value = jnp.moveaxis(qkv.reshape(tiles, count, 3, self.heads, -1), 2, 0)
+        seen = attend_on_chip(query, key, value, jnp.full(tiles, count), implementation)
+        return self.proj(seen.reshape(tokens.shape))
 
 
 class _LayerScale(nnx.Module):

@@ -116,6 +116,8 @@ def build_step(
     With `config.train.micro_batches` the bags are computed so many parts at a time and their gradients added up: the same
     step, since every draw and weight is the whole batch's. Raises InputError for a loss that is no sum over bags.
     """
+    # The kernels of attention can be divided over bags alone.
+    model.set_attributes(fused=mesh.size == mesh.shape["data"], raise_if_not_found=False)
     following = _build_following(model, optimizer, config, mesh, normaliser, tasks)
     layout = jax.tree.map(lambda value: value.sharding, abstract_state(model, optimizer, config, mesh))
     layout = replace(layout, mining=replicated(mesh))  # of any mining
@@ -131,6 +133,7 @@ def build_joint_step(
     model: MILModel, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh, seeds: Sequence[int]
 ) -> Callable[[TrainState, Bag], tuple[TrainState, JointMetrics]]:
     """As `build_step`, of as many members as `seeds`, all on the same bags: states and metrics have a leading axis of them."""
+    model.set_attributes(fused=False, raise_if_not_found=False)  # kernels of attention cannot be mapped over members
     following = _build_following(model, optimizer, config, mesh, None)
     layout = jax.tree.map(
         lambda value: value.sharding, joint(abstract_state(model, optimizer, config, mesh), len(seeds))
@@ -334,6 +337,7 @@ class Forward:
         normaliser: StainNormaliser | None = None,
         stored: bool = False,
     ):
+        model.set_attributes(fused=True, raise_if_not_found=False)
         graph = nnx.graphdef(model)
         devices = mesh.shape["data"]
         self.chunk = -(-chunk // devices) * devices

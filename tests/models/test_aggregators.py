@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.typing import DTypeLike
 
 from crcjax.config import get_config
 from crcjax.models.aggregators import Instances
@@ -400,6 +401,31 @@ def test_attention_in_blocks_equals_plain_attention_and_keeps_no_matrix_of_all_p
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     memory = [gradient.lower(query, key).compile().memory_analysis().temp_size_in_bytes for gradient in gradients]
     assert memory[0] < memory[1] / 4
+
+
+def test_a_kernel_of_attention_gives_what_blocks_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the XLA implementation of the function that cuDNN's kernel is called by: it is there on CPUs."""
+    (features, mask, position), label = _bag(15, 13), jnp.array([1, 2])
+    graph, state = nnx.split(MODELS["hierarchical"])
+    called = []
+
+    def found() -> list[jax.Array]:
+        def loss(state: nnx.State, features: jax.Array) -> tuple[jax.Array, Prediction]:
+            prediction = nnx.merge(graph, state).pool(features, mask.at[0, 3:9].set(False), position)
+            return -jax.nn.log_softmax(prediction.logits)[jnp.arange(2), label].sum(), prediction
+
+        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(state, features))
+
+    blocks = found()
+
+    def kernel(dtype: DTypeLike, channels: int) -> str:
+        called.append(channels)
+        return "xla"
+
+    monkeypatch.setattr("crcjax.models.hierarchical.kernel", kernel)
+    for part, truth in zip(found(), blocks, strict=True):
+        np.testing.assert_allclose(part, truth, rtol=1e-4, atol=1e-5 * max(float(jnp.abs(truth).max()), 1e-3))
+    assert called
 
 
 def test_hierarchical_in_blocks_has_the_gradients_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

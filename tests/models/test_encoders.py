@@ -82,6 +82,17 @@ def test_an_encoder_has_the_features_of_its_original(name: str, twins: Any) -> N
     assert np.abs(found - truth).max() <= 1e-4 * np.abs(truth).max()
 
 
+def test_a_kernel_of_attention_gives_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the XLA implementation of the function that cuDNN's kernel is called by: it is there on CPUs."""
+    module = _small("uni")(dtype=jnp.float32, rngs=nnx.Rngs(0))
+    plain = _ours(module, _images())
+    monkeypatch.setattr("crcjax.models.vit.kernel", lambda dtype, channels: "xla")
+    np.testing.assert_allclose(_ours(module, _images()), plain, rtol=1e-4, atol=1e-5)
+    module.set_attributes(fused=False)
+    monkeypatch.setattr("crcjax.models.vit.kernel", lambda dtype, channels: pytest.fail("asked for a kernel"))
+    _ours(module, _images())
+
+
 @pytest.mark.parametrize(
     "name",
     [

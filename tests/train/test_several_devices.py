@@ -22,6 +22,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding
 from crcjax.config import get_config
 from crcjax.data.bags import Bag
+from crcjax.models import hierarchical
 from crcjax.models.mil import build_model
 from crcjax.train.mesh import described, device_mesh
 from crcjax.train.optimizer import build_optimizer
@@ -36,6 +37,8 @@ config.train.steps, config.optimizer.warmup_steps = 50, 5
 config.update_from_flattened_dict(json.loads(changes))
 mesh = device_mesh(config)
 print(described(mesh))
+if mesh.size > 1:
+    hierarchical.kernel = None  # not to be asked for where devices share a bag: it cannot be divided so
 model = build_model(config.model, 3, 0, (1, 2))
 optimizer = build_optimizer(config.optimizer, config.train.steps)
 step, state = build_step(model, optimizer, config, mesh), init_state(model, optimizer, config, mesh)
