@@ -26,7 +26,7 @@ REFUSED = {
     "edge_cases/boxes.tiff": ("mpp_missing", "impossible"),
     "edge_cases/unopenable.tiff": ("corrupt", "cannot open"),
     "edge_cases/broken.svs": ("unsupported", "not a slide"),
-    "edge_cases/pathml_small_dicom_missing_ImageType.dcm": ("unsupported", "not a slide"),
+    "edge_cases/pathml_small_dicom_missing_ImageType.dcm": ("corrupt", "or of an unknown kind"),
     "edge_cases/unreadable.svs": ("corrupt", "damaged"),
 }
 
