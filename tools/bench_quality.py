@@ -21,7 +21,7 @@ from crcjax.slides.reader import open_slide
 from crcjax.slides.tiling import TilingParams, mpp_of, plan_tiles, region_tiles
 from crcjax.slides.tissue import TissueModel, tissue_model
 
-# Scores and limits were made on slides of seeds from 9000, 30000, 31000 and 32000 on, and what they were before that was
+# Scores and limits were made on slides of seeds from 9000, and 30000 to 33000 on, and what they were before that was
 # reported on those from 700000 on; those reported here are of other seeds.
 FIRST_SEED = 800_000
 SIZE_UM = (1536, 1280)
