@@ -68,6 +68,9 @@ def get_config() -> ConfigDict:
     model.weights = ""  # file of a published encoder's weights, read when training starts
     model.imported_features = 0  # numbers in each feature of crcjax import; set by training on such, without weights
     model.frozen = True  # a published encoder stays as it is, and the model learns on its features
+    model.batch_norm = (
+        0.0  # a step's share, by micro-batches, in a trained encoder's running statistics; 0: the published ones norm
+    )
     model.encode_regions = 64  # of each bag encoded at a time in training; memory grows with it, not with the bag
     model.remat = (
         "full"  # what is made again of each of several such parts: all (full), all but matrix products (dots), or none

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Float32
 
 from crcjax.models.vit import MLP, layer_norm
 
@@ -78,7 +79,6 @@ class ResNet(nnx.Module):
     """ResNet (He 2016) of bottlenecks that halve in their middle; by default ResNet-50. Features are the last stage's mean.
 
     With fewer `depths` the later stages are left out: three are the encoder of CLAM (Lu 2021), 1,024 features.
-    Batch norms use what their checkpoint holds.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ResNet(nnx.Module):
     ):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.conv1 = convolution(3, width, 7, 2, **kind)
-        self.bn1 = batch_norm(width, rngs=rngs)
+        self.bn1 = BatchNorm(width, rngs=rngs)
         self.stages, inputs = len(depths), width
         for stage, depth in enumerate(depths):
             thin = width * 2**stage
@@ -114,11 +114,11 @@ class ResNet(nnx.Module):
 class _Bottleneck(nnx.Module):
     def __init__(self, inputs: int, width: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.conv1, self.bn1 = convolution(inputs, width, 1, 1, **kind), batch_norm(width, rngs=rngs)
-        self.conv2, self.bn2 = convolution(width, width, 3, stride, **kind), batch_norm(width, rngs=rngs)
-        self.conv3, self.bn3 = convolution(width, 4 * width, 1, 1, **kind), batch_norm(4 * width, rngs=rngs)
+        self.conv1, self.bn1 = convolution(inputs, width, 1, 1, **kind), BatchNorm(width, rngs=rngs)
+        self.conv2, self.bn2 = convolution(width, width, 3, stride, **kind), BatchNorm(width, rngs=rngs)
+        self.conv3, self.bn3 = convolution(width, 4 * width, 1, 1, **kind), BatchNorm(4 * width, rngs=rngs)
         changes = stride > 1 or inputs != 4 * width
-        project = [convolution(inputs, 4 * width, 1, stride, **kind), batch_norm(4 * width, rngs=rngs)]
+        project = [convolution(inputs, 4 * width, 1, stride, **kind), BatchNorm(4 * width, rngs=rngs)]
         self.downsample = nnx.List(project if changes else [])
 
     def __call__(self, maps: Float[Array, "tile row column feature"]) -> Float[Array, "tile _ _ _"]:
@@ -130,9 +130,59 @@ class _Bottleneck(nnx.Module):
         return jax.nn.relu(kept + self.bn3(self.conv3(maps)))
 
 
-def batch_norm(width: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """A batch norm, in float32, by the mean and variance that its checkpoint holds."""
-    return nnx.BatchNorm(width, use_running_average=True, dtype=jnp.float32, rngs=rngs)
+@dataclass(frozen=True)
+class Batch:
+    """What batch norms take their statistics of: the valid tiles, `count` on all devices.
+
+    `axes` are those of the mesh along which the tiles are mapped, not divided by the partitioner.
+    """
+
+    valid: Bool[Array, " tile"]
+    count: Float32[Array, ""]
+    axes: tuple[str, ...]
+
+    def mean(self, maps: Float32[Array, "tile row column feature"]) -> Float32[Array, " feature"]:
+        """The mean over all places of the valid tiles."""
+        summed = jnp.where(self.valid[:, None, None, None], maps, 0.0).sum(axis=(0, 1, 2))
+        return jax.lax.psum(summed, self.axes) / jnp.maximum(self.places(maps), 1.0)
+
+    def places(self, maps: Float32[Array, "tile row column feature"]) -> Float32[Array, ""]:
+        """How many those are."""
+        return self.count * (maps.shape[1] * maps.shape[2])
+
+
+class BatchNorm(nnx.BatchNorm):
+    """A batch norm, in float32, by the mean and variance that it holds; or of a batch, if it is given one, by the batch's.
+
+    These it holds from then on; the variance without bias, as torch does for its running average.
+    """
+
+    batch: Batch | None = None
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        super().__init__(width, use_running_average=True, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(  # type: ignore[override]
+        self, maps: Float[Array, "tile row column feature"]
+    ) -> Float32[Array, "tile row column feature"]:
+        """Normed maps."""
+        if self.batch is None:
+            return super().__call__(maps)
+        maps = maps.astype(jnp.float32)
+        # Not by nnx's own: its mean over devices is of their means, whatever the number of valid tiles of each. And not
+        # by the mean of squares, which loses the digits of what varies little.
+        self.mean[...] = mean = self.batch.mean(maps)
+        self.var[...] = var = self.batch.mean(jnp.square(maps - mean))
+        normed, places = super().__call__(maps), self.batch.places(maps)
+        self.var[...] = var * places / jnp.maximum(places - 1.0, 1.0)
+        return normed
+
+
+def by_batch(module: nnx.Module, batch: Batch) -> None:
+    """Has all batch norms within a module norm by the statistics of a batch."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, BatchNorm):
+            part.batch = batch
 
 
 def convolution(inputs: int, outputs: int, side: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Conv:

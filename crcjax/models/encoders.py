@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
 from crcjax.models.compact import CompactEncoder
-from crcjax.models.convnets import ConvNeXt, ResNet
+from crcjax.models.convnets import BatchNorm, ConvNeXt, ResNet
 from crcjax.models.swin import Swin
 from crcjax.models.vit import ViT, linear
 
@@ -206,11 +206,30 @@ class ImportedFeatures(nnx.Module):
 
 
 def build_encoder(config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
-    """The tile encoder that `config.encoder` names, its weights drawn at random. Raises InputError for an unknown one."""
+    """The tile encoder that `config.encoder` names, its weights drawn at random.
+
+    Raises InputError for an unknown one, and for `config.batch_norm` where no batch norm is trained.
+    """
+    kind: Callable[..., nnx.Module]
     if config.imported_features:
-        return ImportedFeatures(config, dtype=dtype, rngs=rngs)
-    if config.encoder == "compact":
-        return CompactEncoder(config, dtype=dtype, rngs=rngs)
-    if config.encoder in PRETRAINED:
-        return PublishedEncoder(config, dtype=dtype, rngs=rngs)
-    raise InputError(f"config.model.encoder {config.encoder!r}: choose one of compact, {', '.join(PRETRAINED)}")
+        kind = ImportedFeatures
+    elif config.encoder == "compact":
+        kind = CompactEncoder
+    elif config.encoder in PRETRAINED:
+        kind = PublishedEncoder
+    else:
+        raise InputError(f"config.model.encoder {config.encoder!r}: choose one of compact, {', '.join(PRETRAINED)}")
+    encoder = kind(config, dtype=dtype, rngs=rngs)
+    if config.batch_norm:
+        _check_batch_norm(config, encoder)
+    return encoder
+
+
+def _check_batch_norm(config: ConfigDict, encoder: nnx.Module) -> None:
+    told = f"config.model.batch_norm {config.batch_norm}"
+    if not 0 < config.batch_norm <= 1:
+        raise InputError(f"{told}: is a share from 0 to 1; set it so")
+    if not any(isinstance(part, BatchNorm) for _, part in nnx.iter_modules(encoder)):
+        raise InputError(f"{told}: {config.encoder} has no batch norms; set it to 0")
+    if config.frozen:
+        raise InputError(f"{told}: a frozen encoder stays as it is; set it to 0, or config.model.frozen to False")

@@ -16,12 +16,15 @@ from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
 from crcjax.models.aggregators import ABMIL, CLAM, DSMIL, Aggregator, Instances, MaxPool, MeanPool
+from crcjax.models.convnets import Batch, by_batch
 from crcjax.models.encoders import ImportedFeatures, PublishedEncoder, build_encoder
 from crcjax.models.heads import HEADS, TaskHeads
 from crcjax.models.hierarchical import HierarchicalAttentionMIL
 from crcjax.models.transmil import TransMIL
 
 Params = dict[str, Any]  # a nested dictionary of arrays, as optax and Orbax take it; nnx.merge gives the model back
+# The number of valid tiles, and times it the mean and variance that batch norms had of them, where the parameters stand.
+Statistics = tuple[Float32[Array, ""], Params]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # How the parts that a bag is encoded in are made ready for the backward pass.
 REMAT: dict[str, Callable[..., Any]] = {
@@ -187,6 +190,36 @@ class MILModel(nnx.Module):
         whole = jnp.moveaxis(parts[:-1], 0, 1).reshape(len(pixels), (count - 1) * size, *parts.shape[3:])
         return jnp.concatenate([whole, parts[-1][:, count * size - regions :]], axis=1)
 
+    def encode_batch(
+        self,
+        pixels: Num[Array, "batch region slot y x 3"],
+        mask: Bool[Array, "batch region slot"],
+        parts: int,
+        axes: tuple[str, ...] = (),
+        prepare: Callable[[Array, Int[Array, ""] | int], Array] = lambda pixels, number: pixels,
+    ) -> tuple[Float32[Array, "batch region slot feature"], Statistics]:
+        """As `encode_bag`, in `parts` equal ones, with batch norms by the statistics of each part's valid tiles.
+
+        A part is every `parts`-th region of all bags, of all devices along the mesh's `axes` that this is mapped over: so
+        no layout changes what is in a part. `prepare` is given its pixels and its number. Statistics are those of all parts.
+        """
+        graph, params = nnx.graphdef(self), params_of(self)
+
+        def encode_part(number: Int[Array, ""] | int) -> tuple[Array, Statistics]:
+            model = nnx.merge(graph, params)  # a copy, which holds this part's statistics then
+            some, valid = (every(value, number, parts, axis=1) for value in (pixels, mask))
+            count = jax.lax.psum(valid.sum().astype(jnp.float32), axes)
+            by_batch(model, Batch(valid.reshape(-1), count, axes))
+            features = model.encode(prepare(some, number))
+            found = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return features, (count, jax.tree.map(lambda value: count * value, found))
+
+        if parts == 1:
+            return encode_part(0)
+        by_part, statistics = jax.lax.map(self.remat(encode_part), jnp.arange(parts))
+        features = jnp.moveaxis(by_part, 0, 2).reshape(*mask.shape, -1)
+        return features, jax.tree.map(lambda value: value.sum(axis=0), statistics)
+
     def __call__(
         self,
         pixels: Num[Array, "batch region slot y x 3"],
@@ -203,6 +236,12 @@ def build_model(config: ConfigDict, classes: int, seed: int, factors: tuple[int,
     Raises InputError.
     """
     return MILModel(config, classes, factors, nnx.Rngs(seed))
+
+
+def every(value: Array, number: Int[Array, ""] | int, parts: int, axis: int) -> Array:
+    """Of what stands along an axis every `parts`-th, from `number` on: each device has its share of that, and none moves."""
+    split = value.reshape(*value.shape[:axis], -1, parts, *value.shape[axis + 1 :])
+    return jax.lax.dynamic_index_in_dim(split, number, axis=axis + 1, keepdims=False)
 
 
 def params_of(model: MILModel) -> Params:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from crcjax.models.convnets import batch_norm, convolution
+from crcjax.models.convnets import BatchNorm, convolution
 from crcjax.models.vit import MLP, layer_norm, linear, self_attention
 
 WINDOW = 7  # tokens along a window's side
@@ -74,9 +74,9 @@ class _ConvStem(nnx.Module):
         # torch counts the activations between them too.
         parts = {
             "0": convolution(3, thin, 3, 2, **kind),
-            "1": batch_norm(thin, rngs=rngs),
+            "1": BatchNorm(thin, rngs=rngs),
             "3": convolution(thin, 2 * thin, 3, 2, **kind),
-            "4": batch_norm(2 * thin, rngs=rngs),
+            "4": BatchNorm(2 * thin, rngs=rngs),
             "6": nnx.Conv(2 * thin, width, (1, 1), **kind),
         }
         self.proj = nnx.Dict(parts)

@@ -22,7 +22,8 @@ from crcjax.data.labels import bag_labels
 from crcjax.models.mil import MILModel, Params, Prediction
 from crcjax.slides.normaliser import StainNormaliser
 from crcjax.slides.store import TileStore
-from crcjax.train.step import Forward, encode_drawn
+from crcjax.train.encode import encode_drawn
+from crcjax.train.step import Forward
 from crcjax.train.tasks import Tasks, confusion
 
 

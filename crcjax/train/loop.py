@@ -107,6 +107,8 @@ def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
         for path in runs.values():
             say(f"{path}: going on from step {start}" if start else f"{path}: starting")
         say(f"memory {plan.budget}; bags in {plan.parts.count} of at most {max(plan.parts.possible)} parts")
+        if config.model.batch_norm:
+            say(_statistics(config, plan.parts.count))
         for number, bags in enumerate(batches, start + 1):
             group.at(number, "computing")
             state, metrics = plan.step(state, bags)
@@ -340,6 +342,18 @@ def _check_features(config: ConfigDict, stores: Sequence[TileStore], sha256: str
     found = open_features(stores, config.model.encoder, config.data.magnifications)[0]
     if found.attributes.get("weights_sha256") != sha256:
         raise InputError(f"{found.path}: was made with other weights than {config.model.weights}; embed with these")
+
+
+def _statistics(config: ConfigDict, parts: int) -> str:
+    """What batch norms take their statistics of, in words."""
+    regions = config.data.regions // -(-config.data.regions // config.model.encode_regions)
+    words = f"batch norms take statistics of {config.data.bags // parts} bags x {regions} regions at a time"
+    if parts > config.train.micro_batches:
+        words += (
+            f": memory does not suffice for config.train.micro_batches {config.train.micro_batches}, and in {parts} parts the run "
+            "learns otherwise, not only rounded otherwise"
+        )
+    return words
 
 
 def _checked(metrics: Metrics, number: int) -> dict[str, float]:

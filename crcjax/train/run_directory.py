@@ -84,7 +84,9 @@ def start_run(
     if (path / "config.json").exists():
         run = open_run(path)
         before, now = dict(_leaves(run.config)), dict(_leaves(config))
-        differing = [name for name in sorted(before | now) if name not in _FREE and before.get(name) != now.get(name)]
+        # Batch norms of a part have its statistics.
+        free = _FREE - {"train.micro_batches"} if config.model.batch_norm else _FREE
+        differing = [name for name in sorted(before | now) if name not in free and before.get(name) != now.get(name)]
         if differing:
             shown = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing[:5])
             raise InputError(

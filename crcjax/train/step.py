@@ -16,13 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
-from crcjax.data.augment import Augmentation, augment, draw_augmentation
+from crcjax.data.augment import Augmentation, draw_augmentation
 from crcjax.data.bags import Bag
 from crcjax.data.mining import Mining, after_step
 from crcjax.errors import InputError
-from crcjax.models.mil import MILModel, Params, Prediction, params_of
+from crcjax.models.mil import MILModel, Params, Prediction, Statistics, every, params_of
 from crcjax.slides.normaliser import StainNormaliser
 from crcjax.slides.stain import Estimate
+from crcjax.train.encode import build_encode, with_running
 from crcjax.train.losses import bag_losses, supervised_contrastive
 from crcjax.train.mesh import over_data, replicated
 from crcjax.train.sharding import bag_spec, state_shardings
@@ -114,7 +115,8 @@ def build_step(
     """The jitted step: state and bags to the next state and metrics. The state is donated; `tasks` are those that `model` has.
 
     With `config.train.micro_batches` the bags are computed so many parts at a time and their gradients added up: the same
-    step, since every draw and weight is the whole batch's. Raises InputError for a loss that is no sum over bags.
+    step, since every draw and weight is the whole batch's, but for batch norms' statistics, which with
+    config.model.batch_norm are of one part's bags. Raises InputError for a loss that is no sum over bags.
     """
     # The kernels of attention can be divided over bags alone.
     model.set_attributes(fused=mesh.size == mesh.shape["data"], raise_if_not_found=False)
@@ -173,7 +175,7 @@ def _build_following(
             "each other, which needs them at once; set one of the two to 1 or 0"
         )
     graph = nnx.graphdef(model)
-    encode = _build_encode(graph, config, mesh, normaliser)
+    encode = build_encode(graph, config, mesh, normaliser)
 
     def loss_of(
         params: Params,
@@ -183,10 +185,10 @@ def _build_following(
         state: TrainState,
         total: Array,
         tiles: Metrics,
-    ) -> tuple[Array, tuple[Metrics, Seen]]:
+    ) -> tuple[Array, tuple[Metrics, Seen, Statistics | None]]:
         """The part of the loss that some bags have, times the loss scale; its parts by name, and what was seen of each bag."""
         label = jnp.asarray(bag.label)
-        features = encode(params, bag, turns)
+        features, statistics = encode(params, bag, turns)
         whole = nnx.merge(graph, params)
         prediction = whole.pool(features, bag.mask, bag.position, keys, label)
         losses = bag_losses(prediction, label, state.step, config.train)
@@ -200,7 +202,7 @@ def _build_following(
         if tasks:
             parts |= tasks.losses(whole.tasks(features), bag, turns, tiles)
             objective = tasks.objective(params, parts, tiles, 1.0 / micro_batches)
-        return objective * (state.scaling.scale if state.scaling else 1.0), (parts, seen)
+        return objective * (state.scaling.scale if state.scaling else 1.0), (parts, seen, statistics)
 
     def following(seed: Key[Array, ""], state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
         bag = jax.tree_util.tree_map_with_path(
@@ -216,20 +218,22 @@ def _build_following(
         weights = tasks.weights_of(state.params) if tasks and tasks.learned else {}
         gradient_of = jax.grad(loss_of, has_aux=True)
 
-        def add(sums: tuple, number: Int[Array, ""]) -> tuple[tuple, Seen]:
-            part = jax.tree.map(partial(_part, number=number, parts=micro_batches), (bag, keys, drawn))
-            gradient, (losses, seen) = gradient_of(state.params, *part, state, total, tiles)
-            return jax.tree.map(jnp.add, sums, (gradient, losses)), seen
+        def add(sums: tuple, number: Int[Array, ""]) -> tuple[tuple, tuple[Seen, Statistics | None]]:
+            part = jax.tree.map(lambda value: every(value, number, micro_batches, axis=0), (bag, keys, drawn))
+            gradient, (losses, *others) = gradient_of(state.params, *part, state, total, tiles)
+            return jax.tree.map(jnp.add, sums, (gradient, losses)), tuple(others)
 
         if micro_batches == 1:
-            gradient, (parts, seen) = gradient_of(state.params, bag, keys, drawn, state, total, tiles)
+            gradient, (parts, seen, statistics) = gradient_of(state.params, bag, keys, drawn, state, total, tiles)
         else:
             names = ("loss", *(f"{name}_loss" for name in tiles))
             zeros = jax.tree.map(jnp.zeros_like, state.params), dict.fromkeys(names, jnp.zeros(()))
-            (gradient, parts), by_part = jax.lax.scan(add, zeros, jnp.arange(micro_batches))
+            (gradient, parts), (by_part, statistics) = jax.lax.scan(add, zeros, jnp.arange(micro_batches))
+            statistics = jax.tree.map(lambda value: value.sum(axis=0), statistics)
             seen = jax.tree.map(lambda value: jnp.moveaxis(value, 0, 1).reshape(-1, *value.shape[2:]), by_part)
         losses, right, attention = seen
-        state, metrics = _updated(optimizer, state, gradient)
+        running = partial(with_running, statistics=statistics, share=config.model.batch_norm)
+        state, metrics = _updated(optimizer, state, gradient, running)
         if state.mining is not None:
             found = jnp.asarray(bag.slide), jnp.asarray(bag.region), losses, ~right, attention
             state = replace(state, mining=after_step(state.mining, state.step, config.data.mine_every, *found))
@@ -238,65 +242,11 @@ def _build_following(
     return following
 
 
-def _build_encode(
-    graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None
-) -> Callable[[Params, Bag, Augmentation], Float32[Array, "batch region slot feature"]]:
-    """The features of augmented bags."""
-
-    def encode(
-        params: Params, tiles: Array, stain: Estimate | None, drawn: Augmentation
-    ) -> Float32[Array, "batch region slot feature"]:
-        model = nnx.merge(graph, params)
-        return (
-            model.encode_stored(tiles) if config.data.features else encode_drawn(model, tiles, stain, drawn, normaliser)
-        )
-
-    # The encoder merges bags and regions into one axis of tiles, which the partitioner, where both are divided, can only
-    # do by bringing the pixels of a bag together. Mapped by hand, each device encodes what it holds; and the encoder's
-    # gradient is summed over devices once a step, in float32, not once a part in the type of the computation.
-    def mapped(params: Params, bag: Bag, drawn: Augmentation) -> Float32[Array, "batch region slot feature"]:
-        if mesh.shape["data"] * mesh.shape["bag"] == 1:  # nothing to map over, which the partitioner cannot do
-            return encode(params, jnp.asarray(bag.tiles), bag.stain, drawn)
-        by_bag, by_region = PartitionSpec("data"), PartitionSpec("data", "bag")
-        draws, tree = jax.tree.flatten(drawn)
-        by_draw = [by_bag if draw.shape[1] == 1 else by_region for draw in draws]  # drawn for a slide, or for its tiles
-        return jax.shard_map(
-            lambda params, tiles, stain, draws: encode(params, tiles, stain, jax.tree.unflatten(tree, draws)),
-            mesh=mesh,
-            axis_names={"data", "bag"},
-            in_specs=(PartitionSpec(), by_region, by_bag, by_draw),
-            out_specs=by_region,
-            check_vma=False,
-        )(params, jnp.asarray(bag.tiles), bag.stain, draws)
-
-    return mapped
-
-
-def encode_drawn(
-    model: MILModel,
-    pixels: Num[Array, "batch region slot y x 3"],
-    stain: Estimate | None,
-    drawn: Augmentation,
-    normaliser: StainNormaliser | None,
-) -> Float32[Array, "batch region slot feature"]:
-    """The features of augmented bags, whose stains are normalised first."""
-
-    def prepare(pixels: Array, first: Int[Array, ""] | int) -> Array:
-        if normaliser and stain is not None:
-            pixels = normaliser.batch(pixels, stain)
-        return augment(pixels, drawn, first)
-
-    return model.encode_bag(pixels, prepare)
-
-
-def _part(value: Array, *, number: Int[Array, ""], parts: int) -> Array:
-    """Every `parts`-th bag, from `number` on: so each device's bags give their share to every part, and none moves."""
-    split = value.reshape(len(value) // parts, parts, *value.shape[1:])
-    return jax.lax.dynamic_index_in_dim(split, number, axis=1, keepdims=False)
-
-
 def _updated(
-    optimizer: optax.GradientTransformation, state: TrainState, gradient: Params
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradient: Params,
+    running: Callable[[Params], Params],
 ) -> tuple[TrainState, Metrics]:
     """The next state and the gradient's norm.
 
@@ -308,7 +258,7 @@ def _updated(
         gradient = jax.tree.map(lambda value: value / scaling.scale, gradient)
     norm = optax.tree.norm(gradient)
     updates, moments = optimizer.update(gradient, state.moments, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = running(optax.apply_updates(state.params, updates))
     if not scaling:
         return replace(state, step=state.step + 1, params=params, moments=moments), {"gradient_norm": norm}
     good = jnp.isfinite(norm)

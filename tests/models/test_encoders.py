@@ -15,8 +15,9 @@ from flax import nnx
 from PIL import Image
 
 from crcjax.errors import InputError
+from crcjax.models.convnets import Batch, BatchNorm, by_batch
 from crcjax.models.encoders import PRETRAINED, encoder_table, pretrained_encoder
-from crcjax.models.weights import fill
+from crcjax.models.weights import fill, torch_tensors
 
 SMALL_VIT = {"width": 48, "depth": 2, "heads": 3}
 SMALL = {
@@ -91,6 +92,55 @@ def test_a_kernel_of_attention_gives_the_same_features(monkeypatch: pytest.Monke
     module.set_attributes(fused=False)
     monkeypatch.setattr("crcjax.models.vit.kernel", lambda dtype, channels: pytest.fail("asked for a kernel"))
     _ours(module, _images())
+
+
+@pytest.mark.parametrize("name", ["imagenet-resnet50", "ctranspath"])
+def test_batch_norms_of_a_batch_are_torchs_in_training_on_the_valid_tiles_alone(name: str, twins: Any) -> None:
+    model, valid = twins.twin(name, small=True), np.array([True, False, True, True, False])
+    module = fill(_small(name), twins.tensors(model), jnp.float32, name)
+    images = (np.random.default_rng(1).normal(size=(5, 224, 224, 3)) * np.arange(1, 6)[:, None, None, None]).astype("f")
+    for part in model.modules():
+        if type(part).__name__.startswith("BatchNorm"):
+            part.train().momentum = 1.0
+    truth = twins.features(name, model, _torch_images(images[valid])).numpy()
+    graph, params = nnx.graphdef(module), nnx.to_pure_dict(nnx.state(module))
+
+    @jax.jit
+    def of_batch(params: Any, images: Any) -> tuple[Any, Any]:
+        ours = nnx.merge(graph, params)
+        by_batch(ours, Batch(jnp.asarray(valid), jnp.float32(valid.sum()), ()))
+        return ours(images), nnx.to_pure_dict(nnx.state(ours))
+
+    found, held = of_batch(params, images)
+    assert np.abs(found[valid] - truth).max() <= 1e-4 * np.abs(truth).max()
+    nnx.update(module, held)
+    ours, theirs = torch_tensors(module), twins.tensors(model)
+    running = [key for key in ours if "running" in key]
+    assert running
+    for key in running:
+        np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-5 * np.abs(theirs[key]).max())
+
+
+def test_the_gradient_through_a_batchs_statistics_is_torchs(twins: Any) -> None:
+    import torch
+
+    rng, valid = np.random.default_rng(2), np.array([True, True, False, True])
+    maps, weights = (rng.normal(3.0, 2.0, (4, 5, 6, 7)).astype(np.float32) for _ in range(2))
+    theirs, given = torch.nn.BatchNorm2d(7), _torch_images(maps[valid]).requires_grad_()
+    (theirs(given) * _torch_images(weights[valid])).sum().backward()
+    graph, params = nnx.split(BatchNorm(7, rngs=nnx.Rngs(0)))
+
+    def objective(params: Any, maps: Any) -> Any:
+        ours = nnx.merge(graph, params)
+        by_batch(ours, Batch(jnp.asarray(valid), jnp.float32(3), ()))
+        return (ours(maps) * weights)[valid].sum()
+
+    of_params, of_maps = jax.grad(objective, argnums=(0, 1))(nnx.to_pure_dict(params), maps)
+    np.testing.assert_allclose(of_maps[valid], given.grad.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(of_maps[~valid], 0)
+    np.testing.assert_allclose(of_params["scale"], theirs.weight.grad, rtol=1e-4, atol=1e-4)
+    assert not of_params["mean"].any()
+    assert not of_params["var"].any()
 
 
 @pytest.mark.parametrize(
