@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,15 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from ml_collections import ConfigDict
 
 from crcjax.models.aggregators import Instances, Pooled
-from crcjax.models.attention import masked_softmax
+from crcjax.models.attention import attend, in_blocks
 from crcjax.models.linear import Linear
 
 _PINV_ITERATIONS = 6
 _RESIDUAL_KERNEL = 33
 _POSITION_KERNELS = 7, 5, 3
+# Weights of a head that are held at a time; more are made again in the backward pass, block by block.
+_PAIRS, _PAIRS_ELSEWHERE = 2**24, 2**26
+_BATCH = "batch"  # the name of the axis of bags, over which a bag is mapped
 
 
 class TransMIL(nnx.Module):
@@ -45,7 +50,7 @@ class TransMIL(nnx.Module):
         self.classify = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
-        embedding, attention = jax.vmap(self._one)(bag.features, bag.mask, bag.position)
+        embedding, attention = jax.vmap(self._one, axis_name=_BATCH)(bag.features, bag.mask, bag.position)
         return Pooled(self.classify(embedding), embedding, attention[..., None], jnp.zeros(len(embedding)))
 
     def _one(
@@ -103,25 +108,26 @@ class NystromLayer(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "token feature"], seen: Bool[Array, " token"]
     ) -> tuple[Float[Array, "token feature"], Float32[Array, " token"]]:
-        """The tokens, and what the first of them attends to (mean over heads)."""
-        count = len(tokens)
-        parts = self.project(self.norm(tokens)).astype(jnp.float32).reshape(count, 3, self.heads, -1)
-        query, key, value = jnp.moveaxis(jnp.where(seen[:, None, None, None], parts, 0.0), 1, 0)
-        query = query * query.shape[-1] ** -0.5
+        """The tokens, and what the first of them attends to (mean over heads); those that are seen come first."""
+        count, width = tokens.shape
+        landmarks = min(self.landmarks, count)
+        parts = jnp.where(seen[:, None], self.project(self.norm(tokens)).astype(jnp.float32), 0.0)
+        query, key, value = jnp.moveaxis(parts.reshape(count, 3, self.heads, -1), 1, 0)
         # Landmarks are means of equal stretches of what is seen, however long the padding is.
-        stretch = jnp.maximum(-(-seen.sum() // self.landmarks), 1)
-        member = jax.nn.one_hot(jnp.arange(count) // stretch, self.landmarks) * seen[:, None]
-        sizes = member.sum(axis=0)
-        landmark, lands = member / jnp.maximum(sizes, 1.0), sizes > 0
-        query_marks = jnp.einsum("tl,thc->lhc", landmark, query)
-        key_marks = jnp.einsum("tl,thc->lhc", landmark, key)
-        to_marks = _softmax_over(jnp.einsum("thc,lhc->htl", query, key_marks), lands)
-        between = _softmax_over(jnp.einsum("lhc,mhc->hlm", query_marks, key_marks), lands) * lands[:, None]
-        from_marks = _softmax_over(jnp.einsum("lhc,thc->hlt", query_marks, key), seen) * lands[:, None]
-        weights = to_marks @ _pseudo_inverse(between)
-        mixed = jnp.einsum("hlt,thc->lhc", from_marks, value)
-        out = jnp.einsum("htl,lhc->thc", weights, mixed) + self._residual(value)
-        attention = jnp.einsum("hl,hlt->t", weights[:, 0], from_marks) / self.heads
+        stretch = jnp.maximum(-(-seen.sum() // landmarks), 1)
+        first, offset = jnp.arange(landmarks) * stretch, jnp.arange(-(-count // landmarks))
+        members = jnp.where(offset < stretch, first[:, None] + offset, count)
+        landmark_of = jnp.where(seen, jnp.arange(count) // stretch, landmarks)
+        sizes = jnp.clip(seen.sum() - first, 0, stretch)
+        lands = sizes > 0
+        marks = _sums(parts[:, : 2 * width], members, landmark_of) / jnp.maximum(sizes, 1)[:, None]
+        query_marks, key_marks = jnp.moveaxis(marks.reshape(landmarks, 2, self.heads, -1), 1, 0)
+        inverse = _pseudo_inverse(_weights(query_marks, key_marks, lands) * lands[:, None], lands)
+        # Values are brought to the landmarks first: the weights of all tokens would be as many products, and kept.
+        mixed = jnp.swapaxes(_attended(query_marks, key, value, seen), 0, 1)
+        out = _attended(query, key_marks, jnp.swapaxes(inverse @ mixed, 0, 1), lands) + self._residual(value)
+        of_first = (_weights(query[:1], key_marks, lands) @ inverse)[:, 0]
+        attention = jnp.einsum("hl,hlt->t", of_first, _weights(query_marks, key, seen)) / self.heads
         out = self.merge(out.reshape(count, -1).astype(tokens.dtype))
         return tokens + jnp.where(seen[:, None], out, 0), attention
 
@@ -130,6 +136,43 @@ class NystromLayer(nnx.Module):
         width = value.shape[-1]
         kernel = jnp.repeat(self.residual[...][:, 0], width, axis=1)
         return _convolved(value.reshape(len(value), -1), kernel).reshape(value.shape)
+
+
+def _weights(
+    query: Float32[Array, "row head channel"], key: Float32[Array, "column head channel"], held: Bool[Array, " column"]
+) -> Float32[Array, "head row column"]:
+    """Softmax over the columns that are held, at least one."""
+    scores = jnp.einsum("rhc,khc->hrk", query, key) * query.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(held, scores, jnp.finfo(jnp.float32).min))
+
+
+def _attended(
+    query: Float32[Array, "row head channel"],
+    key: Float32[Array, "column head channel"],
+    value: Float32[Array, "column head channel"],
+    held: Bool[Array, " column"],
+) -> Float32[Array, "row head channel"]:
+    """Values by those weights, in blocks of rows where the weights are too large to be kept."""
+    key, value = (jnp.swapaxes(part, 0, 1)[None] for part in (key, value))
+    largest = max(1, (_PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE) // len(held))
+    return in_blocks(lambda some: (attend(some, key, value, held[None]),), largest, query[None])[0][0]
+
+
+@jax.custom_vjp
+def _sums(
+    values: Float32[Array, "token channel"],
+    members: Int[Array, "landmark member"],
+    landmark_of: Int[Array, " token"],
+) -> Float32[Array, "landmark channel"]:
+    """Of each landmark's members, tokens beyond the last being none. The gradient is a choice of rows too: no sum in any order."""
+    return values.at[members].get(mode="fill", fill_value=0).sum(axis=1)
+
+
+def _sums_gradient(landmark_of: Int[Array, " token"], of: Array) -> tuple[Array, None, None]:
+    return of.at[landmark_of].get(mode="fill", fill_value=0), None, None
+
+
+_sums.defvjp(lambda values, members, landmark_of: (_sums(values, members, landmark_of), landmark_of), _sums_gradient)
 
 
 @jax.custom_vjp
@@ -167,21 +210,84 @@ def _padded(values: Array, kernel: Array) -> Array:
 _convolved.defvjp(lambda values, kernel: (_convolved(values, kernel), (values, kernel)), _convolved_gradients)
 
 
-def _softmax_over(
-    scores: Float32[Array, "head row column"], held: Bool[Array, " column"]
+def _pseudo_inverse(
+    matrix: Float32[Array, "head row column"], lands: Bool[Array, " row"]
 ) -> Float32[Array, "head row column"]:
-    columns = jnp.broadcast_to(held, (len(scores), len(held)))
-    return jnp.swapaxes(masked_softmax(jnp.swapaxes(scores, 1, 2), columns), 1, 2)
+    """Moore-Penrose inverse by the iteration of Razavi et al. (2014), as Xiong et al. 2021, equation 11, use it.
 
-
-def _pseudo_inverse(matrix: Float32[Array, "head row column"]) -> Float32[Array, "head row column"]:
-    """Moore-Penrose inverse by the iteration of Razavi et al. (2014), as Xiong et al. 2021, equation 11, use it."""
+    Rows and columns are zero but for the first, which `lands` tells.
+    """
     absolute = jnp.abs(matrix)
     # Scaled head by head; the public code takes the largest of the whole batch, so that one bag changes another's result.
     scale = absolute.sum(axis=-1).max(axis=-1) * absolute.sum(axis=-2).max(axis=-1)
-    inverse = jnp.swapaxes(matrix, -1, -2) / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None, None]
-    identity = jnp.eye(matrix.shape[-1])
-    for _ in range(_PINV_ITERATIONS):
-        product = matrix @ inverse
-        inverse = 0.25 * inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
-    return inverse
+    start = jnp.swapaxes(matrix, -1, -2) / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None, None]
+    # Stretches are whole, so that a bag may have little more than half of the landmarks, and its inverse an eighth of the
+    # operations. The bag with the most decides for all: of a choice bag by bag every branch would be computed.
+    sizes = jnp.array(_sizes(len(lands)))
+    return _iterated(matrix, start, jnp.searchsorted(sizes, jax.lax.pmax(lands.sum(), _BATCH)))
+
+
+def _sizes(landmarks: int) -> list[int]:
+    return [-(-landmarks * eighths // 8) for eighths in (6, 7, 8)]
+
+
+@jax.custom_vjp
+def _iterated(matrix: Array, inverse: Array, which: Int[Array, ""]) -> Array:
+    """The inverse after all iterations on what lies within `_sizes`[which]."""
+    return _iterations(matrix, inverse, which)[0]
+
+
+def _iterations(matrix: Array, inverse: Array, which: Int[Array, ""]) -> tuple[Array, tuple[Array, ...]]:
+    """Computed and kept turned over, as the gradient needs them: XLA's CPU code is slower where it has to turn first."""
+
+    def iterate(matrix: Array, inverse: Array) -> tuple[Array, tuple[Array, ...]]:
+        identity = jnp.eye(matrix.shape[-1])
+
+        def once(inverse: Array, _: None) -> tuple[Array, tuple[Array, ...]]:
+            product = inverse @ matrix
+            factor = 13 * identity - product @ (15 * identity - product @ (7 * identity - product))
+            return 0.25 * factor @ inverse, (inverse, product, factor)
+
+        return jax.lax.scan(once, inverse, length=_PINV_ITERATIONS)
+
+    found, kept = _within(iterate, which, jnp.swapaxes(matrix, 1, 2), jnp.swapaxes(inverse, 1, 2))
+    return jnp.swapaxes(found, 1, 2), kept
+
+
+def _iterations_kept(matrix: Array, inverse: Array, which: Int[Array, ""]) -> tuple[Array, tuple]:
+    found, kept = _iterations(matrix, inverse, which)
+    return found, (matrix, which, kept)
+
+
+def _iterations_gradient(kept: tuple, of: Array) -> tuple[Array, Array, None]:
+    matrix, which, turned = kept
+
+    def back(matrix: Array, of: Array, *turned: Array) -> tuple[Array, Array]:
+        def once(carry: tuple[Array, Array], kept: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+            (of, by_matrix), (inverse, product, factor) = carry, kept
+            by_factor = 0.25 * inverse @ of
+            right = by_factor @ product
+            by_product = 7 * right - 15 * by_factor - right @ product
+            by_product = by_product + product @ (7 * by_factor - right - product @ by_factor)
+            return (0.25 * of @ factor + matrix @ by_product, by_matrix + by_product @ inverse), None
+
+        (by_start, by_matrix), _ = jax.lax.scan(once, (of, jnp.zeros_like(of)), turned, reverse=True)
+        return by_matrix, by_start
+
+    return *_within(back, which, jnp.swapaxes(matrix, 1, 2), of, *turned), None
+
+
+def _within(compute: Callable[..., Any], which: Int[Array, ""], *matrices: Array) -> Any:
+    """What `compute` makes of the first rows and columns, `_sizes`[which] of them, zero beyond."""
+    whole = matrices[0].shape[-1]
+
+    def of_size(size: int) -> Callable[..., Any]:
+        def padded(part: Array) -> Array:
+            return jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, whole - size)] * 2)
+
+        return lambda *matrices: jax.tree.map(padded, compute(*(part[..., :size, :size] for part in matrices)))
+
+    return jax.lax.switch(which, [of_size(size) for size in _sizes(whole)], *matrices)
+
+
+_iterated.defvjp(_iterations_kept, _iterations_gradient)

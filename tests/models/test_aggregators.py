@@ -17,7 +17,7 @@ from crcjax.config import get_config
 from crcjax.models.aggregators import Instances
 from crcjax.models.attention import attend, in_blocks
 from crcjax.models.mil import AGGREGATORS, MILModel, Prediction, build_model, params_of
-from crcjax.models.transmil import _convolved
+from crcjax.models.transmil import _convolved, _pseudo_inverse, _sums
 
 FACTORS = (1, 2)  # 5 slots a region
 
@@ -349,6 +349,44 @@ def test_transmils_convolution_and_its_gradients_are_those_of_a_grouped_convolut
     truth, true_gradients = jax.vjp(grouped, values, kernel)
     for one, other in zip((found, *gradients(of)), (truth, *true_gradients(of)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lands", [16, 13, 9])
+def test_transmils_inverse_and_its_gradient_are_those_of_the_plain_iteration_whatever_part_is_computed(
+    lands: int,
+) -> None:
+    rng, held = np.random.default_rng(18), jnp.arange(16) < lands
+    within = held & held[:, None]
+    scores = jnp.asarray(rng.standard_normal((2, 3, 16, 16)).astype(np.float32))
+    matrix = jax.nn.softmax(jnp.where(held, 3 * scores, -jnp.inf)) * held[:, None]
+
+    def plain(matrix: jax.Array) -> jax.Array:
+        inverse = matrix.T / (matrix.sum(axis=1).max() * matrix.sum(axis=0).max())
+        one = jnp.eye(16)
+        for _ in range(6):
+            x = matrix @ inverse
+            inverse = 0.25 * inverse @ (13 * one - x @ (15 * one - x @ (7 * one - x)))
+        return inverse
+
+    def ours(matrix: jax.Array) -> jax.Array:
+        return jax.vmap(lambda one: _pseudo_inverse(one, held), axis_name="batch")(matrix)
+
+    of = jnp.asarray(rng.standard_normal(matrix.shape).astype(np.float32)) * within
+    found, gradient = jax.vjp(jax.jit(ours), matrix)
+    truth, true_gradient = jax.vjp(jax.vmap(jax.vmap(plain)), matrix)
+    for one, other in ((found, truth), (gradient(of)[0], true_gradient(of)[0])):
+        np.testing.assert_allclose(one * within, other * within, atol=1e-5 * float(jnp.abs(other).max()))
+
+
+def test_transmils_landmarks_and_their_gradient_are_those_of_a_product_with_the_members() -> None:
+    rng, seen = np.random.default_rng(19), np.arange(11) < 9
+    values, of = (jnp.asarray(rng.standard_normal((n, 3)).astype(np.float32)) for n in (11, 4))
+    values = values * seen[:, None]
+    members = np.where(np.arange(4)[:, None] == np.arange(11) // 3, seen, False).astype(np.float32)
+    places = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8], [11, 11, 11]])
+    found, gradient = jax.vjp(lambda v: _sums(v, jnp.asarray(places), jnp.where(seen, np.arange(11) // 3, 4)), values)
+    np.testing.assert_allclose(found, members @ values, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient(of)[0], members.T @ of, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["clam_sb", "clam_mb"])
