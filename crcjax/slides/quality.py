@@ -40,7 +40,7 @@ _BLURRED, _VEILED = 0.25, 0.8  # focus of a blurred cell; density of a veiled on
 _GREY, _GREY_BLUE, _GREY_RED = 0.15, 0.75, 0.5
 # Density, the channels' sum, of lumina and of faint stain at most; red over green of mucin, which is as faint, at least.
 _BARE, _FAINT, _BLUISH = 0.12, 0.3, 0.7
-_FOLD = np.ones((3, 3), np.uint8)  # 12 µm: wider than a nucleus or a capillary, narrower than a fold
+_FOLD = np.ones((3, 3), np.uint8)  # a patch of 12 µm: wider than a nucleus or a capillary, narrower than a fold
 _PATCHES, _DENSEST = 16, 6  # of 16 x 16 patches the sixth densest is the fold's: 2 % of the tile are as dense
 
 
@@ -60,7 +60,7 @@ class QualityLimits:
     min_stained: float = 0.02
     max_pen: float = 0.1
     max_bubble: float = 0.15
-    max_fold: float = 1.6
+    max_fold: float = 1.75
     max_blood: float = 0.5
     min_focus: float = 0.22
     min_sharpness: float = 0.01
@@ -177,8 +177,8 @@ def score_tiles(
     colour. `focus`: the energy of detail of 2 µm over that of 4 µm, a weighted mean over 48 µm, and of these the mean in the least
     sharp quarter of the tissue; smooth mucin and stroma lack both alike, as does what is blurred by more than 5 µm, which
     `sharpness` tells. `pen`: the fraction under ink. `bubble`: the fraction that is grey, as rims of bubbles and debris
-    are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider than a nucleus over
-    that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
+    are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider than a nucleus, half
+    the least and half the mean in each, over that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
     `stain`: the mean optical density of the stained pixels, the three channels' sum; `red` and `blue`: these channels'
     shares of it, 0 without a stained pixel, which `stain_degrees` compares with a cohort's stains. `dust`: the part of
     `bubble` that is grey. `pale`: the fraction that is hardly stained, and not bluish, as mucin is.
@@ -228,7 +228,7 @@ def score_digests(digests: Sequence[Digest], model: TissueModel) -> Float32[np.n
     quarter = np.where(tissue.any(axis=1), tissue.sum(axis=1), cells**2)[:, None] // 4 + 1
     least_sharp = np.where(np.arange(cells**2) < quarter, judged, 0).sum(axis=1) / quarter[:, 0]
     # Both double in a fold; dense epithelium and keratin exceed the slide's density alone.
-    layers = _eroded(np.minimum(total / model.density, excess / model.excess), half)
+    layers = _least_and_mean(np.minimum(total / model.density, excess / model.excess), half)
     patches = cv2.resize(layers, (_PATCHES, count * _PATCHES), interpolation=cv2.INTER_NEAREST).reshape(count, -1)
 
     def share(pixels: np.ndarray) -> np.ndarray:
@@ -311,12 +311,17 @@ def _laplacians(pictures: np.ndarray) -> np.ndarray:
     return found
 
 
-def _eroded(pictures: np.ndarray, side: int) -> np.ndarray:
-    """Erosion by `_FOLD` of pictures one below the other, each as if it were alone."""
+def _least_and_mean(pictures: np.ndarray, side: int) -> np.ndarray:
+    """Half the least and half the mean within `_FOLD`, of pictures one below the other, each as if it were alone.
+
+    The least alone is that of the gaps in loose tissue, whether it is folded or not; the mean alone that of crowded nuclei.
+    """
     apart = np.full((len(pictures) // side, side + len(_FOLD) // 2, side), np.inf, np.float32)
     apart[:, :side] = pictures.reshape(-1, side, side)
-    eroded = cv2.erode(apart.reshape(-1, side), _FOLD)
-    return eroded.reshape(apart.shape)[:, :side].reshape(-1, side)
+    least, mean = cv2.erode(apart.reshape(-1, side), _FOLD).reshape(apart.shape)[:, :side], np.empty_like(pictures)
+    for top in range(0, len(pictures), side):
+        cv2.blur(pictures[top : top + side], _FOLD.shape, mean[top : top + side], borderType=cv2.BORDER_REPLICATE)
+    return (least.reshape(-1, side) + mean) / 2
 
 
 def _cell_means(values: np.ndarray, cells: int) -> Float32[np.ndarray, "tile cell"]:

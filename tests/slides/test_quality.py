@@ -177,6 +177,22 @@ def test_tissue_that_lies_double_in_a_stripe_is_a_fold() -> None:
     assert score_tiles([tile], model)[0][fold] == pytest.approx(2.0, abs=0.25)
 
 
+def test_gaps_in_loose_tissue_hide_no_fold_and_crowded_nuclei_make_none() -> None:
+    ones = np.ones((256, 256, 1))
+    gaps = np.arange(256) % 16 < 8  # of 4 µm, 4 µm apart
+    loose = np.where((gaps[:, None] | gaps)[..., None], 0.7, 1.9)
+    nuclei = np.where((np.arange(256) % 64 // 16 == 1)[:, None, None], 2 * ones, ones)  # in rows 8 µm thick
+    model = TissueModel(MODEL.white, MODEL.threshold, sum(EOSIN), EOSIN[1] - EOSIN[0])
+
+    def fold(layers: np.ndarray) -> float:
+        tile = np.uint8(240 * np.exp(-layers * np.array(EOSIN)))
+        return float(score_tiles([tile], model)[0][QUALITY_NAMES.index("fold")])
+
+    folded = loose.copy()
+    folded[:, 96:160] *= 2
+    assert fold(folded) > QualityLimits().max_fold > max(fold(loose), fold(nuclei))
+
+
 @pytest.mark.parametrize("pale", [0, 1, 4, 8])
 def test_ordinary_tissue_beside_however_much_pale_is_no_fold_and_what_lies_double_is(pale: int) -> None:
     glass, ordinary, faint = (
