@@ -42,7 +42,7 @@ from crcjax.train.mesh import device_mesh
 
 SLIDES, REGIONS, WIDTH = 12, 4096, 1024  # of features: a slide has 8 MiB in float16
 STEPS = {"features": 40, "pixels": 8}  # a reading
-ROUNDS = 5
+ROUNDS = 15  # of a reading through the loader and one without it, right after each other
 THREADS = 4
 
 Drawn = list[tuple[FeatureReader | TileStore, np.ndarray]]
@@ -92,8 +92,8 @@ def bench_config(kind: str, folder: Path) -> ConfigDict:
     return config
 
 
-def measure(kind: str, folder: Path) -> dict[str, float]:
-    """This process's bytes a second through the loader and without it, and what a run of training says of itself."""
+def measure(kind: str, folder: Path) -> dict:
+    """This process's bytes a second through the loader and without it, by round, and what a run of training says of itself."""
     config = bench_config(kind, folder)
     cohort = load_cohort(config.data.cohort, config.data.classes).split("train")
     mesh = device_mesh()
@@ -122,8 +122,7 @@ def measure(kind: str, folder: Path) -> dict[str, float]:
     config.train.steps = STEPS[kind]
     return {
         "bytes": through_loader() / STEPS[kind],
-        "loader": statistics.median(rates["loader"]),
-        "rival": statistics.median(rates["rival"]),
+        **rates,
         "slides_per_hour": said["train/slides_per_hour"],
         "data_wait": said["train/data_wait"],
     }
@@ -171,7 +170,7 @@ def _plain_pixels(drawn: Drawn) -> Callable[[], int]:
     return read
 
 
-def run(kind: str, folder: Path, processes: int) -> list[dict[str, float]]:
+def run(kind: str, folder: Path, processes: int) -> list[dict]:
     """What each of so many processes measures."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -222,13 +221,14 @@ def main() -> None:
             make(folder)
             for processes in (1, 2):
                 each = run(kind, folder, processes)
-                loader, rival = (sum(found[name] for found in each) for name in ("loader", "rival"))
+                rounds = [np.sum([found[name] for found in each], axis=0) for name in ("loader", "rival")]
+                loader, ratio = float(np.median(rounds[0])), float(np.median(rounds[0] / rounds[1]))
                 of = f"{kind}, {processes} process{'es' if processes > 1 else ''}"
                 bags = bench_config(kind, folder).data.bags
                 step_bytes = sum(found["bytes"] for found in each)
                 against = "TensorStore alone" if kind == "features" else "TensorStore and the decoder alone"
                 rows += [
-                    Row(f"{of}: the loader", loader / 1e6, "MB/s", loader / rival, against),
+                    Row(f"{of}: the loader", loader / 1e6, "MB/s", ratio, against),
                     Row(f"{of}: the loader", 3600 * bags * loader / step_bytes, "slides/hour"),
                     Row(f"{of}: training", each[0]["slides_per_hour"], "slides/hour"),
                     Row(f"{of}: training, waits for data", 100 * each[0]["data_wait"], "% of the time"),
@@ -243,7 +243,9 @@ def main() -> None:
         " have the memory of earlier ones. Python and NumPy about the tiles took 13 % and take 10 %, of the rival 3 %. Decoding"
         " into memory that the caches do not hold takes no longer than into the same tile again (0.40 and 0.41 ms). Features,"
         " read where the batch has them, take 0.94 to 1.12 times the rival's processor time, with a copy 1.09 to 1.15; their"
-        " ratio in one process has been 0.73 to 0.95 from run to run of this shared machine."
+        f" ratio in one process had been 0.73 to 0.95 from run to run, as that of two medians of 5: it is the median of {ROUNDS} rounds'"
+        " ratios (0.77 while other programs ran). A reading of 2 s begins with opening the stores, 0.05 s, and has its first batch"
+        " 0.25 s later."
     )
     record("feed", "python tools/bench_feed.py", rows, note)
 
