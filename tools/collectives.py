@@ -180,17 +180,21 @@ def row(layout: tuple[int, ...]) -> dict:
     }
 
 
+def measured() -> dict:
+    """What tools/bench_device.py measured last on a GPU."""
+    return json.loads((RESULTS / "device_gpu.json").read_text())
+
+
 def measured_seconds() -> float:
-    """Of this very step on one GPU (tools/bench_device.py)."""
-    rows = json.loads((RESULTS / "device_gpu.json").read_text())["rows"]
-    return next(row["ours, ms"] for row in rows if "configs/epoc.py" in row["what"]) / 1e3
+    """Of this very step on one GPU."""
+    return next(row["ours, ms"] for row in measured()["rows"] if "configs/epoc.py" in row["what"]) / 1e3
 
 
 def main() -> None:
     rows = [row(layout) for layout in LAYOUTS]
     note = (
         "The step of configs/epoc.py (pixels, 10x and 20x, 64 regions a bag) as XLA partitions it for CPUs, and its compute"
-        f" as measured on one H200 (device_gpu: {1e3 * measured_seconds():.1f} ms for its 32 bags) in proportion; no step was"
+        f" as measured on {measured()['machine'].partition(',')[0]} (device_gpu: {1e3 * measured_seconds():.1f} ms for its 32 bags) in proportion; no step was"
         f" run on several GPUs. Assumed: {HOST} GPUs a host, NVLink {NVLINK / 1e9:.0f} GB/s each way, one port of 200 Gb/s a host that"
         f" all its groups share, rings, {1e6 * LATENCY[True]:.0f} µs a joined collective across hosts and {1e6 * LATENCY[False]:.0f}"
         " within one. Hidden: each gradient is sent while the backward pass of the layers below it, half of the step, goes on. The"
