@@ -72,9 +72,9 @@ def get_config() -> ConfigDict:
         0.0  # a step's share, by micro-batches, in a trained encoder's running statistics; 0: the published ones norm
     )
     model.encode_regions = 64  # of each bag encoded at a time in training; memory grows with it, not with the bag
-    model.remat = (
-        "full"  # what is made again of each of several such parts: all (full), all but matrix products (dots), or none
-    )
+    # What is made again in the backward pass of several such parts, and of blocks of instances in transmil and hierarchical:
+    # all (full), all but matrix products (dots), or none.
+    model.remat = "full"
     model.width = 32  # channels of the encoder's first stage; doubles per stage
     model.features = 128  # numbers per instance
     model.mil = "gated_abmil"  # mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil, transmil, hierarchical

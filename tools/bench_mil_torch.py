@@ -70,6 +70,8 @@ def in_jax(mil: str, features: np.ndarray, dtype: str, pool: ThreadPoolExecutor)
     config = get_config().model
     config.mil, config.dropout = mil.partition(",")[0], 0.0
     config.features, config.attention, config.heads = WIDTH, HIDDEN, HEADS
+    if ON_CPU:
+        config.remat = "dots"  # products are kept, as PyTorch keeps them
     factors = FACTORS if mil == SLOTTED else (1,)
     graph, first = nnx.split(AGGREGATORS[config.mil](config, CLASSES, factors, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)))
     sizes = [sum(part.size for part in jax.tree.leaves(first)), sum(part.numel() for part in TWINS[mil]().parameters())]

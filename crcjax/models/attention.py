@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from crcjax.models.linear import Linear
+
+Remat = Callable[..., Any]
+# How what is computed in parts, one after the other, is made ready for the backward pass. A loop keeps them apart.
+REMAT: dict[str, Remat] = {
+    "full": partial(jax.checkpoint, prevent_cse=False),
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False),
+    "none": lambda part: part,
+}
 
 
 class AttentionScores(nnx.Module):
@@ -109,10 +118,12 @@ def in_blocks(
     each: Callable[..., tuple[Shaped[Array, "batch some ..."], ...]],
     largest: int,
     *rows: Shaped[Array, "batch instance ..."],
+    remat: Remat = REMAT["full"],
 ) -> tuple[Shaped[Array, "batch instance ..."], ...]:
     """What `each` makes of some instances of every bag, at most `largest` at a time.
 
-    Of several blocks nothing that it computes is kept but what it returns: it is made again in the backward pass.
+    Of several blocks nothing that it computes is kept but what it returns, and what `remat` says: it is made again in the
+    backward pass.
     """
     batch, count = rows[0].shape[:2]
     blocks = -(-count // largest)
@@ -125,6 +136,6 @@ def in_blocks(
         # Every block takes instances from all over the bag, so that where devices share the bag, each has a part of each.
         return jnp.moveaxis(padded.reshape(batch, size, blocks, *part.shape[2:]), 2, 0)
 
-    one = jax.checkpoint(each, prevent_cse=False)
+    one = remat(each)
     found = jax.lax.map(lambda some: one(*some), tuple(split(part) for part in rows))
     return tuple(jnp.moveaxis(part, 0, 2).reshape(batch, blocks * size, *part.shape[3:])[:, :count] for part in found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +12,17 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from ml_collections import ConfigDict
 
 from crcjax.models.aggregators import Instances, Pooled
-from crcjax.models.attention import AttentionScores, attend, attend_on_chip, in_blocks, kernel, masked_softmax, rotary
+from crcjax.models.attention import (
+    REMAT,
+    AttentionScores,
+    Remat,
+    attend,
+    attend_on_chip,
+    in_blocks,
+    kernel,
+    masked_softmax,
+    rotary,
+)
 from crcjax.models.linear import Linear
 
 _LONGEST = 256.0  # sides of a region: the distance that the slowest rotary angle still tells apart
@@ -36,9 +48,11 @@ class HierarchicalAttentionMIL(nnx.Module):
         self.magnification_of = tuple(i for i, factor in enumerate(factors) for _ in range(factor**2))
         self.magnification = nnx.Param(small(rngs.params(), (len(factors), width)))
         self.place = nnx.Param(small(rngs.params(), (self.count, width)))
-        self.within = Block(width, config.heads, dtype=dtype, rngs=rngs) if self.count > 1 else None
+        self.remat = REMAT[config.remat]
+        block = partial(Block, width, config.heads, self.remat, dtype=dtype, rngs=rngs)
+        self.within = block() if self.count > 1 else None
         self.pool_slots = AttentionScores(width, config.attention, 1, gated=True, dtype=dtype, rngs=rngs)
-        self.across = nnx.List([Block(width, config.heads, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
+        self.across = nnx.List([block() for _ in range(config.layers)])
         self.pool_regions = AttentionScores(width, config.attention, classes, gated=True, dtype=dtype, rngs=rngs)
         self.classify = nnx.Linear(width, classes, rngs=rngs)
 
@@ -46,7 +60,8 @@ class HierarchicalAttentionMIL(nnx.Module):
         batch, _, width = bag.features.shape
         slots = bag.features.reshape(batch, -1, self.count, width)
         slot_mask = bag.mask.reshape(batch, -1, self.count)
-        regions, slot_attention = in_blocks(self._pool_slots, max(1, _instances(batch) // self.count), slots, slot_mask)
+        largest = max(1, _instances(batch) // self.count)
+        regions, slot_attention = in_blocks(self._pool_slots, largest, slots, slot_mask, remat=self.remat)
         mask = slot_mask.any(axis=2)
         position = bag.position[:, :: self.count]
         for block in self.across:
@@ -79,8 +94,8 @@ class Block(nnx.Module):
     devices share a bag.
     """
 
-    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.heads, self.fused = heads, True
+    def __init__(self, width: int, heads: int, remat: Remat, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.heads, self.remat, self.fused = heads, remat, True
         self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
         self.project = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.merge = Linear(width, width, dtype=dtype, rngs=rngs)
@@ -106,7 +121,7 @@ class Block(nnx.Module):
             return query, key, value
 
         rows = (values,) if position is None else (values, position)
-        query, key, value = in_blocks(projected, _instances(batch), *rows)
+        query, key, value = in_blocks(projected, _instances(batch), *rows, remat=self.remat)
         if position is not None and self.fused and (implementation := kernel(query.dtype, query.shape[-1])):
             held_first = jnp.argsort(~mask, axis=1, stable=True)[..., None, None]
             key, value = (jnp.take_along_axis(part, held_first, axis=1) for part in (key, value))
@@ -115,7 +130,7 @@ class Block(nnx.Module):
             key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
             pairs = _PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE // batch
             largest = max(_LEAST_QUERIES, pairs // count)
-            (seen,) = in_blocks(lambda some: (attend(some, key, value, mask),), largest, query)
+            (seen,) = in_blocks(lambda some: (attend(some, key, value, mask),), largest, query, remat=self.remat)
 
         def following(
             some: Float[Array, "batch some feature"], seen: Float[Array, "batch some head channel"]
@@ -123,7 +138,7 @@ class Block(nnx.Module):
             some = some + self.merge(seen.reshape(some.shape))
             return (some + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](some)))),)
 
-        return in_blocks(following, _instances(batch), values, seen)[0]
+        return in_blocks(following, _instances(batch), values, seen, remat=self.remat)[0]
 
 
 def _instances(batch: int) -> int:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
 from crcjax.models.aggregators import ABMIL, CLAM, DSMIL, Aggregator, Instances, MaxPool, MeanPool
+from crcjax.models.attention import REMAT
 from crcjax.models.convnets import Batch, by_batch
 from crcjax.models.encoders import ImportedFeatures, PublishedEncoder, build_encoder
 from crcjax.models.heads import HEADS, TaskHeads
@@ -26,12 +27,6 @@ Params = dict[str, Any]  # a nested dictionary of arrays, as optax and Orbax tak
 # The number of valid tiles, and times it the mean and variance that batch norms had of them, where the parameters stand.
 Statistics = tuple[Float32[Array, ""], Params]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-# How the parts that a bag is encoded in are made ready for the backward pass.
-REMAT: dict[str, Callable[..., Any]] = {
-    "full": jax.checkpoint,
-    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    "none": lambda part: part,
-}
 
 
 def _flat(aggregator: Callable[..., Aggregator], **fixed: Any) -> Callable[..., Aggregator]:

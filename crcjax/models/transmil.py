@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from ml_collections import ConfigDict
 
 from crcjax.models.aggregators import Instances, Pooled
-from crcjax.models.attention import attend, in_blocks
+from crcjax.models.attention import REMAT, Remat, attend, in_blocks
 from crcjax.models.linear import Linear
 
 _PINV_ITERATIONS = 6
@@ -39,7 +40,8 @@ class TransMIL(nnx.Module):
         width = config.features
         self.compress = Linear(width, width, dtype=dtype, rngs=rngs)
         self.token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,)))
-        self.layers = nnx.List([NystromLayer(width, config.heads, dtype=dtype, rngs=rngs) for _ in range(2)])
+        layer = partial(NystromLayer, width, config.heads, REMAT[config.remat], dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([layer() for _ in range(2)])
         self.positions = nnx.List(
             [
                 nnx.Conv(width, width, (side, side), feature_group_count=width, padding="SAME", dtype=dtype, rngs=rngs)
@@ -97,8 +99,8 @@ class TransMIL(nnx.Module):
 class NystromLayer(nnx.Module):
     """Pre-norm Nyström attention (Xiong et al. 2021, equation 14) with a convolution over the values, added to its input."""
 
-    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.heads, self.landmarks = heads, width // 2
+    def __init__(self, width: int, heads: int, remat: Remat, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.heads, self.landmarks, self.remat = heads, width // 2, remat
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.project = Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
         self.merge = Linear(width, width, dtype=dtype, rngs=rngs)
@@ -124,8 +126,9 @@ class NystromLayer(nnx.Module):
         query_marks, key_marks = jnp.moveaxis(marks.reshape(landmarks, 2, self.heads, -1), 1, 0)
         inverse = _pseudo_inverse(_weights(query_marks, key_marks, lands) * lands[:, None], lands)
         # Values are brought to the landmarks first: the weights of all tokens would be as many products, and kept.
-        mixed = jnp.swapaxes(_attended(query_marks, key, value, seen), 0, 1)
-        out = _attended(query, key_marks, jnp.swapaxes(inverse @ mixed, 0, 1), lands) + self._residual(value)
+        mixed = jnp.swapaxes(_attended(query_marks, key, value, seen, self.remat), 0, 1)
+        out = _attended(query, key_marks, jnp.swapaxes(inverse @ mixed, 0, 1), lands, self.remat)
+        out = out + self._residual(value)
         of_first = (_weights(query[:1], key_marks, lands) @ inverse)[:, 0]
         attention = jnp.einsum("hl,hlt->t", of_first, _weights(query_marks, key, seen)) / self.heads
         out = self.merge(out.reshape(count, -1).astype(tokens.dtype))
@@ -151,11 +154,12 @@ def _attended(
     key: Float32[Array, "column head channel"],
     value: Float32[Array, "column head channel"],
     held: Bool[Array, " column"],
+    remat: Remat,
 ) -> Float32[Array, "row head channel"]:
     """Values by those weights, in blocks of rows where the weights are too large to be kept."""
     key, value = (jnp.swapaxes(part, 0, 1)[None] for part in (key, value))
     largest = max(1, (_PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE) // len(held))
-    return in_blocks(lambda some: (attend(some, key, value, held[None]),), largest, query[None])[0][0]
+    return in_blocks(lambda some: (attend(some, key, value, held[None]),), largest, query[None], remat=remat)[0][0]
 
 
 @jax.custom_vjp
@@ -196,8 +200,9 @@ def _convolved_gradients(kept: tuple[Array, Array], of: Array) -> tuple[Array, A
     padded, taps = _padded(values, kernel), kernel.shape[:-1]
 
     def by_tap(at: Int[Array, " axis"]) -> Float32[Array, " channel"]:
-        shifted = jax.lax.dynamic_slice(padded, (*at, 0), values.shape)
-        return (shifted * of).sum(axis=tuple(range(len(taps))))
+        products = (jax.lax.dynamic_slice(padded, (*at, 0), values.shape) * of).reshape(-1, of.shape[-1])
+        # A product, since XLA's CPU code takes twenty times as long for the sum of a single bag's.
+        return jnp.matmul(jnp.ones(len(products)), products, precision=jax.lax.Precision.HIGHEST)
 
     by_kernel = jax.lax.map(by_tap, jnp.array(list(np.ndindex(*taps)))).reshape(kernel.shape)
     return _convolved(of, jnp.flip(kernel, range(len(taps)))), by_kernel

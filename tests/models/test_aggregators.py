@@ -466,22 +466,41 @@ def test_a_kernel_of_attention_gives_what_blocks_give(monkeypatch: pytest.Monkey
     assert called
 
 
-def test_hierarchical_in_blocks_has_the_gradients_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mil", ["hierarchical", "transmil"])
+def test_blocks_have_the_gradients_of_all_at_once_whatever_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, mil: str, dtype: str
+) -> None:
     bag, label = _bag(14, 40), jnp.array([1, 2])
-    graph, state = nnx.split(MODELS["hierarchical"])
 
-    def gradients() -> list[jax.Array]:
+    def gradients(remat: str) -> tuple[list[jax.Array], int]:
+        """And the matrix products in the program."""
+        graph, state = nnx.split(_model(mil, remat=remat, dtype=dtype))
+
         def loss(state: nnx.State, features: jax.Array) -> jax.Array:
             logits = nnx.merge(graph, state).pool(features, *bag[1:]).logits
             return -jax.nn.log_softmax(logits)[jnp.arange(2), label].sum()
 
-        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(state, bag[0]))
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        return jax.tree.leaves(gradient(state, bag[0])), gradient.lower(state, bag[0]).as_text().count("dot_general")
 
-    whole = gradients()
-    for name, value in (("_INSTANCES", 30), ("_PAIRS", 40 * 7), ("_LEAST_QUERIES", 1)):
-        monkeypatch.setattr(f"crcjax.models.hierarchical.{name}", value)
-    for part, truth in zip(gradients(), whole, strict=True):
-        np.testing.assert_allclose(part, truth, rtol=1e-5, atol=1e-5 * float(jnp.abs(truth).max()))
+    whole, _ = gradients("full")
+    for name, value in {
+        "hierarchical._INSTANCES": 30,
+        "hierarchical._PAIRS": 40 * 7,
+        "hierarchical._LEAST_QUERIES": 1,
+    }.items():
+        monkeypatch.setattr(f"crcjax.models.{name}", value)
+    monkeypatch.setattr("crcjax.models.transmil._PAIRS", 7 * 8)
+    near = 1e-5 if dtype == "float32" else 2e-2
+    products = {}
+    for remat in ("full", "dots", "none"):
+        found, products[remat] = gradients(remat)
+        for part, truth in zip(found, whole, strict=True):
+            np.testing.assert_allclose(part, truth, rtol=near, atol=near * float(jnp.abs(truth).max()))
+    # Of TransMIL's blocks all products are of pairs, which "dots" makes again.
+    assert products["full"] >= products["dots"] > products["none"]
+    assert (products["full"] > products["dots"]) == (mil == "hierarchical")
 
 
 def _torch_weights(params: dict) -> dict[str, np.ndarray]:
