@@ -103,7 +103,7 @@ class CLAM(nnx.Module):
         self.compress = Linear(config.features, config.features, dtype=dtype, rngs=rngs)
         self.score = AttentionScores(config.features, config.attention, branches, gated=True, dtype=dtype, rngs=rngs)
         self.classify = nnx.Linear(config.features, classes, rngs=rngs)
-        self.judge = nnx.Linear(config.features, 2 * classes, rngs=rngs)  # class by class: negative, positive
+        self.judge = Linear(config.features, 2 * classes, rngs=rngs)  # class by class: negative, positive
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
         features = jax.nn.relu(self.compress(bag.features)).astype(jnp.float32)
@@ -149,7 +149,7 @@ class DSMIL(nnx.Module):
 
     def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, hidden = config.features, config.attention
-        self.instance = nnx.Linear(width, classes, rngs=rngs)
+        self.instance = Linear(width, classes, rngs=rngs)
         self.query = nnx.List(
             [Linear(width, hidden, dtype=dtype, rngs=rngs), Linear(hidden, hidden, dtype=dtype, rngs=rngs)]
         )

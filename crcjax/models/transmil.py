@@ -233,7 +233,7 @@ def _pseudo_inverse(
 
 
 def _sizes(landmarks: int) -> list[int]:
-    return [-(-landmarks * eighths // 8) for eighths in (6, 7, 8)]
+    return [-(-landmarks * sixteenths // 16) for sixteenths in (11, 12, 14, 16)]
 
 
 @jax.custom_vjp
