@@ -32,7 +32,7 @@ ON_CPU = jax.default_backend() == "cpu"
 DEVICE = "cpu" if ON_CPU else "cuda"
 REPEATS, MOST_S, ONCE_S = (5, 30.0, 30.0) if ON_CPU else (20, 2.0, math.inf)
 SLOTS = sum(factor**2 for factor in FACTORS)
-# 100,000 regions of one slot on a CPU: attention of all to all takes a hundred times as long as at 10,000, hours on two cores.
+# 100,000 regions of one slot on a CPU: attention of all to all takes a hundred times as long as at 10,000: over an hour for the rows.
 # Bags of the design have a region for 21 instances.
 LARGEST = {"hierarchical": 10_000} if ON_CPU else {}
 
