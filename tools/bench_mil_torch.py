@@ -186,7 +186,7 @@ CPU_NOTE = (
     " Bags of few instances also pay XLA's start of a program."
     " Furthest behind is hierarchical with one slot a region, whose attention PyTorch computes in one kernel that keeps its"
     " scores in the caches: ours writes them out block by block, makes them again in the backward pass, and adds up all keys'"
-    " gradients once a block. Of its step on 10,000, blocks of 52, 104, 209 and 419 queries take 48, 39, 37 and 39 s of"
+    " gradients once a block. Of its step on 10,000, all made again, blocks of 52, 104, 209 and 419 queries take 48, 39, 37 and 39 s of"
     " processor time. TransMIL's step on 1,000 is the inverse of the landmarks' matrix: 72 products of 512 x 512 a head and"
     " layer; computed on as little as eleven sixteenths of them where a bag has no more, and kept turned over for the gradient. It"
     " convolves by shifted products: 7 x 7 of 1,024 channels take 0.36 s of processor time forward, XLA's grouped convolution"
