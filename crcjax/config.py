@@ -82,7 +82,9 @@ def get_config() -> ConfigDict:
     model.heads = 4  # attention heads of transmil and hierarchical; features are a multiple of 4 times this
     model.layers = 1  # attention layers across the regions, of hierarchical
     model.clam_instances = 8  # first and last instances that CLAM judges (Lu 2021); at most half of the bag
-    model.head = "softmax"  # or evidential: Dirichlet evidence with its vacuity (Sensoy 2018)
+    # softmax; evidential: Dirichlet evidence with its vacuity (Sensoy 2018); or evidential_density: the same, of which
+    # prediction leaves unusual slides little (docs/uncertainty.md).
+    model.head = "softmax"
     model.dropout = 0.1  # on instance features, in training only
     model.dtype = (
         "float32"  # of the computation: float32, bfloat16, or float16 with a scaled loss; the rest stays float32
@@ -101,7 +103,7 @@ def get_config() -> ConfigDict:
     )
     train.stall_timeout_s = 900.0  # several processes end where none finishes a step, or a slide of an evaluation
     train.keep_best = 1  # checkpoints kept for their validation metric, beside the newest
-    train.loss = "cross_entropy"  # or focal; for the evidential head evidential (squares) or evidential_digamma
+    train.loss = "cross_entropy"  # or focal; for the evidential heads evidential (squares) or evidential_digamma
     train.focal_gamma = 2.0  # of the focal loss (Lin 2017); 0 is cross-entropy
     train.annealing_steps = 100  # steps until the evidential loss weighs its KL term fully
     train.instance_weight = (

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 from crcjax.data.cases import side_by_side
 from crcjax.errors import InputError
 from crcjax.infer.attribution import Method, attention_for, attributor
+from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import Prediction, build_model, combine
 from crcjax.slides.executor import read_ahead
 from crcjax.slides.normaliser import slide_stain
@@ -22,6 +23,7 @@ from crcjax.slides.reader import Slide
 from crcjax.slides.stain import Estimate
 from crcjax.slides.tiling import TilePlan, TilingParams, plan_tiles
 from crcjax.train.checkpoint import restore_params
+from crcjax.train.density import load_density, summary
 from crcjax.train.mesh import local_mesh, replicated
 from crcjax.train.run_directory import Run, open_run
 from crcjax.train.step import Forward
@@ -156,7 +158,8 @@ class Member:
         config = run.config
         model = build_model(config.model, len(config.data.classes), config.seed, run.tiling.factors)
         params, self.step = restore_params(run.path, model)
-        self.model_id = model_id_of(params)
+        self._density = load_density(run.path) if config.model.head == BY_DENSITY else None
+        self.model_id = model_id_of(params | {"density": vars(self._density)} if self._density else params)
         mesh = local_mesh()
         self.forward = Forward(model, config.data.region_buckets, config.data.regions, mesh, run.normaliser, stored)
         self.params = jax.device_put(params, replicated(mesh))
@@ -167,6 +170,11 @@ class Member:
         chunk = self.forward.chunk
         for some in (pixels[first : first + chunk] for first in range(0, len(pixels), chunk)):
             yield np.asarray(self.forward.encode(self.params, some, stain))[: len(some)]
+
+    def pool(self, bag: PooledBag, key: Array | None = None) -> Prediction:
+        """The prediction of one bag; with a key, with dropout."""
+        found = self.forward.pool(self.params, *bag, key)
+        return self._density.tempered(found, summary(*bag[:2])[None]) if self._density else found
 
     def attribution(self, bag: PooledBag, target: int) -> Float32[np.ndarray, "region slot"]:
         """What each instance did for a class, by gradients or occlusion."""
@@ -183,7 +191,7 @@ def pooled(
     With `keys` each member predicts as often with dropout.
     """
     both = list(zip(members, bags, strict=True))
-    found = combine([member.forward.pool(member.params, *bag, key) for member, bag in both for key in keys])
+    found = combine([member.pool(bag, key) for member, bag in both for key in keys])
     target = int(np.argmax(found.probs[0]))
     if method == "attention":
         return found, attention_for(found, target)

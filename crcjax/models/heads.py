@@ -15,7 +15,7 @@ Logits = Float32[Array, "batch class"]
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Probabilities, their expected entropy (nats) and, of the evidential head, Dirichlet parameters and vacuity.
+    """Probabilities, their expected entropy (nats) and, of an evidential head, Dirichlet parameters and vacuity.
 
     The entropy is expected over the distributions that the head holds possible: with softmax, one alone.
     """
@@ -38,14 +38,19 @@ def evidential_head(logits: Logits) -> HeadOutput:
     Probabilities alpha / sum(alpha), vacuity K / sum(alpha). ReLU, as published, would leave bags without any evidence
     no gradient.
     """
-    alpha = jax.nn.softplus(logits) + 1.0
+    return dirichlet(jax.nn.softplus(logits) + 1.0)
+
+
+def dirichlet(alpha: Float32[Array, "batch class"]) -> HeadOutput:
+    """What a Dirichlet distribution says."""
     strength = alpha.sum(axis=-1, keepdims=True)
     probs = alpha / strength
     expected = (probs * (digamma(strength + 1.0) - digamma(alpha + 1.0))).sum(axis=-1)
     return HeadOutput(probs, jnp.asarray(expected), alpha, alpha.shape[-1] / strength[:, 0])
 
 
-HEADS = {"softmax": softmax_head, "evidential": evidential_head}
+BY_DENSITY = "evidential_density"  # evidential in training; prediction weighs its evidence by the bag's density
+HEADS = {"softmax": softmax_head, "evidential": evidential_head, BY_DENSITY: evidential_head}
 
 
 class TaskHeads(nnx.Module):

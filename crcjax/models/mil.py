@@ -54,7 +54,7 @@ class Prediction:
 
     Attention sums to one over a bag and is zero where the mask is False; `class_attention` has a map for each branch of
     the aggregator (one in all, or one a class), the others are their mean. `alpha` and `vacuity` (0 to 1) are the
-    Dirichlet's of the evidential head, None with another. `expected_entropy` (nats) is the mean over the distributions
+    Dirichlet's of an evidential head, None with another. `expected_entropy` (nats) is the mean over the distributions
     held possible: the Dirichlet's, those of an ensemble's members, of dropout's draws, or softmax's one. `instance_loss`
     is the aggregator's own, zero without labels.
     """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool, Float32, Key, Num
+from jaxtyping import Array, Bool, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 from sklearn.metrics import balanced_accuracy_score
 
@@ -22,6 +22,7 @@ from crcjax.data.labels import bag_labels
 from crcjax.models.mil import MILModel, Params, Prediction
 from crcjax.slides.normaliser import StainNormaliser
 from crcjax.slides.store import TileStore
+from crcjax.train.density import Summaries, summary
 from crcjax.train.encode import encode_drawn
 from crcjax.train.step import Forward
 from crcjax.train.tasks import Tasks, confusion
@@ -66,7 +67,7 @@ class Evaluation:
             probs[index] = self.prediction(params, index).probs[0]
         if jax.process_count() > 1:
             probs = multihost_utils.process_allgather(probs).sum(axis=0)  # each row is of one process, zero elsewhere
-        labels, called = [label_of(row, self._cohort.classes) for row in self._cohort.rows], probs.argmax(axis=1)
+        labels, called = self.labels, probs.argmax(axis=1)
         return {
             "loss": float(-np.log(np.maximum(probs[np.arange(len(probs)), labels], 1e-12)).mean()),
             "balanced_accuracy": float(balanced_accuracy_score(labels, called)),
@@ -75,6 +76,21 @@ class Evaluation:
     def prediction(self, params: Params, index: int) -> Prediction:
         """What the model says of one slide or case, in the order of the cohort. Raises InputError if it is damaged."""
         return self._forward.pool(params, *self.bag(params, index))
+
+    def summaries(self, params: Params, each: Callable[[], None] = lambda: None) -> Summaries:
+        """What the density of every slide or case is of. `params` and `each` are as in `metrics`."""
+        found = np.zeros((len(self.stores), 2, params["norm"]["bias"].size), np.float32)
+        for index in range(jax.process_index(), len(self.stores), jax.process_count()):
+            each()
+            found[index] = summary(*self.bag(params, index)[:2])
+        if jax.process_count() > 1:
+            found = multihost_utils.process_allgather(found).sum(axis=0)
+        return found.astype(np.float64)
+
+    @property
+    def labels(self) -> Int[np.ndarray, " bag"]:
+        """The class of every slide or case."""
+        return np.array([label_of(row, self._cohort.classes) for row in self._cohort.rows])
 
     def bag(
         self, params: Params, index: int

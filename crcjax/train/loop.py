@@ -27,6 +27,7 @@ from crcjax.data.mining import Miner, Mining, start_mining
 from crcjax.data.splits import divide
 from crcjax.errors import DeviceMemoryError, InputError, StoppedError
 from crcjax.models.encoders import PRETRAINED
+from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import MILModel, build_model
 from crcjax.monitor.logs import kept_in, say
 from crcjax.monitor.metrics import MetricWriter
@@ -34,13 +35,14 @@ from crcjax.slides.features import FeatureReader, feature_attributes
 from crcjax.slides.normaliser import StainNormaliser, stain_normaliser
 from crcjax.slides.store import TileStore
 from crcjax.slides.tiling import TilingParams
-from crcjax.train.checkpoint import Checkpointer, newest_step
+from crcjax.train.checkpoint import Checkpointer, newest_step, restore_params
+from crcjax.train.density import check_bags, fit_density, is_fitted
 from crcjax.train.distributed import Group
 from crcjax.train.ensemble import Ensemble, apart, check_members, member_config, side_by_side, with_encoder_of
 from crcjax.train.evaluate import Evaluation, TaskEvaluation
 from crcjax.train.losses import check_loss
 from crcjax.train.memory import Budget, Parts, fitting_step, keep_parts, memory_errors, memory_of_step, more_parts
-from crcjax.train.mesh import described, device_mesh, local_mesh, on_local_mesh
+from crcjax.train.mesh import described, device_mesh, local_mesh, on_local_mesh, replicated
 from crcjax.train.optimizer import build_optimizer, learning_rate
 from crcjax.train.pretrained import is_kept, load_published
 from crcjax.train.run_directory import start_run
@@ -171,6 +173,8 @@ def _planned(config: ConfigDict, runs: Mapping[int, Path]) -> _Plan:
     optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
     training = cohort.split("train")
     bags_of = rows_by_unit(config.data.unit, training)
+    if config.model.head == BY_DENSITY:
+        check_bags(len(bags_of.rows), len(rows_by_unit(config.data.unit, cohort.split("val")).rows))
     mining = start_mining(config.data, len(bags_of.rows))
     feed = open_feed(training, config, mesh, normaliser)
     tasks = open_tasks(config, feed.reader.tile_labels, feed.reader.stains)
@@ -226,9 +230,8 @@ class _Record:
         self._plan, self._paths, self._group = plan, list(runs.values()), group
         self._rate = learning_rate(config.optimizer, config.train.steps)
         sizes, stored = (config.data.region_buckets, config.data.regions), config.data.features
-        forward = Forward(plan.models[0], *sizes, local_mesh(), plan.normaliser, stored)
-        of_run = config.model.encoder, config.data.unit, config.data.magnifications
-        self._slides = Evaluation(config.data.store, validation, forward, *of_run)
+        self._forward = Forward(plan.models[0], *sizes, local_mesh(), plan.normaliser, stored)
+        self._slides = self._evaluation("val")
         others = plan.models[0], config, validation, plan.normaliser
         self._tiles = TaskEvaluation(plan.tasks, *others) if plan.tasks else None
         self._checkpoints = [Checkpointer(path, config.train.keep_best) for path in self._paths]
@@ -281,10 +284,29 @@ class _Record:
             return found | self._tiles.metrics(params, each) if found and self._tiles else found
 
     def finish(self) -> None:
-        """Waits for the checkpoints."""
-        for path, saved in zip(self._paths, self._checkpoints, strict=True):
+        """Waits for the checkpoints, and fits what is of the finished run alone."""
+        for path, model, saved in zip(self._paths, self._plan.models, self._checkpoints, strict=True):
             saved.close()
+            if self._plan.config.model.head == BY_DENSITY and not is_fitted(path):
+                self._fit_density(path, model)
             say(f"{path}: trained to step {self._plan.config.train.steps}")
+
+    def _fit_density(self, path: Path, model: MILModel) -> None:
+        """The density of the slides, as the best checkpoint sees them, into the run directory."""
+        say(f"{path}: seeing all training slides, to tell how usual others are")
+        params, _ = restore_params(path, model)
+        params = jax.device_put(params, replicated(local_mesh()))
+        each = partial(self._group.at, self._plan.config.train.steps, "seeing the training slides")
+        training = self._evaluation("train")
+        with memory_errors(lambda words: InputError(f"{path}: {words} {_OUTSIDE}")):
+            known, others = (slides.summaries(params, each) for slides in (training, self._slides))
+        if self._group.main:
+            fit_density(known, training.labels, others).save(path)
+
+    def _evaluation(self, split: str) -> Evaluation:
+        config = self._plan.config
+        of_run = config.model.encoder, config.data.unit, config.data.magnifications
+        return Evaluation(config.data.store, self._plan.cohort.split(split), self._forward, *of_run)
 
 
 def _cohort(config: ConfigDict) -> Cohort:

@@ -19,7 +19,7 @@ def check_loss(loss: str, head: str) -> None:
     """Raises InputError for an unknown loss (config.train.loss) or one that the head (config.model.head) cannot have."""
     if loss not in LOSSES:
         raise InputError(f"config.train.loss {loss!r}: choose one of {', '.join(LOSSES)}")
-    if loss.startswith("evidential") != (head == "evidential"):
+    if loss.startswith("evidential") != head.startswith("evidential"):
         raise InputError(f"config.train.loss {loss!r} does not go with config.model.head {head!r}; change one")
 
 

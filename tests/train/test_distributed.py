@@ -19,6 +19,9 @@ import pytest
 from crcjax.data.cohort import load_cohort
 from crcjax.slides.features import write_features
 from crcjax.slides.store import open_store
+from crcjax.train.density import load_density
+from crcjax.train.loop import train
+from crcjax.train.run_directory import open_run
 
 pytestmark = pytest.mark.multiprocess
 
@@ -100,20 +103,29 @@ def _errors(said: str) -> list[str]:
 def test_two_processes_train_evaluate_and_save_as_one_and_only_the_main_one_talks(
     start, tmp_path: Path, painted: Path
 ) -> None:
-    said = _end(
-        start("--config.train.steps=4", "--config.train.eval_every=2", "--config.train.checkpoint_every=3"), 240
+    table, run = tmp_path / "cohort.csv", tmp_path / "run"
+    table.write_text((painted / "cohort.csv").read_text().replace(",test\n", ",val\n"))
+    launcher = start(
+        *("--config.train.steps=4", "--config.train.eval_every=2", "--config.train.checkpoint_every=3"),
+        *("--config.model.head=evidential_density", "--config.train.loss=evidential", f"--config.data.cohort={table}"),
     )
+    said = _end(launcher, 240)
     assert "[0] step 4: validation loss" in said
     assert "[1] step" not in said
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "val/loss" in line] == [2, 4]
-    logs = [(tmp_path / "run" / "logs" / f"process-{process}.log").read_text() for process in (0, 1)]
+    logs = [(run / "logs" / f"process-{process}.log").read_text() for process in (0, 1)]
     for process, log in enumerate(logs):
         assert "trained to step 4" in log
         assert all(f" [{process}] " in line for line in log.splitlines() if line.startswith("20"))
     validation = [re.findall(r"validation loss .*", log) for log in logs]
     assert validation[0] == validation[1]
+    density = load_density(run)
+    (run / "density.npz").unlink()
+    train(open_run(run).config, run)  # by one process
+    for name, value in vars(load_density(run)).items():
+        np.testing.assert_allclose(getattr(density, name), value, rtol=1e-3, atol=1e-6)
 
 
 def test_a_killed_process_is_named_by_the_other_at_once(start) -> None:

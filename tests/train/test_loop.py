@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
 from crcjax.infer.predictor import Predictor
 from crcjax.models.mil import build_model
 from crcjax.slides.reader import open_slide
 from crcjax.train.checkpoint import restore_params
+from crcjax.train.density import load_density, summary
 from crcjax.train.distributed import Group
 from crcjax.train.loop import train
 from crcjax.train.run_directory import open_run
@@ -163,3 +165,43 @@ def test_the_evidential_head_trains_with_its_loss_and_predicts_with_vacuity(
         found = Predictor(tmp_path / "run").predict(slide, 1).prediction
     assert 0 < float(found.vacuity[0]) < 1
     np.testing.assert_allclose(found.probs, found.alpha / found.alpha.sum(), rtol=1e-5)
+
+
+def test_evidence_by_density_falls_beyond_what_validation_slides_are(
+    small_config, painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, table = tmp_path / "run", tmp_path / "cohort.csv"
+    small_config.model.head, small_config.train.loss = "evidential_density", "evidential"
+    with pytest.raises(InputError, match="12 training and 3 validation slides or cases are too few"):
+        train(small_config, run)
+    assert not run.exists()
+    table.write_text((painted / "cohort.csv").read_text().replace(",test\n", ",val\n"))
+    small_config.data.cohort = str(table)
+    train(small_config, run)
+    density = load_density(run)
+    train(small_config, run)
+    assert capsys.readouterr().err.count("seeing all training slides") == 1
+    predictor = Predictor(run)
+    (member,) = predictor.members
+    validation = [painted / "slides" / f"{row.slide_id}.svs" for row in load_cohort(table, None).split("val").rows]
+    excess = []
+    for path in validation:
+        with open_slide(path) as slide:
+            encoded = predictor.encode(slide, 1)
+        (features,), mask = encoded.features, encoded.mask
+        known = summary(features, mask)[None]
+        excess.append(density.excess(known)[0])
+        found = predictor.predict_encoded([encoded])[0].prediction
+        position = (encoded.plan.origin / encoded.plan.region_px).astype(np.float32)
+        expected = density.tempered(member.forward.pool(member.params, features, mask, position), known)
+        np.testing.assert_allclose(found.vacuity, expected.vacuity, rtol=1e-6)
+        np.testing.assert_allclose(found.probs, expected.probs, rtol=1e-6)
+    assert 2 <= sum(one > 1e-3 for one in excess) <= 4  # the upper quarter of nine, by each of two moments
+    strange, _ = predictor.pool([features + 10.0], mask, position)
+    assert float(strange.vacuity[0]) > 0.999 > float(found.vacuity[0])
+    (run / "density.npz").unlink()
+    with pytest.raises(InputError, match=r"has no density\.npz, which is written at the end of training"):
+        Predictor(run)
+    train(small_config, run)
+    for name, value in vars(load_density(run)).items():
+        np.testing.assert_array_equal(value, getattr(density, name))
