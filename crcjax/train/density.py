@@ -27,9 +27,9 @@ def summary(
 ) -> Float[np.ndarray, "moment feature"]:
     """What a bag's density is of: the mean of its instances' features, and the logarithm of their standard deviation.
 
-    A stain moves the mean; tissue that lacks a kind, or blur, makes instances more alike.
+    A stain moves the mean; tissue that lacks a kind, or blur, makes instances more alike. An empty bag is like none.
     """
-    valid = features[mask].astype(np.float64)
+    valid = features[mask].astype(np.float64) if mask.any() else np.zeros((1, features.shape[-1]))
     return np.stack([valid.mean(axis=0), np.log(valid.std(axis=0) + 1e-6)])
 
 

@@ -130,6 +130,12 @@ def test_bags_of_another_mean_or_of_more_or_less_alike_instances_have_hardly_any
     assert auroc(np.repeat([False, True], 60), np.concatenate(vacuity)) > 0.98
 
 
+def test_an_empty_bag_has_no_evidence(density: Density) -> None:
+    empty = summary(np.ones((2, 1, FEATURES), np.float32), np.zeros((2, 1), bool))[None]
+    found = density.tempered(_evidence(np.full((1, 3), 10.0, np.float32)), empty)
+    np.testing.assert_array_equal(found.vacuity, 1.0)
+
+
 def test_features_that_never_vary_say_nothing() -> None:
     known = np.random.default_rng(0).normal(size=(20, 2, 3))
     known[:, :, 2] = 7.0
