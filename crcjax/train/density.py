@@ -63,9 +63,11 @@ class Density:
         return replace(found, **{name: np.asarray(getattr(head, name)) for name in names})
 
     def save(self, run: Path) -> None:
-        """Into a run directory. Raises OutputError."""
+        """Into a run directory, whole or not at all: a run that has one is finished. Raises OutputError."""
+        partial = run / f"partial-{_FILE}"
         try:
-            np.savez(run / _FILE, **asdict(self))
+            np.savez(partial, **asdict(self))
+            partial.replace(run / _FILE)
         except OSError as error:
             raise OutputError(f"{run}: cannot be written ({error.strerror}); choose another --workdir") from error
 

@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crcjax.errors import InputError
+from crcjax.errors import InputError, OutputError
 from crcjax.models.mil import Prediction
-from crcjax.train.density import Density, fit_density, load_density, summary
+from crcjax.train.density import Density, fit_density, is_fitted, load_density, summary
 from crcjax.validation.metrics import auroc
 
 FEATURES, REGIONS = 16, 30
@@ -147,6 +147,19 @@ def test_a_density_is_read_back_as_it_was_saved(density: Density, tmp_path: Path
     density.save(tmp_path)
     for name, value in vars(load_density(tmp_path)).items():
         np.testing.assert_array_equal(value, getattr(density, name))
+
+
+def test_a_save_that_is_cut_off_leaves_no_density(
+    density: Density, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(path: Path, **arrays: np.ndarray) -> None:
+        path.write_bytes(b"PK")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", cut_off)
+    with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); choose another --workdir"):
+        density.save(tmp_path)
+    assert not is_fitted(tmp_path)
 
 
 def test_too_few_bags_and_files_that_are_none_are_refused(density: Density, tmp_path: Path) -> None:
