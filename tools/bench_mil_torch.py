@@ -32,9 +32,6 @@ ON_CPU = jax.default_backend() == "cpu"
 DEVICE = "cpu" if ON_CPU else "cuda"
 REPEATS, MOST_S, ONCE_S = (5, 30.0, 30.0) if ON_CPU else (20, 2.0, math.inf)
 SLOTS = sum(factor**2 for factor in FACTORS)
-# 100,000 regions of one slot on a CPU: attention of all to all takes a hundred times as long as at 10,000: over an hour for the rows.
-# Bags of the design have a region for 21 instances.
-LARGEST = {"hierarchical": 10_000} if ON_CPU else {}
 
 Timed = tuple[
     Callable[[], object], Callable[[], object]
@@ -133,7 +130,7 @@ def work_of(mil: str, count: int, dtype: str) -> tuple[Work, Work]:
 def rows_of(count: int, models: list[str], types: list[str], limits: Ceilings | None) -> Iterator[dict]:
     """The rows of bags of one size, of several slots a region the next whole number of regions."""
     features = np.random.default_rng(0).standard_normal((-(-count // SLOTS) * SLOTS, WIDTH), np.float32)
-    cases = [(mil, dtype) for mil in models if count <= LARGEST.get(mil, count) for dtype in types]
+    cases = [(mil, dtype) for mil in models for dtype in types]
     bags = {mil: features if mil == SLOTTED else features[:count] for mil in models}
     with ThreadPoolExecutor(1 if ON_CPU else 4) as pool:
         # On a CPU one by one: what is held would crowd the caches, and the memory.
@@ -192,7 +189,6 @@ CPU_NOTE = (
     " convolves by shifted products: 7 x 7 of 1,024 channels take 0.36 s of processor time forward, XLA's grouped convolution"
     " 4.1. Its kernels' gradients are products with ones: of a single bag XLA's code takes 4.1 s for the sums of 33 taps over"
     " 10,001 instances, 0.2 for the products; steps of 10,000 took 21 s, of 100,000 235."
-    " Not measured: hierarchical with one slot a region on 100,000, over an hour."
 )
 GPU_NOTE = (
     "Products of float32 are TF32 in both; bfloat16 is PyTorch's autocast. The limit is the time of the least that must be"

@@ -16,7 +16,7 @@ from crcjax.models.attention import (
     REMAT,
     AttentionScores,
     Remat,
-    attend,
+    attend_in_tiles,
     attend_on_chip,
     in_blocks,
     kernel,
@@ -26,9 +26,9 @@ from crcjax.models.attention import (
 from crcjax.models.linear import Linear
 
 _LONGEST = 256.0  # sides of a region: the distance that the slowest rotary angle still tells apart
-# Of each bag, on CPUs: instances that see each other within their regions at a time, and pairs of a query and a key that
-# attention across regions holds a head, whatever the number of regions.
-_INSTANCES, _PAIRS = 2**11, 2**21
+# Of each bag, on CPUs: instances that see each other within their regions at a time, pairs of a query and a key whose
+# scores are computed at once, and the tile of more, which stays in the caches.
+_INSTANCES, _PAIRS, _TILE = 2**11, 2**21, (2**8, 2**9)
 # On other devices, of all bags: small blocks would leave them idle.
 _INSTANCES_ELSEWHERE, _PAIRS_ELSEWHERE = 2**16, 2**25
 _LEAST_QUERIES = 16  # at a time: with fewer, adding up the gradients of all keys would take longest
@@ -127,10 +127,7 @@ class Block(nnx.Module):
             key, value = (jnp.take_along_axis(part, held_first, axis=1) for part in (key, value))
             seen = attend_on_chip(query, key, value, mask.sum(axis=1), implementation)
         else:
-            key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-            pairs = _PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE // batch
-            largest = max(_LEAST_QUERIES, pairs // count)
-            (seen,) = in_blocks(lambda some: (attend(some, key, value, mask),), largest, query, remat=self.remat)
+            seen = attend_in_tiles(query, key, value, mask, _tile(batch, count))
 
         def following(
             some: Float[Array, "batch some feature"], seen: Float[Array, "batch some head channel"]
@@ -144,3 +141,10 @@ class Block(nnx.Module):
 def _instances(batch: int) -> int:
     """Of each bag that are computed at a time."""
     return _INSTANCES if jax.default_backend() == "cpu" else max(_INSTANCES, _INSTANCES_ELSEWHERE // batch)
+
+
+def _tile(batch: int, count: int) -> tuple[int, int]:
+    """The queries and keys of each bag whose scores are computed at a time."""
+    if jax.default_backend() == "cpu":
+        return (count, count) if count**2 <= _PAIRS else _TILE
+    return max(_LEAST_QUERIES, _PAIRS_ELSEWHERE // batch // count), count

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from crcjax.config import get_config
 from crcjax.models.aggregators import Instances
-from crcjax.models.attention import attend, in_blocks
+from crcjax.models.attention import attend, attend_in_tiles
 from crcjax.models.mil import AGGREGATORS, MILModel, Prediction, build_model, params_of
 from crcjax.models.transmil import _convolved, _pseudo_inverse, _sums
 
@@ -419,26 +419,44 @@ def test_attention_between_regions_depends_on_distances_alone() -> None:
     assert not np.allclose(near.logits, _pool("hierarchical", features, mask, position * 3).logits, rtol=1e-4)
 
 
-def test_attention_in_blocks_equals_plain_attention_and_keeps_no_matrix_of_all_pairs() -> None:
+@pytest.mark.parametrize("tile", [(64, 700), (700, 64), (64, 96)])
+def test_attention_in_tiles_equals_plain_attention_and_keeps_no_matrix_of_all_pairs(tile: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.standard_normal((1, 700, 2, 8)).astype(np.float32)) for _ in range(3))
-    mask = jnp.asarray(rng.random((1, 700)) < 0.8)
+    bags = [jnp.asarray(rng.standard_normal((2, 700, 2, 8)).astype(np.float32)) for _ in range(3)]
+    mask = jnp.asarray(rng.random((2, 700)) < 0.8).at[:, 100:300].set(False)
 
-    def plain(query: jax.Array, key: jax.Array) -> jax.Array:
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         scores = jnp.einsum("bqhc,bkhc->bhqk", query, key) / np.sqrt(8)
-        found = jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf)), value)
-        return found.reshape(1, 700, -1)
+        return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf)), value)
 
-    def blocked(query: jax.Array, key: jax.Array) -> jax.Array:
-        by_head = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-        return in_blocks(lambda some: (attend(some, *by_head, mask).reshape(*some.shape[:2], -1),), 64, query)[0]
+    def tiled(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attend_in_tiles(query, key, value, mask, tile)
 
-    np.testing.assert_allclose(blocked(query, key), plain(query, key), rtol=1e-4, atol=1e-5)
-    gradients = [jax.jit(jax.grad(lambda *both, f=f: (f(*both) ** 2).sum(), argnums=(0, 1))) for f in (blocked, plain)]
-    for one, other in zip(*(gradient(query, key) for gradient in gradients), strict=True):
+    np.testing.assert_allclose(tiled(*bags), plain(*bags), rtol=1e-4, atol=1e-5)
+    gradients = [jax.jit(jax.grad(lambda *all, f=f: (f(*all) ** 2).sum(), argnums=(0, 1, 2))) for f in (tiled, plain)]
+    for one, other in zip(*(gradient(*bags) for gradient in gradients), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
-    memory = [gradient.lower(query, key).compile().memory_analysis().temp_size_in_bytes for gradient in gradients]
+    memory = [gradient.lower(*bags).compile().memory_analysis().temp_size_in_bytes for gradient in gradients]
     assert memory[0] < memory[1] / 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_in_tiles_over_nothing_is_zero_and_keeps_large_scores_finite(dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    query, key, value = (jnp.asarray(rng.standard_normal((2, 40, 1, 4)) * 100, dtype) for _ in range(3))
+    mask = jnp.ones((2, 40), bool).at[0].set(False)
+
+    def loss(*parts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        seen = attend_in_tiles(*parts, mask, (16, 16))
+        return seen.astype(jnp.float32).sum(), seen
+
+    (_, seen), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+    assert not seen[0].any()
+    assert seen.dtype == query.dtype
+    assert all(jnp.isfinite(part).all() and not part[0].any() and part.dtype == query.dtype for part in gradients)
+    query, key, value = (part[1:].astype(jnp.float32) for part in (query, key, value))
+    truth = attend(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), mask[1:])
+    np.testing.assert_allclose(seen[1:].astype(jnp.float32), truth, rtol=0.01, atol=0.1)
 
 
 def test_a_kernel_of_attention_gives_what_blocks_give(monkeypatch: pytest.MonkeyPatch) -> None:
