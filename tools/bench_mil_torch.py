@@ -1,6 +1,6 @@
 """Seconds of MIL models' forward pass and training step, ours and the same in PyTorch, on the same device.
 
-python tools/bench_mil_torch.py [MODEL ...] [TYPE ...] [INSTANCES ...]     # of others, the rows recorded last stay
+python tools/bench_mil_torch.py [MODEL ...] [TYPE ...] [PASS ...] [INSTANCES ...]     # of others, the rows recorded last stay
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from crcjax.models.mil import AGGREGATORS, DTYPES
 
 LABEL = 1
 COUNTS = (1_000, 10_000, 100_000)
+PASSES = ("forward", "training step")
 ON_CPU = jax.default_backend() == "cpu"
 DEVICE = "cpu" if ON_CPU else "cuda"
 REPEATS, MOST_S, ONCE_S = (5, 30.0, 30.0) if ON_CPU else (20, 2.0, math.inf)
@@ -127,7 +129,9 @@ def work_of(mil: str, count: int, dtype: str) -> tuple[Work, Work]:
     )
 
 
-def rows_of(count: int, models: list[str], types: list[str], limits: Ceilings | None) -> Iterator[dict]:
+def rows_of(
+    count: int, models: list[str], types: list[str], passes: list[str], limits: Ceilings | None
+) -> Iterator[dict]:
     """The rows of bags of one size, of several slots a region the next whole number of regions."""
     features = np.random.default_rng(0).standard_normal((-(-count // SLOTS) * SLOTS, WIDTH), np.float32)
     cases = [(mil, dtype) for mil in models for dtype in types]
@@ -139,9 +143,9 @@ def rows_of(count: int, models: list[str], types: list[str], limits: Ceilings | 
         for mil, dtype in cases:
             ours = compiled[mil, dtype] if compiled else in_jax(mil, bags[mil], dtype, pool)()
             theirs = in_torch(mil, bags[mil], dtype)
-            for what, one, other, work in zip(
-                ("forward", "training step"), ours, theirs, work_of(mil, len(bags[mil]), dtype), strict=True
-            ):
+            for what, one, other, work in zip(PASSES, ours, theirs, work_of(mil, len(bags[mil]), dtype), strict=True):
+                if what not in passes:
+                    continue
                 seconds, of_torch = (median_seconds(call, REPEATS, MOST_S, ONCE_S) for call in (one, other))
                 row = {"instances": f"{count:,}", "model": mil, "type": dtype, "pass": what, "ours, ms": seconds * 1e3}
                 row |= {"PyTorch, ms": of_torch * 1e3, "times as fast": of_torch / seconds}
@@ -155,16 +159,24 @@ def rows_of(count: int, models: list[str], types: list[str], limits: Ceilings | 
 def main(chosen: list[str]) -> None:
     types = [part for part in chosen if part in DTYPES] or ["float32"] + ["bfloat16"] * (not ON_CPU)
     models = [part for part in chosen if part in TWINS] or list(TWINS)
-    counts = [int(part) for part in chosen if part not in DTYPES and part not in TWINS] or COUNTS
+    passes = [part for part in chosen if part in PASSES] or list(PASSES)
+    counts = [int(part) for part in chosen if part not in {*DTYPES, *TWINS, *PASSES}] or COUNTS
     torch.set_float32_matmul_precision("high")  # on GPUs as JAX has it by default: TF32
     limits = None if ON_CPU else ceilings(types)  # a CPU holds small bags in its caches
-    anew = {(f"{count:,}", mil, dtype) for count in counts for mil in models for dtype in types}
+    anew = set(product([f"{count:,}" for count in counts], models, types, passes))
     earlier = earlier_rows("mil_torch")
-    rows = [row for row in earlier if (row["instances"], row["model"], row["type"]) not in anew]
+    rows = [row for row in earlier if tuple(row[name] for name in ("instances", "model", "type", "pass")) not in anew]
     for count in counts:
-        rows += rows_of(count, models, types, limits)
-    order = list(TWINS)
-    rows.sort(key=lambda row: (int(row["instances"].replace(",", "")), order.index(row["model"])))
+        rows += rows_of(count, models, types, passes, limits)
+    models, types = list(TWINS), list(DTYPES)
+    rows.sort(
+        key=lambda row: (
+            int(row["instances"].replace(",", "")),
+            models.index(row["model"]),
+            types.index(row["type"]),
+            PASSES.index(row["pass"]),
+        )
+    )
     note = (
         f"{WIDTH} features, {HIDDEN} hidden units, one bag, medians of {REPEATS}, of fewer, but three, past {MOST_S:.0f} s"
         f"{'' if math.isinf(ONCE_S) else ', of the first call alone if it takes longer'}."
