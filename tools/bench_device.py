@@ -351,8 +351,9 @@ def main(chosen: list[str]) -> None:
 GPU_NOTE = (
     " Behind with vision transformers by what lies between the products, in float32: of uni's 95 ms products took 42, GELU 16,"
     " norms and sums with tokens 17, cuDNN's attention 6 and laying out its inputs 7, the patches' convolution 3. Measured before"
-    " GELU went by erf, LayerScale into the kernels and patches by a product, which have not been timed yet. The compact encoder"
-    " reaches a tenth of the limit, as its first layers are narrow: memory, not products, would be its limit."
+    " GELU went by erf, LayerScale into the kernels and patches by a product, and hierarchical's before the gradient of attention"
+    " in blocks was its own, which have not been timed yet. The compact encoder reaches a tenth of the limit, as its first layers"
+    " are narrow: memory, not products, would be its limit."
 )
 
 
