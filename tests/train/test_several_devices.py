@@ -35,6 +35,7 @@ config.model.width, config.model.features, config.model.attention, config.model.
 config.model.mil, config.model.heads, config.mesh.shard_params = "hierarchical", 2, 64
 config.train.steps, config.optimizer.warmup_steps = 50, 5
 config.update_from_flattened_dict(json.loads(changes))
+hierarchical._PAIRS, hierarchical._TILE = 32, (4, 4)  # attention over eight regions comes in tiles
 mesh = device_mesh(config)
 print(described(mesh))
 if mesh.size > 1:
