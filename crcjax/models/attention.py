@@ -173,7 +173,7 @@ def _tiled(query: Array, key: Array, value: Array, mask: Array, tile: tuple[int,
 
 def _tiled_forward(query: Array, key: Array, value: Array, mask: Array, tile: tuple[int, int]) -> tuple[Array, tuple]:
     """What is seen, and for the gradient what it was made of and each query's logarithm of its sum of weights."""
-    tiles = _by_head(key, tile[1]), _by_head(value, tile[1]), _split(mask, tile[1])
+    queries, keys, values = _by_head(query, tile[0]), _by_head(key, tile[1]), _by_head(value, tile[1])
 
     def of_rows(rows: Array) -> tuple[Array, Array]:
         def add(state: tuple, columns: tuple) -> tuple[tuple, None]:
@@ -187,27 +187,30 @@ def _tiled_forward(query: Array, key: Array, value: Array, mask: Array, tile: tu
 
         nothing = jnp.zeros((*rows.shape[:-1], 1), jnp.float32)
         first = jnp.zeros(rows.shape, jnp.float32), nothing + jnp.finfo(jnp.float32).min, nothing
-        (seen, top, total), _ = jax.lax.scan(add, first, tiles)
+        (seen, top, total), _ = jax.lax.scan(add, first, (keys, values, _split(mask, tile[1])))
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         return (seen / total).astype(rows.dtype), top + jnp.log(total)
 
-    by_block, log_total = jax.lax.map(of_rows, _by_head(query, tile[0]))
+    by_block, log_total = jax.lax.map(of_rows, queries)
     seen = _by_instance(by_block, query.shape[1])
-    return seen, (query, key, value, mask, seen, log_total)
+    return seen, (queries, keys, values, mask, seen, log_total)
 
 
 def _tiled_backward(tile: tuple[int, int], kept: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
-    query, key, value, mask, seen, log_total = kept
+    queries, keys, values, mask, seen, log_total = kept
     # Of each query the mean of its weights' gradients, which the softmax takes from them.
     mean = (gradient.astype(jnp.float32) * seen.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    rows = _by_head(query, tile[0]), _by_head(gradient, tile[0]), log_total, _by_head(mean, tile[0])
+    rows = queries, _by_head(gradient, tile[0]), log_total, _by_head(mean, tile[0])
+    held, scale = _split(mask, tile[1]), queries.shape[-1] ** -0.5
 
-    def of_columns(of_queries: Array, columns: tuple) -> tuple[Array, tuple[Array, Array]]:
-        key, value, held = columns
+    def of_columns(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """The gradients of a tile of keys and values take its place, so that they need no memory of their own."""
+        of_queries, keys, values = state
+        key, value = keys[block], values[block]
 
         def add(state: tuple[Array, Array], row: tuple) -> tuple[tuple[Array, Array], Array]:
             (of_key, of_value), (query, gradient, log_total, mean, of_query) = state, row
-            weights = jnp.exp(_scores(query, key, held) - log_total)
+            weights = jnp.exp(_scores(query, key, held[block]) - log_total)
             of_value += _product("bhqk,bhqc->bhkc", weights.astype(gradient.dtype), gradient)
             of_scores = weights * (_product("bhqc,bhkc->bhqk", gradient, value) - mean)
             of_scores = of_scores.astype(query.dtype)
@@ -215,15 +218,14 @@ def _tiled_backward(tile: tuple[int, int], kept: tuple, gradient: Array) -> tupl
             return (of_key, of_value), of_query + _product("bhqk,bhkc->bhqc", of_scores, key)
 
         nothing = jnp.zeros(key.shape, jnp.float32)
-        found, of_queries = jax.lax.scan(add, (nothing, nothing), (*rows, of_queries))
-        return of_queries, found
+        (of_key, of_value), of_queries = jax.lax.scan(add, (nothing, nothing), (*rows, of_queries))
+        keys = keys.at[block].set((of_key * scale).astype(keys.dtype))
+        return of_queries, keys, values.at[block].set(of_value.astype(values.dtype))
 
-    tiles = _by_head(key, tile[1]), _by_head(value, tile[1]), _split(mask, tile[1])
-    of_queries, (of_keys, of_values) = jax.lax.scan(of_columns, jnp.zeros(rows[0].shape, jnp.float32), tiles)
-    scale = query.shape[-1] ** -0.5
-    of_query = _by_instance(of_queries, query.shape[1]) * scale
-    of_key, of_value = (_by_instance(part, key.shape[1]) for part in (of_keys, of_values))
-    return of_query.astype(query.dtype), (of_key * scale).astype(key.dtype), of_value.astype(value.dtype), None
+    first = jnp.zeros(queries.shape, jnp.float32), keys, values
+    of_queries, of_keys, of_values = jax.lax.fori_loop(0, len(keys), of_columns, first)
+    of_query = _by_instance(of_queries * scale, seen.shape[1]).astype(queries.dtype)
+    return of_query, _by_instance(of_keys, mask.shape[1]), _by_instance(of_values, mask.shape[1]), None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
