@@ -29,8 +29,8 @@ from rich.table import Table
 from crcjax.errors import CrcjaxError, InputError, OutputError, SlideError
 
 if TYPE_CHECKING:
-    from crcjax.infer.attribution import Method
-    from crcjax.slides.executor import Outcome
+    from crcjax.predict.attribution import Method
+    from crcjax.slides.preprocess.tile_slides import Outcome
 
 HELP = """Molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
 
@@ -135,12 +135,12 @@ def tile(
 
     STORE/manifest.jsonl has every slide's outcome.
     """
-    from crcjax.data.named import named_slides
-    from crcjax.slides.annotation import areas_of
-    from crcjax.slides.executor import TileJob, shard_of, size_of, tile_slides
-    from crcjax.slides.quality import QualityLimits, parse_limits
-    from crcjax.slides.tiling import TilingParams
-    from crcjax.slides.workers import JobLimits
+    from crcjax.data.slide_selection import named_slides
+    from crcjax.slides.jobs.worker_pool import JobLimits
+    from crcjax.slides.preprocess.tile_slides import TileJob, shard_of, size_of, tile_slides
+    from crcjax.slides.tiling.plan import TilingParams
+    from crcjax.slides.tiling.quality_control import QualityLimits, parse_limits
+    from crcjax.slides.tiling.regions_of_interest import areas_of
 
     if no_pixels and pseudonym_key:
         raise InputError("--no-pixels keeps the slides' paths, which --pseudonym-key hides; keep the pixels")
@@ -149,7 +149,7 @@ def tile(
     if stain_reference and not stain:
         raise InputError("--stain-reference needs --stain macenko, vahadane or reinhard")
     if stain:
-        from crcjax.slides.normaliser import reference_stain  # loads JAX
+        from crcjax.slides.stain.normalisation import reference_stain  # loads JAX
 
         params = replace(params, stain=reference_stain(stain, stain_reference, params, mpp))
     jobs = [
@@ -208,8 +208,8 @@ def overview(
 ) -> None:
     """Writes STORE/overview/index.html: every slide's contact sheet, quality and verdict."""
     from crcjax.data.cohort import load_cohort
-    from crcjax.slides.overview import write_overview
-    from crcjax.slides.quality import StainLimits, parse_limits
+    from crcjax.slides.preprocess.qc_report import write_overview
+    from crcjax.slides.tiling.quality_control import StainLimits, parse_limits
 
     limits = parse_limits(limit or (), StainLimits)
     rows = load_cohort(cohort, None).rows if cohort else ()
@@ -239,8 +239,8 @@ def import_(
 
     Started again, it does what is missing.
     """
-    from crcjax.data.named import named_slides
-    from crcjax.slides.interchange import import_files
+    from crcjax.data.slide_selection import named_slides
+    from crcjax.slides.interchange.importer import import_files
 
     named = {slide.slide_id: slide for slide in named_slides(slides, cohort)} if slides or cohort else None
     with _progress() as progress:
@@ -268,7 +268,7 @@ def export(
     ] = "geojson",
 ) -> None:
     """Writes the kept tiles of a store for other tools (see docs/interchange.md)."""
-    from crcjax.slides.export import export_store
+    from crcjax.slides.interchange.exporter import export_store
 
     _say_outcomes(export_store(store, out, layout), "exported", out)
 
@@ -291,7 +291,7 @@ def embed(
 
     Started again, it does what is missing.
     """
-    from crcjax.infer.embed import View, embed_store
+    from crcjax.predict.embed import View, embed_store
 
     with _progress() as progress:
         task = progress.add_task("embedding", total=None)
@@ -347,9 +347,9 @@ def predict(
 ) -> None:
     """Predicts the subtype of slides with a trained run, or with several."""
     from crcjax.data.cohort import load_cohort
-    from crcjax.data.named import named_slides
-    from crcjax.infer.pipeline import PredictJob, predict_slides
-    from crcjax.infer.predictor import Predictor
+    from crcjax.data.slide_selection import named_slides
+    from crcjax.predict.predict_slides import PredictJob, predict_slides
+    from crcjax.predict.predictor import Predictor
     from crcjax.validation.calibration import load_calibration
 
     if store:
@@ -395,8 +395,8 @@ def crossvalidate(
     With --config.data.fold_by=site and no number of folds, each site is left out once. With --config.train.members=N, N
     seeds of a fold are trained together. Started again, it goes on.
     """
-    from crcjax.infer.crossvalidation import crossvalidate as train_folds
     from crcjax.main import read_config
+    from crcjax.train.crossvalidate import crossvalidate as train_folds
 
     given = read_config([f"--config={config}", f"--workdir={out}", *(fields or ())])[0]
     swept: dict[str, list[str]] = {}
@@ -460,9 +460,9 @@ def deidentify(
     A report lies beside each copy. Formats that cannot be copied safely are refused. The picture itself is not searched
     for writing or pen marks. Started again, it does what is missing.
     """
-    from crcjax.data.named import named_copies
-    from crcjax.slides.deidentify import Report, deidentify_slides, report_path
-    from crcjax.slides.files import find_slides
+    from crcjax.data.slide_selection import named_copies
+    from crcjax.slides.deidentify.deidentify import Report, deidentify_slides, report_path
+    from crcjax.slides.wsi.discovery import find_slides
 
     paths = find_slides(slides)
     copies = list(zip(paths, named_copies(paths, out, pseudonym_key), strict=True))
@@ -539,9 +539,9 @@ def _predict_stored(
     attribution: Method,
 ) -> None:
     from crcjax.data.cohort import Cohort, SlideRow, load_cohort
-    from crcjax.infer.pipeline import write_table
-    from crcjax.infer.stored import predict_stored
-    from crcjax.slides.store import tiled_slides
+    from crcjax.predict.predict_slides import write_table
+    from crcjax.predict.predict_store import predict_stored
+    from crcjax.slides.store.tile_store import tiled_slides
 
     found = load_cohort(cohort, None) if cohort else Cohort(tuple(SlideRow(s, s) for s in tiled_slides(store)), ())
     rows = predict_stored(

@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 from crcjax.config import get_config
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import CrcjaxError
-from crcjax.infer.pipeline import PredictJob, predict_slides
-from crcjax.infer.predictor import Predictor
-from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.painter import paint_cohort
-from crcjax.slides.tiling import TilingParams
+from crcjax.predict.predict_slides import PredictJob, predict_slides
+from crcjax.predict.predictor import Predictor
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.synthetic.painter import paint_cohort
+from crcjax.slides.tiling.plan import TilingParams
 from crcjax.train.loop import train
 from crcjax.validation.report import validate
 

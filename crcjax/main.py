@@ -43,10 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     several = False
     try:
         config, workdir, given, wait_s = _read(arguments)
-        from crcjax.train.distributed import together  # loads jax, which an error above need not wait for
+        from crcjax.parallel.cluster_env import find_peers
+        from crcjax.parallel.process_group import together  # loads jax, which an error above need not wait for
+        from crcjax.runs.run_directory import common_facts
         from crcjax.train.loop import train
-        from crcjax.train.peers import find_peers
-        from crcjax.train.run_directory import common_facts
 
         peers = find_peers(os.environ, *given)
         several = peers is not None

@@ -68,9 +68,9 @@ def write_h5() -> Callable[..., Path]:
 def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a painted cohort (cohort.csv: 12 train, 3 val, 6 test cases) and its tile store at 10x, 64 px."""
     from crcjax.data.cohort import load_cohort
-    from crcjax.slides.executor import TileJob, tile_slides
-    from crcjax.slides.painter import paint_cohort
-    from crcjax.slides.tiling import TilingParams
+    from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+    from crcjax.slides.synthetic.painter import paint_cohort
+    from crcjax.slides.tiling.plan import TilingParams
 
     folder = tmp_path_factory.mktemp("painted")
     table = paint_cohort(folder, {"train": 12, "val": 3, "test": 6}, size_px=(800, 640), mpp=1.0)

@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 import pytest
 
-from crcjax.slides.executor import read_manifest
-from crcjax.slides.painter import SlideSpec, paint_slide
-from crcjax.slides.store import open_store, tiled_slides
+from crcjax.slides.preprocess.tile_slides import read_manifest
+from crcjax.slides.store.tile_store import open_store, tiled_slides
+from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
 
 COMMAND = [sys.executable, "-m", "crcjax.cli"]
 
@@ -118,7 +118,7 @@ def test_the_help_tells_the_limits_of_the_code() -> None:
     from typer.main import get_command
 
     from crcjax.cli import app
-    from crcjax.slides.quality import QualityLimits, StainLimits
+    from crcjax.slides.tiling.quality_control import QualityLimits, StainLimits
 
     for command, limits in (("tile", QualityLimits()), ("overview", StainLimits())):
         (option,) = (param for param in get_command(app).commands[command].params if param.name == "limit")  # type: ignore[attr-defined]
@@ -159,9 +159,9 @@ def test_a_cohort_gives_ids_and_an_absent_file_is_one_failed_line(slides: Path, 
 
 
 def test_predicting_from_the_file_equals_predicting_from_the_store(painted: Path, run: Path, tmp_path: Path) -> None:
-    from crcjax.infer.predictor import Predictor
-    from crcjax.slides.executor import TileJob, tile_slides
-    from crcjax.slides.reader import open_slide
+    from crcjax.predict.predictor import Predictor
+    from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+    from crcjax.slides.wsi.slide import open_slide
 
     predictor = Predictor(run)
     path = sorted((painted / "slides").glob("*.svs"))[0]
@@ -290,9 +290,9 @@ def test_embedding_refuses_weights_in_one_line_and_writes_features_of_good_ones(
     from flax import nnx
     from safetensors.numpy import save_file
 
-    from crcjax.models.encoders import PRETRAINED
-    from crcjax.models.weights import torch_tensors
-    from crcjax.slides.features import read_features
+    from crcjax.models.encoders.registry import PRETRAINED
+    from crcjax.models.encoders.torch_weights import torch_tensors
+    from crcjax.slides.store.features import read_features
 
     stores = map(partial(open_store, painted / "store"), tiled_slides(painted / "store"))
     name = min(stores, key=lambda opened: opened.mask.sum()).slide_id

@@ -26,9 +26,9 @@ from torch_mil import ABMIL, CLASSES, HEADS, HIDDEN, WIDTH, Hierarchical
 
 from crcjax.config import get_config
 from crcjax.data.bags import Bag
-from crcjax.models.encoders import PRETRAINED
+from crcjax.models.encoders.registry import PRETRAINED
 from crcjax.models.mil import DTYPES, build_model
-from crcjax.train.mesh import device_mesh
+from crcjax.parallel.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step, init_state
 
@@ -111,7 +111,7 @@ def encoder_case(name: str, pool: ThreadPoolExecutor) -> Case:
 
 
 class CompactEncoder(torch.nn.Module):
-    """crcjax.models.compact in PyTorch, on pixels [tile, y, x, 3]."""
+    """crcjax.models.encoders.compact in PyTorch, on pixels [tile, y, x, 3]."""
 
     def __init__(self, width: int, features: int):
         super().__init__()

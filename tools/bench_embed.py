@@ -13,12 +13,12 @@ from flax import nnx
 from record import Row, record
 from safetensors.numpy import save_file
 
-from crcjax.infer.embed import Embedder, embed_store
-from crcjax.models.encoders import PRETRAINED
-from crcjax.models.weights import torch_tensors
-from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.painter import SlideSpec, paint_slide
-from crcjax.slides.tiling import TilingParams
+from crcjax.models.encoders.registry import PRETRAINED
+from crcjax.models.encoders.torch_weights import torch_tensors
+from crcjax.predict.embed import Embedder, embed_store
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
+from crcjax.slides.tiling.plan import TilingParams
 
 ENCODER, TIMM = "lunit-dino-s16", "vit_small_patch16_224"
 SIZE_PX = (5120, 4096)

@@ -17,8 +17,8 @@ from record import Row, record
 from crcjax.data.cohort import load_cohort
 from crcjax.data.loader import train_batches
 from crcjax.models.mil import build_model
+from crcjax.parallel.mesh import device_mesh
 from crcjax.train.ensemble import Ensemble
-from crcjax.train.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import TrainState, build_step, init_state
 

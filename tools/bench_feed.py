@@ -29,16 +29,16 @@ from record import Row, record
 from crcjax.config import get_config
 from crcjax.data.cohort import load_cohort
 from crcjax.data.loader import train_batches
-from crcjax.slides.arrays import create_array, open_array
-from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.features import FeatureReader, write_features
-from crcjax.slides.painter import SlideSpec, paint_cohort, paint_slide
-from crcjax.slides.reader import open_slide
-from crcjax.slides.store import StoreWriter, TileStore
-from crcjax.slides.tiling import TilingParams, plan_tiles
-from crcjax.train.distributed import Group
+from crcjax.parallel.mesh import device_mesh
+from crcjax.parallel.process_group import Group
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.store.features import FeatureReader, write_features
+from crcjax.slides.store.tile_store import StoreWriter, TileStore
+from crcjax.slides.store.zarr_arrays import create_array, open_array
+from crcjax.slides.synthetic.painter import SlideSpec, paint_cohort, paint_slide
+from crcjax.slides.tiling.plan import TilingParams, plan_tiles
+from crcjax.slides.wsi.slide import open_slide
 from crcjax.train.loop import train
-from crcjax.train.mesh import device_mesh
 
 SLIDES, REGIONS, WIDTH = 12, 4096, 1024  # of features: a slide has 8 MiB in float16
 STEPS = {"features": 40, "pixels": 8}  # a reading

@@ -18,8 +18,8 @@ from record import Row, record
 from crcjax.config import get_config
 from crcjax.data.bags import Bag
 from crcjax.models.mil import build_model
-from crcjax.train.memory import step_budget
-from crcjax.train.mesh import device_mesh
+from crcjax.parallel.mesh import device_mesh
+from crcjax.train.memory_budget import step_budget
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step, init_state
 

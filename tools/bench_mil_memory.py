@@ -12,7 +12,7 @@ from record import Row, peak_memory_mib, record
 from crcjax.config import get_config
 from crcjax.data.bags import Bag
 from crcjax.models.mil import build_model
-from crcjax.train.mesh import device_mesh
+from crcjax.parallel.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step, init_state
 

@@ -24,7 +24,7 @@ from torch import nn
 from torch_mil import CLASSES, FACTORS, HEADS, HIDDEN, SLOTTED, TWINS, WIDTH
 
 from crcjax.config import get_config
-from crcjax.models.aggregators import Instances
+from crcjax.models.aggregators.pooling import Instances
 from crcjax.models.mil import AGGREGATORS, DTYPES
 
 LABEL = 1

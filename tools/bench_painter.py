@@ -11,7 +11,7 @@ from pathlib import Path
 
 from record import PeakMemory, Row, record, shared_memory_mib
 
-from crcjax.slides.painter import SITES, SUBTYPES, SlideSpec, paint_cohort, paint_slide
+from crcjax.slides.synthetic.painter import SITES, SUBTYPES, SlideSpec, paint_cohort, paint_slide
 
 
 def demo_rows(folder: Path, cores: int) -> list[Row]:

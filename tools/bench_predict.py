@@ -10,12 +10,12 @@ from record import Row, peak_memory_mib, record
 
 from crcjax.data.cohort import load_cohort
 from crcjax.demo import SIZE_PX, demo_config
-from crcjax.infer.pipeline import PredictJob, predict_slides
-from crcjax.infer.predictor import Predictor
-from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.painter import SlideSpec, paint_cohort, paint_slide
-from crcjax.slides.reader import open_slide
-from crcjax.slides.tiling import TilingParams
+from crcjax.predict.predict_slides import PredictJob, predict_slides
+from crcjax.predict.predictor import Predictor
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.synthetic.painter import SlideSpec, paint_cohort, paint_slide
+from crcjax.slides.tiling.plan import TilingParams
+from crcjax.slides.wsi.slide import open_slide
 from crcjax.train.loop import train
 
 LARGE_PX = (12288, 8192)

@@ -13,13 +13,13 @@ import numpy as np
 from record import record
 from sklearn.metrics import roc_auc_score
 
-from crcjax.slides.architecture import SUBTYPES, Tissue
-from crcjax.slides.artefacts import SCORE_OF
-from crcjax.slides.painter import SITES, SlideSpec, Truth, load_truth, paint_slide, truth_path
-from crcjax.slides.quality import QUALITY_NAMES, QualityLimits, judge, score_tiles
-from crcjax.slides.reader import open_slide
-from crcjax.slides.tiling import TilingParams, mpp_of, plan_tiles, region_tiles
-from crcjax.slides.tissue import TissueModel, tissue_model
+from crcjax.slides.synthetic.artefacts import SCORE_OF
+from crcjax.slides.synthetic.painter import SITES, SlideSpec, Truth, load_truth, paint_slide, truth_path
+from crcjax.slides.synthetic.tissue_map import SUBTYPES, Tissue
+from crcjax.slides.tiling.plan import TilingParams, mpp_of, plan_tiles, region_tiles
+from crcjax.slides.tiling.quality_control import QUALITY_NAMES, QualityLimits, judge, score_tiles
+from crcjax.slides.tiling.tissue_segmentation import TissueModel, tissue_model
+from crcjax.slides.wsi.slide import open_slide
 
 # Scores and limits were made on slides of seeds from 9000, and 30000 to 33000 on, and what they were before that was
 # reported on those from 700000 and 800000 on; those reported here are of other seeds.

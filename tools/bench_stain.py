@@ -11,8 +11,8 @@ import torch
 import torchstain
 from record import Row, record
 
-from crcjax.slides.painter import SITES, SlideSpec, paint_block
-from crcjax.slides.stain import METHODS, normalise
+from crcjax.slides.stain.methods import METHODS, normalise
+from crcjax.slides.synthetic.painter import SITES, SlideSpec, paint_block
 
 TILES, SIDE, REPEATS = 256, 256, 5
 

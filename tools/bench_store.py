@@ -16,11 +16,11 @@ import numpy as np
 import simplejpeg
 from record import record
 
-from crcjax.slides.painter import SlideSpec, paint_slide
-from crcjax.slides.pixels import JPEG_QUALITY, JPEG_SUBSAMPLING, shard_regions
-from crcjax.slides.reader import Slide, open_slide
-from crcjax.slides.store import StoreWriter, open_store
-from crcjax.slides.tiling import Pack, RegionTiles, TilePlan, TilingParams, own_square, plan_tiles, read_regions
+from crcjax.slides.store.tile_pixels import JPEG_QUALITY, JPEG_SUBSAMPLING, shard_regions
+from crcjax.slides.store.tile_store import StoreWriter, open_store
+from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
+from crcjax.slides.tiling.plan import Pack, RegionTiles, TilePlan, TilingParams, own_square, plan_tiles, read_regions
+from crcjax.slides.wsi.slide import Slide, open_slide
 
 SIZE_PX = (10240, 8192)
 THREADS = len(os.sched_getaffinity(0))

@@ -16,13 +16,13 @@ import simplejpeg
 import tifffile
 from record import PeakMemory, Row, largest_worker_mib, record
 
-from crcjax.slides.executor import TileJob, size_of, tile_slides
-from crcjax.slides.painter import SlideSpec, paint_slide
-from crcjax.slides.pixels import shard_regions
-from crcjax.slides.reader import open_slide
-from crcjax.slides.store import StoreWriter
-from crcjax.slides.tiling import TilingParams, own_square, plan_tiles, read_regions, slot_boxes
-from crcjax.slides.workers import run_jobs
+from crcjax.slides.jobs.worker_pool import run_jobs
+from crcjax.slides.preprocess.tile_slides import TileJob, size_of, tile_slides
+from crcjax.slides.store.tile_pixels import shard_regions
+from crcjax.slides.store.tile_store import StoreWriter
+from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
+from crcjax.slides.tiling.plan import TilingParams, own_square, plan_tiles, read_regions, slot_boxes
+from crcjax.slides.wsi.slide import open_slide
 
 SIZE_PX = (16384, 12288)
 SLIDES = 4  # a core

@@ -16,10 +16,10 @@ from crcjax.data.cohort import load_cohort
 from crcjax.data.loader import train_batches
 from crcjax.demo import SIZE_PX, demo_config
 from crcjax.models.mil import build_model
-from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.painter import paint_cohort
-from crcjax.slides.tiling import TilingParams
-from crcjax.train.mesh import device_mesh
+from crcjax.parallel.mesh import device_mesh
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.synthetic.painter import paint_cohort
+from crcjax.slides.tiling.plan import TilingParams
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import build_step, init_state
 

@@ -27,9 +27,9 @@ from epoc import get_config
 
 from crcjax.data.bags import Bag
 from crcjax.models.mil import build_model
-from crcjax.train.mesh import device_mesh
+from crcjax.parallel.mesh import device_mesh
+from crcjax.parallel.sharding import bag_spec
 from crcjax.train.optimizer import build_optimizer
-from crcjax.train.sharding import bag_spec
 from crcjax.train.step import abstract_state, build_step
 
 FACTORS = (1, 2)  # 10x and 20x

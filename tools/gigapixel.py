@@ -17,10 +17,10 @@ from pathlib import Path
 import tifffile
 from record import PeakMemory, Row, largest_worker_mib, record
 
-from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.painter import SlideSpec, paint_slide
-from crcjax.slides.store import open_store
-from crcjax.slides.tiling import TilingParams
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.store.tile_store import open_store
+from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
+from crcjax.slides.tiling.plan import TilingParams
 
 SIDE_PX, PART_PX, TIMES, MPP = 60_000, 20_480, 5, 0.25
 MAGNIFICATIONS = ("10x", "20x", "40x")

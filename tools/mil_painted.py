@@ -27,21 +27,21 @@ from record import earlier_rows, record
 
 from crcjax.data.cohort import load_cohort
 from crcjax.demo import demo_config
-from crcjax.infer.predictor import Predictor
 from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import Prediction, build_model, params_of
-from crcjax.slides import painter
-from crcjax.slides.architecture import Tissue, architecture
-from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.painter import SITES, SlideSpec, paint_cohort, paint_slide
-from crcjax.slides.quality import QualityLimits
-from crcjax.slides.store import open_store
-from crcjax.slides.tiling import TilingParams
-from crcjax.train.density import fit_density, summary
+from crcjax.predict.feature_density import fit_density, summary
+from crcjax.predict.predictor import Predictor
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.store.tile_store import open_store
+from crcjax.slides.synthetic import painter
+from crcjax.slides.synthetic.painter import SITES, SlideSpec, paint_cohort, paint_slide
+from crcjax.slides.synthetic.tissue_map import Tissue, architecture
+from crcjax.slides.tiling.plan import TilingParams
+from crcjax.slides.tiling.quality_control import QualityLimits
 from crcjax.train.loop import train
 from crcjax.train.losses import bag_losses
-from crcjax.validation.metrics import Estimate, Resamples, auroc, evaluate, percentile_interval
-from crcjax.validation.uncertainty import risk_coverage_area
+from crcjax.validation.selective import risk_coverage_area
+from crcjax.validation.statistics import Estimate, Resamples, auroc, evaluate, percentile_interval
 
 CASES = {"train": 72, "val": 18, "test": 60}
 STRANGE = 24  # slides of each kind

@@ -25,7 +25,7 @@ from scipy import stats
 from sklearn.model_selection import StratifiedKFold
 
 from crcjax.config import get_config
-from crcjax.models.aggregators import Instances
+from crcjax.models.aggregators.pooling import Instances
 from crcjax.models.mil import AGGREGATORS
 from crcjax.train.losses import focal
 

@@ -23,13 +23,13 @@ from pydicom.encaps import generate_frames
 from record import record
 
 from crcjax.errors import SlideError
-from crcjax.infer.pipeline import PredictJob, predict_slides
-from crcjax.infer.predictor import Predictor
-from crcjax.slides.executor import Outcome, TileJob, tile_slides
-from crcjax.slides.files import find_slides, slide_id_of
-from crcjax.slides.reader import open_slide
-from crcjax.slides.store import TileStore, open_store
-from crcjax.slides.tiling import TilingParams
+from crcjax.predict.predict_slides import PredictJob, predict_slides
+from crcjax.predict.predictor import Predictor
+from crcjax.slides.preprocess.tile_slides import Outcome, TileJob, tile_slides
+from crcjax.slides.store.tile_store import TileStore, open_store
+from crcjax.slides.tiling.plan import TilingParams
+from crcjax.slides.wsi.discovery import find_slides, slide_id_of
+from crcjax.slides.wsi.slide import open_slide
 
 ASSUMED_MPP = 0.5
 MAGNIFICATIONS = TilingParams(("10x", "20x", "40x"))

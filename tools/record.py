@@ -148,7 +148,7 @@ def page(results: list[dict]) -> str:
         "# Benchmarks",
         "",
         "Every figure is printed by the command above its table, and this page is written from `tools/results/*.json`"
-        " whenever one runs. Slides painted by `crcjax.slides.painter` are synthetic: their accuracies say that the software"
+        " whenever one runs. Slides painted by `crcjax.slides.synthetic.painter` are synthetic: their accuracies say that the software"
         " works, not that it works on patients.",
     ]
     for result in results:

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
-from crcjax.data.degrade import Artefacts, blur, draw_artefacts, jpeg, spoil
+from crcjax.data.corruptions import Artefacts, blur, draw_artefacts, jpeg, spoil
 from crcjax.errors import InputError
-from crcjax.slides.stain import Estimate, StainMatrix
+from crcjax.slides.stain.methods import Estimate, StainMatrix
 
 EACH = ("slide", "instance")
 # Ruifrok and Johnston 2001: haematoxylin and eosin, and what is neither (at right angles to both).

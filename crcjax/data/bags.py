@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Num
 from ml_collections import ConfigDict
 
-from crcjax.data.cases import CaseFeatures, CaseStore
+from crcjax.data.case_bags import CaseFeatures, CaseStore
 from crcjax.data.cohort import Cohort, SlideRow
-from crcjax.data.labels import UNKNOWN
+from crcjax.data.tile_labels import UNKNOWN
 from crcjax.errors import InputError
-from crcjax.slides.features import FeatureReader
-from crcjax.slides.normaliser import StainNormaliser, stored_estimate
-from crcjax.slides.stain import Estimate
-from crcjax.slides.store import TileStore, open_store, tiled_slides
+from crcjax.slides.stain.methods import Estimate
+from crcjax.slides.stain.normalisation import StainNormaliser, stored_estimate
+from crcjax.slides.store.features import FeatureReader
+from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crcjax.errors import InputError
-from crcjax.slides.reader import MPP_RANGE
+from crcjax.slides.wsi.slide import MPP_RANGE
 
 SPLITS = ("train", "val", "test")
 _REQUIRED = ("slide_id", "case_id")

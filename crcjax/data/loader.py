@@ -18,16 +18,16 @@ from jaxtyping import Float32, Int8
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import Bag, open_features, open_stores, read_bag, slide_stains
-from crcjax.data.cases import CaseFeatures, CaseStore, by_unit
+from crcjax.data.case_bags import CaseFeatures, CaseStore, by_unit
 from crcjax.data.cohort import Cohort
-from crcjax.data.labels import bag_labels
-from crcjax.data.mining import Board, Sampler, sampler_of
+from crcjax.data.hard_mining import Board, Sampler, sampler_of
 from crcjax.data.sampling import slide_weights
+from crcjax.data.tile_labels import bag_labels
 from crcjax.errors import InputError
-from crcjax.slides.features import FeatureReader
-from crcjax.slides.normaliser import StainNormaliser
-from crcjax.slides.stain import Estimate
-from crcjax.slides.store import TileStore
+from crcjax.slides.stain.methods import Estimate
+from crcjax.slides.stain.normalisation import StainNormaliser
+from crcjax.slides.store.features import FeatureReader
+from crcjax.slides.store.tile_store import TileStore
 
 Block = tuple[range, range]  # places of a batch: its bags, and their regions
 # The parts of a bag that have the axis of regions.

@@ -15,13 +15,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
-from crcjax.models.aggregators import ABMIL, CLAM, DSMIL, Aggregator, Instances, MaxPool, MeanPool
+from crcjax.models.aggregators.hierarchical import HierarchicalAttentionMIL
+from crcjax.models.aggregators.pooling import ABMIL, CLAM, DSMIL, Aggregator, Instances, MaxPool, MeanPool
+from crcjax.models.aggregators.transmil import TransMIL
 from crcjax.models.attention import REMAT
-from crcjax.models.convnets import Batch, by_batch
-from crcjax.models.encoders import ImportedFeatures, PublishedEncoder, build_encoder
+from crcjax.models.encoders.convnets import Batch, by_batch
+from crcjax.models.encoders.registry import ImportedFeatures, PublishedEncoder, build_encoder
 from crcjax.models.heads import HEADS, TaskHeads
-from crcjax.models.hierarchical import HierarchicalAttentionMIL
-from crcjax.models.transmil import TransMIL
 
 Params = dict[str, Any]  # a nested dictionary of arrays, as optax and Orbax take it; nnx.merge gives the model back
 # The number of valid tiles, and times it the mean and variance that batch norms had of them, where the parameters stand.

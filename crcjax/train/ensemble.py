@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
-from crcjax.models.encoders import PublishedEncoder
+from crcjax.models.encoders.registry import PublishedEncoder
 from crcjax.models.mil import MILModel, Params
 from crcjax.train.step import TrainState, abstract_state, build_joint_step, joint
 

@@ -15,17 +15,17 @@ from sklearn.metrics import balanced_accuracy_score
 
 from crcjax.data.augment import Augmentation
 from crcjax.data.bags import Bag, label_of, open_features, open_stores, read_bag, slide_stains
-from crcjax.data.cases import CaseStore, by_unit
+from crcjax.data.case_bags import CaseStore, by_unit
 from crcjax.data.cohort import Cohort
-from crcjax.data.degrade import draw_artefacts
-from crcjax.data.labels import bag_labels
+from crcjax.data.corruptions import draw_artefacts
+from crcjax.data.tile_labels import bag_labels
 from crcjax.models.mil import MILModel, Params, Prediction
-from crcjax.slides.normaliser import StainNormaliser
-from crcjax.slides.store import TileStore
-from crcjax.train.density import Summaries, summary
-from crcjax.train.encode import encode_drawn
+from crcjax.predict.feature_density import Summaries, summary
+from crcjax.slides.stain.normalisation import StainNormaliser
+from crcjax.slides.store.tile_store import TileStore
+from crcjax.train.auxiliary_tasks import Tasks, confusion
+from crcjax.train.encode_step import encode_drawn
 from crcjax.train.step import Forward
-from crcjax.train.tasks import Tasks, confusion
 
 
 class Evaluation:

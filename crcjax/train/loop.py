@@ -20,34 +20,42 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import featured, open_features, open_stores
-from crcjax.data.cases import rows_by_unit
+from crcjax.data.case_bags import rows_by_unit
 from crcjax.data.cohort import Cohort, load_cohort
+from crcjax.data.hard_mining import Miner, Mining, start_mining
 from crcjax.data.loader import Feed, open_feed
-from crcjax.data.mining import Miner, Mining, start_mining
 from crcjax.data.splits import divide
 from crcjax.errors import DeviceMemoryError, InputError, StoppedError
-from crcjax.models.encoders import PRETRAINED
+from crcjax.models.encoders.registry import PRETRAINED
 from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import MILModel, build_model
 from crcjax.monitor.logs import kept_in, say
-from crcjax.monitor.metrics import MetricWriter
-from crcjax.slides.features import FeatureReader, feature_attributes
-from crcjax.slides.normaliser import StainNormaliser, stain_normaliser
-from crcjax.slides.store import TileStore
-from crcjax.slides.tiling import TilingParams
-from crcjax.train.checkpoint import Checkpointer, newest_step, restore_params
-from crcjax.train.density import check_bags, fit_density, is_fitted
-from crcjax.train.distributed import Group
+from crcjax.monitor.metric_writer import MetricWriter
+from crcjax.parallel.mesh import described, device_mesh, local_mesh, on_local_mesh, replicated
+from crcjax.parallel.process_group import Group
+from crcjax.predict.feature_density import check_bags, fit_density, is_fitted
+from crcjax.runs.checkpoint import Checkpointer, newest_step, restore_params
+from crcjax.runs.pretrained_weights import is_kept, load_published
+from crcjax.runs.run_directory import start_run
+from crcjax.slides.stain.normalisation import StainNormaliser, stain_normaliser
+from crcjax.slides.store.features import FeatureReader, feature_attributes
+from crcjax.slides.store.tile_store import TileStore
+from crcjax.slides.tiling.plan import TilingParams
+from crcjax.train.auxiliary_tasks import Tasks, add_heads, check_tasks, open_tasks
 from crcjax.train.ensemble import Ensemble, apart, check_members, member_config, side_by_side, with_encoder_of
 from crcjax.train.evaluate import Evaluation, TaskEvaluation
 from crcjax.train.losses import check_loss
-from crcjax.train.memory import Budget, Parts, fitting_step, keep_parts, memory_errors, memory_of_step, more_parts
-from crcjax.train.mesh import described, device_mesh, local_mesh, on_local_mesh, replicated
+from crcjax.train.memory_budget import (
+    Budget,
+    Parts,
+    fitting_step,
+    keep_parts,
+    memory_errors,
+    memory_of_step,
+    more_parts,
+)
 from crcjax.train.optimizer import build_optimizer, learning_rate
-from crcjax.train.pretrained import is_kept, load_published
-from crcjax.train.run_directory import start_run
 from crcjax.train.step import Forward, JointMetrics, Metrics, TrainState, abstract_state, build_step, init_state
-from crcjax.train.tasks import Tasks, add_heads, check_tasks, open_tasks
 
 _OUTSIDE = "That was in an evaluation, not in a step: lower config.data.regions, of which it encodes as many, or the model's width"
 

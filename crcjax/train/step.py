@@ -18,16 +18,16 @@ from ml_collections import ConfigDict
 
 from crcjax.data.augment import Augmentation, draw_augmentation
 from crcjax.data.bags import Bag
-from crcjax.data.mining import Mining, after_step
+from crcjax.data.hard_mining import Mining, after_step
 from crcjax.errors import InputError
 from crcjax.models.mil import MILModel, Params, Prediction, Statistics, every, params_of
-from crcjax.slides.normaliser import StainNormaliser
-from crcjax.slides.stain import Estimate
-from crcjax.train.encode import build_encode, with_running
+from crcjax.parallel.mesh import over_data, replicated
+from crcjax.parallel.sharding import bag_spec, state_shardings
+from crcjax.slides.stain.methods import Estimate
+from crcjax.slides.stain.normalisation import StainNormaliser
+from crcjax.train.auxiliary_tasks import Tasks
+from crcjax.train.encode_step import build_encode, with_running
 from crcjax.train.losses import bag_losses, supervised_contrastive
-from crcjax.train.mesh import over_data, replicated
-from crcjax.train.sharding import bag_spec, state_shardings
-from crcjax.train.tasks import Tasks
 
 # Where a number stands on the devices, an abstract state has its shape, a layout its sharding, and jax its placeholders.
 Scalar = Any

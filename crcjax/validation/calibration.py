@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError, OutputError
-from crcjax.validation.predictions import load_predictions
+from crcjax.validation.predictions_table import load_predictions
 
 METHODS = ("lac", "aps")
 HOTTEST = 10.0  # temperatures are sought from its inverse to it: beyond, a few cases would decide alone

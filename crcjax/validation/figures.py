@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from crcjax.validation.metrics import calibration_bins
+from crcjax.validation.statistics import calibration_bins
 
 
 def _png(figure: Figure, synthetic: bool) -> bytes:

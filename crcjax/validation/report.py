@@ -17,11 +17,11 @@ import numpy as np
 import crcjax
 from crcjax.data.cohort import SlideRow, load_cohort
 from crcjax.errors import InputError, OutputError
-from crcjax.validation.attention import attention_auroc, truth_of
+from crcjax.validation.attention_truth import attention_auroc, truth_of
 from crcjax.validation.figures import confusion_figure, reliability_figure, roc_figure
-from crcjax.validation.metrics import Estimate, aggregate_cases, evaluate
-from crcjax.validation.predictions import Predictions, load_predictions
-from crcjax.validation.uncertainty import doubt_statistics
+from crcjax.validation.predictions_table import Predictions, load_predictions
+from crcjax.validation.selective import doubt_statistics
+from crcjax.validation.statistics import Estimate, aggregate_cases, evaluate
 
 HEATMAPS = 6
 

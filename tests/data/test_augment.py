@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from crcjax.config import get_config
 from crcjax.data.augment import augment, draw_augmentation
 from crcjax.errors import InputError
-from crcjax.slides.stain import StainMatrix, fit_macenko, optical_density
+from crcjax.slides.stain.methods import StainMatrix, fit_macenko, optical_density
 
 PIXELS = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 5, 3, 8, 8, 3)).astype(np.uint8))
 SHAPE = PIXELS.shape[:3]

@@ -17,10 +17,10 @@ from crcjax.data.bags import Bag, open_stores
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import Batches, open_feed, train_batches
 from crcjax.errors import InputError
-from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.store import open_store
-from crcjax.slides.tiling import TilingParams
-from crcjax.train.mesh import device_mesh
+from crcjax.parallel.mesh import device_mesh
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.store.tile_store import open_store
+from crcjax.slides.tiling.plan import TilingParams
 
 # Two processes of two devices, between which either the slides or the regions are divided. What each reads is counted.
 PROGRAM = """
@@ -31,7 +31,7 @@ from jax.sharding import AxisType, Mesh
 from crcjax.config import get_config
 from crcjax.data.cohort import load_cohort
 from crcjax.data.loader import train_batches
-from crcjax.slides.store import TileStore
+from crcjax.slides.store.tile_store import TileStore
 
 port, process, folder, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 jax.distributed.initialize(f"localhost:{port}", 2, process)

@@ -11,8 +11,8 @@ import pytest
 from crcjax.data.cohort import load_cohort
 from crcjax.data.pseudonyms import load_key, pseudonym, write_pseudonymous
 from crcjax.errors import InputError, OutputError
-from crcjax.slides.painter import SlideSpec, paint_slide
-from crcjax.slides.store import open_store, tiled_slides
+from crcjax.slides.store.tile_store import open_store, tiled_slides
+from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
 
 KEY = b"0123456789abcdef0123456789abcdef"
 CASE, SLIDE = "Doe-Jane-1957", "S19-04711-A1"

@@ -6,7 +6,7 @@ from flax import nnx
 
 from crcjax.config import get_config
 from crcjax.errors import InputError
-from crcjax.models.compact import optical_density
+from crcjax.models.encoders.compact import optical_density
 from crcjax.models.heads import evidential_head
 from crcjax.models.mil import MILModel, build_model, params_of
 

@@ -9,11 +9,11 @@ import pytest
 import tifffile
 
 from crcjax.errors import SlideError
-from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.files import find_slides, slide_id_of
-from crcjax.slides.reader import open_slide
-from crcjax.slides.store import open_store
-from crcjax.slides.tiling import TilingParams, plan_tiles
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.store.tile_store import open_store
+from crcjax.slides.tiling.plan import TilingParams, plan_tiles
+from crcjax.slides.wsi.discovery import find_slides, slide_id_of
+from crcjax.slides.wsi.slide import open_slide
 
 pytestmark = pytest.mark.real_data
 # Without a micrometre per pixel of their own.

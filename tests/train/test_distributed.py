@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from crcjax.data.cohort import load_cohort
-from crcjax.slides.features import write_features
-from crcjax.slides.store import open_store
-from crcjax.train.density import load_density
+from crcjax.predict.feature_density import load_density
+from crcjax.runs.run_directory import open_run
+from crcjax.slides.store.features import write_features
+from crcjax.slides.store.tile_store import open_store
 from crcjax.train.loop import train
-from crcjax.train.run_directory import open_run
 
 pytestmark = pytest.mark.multiprocess
 
@@ -206,9 +206,9 @@ def _two(folder: Path, painted: Path, own: list[list[str]]) -> list[subprocess.P
 
 SCRIPT = """
 import os, signal, sys, time, jax, numpy as np
-from crcjax.train.distributed import together
-from crcjax.train.mesh import device_mesh, replicated
-from crcjax.train.peers import Peers
+from crcjax.parallel.process_group import together
+from crcjax.parallel.mesh import device_mesh, replicated
+from crcjax.parallel.cluster_env import Peers
 
 process = int(sys.argv[1])
 with together(Peers(sys.argv[2], 2, process), {}, 60.0, float(sys.argv[3])) as group:

@@ -16,25 +16,25 @@ from safetensors.numpy import save_file
 
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError, StoppedError
-from crcjax.infer.crossvalidation import crossvalidate
-from crcjax.infer.embed import embed_store
-from crcjax.infer.predictor import Predictor
-from crcjax.models import encoders
-from crcjax.models.convnets import ResNet
-from crcjax.models.encoders import PretrainedEncoder
+from crcjax.models.encoders import registry as encoders
+from crcjax.models.encoders.convnets import ResNet
+from crcjax.models.encoders.registry import PretrainedEncoder
+from crcjax.models.encoders.torch_weights import torch_tensors
 from crcjax.models.mil import build_model
-from crcjax.models.weights import torch_tensors
-from crcjax.slides.features import write_features
-from crcjax.slides.reader import open_slide
-from crcjax.slides.store import open_store, tiled_slides
-from crcjax.train.checkpoint import Checkpointer, newest_step
-from crcjax.train.distributed import Group
+from crcjax.parallel.mesh import device_mesh
+from crcjax.parallel.process_group import Group
+from crcjax.predict.embed import embed_store
+from crcjax.predict.predictor import Predictor
+from crcjax.runs.checkpoint import Checkpointer, newest_step
+from crcjax.runs.pretrained_weights import is_kept
+from crcjax.runs.run_directory import open_run
+from crcjax.slides.store.features import write_features
+from crcjax.slides.store.tile_store import open_store, tiled_slides
+from crcjax.slides.wsi.slide import open_slide
+from crcjax.train.crossvalidate import crossvalidate
 from crcjax.train.ensemble import side_by_side
 from crcjax.train.loop import train, train_members
-from crcjax.train.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
-from crcjax.train.pretrained import is_kept
-from crcjax.train.run_directory import open_run
 from crcjax.train.step import TrainState, init_state
 
 SMALL = PretrainedEncoder(partial(ResNet, depths=(1,), width=8), 32, 1.0, "", resize_px=64, size_px=48)
@@ -123,7 +123,7 @@ from crcjax.config import get_config
 from crcjax.data.bags import Bag
 from crcjax.models.mil import build_model
 from crcjax.train.ensemble import Ensemble
-from crcjax.train.mesh import device_mesh
+from crcjax.parallel.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import build_step, init_state
 

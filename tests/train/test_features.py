@@ -12,19 +12,19 @@ from safetensors.numpy import save_file
 
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
-from crcjax.infer.embed import embed_store
-from crcjax.infer.predictor import Predictor
-from crcjax.infer.stored import predict_stored
-from crcjax.models import encoders
-from crcjax.models.convnets import ResNet
-from crcjax.models.encoders import PretrainedEncoder
-from crcjax.models.weights import torch_tensors
-from crcjax.slides.executor import TileJob, tile_slides
-from crcjax.slides.features import read_features, write_features
-from crcjax.slides.reader import open_slide
-from crcjax.slides.tiling import TilingParams
+from crcjax.models.encoders import registry as encoders
+from crcjax.models.encoders.convnets import ResNet
+from crcjax.models.encoders.registry import PretrainedEncoder
+from crcjax.models.encoders.torch_weights import torch_tensors
+from crcjax.predict.embed import embed_store
+from crcjax.predict.predict_store import predict_stored
+from crcjax.predict.predictor import Predictor
+from crcjax.runs.run_directory import open_run
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.store.features import read_features, write_features
+from crcjax.slides.tiling.plan import TilingParams
+from crcjax.slides.wsi.slide import open_slide
 from crcjax.train.loop import train
-from crcjax.train.run_directory import open_run
 
 SMALL = PretrainedEncoder(partial(ResNet, depths=(1,), width=8), 32, 1.0, "", resize_px=64, size_px=48)
 
@@ -102,7 +102,7 @@ def test_features_that_are_absent_not_finite_or_of_other_weights_are_named(
         train(config, tmp_path / "run")
 
     embed_store(copy, "small", weights)
-    from crcjax.slides.features import feature_attributes
+    from crcjax.slides.store.features import feature_attributes
 
     made = feature_attributes(copy, slide_id, "small")
     assert made
@@ -124,7 +124,7 @@ def test_features_of_some_magnifications_are_refused(config, embedded: tuple[Pat
     copy = tmp_path / "store"
     shutil.copytree(embedded[0], copy)
     config.data.store = str(copy)
-    from crcjax.slides.features import feature_attributes
+    from crcjax.slides.store.features import feature_attributes
 
     for slide in copy.glob("*.zarr"):
         made = feature_attributes(copy, slide.stem, "small")

@@ -19,11 +19,11 @@ from jax.sharding import NamedSharding
 from crcjax.config import get_config
 from crcjax.data.bags import Bag
 from crcjax.models.mil import build_model
-from crcjax.train.mesh import device_mesh
+from crcjax.parallel.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
-from crcjax.train.sharding import bag_spec
+from crcjax.parallel.sharding import bag_spec
 from crcjax.train.step import build_step, init_state
-from crcjax.train.tasks import add_heads, open_tasks
+from crcjax.train.auxiliary_tasks import add_heads, open_tasks
 
 kind, layouts = sys.argv[1], json.loads(sys.argv[2])
 rng = np.random.default_rng(0)
@@ -102,9 +102,9 @@ from jax.sharding import NamedSharding
 from crcjax.config import get_config
 from crcjax.data.bags import Bag
 from crcjax.models.mil import build_model
-from crcjax.train.mesh import device_mesh
+from crcjax.parallel.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
-from crcjax.train.sharding import bag_spec
+from crcjax.parallel.sharding import bag_spec
 from crcjax.train.step import abstract_state, build_step
 
 for kind in sys.argv[1:]:

@@ -10,11 +10,11 @@ import pytest
 
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
-from crcjax.infer.predictor import Predictor
-from crcjax.infer.stored import predict_stored
-from crcjax.slides.features import feature_attributes, read_features, write_features
-from crcjax.slides.interchange import import_files
-from crcjax.slides.store import open_store
+from crcjax.predict.predict_store import predict_stored
+from crcjax.predict.predictor import Predictor
+from crcjax.slides.interchange.importer import import_files
+from crcjax.slides.store.features import feature_attributes, read_features, write_features
+from crcjax.slides.store.tile_store import open_store
 from crcjax.train.loop import train
 
 

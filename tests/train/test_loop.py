@@ -13,14 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
-from crcjax.infer.predictor import Predictor
 from crcjax.models.mil import build_model
-from crcjax.slides.reader import open_slide
-from crcjax.train.checkpoint import restore_params
-from crcjax.train.density import load_density, summary
-from crcjax.train.distributed import Group
+from crcjax.parallel.process_group import Group
+from crcjax.predict.feature_density import load_density, summary
+from crcjax.predict.predictor import Predictor
+from crcjax.runs.checkpoint import restore_params
+from crcjax.runs.run_directory import open_run
+from crcjax.slides.wsi.slide import open_slide
 from crcjax.train.loop import train
-from crcjax.train.run_directory import open_run
 
 ROOT = Path(__file__).parents[2]
 SMALL = """

@@ -22,11 +22,11 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding
 from crcjax.config import get_config
 from crcjax.data.bags import Bag
-from crcjax.models import hierarchical
+from crcjax.models.aggregators import hierarchical
 from crcjax.models.mil import build_model
-from crcjax.train.mesh import described, device_mesh
+from crcjax.parallel.mesh import described, device_mesh
 from crcjax.train.optimizer import build_optimizer
-from crcjax.train.sharding import bag_spec
+from crcjax.parallel.sharding import bag_spec
 from crcjax.train.step import build_step, init_state
 
 config = get_config()
@@ -89,9 +89,9 @@ from pathlib import Path
 from crcjax.config import get_config
 from crcjax.data.cohort import load_cohort
 from crcjax.models.mil import build_model
-from crcjax.train.checkpoint import Checkpointer
+from crcjax.runs.checkpoint import Checkpointer
 from crcjax.train.evaluate import Evaluation
-from crcjax.train.mesh import device_mesh, local_mesh, on_local_mesh
+from crcjax.parallel.mesh import device_mesh, local_mesh, on_local_mesh
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import Forward, init_state
 
@@ -172,9 +172,9 @@ def test_a_state_saved_by_two_processes_is_restored_by_one_and_both_evaluate_as_
     from crcjax.config import get_config
     from crcjax.data.cohort import load_cohort
     from crcjax.models.mil import build_model, params_of
-    from crcjax.train.checkpoint import Checkpointer
+    from crcjax.parallel.mesh import device_mesh, local_mesh
+    from crcjax.runs.checkpoint import Checkpointer
     from crcjax.train.evaluate import Evaluation
-    from crcjax.train.mesh import device_mesh, local_mesh
     from crcjax.train.optimizer import build_optimizer
     from crcjax.train.step import Forward, init_state
 

@@ -9,7 +9,7 @@ from crcjax.config import get_config
 from crcjax.data.bags import Bag
 from crcjax.errors import InputError
 from crcjax.models.mil import build_model, params_of
-from crcjax.train.mesh import device_mesh
+from crcjax.parallel.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer, learning_rate
 from crcjax.train.step import Forward, LossScale, abstract_state, build_step, init_state
 

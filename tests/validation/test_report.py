@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from crcjax.errors import InputError, OutputError
-from crcjax.slides.painter import Truth
-from crcjax.validation.attention import attention_auroc
+from crcjax.slides.synthetic.painter import Truth
+from crcjax.validation.attention_truth import attention_auroc
 from crcjax.validation.report import validate
 
 CLASSES = ("canonical", "immune", "stromal")

@@ -1,0 +1,1 @@
+"""Bag aggregators: instance features to one slide embedding and class logits."""

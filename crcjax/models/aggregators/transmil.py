@@ -1,0 +1,298 @@
+"""TransMIL (Shao et al. 2021): Nyström self-attention over the bag laid out as a square, read from a class token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
+from ml_collections import ConfigDict
+
+from crcjax.models.aggregators.pooling import Instances, Pooled
+from crcjax.models.attention import REMAT, Remat, attend, in_blocks
+from crcjax.models.linear import Linear
+
+_PINV_ITERATIONS = 6
+_RESIDUAL_KERNEL = 33
+_POSITION_KERNELS = 7, 5, 3
+# Weights of a head that are held at a time; more are made again in the backward pass, block by block.
+_PAIRS, _PAIRS_ELSEWHERE = 2**24, 2**26
+_BATCH = "batch"  # the name of the axis of bags, over which a bag is mapped
+
+
+class TransMIL(nnx.Module):
+    """Two Nyström attention layers around a convolutional position encoding.
+
+    Instances are put in the order of the tissue (row, column) before they fill the square, so that the order in the
+    store does not matter; what the square lacks is filled with the first instances, as published. Padding is masked
+    everywhere. Attention is the class token's over the instances in the last layer, mean over heads, by the matrices
+    that the layer really multiplies; it may be negative there, and is then counted as zero.
+    """
+
+    def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width = config.features
+        self.compress = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,)))
+        layer = partial(NystromLayer, width, config.heads, REMAT[config.remat], dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([layer() for _ in range(2)])
+        self.positions = nnx.List(
+            [
+                nnx.Conv(width, width, (side, side), feature_group_count=width, padding="SAME", dtype=dtype, rngs=rngs)
+                for side in _POSITION_KERNELS
+            ]
+        )
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.classify = nnx.Linear(width, classes, rngs=rngs)
+
+    def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
+        embedding, attention = jax.vmap(self._one, axis_name=_BATCH)(bag.features, bag.mask, bag.position)
+        return Pooled(self.classify(embedding), embedding, attention[..., None], jnp.zeros(len(embedding)))
+
+    def _one(
+        self,
+        features: Float[Array, "instance feature"],
+        mask: Bool[Array, " instance"],
+        position: Float32[Array, "instance 2"],
+    ) -> tuple[Float32[Array, " feature"], Float32[Array, " instance"]]:
+        total = len(mask)
+        largest = math.isqrt(total - 1) + 1
+        order = jnp.lexsort((jnp.arange(total), position[:, 0], position[:, 1], ~mask))
+        count = mask.sum()
+        side = jnp.ceil(jnp.sqrt(count.astype(jnp.float32))).astype(jnp.int32)
+        places = jnp.arange(largest**2)
+        held = places < side**2
+        source = order[jnp.where(places < count, places, places - count) % total]
+        sequence = jax.nn.relu(self.compress(features))[source] * held[:, None]
+        row, column = places // jnp.maximum(side, 1), places % jnp.maximum(side, 1)
+        tokens = jnp.concatenate([self.token[...][None], sequence]).astype(sequence.dtype)
+        seen = jnp.concatenate([jnp.ones(1, bool), held])
+        tokens, _ = self.layers[0](tokens, seen)
+        square = jnp.zeros((largest, largest, tokens.shape[-1]), tokens.dtype)
+        at = (jnp.where(held, row, largest), jnp.where(held, column, largest))  # beyond the square is dropped
+        square = square.at[at].set(tokens[1:], mode="drop")
+        encoded = square + self._encoded(square)
+        tokens = tokens.at[1:].set(jnp.where(held[:, None], encoded.at[at].get(mode="fill", fill_value=0), 0))
+        tokens, attention = self.layers[1](tokens, seen)
+        embedding = self.norm(tokens[0].astype(jnp.float32))
+        by_place = jnp.maximum(attention[1:], 0.0) * held
+        by_instance = jnp.zeros(total).at[source].add(by_place)
+        return embedding, by_instance / jnp.maximum(by_instance.sum(), jnp.finfo(jnp.float32).tiny)
+
+    def _encoded(self, square: Float[Array, "row column feature"]) -> Float[Array, "row column feature"]:
+        """The sum of the convolutions, each feature by itself: of one convolution with the sum of their kernels."""
+        kernel, bias = jnp.zeros(()), jnp.zeros(())
+        for convolution in self.positions:
+            assert convolution.bias is not None
+            pad = (_POSITION_KERNELS[0] - convolution.kernel[...].shape[0]) // 2
+            kernel = kernel + jnp.pad(convolution.kernel[...][:, :, 0], ((pad, pad), (pad, pad), (0, 0)))
+            bias = bias + convolution.bias[...]
+        return (_convolved(square.astype(jnp.float32), kernel) + bias).astype(square.dtype)
+
+
+class NystromLayer(nnx.Module):
+    """Pre-norm Nyström attention (Xiong et al. 2021, equation 14) with a convolution over the values, added to its input."""
+
+    def __init__(self, width: int, heads: int, remat: Remat, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.heads, self.landmarks, self.remat = heads, width // 2, remat
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.project = Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.merge = Linear(width, width, dtype=dtype, rngs=rngs)
+        init = nnx.initializers.lecun_normal()
+        self.residual = nnx.Param(init(rngs.params(), (_RESIDUAL_KERNEL, 1, heads)))
+
+    def __call__(
+        self, tokens: Float[Array, "token feature"], seen: Bool[Array, " token"]
+    ) -> tuple[Float[Array, "token feature"], Float32[Array, " token"]]:
+        """The tokens, and what the first of them attends to (mean over heads); those that are seen come first."""
+        count, width = tokens.shape
+        landmarks = min(self.landmarks, count)
+        parts = jnp.where(seen[:, None], self.project(self.norm(tokens)).astype(jnp.float32), 0.0)
+        query, key, value = jnp.moveaxis(parts.reshape(count, 3, self.heads, -1), 1, 0)
+        # Landmarks are means of equal stretches of what is seen, however long the padding is.
+        stretch = jnp.maximum(-(-seen.sum() // landmarks), 1)
+        first, offset = jnp.arange(landmarks) * stretch, jnp.arange(-(-count // landmarks))
+        members = jnp.where(offset < stretch, first[:, None] + offset, count)
+        landmark_of = jnp.where(seen, jnp.arange(count) // stretch, landmarks)
+        sizes = jnp.clip(seen.sum() - first, 0, stretch)
+        lands = sizes > 0
+        marks = _sums(parts[:, : 2 * width], members, landmark_of) / jnp.maximum(sizes, 1)[:, None]
+        query_marks, key_marks = jnp.moveaxis(marks.reshape(landmarks, 2, self.heads, -1), 1, 0)
+        inverse = _pseudo_inverse(_weights(query_marks, key_marks, lands) * lands[:, None], lands)
+        # Values are brought to the landmarks first: the weights of all tokens would be as many products, and kept.
+        mixed = jnp.swapaxes(_attended(query_marks, key, value, seen, self.remat), 0, 1)
+        out = _attended(query, key_marks, jnp.swapaxes(inverse @ mixed, 0, 1), lands, self.remat)
+        out = out + self._residual(value)
+        of_first = (_weights(query[:1], key_marks, lands) @ inverse)[:, 0]
+        attention = jnp.einsum("hl,hlt->t", of_first, _weights(query_marks, key, seen)) / self.heads
+        out = self.merge(out.reshape(count, -1).astype(tokens.dtype))
+        return tokens + jnp.where(seen[:, None], out, 0), attention
+
+    def _residual(self, value: Float32[Array, "token head channel"]) -> Float32[Array, "token head channel"]:
+        """Each head's values convolved along the sequence with the head's own kernel."""
+        width = value.shape[-1]
+        kernel = jnp.repeat(self.residual[...][:, 0], width, axis=1)
+        return _convolved(value.reshape(len(value), -1), kernel).reshape(value.shape)
+
+
+def _weights(
+    query: Float32[Array, "row head channel"], key: Float32[Array, "column head channel"], held: Bool[Array, " column"]
+) -> Float32[Array, "head row column"]:
+    """Softmax over the columns that are held, at least one."""
+    scores = jnp.einsum("rhc,khc->hrk", query, key) * query.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(held, scores, jnp.finfo(jnp.float32).min))
+
+
+def _attended(
+    query: Float32[Array, "row head channel"],
+    key: Float32[Array, "column head channel"],
+    value: Float32[Array, "column head channel"],
+    held: Bool[Array, " column"],
+    remat: Remat,
+) -> Float32[Array, "row head channel"]:
+    """Values by those weights, in blocks of rows where the weights are too large to be kept."""
+    key, value = (jnp.swapaxes(part, 0, 1)[None] for part in (key, value))
+    largest = max(1, (_PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE) // len(held))
+    return in_blocks(lambda some: (attend(some, key, value, held[None]),), largest, query[None], remat=remat)[0][0]
+
+
+@jax.custom_vjp
+def _sums(
+    values: Float32[Array, "token channel"],
+    members: Int[Array, "landmark member"],
+    landmark_of: Int[Array, " token"],
+) -> Float32[Array, "landmark channel"]:
+    """Of each landmark's members, tokens beyond the last being none. The gradient is a choice of rows too: no sum in any order."""
+    return values.at[members].get(mode="fill", fill_value=0).sum(axis=1)
+
+
+def _sums_gradient(landmark_of: Int[Array, " token"], of: Array) -> tuple[Array, None, None]:
+    return of.at[landmark_of].get(mode="fill", fill_value=0), None, None
+
+
+_sums.defvjp(lambda values, members, landmark_of: (_sums(values, members, landmark_of), landmark_of), _sums_gradient)
+
+
+@jax.custom_vjp
+def _convolved(
+    values: Float32[Array, "*place channel"], kernel: Float32[Array, "*tap channel"]
+) -> Float32[Array, "*place channel"]:
+    """Convolution of each channel with its own kernel of odd sides, zero beyond the edge.
+
+    A sum of shifted products: XLA divides those among devices rightly, where gradients of its own grouped convolutions
+    came out wrong, and on CPUs it is faster. Of the plain sum every shifted copy would be kept for the backward pass.
+    """
+    padded, total = _padded(values, kernel), jnp.zeros_like(values)
+    for at in np.ndindex(*kernel.shape[:-1]):
+        shifted = padded[tuple(slice(i, i + length) for i, length in zip(at, values.shape[:-1], strict=True))]
+        total = total + kernel[at] * shifted
+    return total
+
+
+def _convolved_gradients(kept: tuple[Array, Array], of: Array) -> tuple[Array, Array]:
+    values, kernel = kept
+    padded, taps = _padded(values, kernel), kernel.shape[:-1]
+
+    def by_tap(at: Int[Array, " axis"]) -> Float32[Array, " channel"]:
+        products = (jax.lax.dynamic_slice(padded, (*at, 0), values.shape) * of).reshape(-1, of.shape[-1])
+        # A product, since XLA's CPU code takes twenty times as long for the sum of a single bag's.
+        return jnp.matmul(jnp.ones(len(products)), products, precision=jax.lax.Precision.HIGHEST)
+
+    by_kernel = jax.lax.map(by_tap, jnp.array(list(np.ndindex(*taps)))).reshape(kernel.shape)
+    return _convolved(of, jnp.flip(kernel, range(len(taps)))), by_kernel
+
+
+def _padded(values: Array, kernel: Array) -> Array:
+    return jnp.pad(values, [(tap // 2, tap // 2) for tap in kernel.shape[:-1]] + [(0, 0)])
+
+
+_convolved.defvjp(lambda values, kernel: (_convolved(values, kernel), (values, kernel)), _convolved_gradients)
+
+
+def _pseudo_inverse(
+    matrix: Float32[Array, "head row column"], lands: Bool[Array, " row"]
+) -> Float32[Array, "head row column"]:
+    """Moore-Penrose inverse by the iteration of Razavi et al. (2014), as Xiong et al. 2021, equation 11, use it.
+
+    Rows and columns are zero but for the first, which `lands` tells.
+    """
+    absolute = jnp.abs(matrix)
+    # Scaled head by head; the public code takes the largest of the whole batch, so that one bag changes another's result.
+    scale = absolute.sum(axis=-1).max(axis=-1) * absolute.sum(axis=-2).max(axis=-1)
+    start = jnp.swapaxes(matrix, -1, -2) / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None, None]
+    # Stretches are whole, so that a bag may have little more than half of the landmarks, and its inverse an eighth of the
+    # operations. The bag with the most decides for all: of a choice bag by bag every branch would be computed.
+    sizes = jnp.array(_sizes(len(lands)))
+    return _iterated(matrix, start, jnp.searchsorted(sizes, jax.lax.pmax(lands.sum(), _BATCH)))
+
+
+def _sizes(landmarks: int) -> list[int]:
+    return [-(-landmarks * sixteenths // 16) for sixteenths in (11, 12, 14, 16)]
+
+
+@jax.custom_vjp
+def _iterated(matrix: Array, inverse: Array, which: Int[Array, ""]) -> Array:
+    """The inverse after all iterations on what lies within `_sizes`[which]."""
+    return _iterations(matrix, inverse, which)[0]
+
+
+def _iterations(matrix: Array, inverse: Array, which: Int[Array, ""]) -> tuple[Array, tuple[Array, ...]]:
+    """Computed and kept turned over, as the gradient needs them: XLA's CPU code is slower where it has to turn first."""
+
+    def iterate(matrix: Array, inverse: Array) -> tuple[Array, tuple[Array, ...]]:
+        identity = jnp.eye(matrix.shape[-1])
+
+        def once(inverse: Array, _: None) -> tuple[Array, tuple[Array, ...]]:
+            product = inverse @ matrix
+            factor = 13 * identity - product @ (15 * identity - product @ (7 * identity - product))
+            return 0.25 * factor @ inverse, (inverse, product, factor)
+
+        return jax.lax.scan(once, inverse, length=_PINV_ITERATIONS)
+
+    found, kept = _within(iterate, which, jnp.swapaxes(matrix, 1, 2), jnp.swapaxes(inverse, 1, 2))
+    return jnp.swapaxes(found, 1, 2), kept
+
+
+def _iterations_kept(matrix: Array, inverse: Array, which: Int[Array, ""]) -> tuple[Array, tuple]:
+    found, kept = _iterations(matrix, inverse, which)
+    return found, (matrix, which, kept)
+
+
+def _iterations_gradient(kept: tuple, of: Array) -> tuple[Array, Array, None]:
+    matrix, which, turned = kept
+
+    def back(matrix: Array, of: Array, *turned: Array) -> tuple[Array, Array]:
+        def once(carry: tuple[Array, Array], kept: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+            (of, by_matrix), (inverse, product, factor) = carry, kept
+            by_factor = 0.25 * inverse @ of
+            right = by_factor @ product
+            by_product = 7 * right - 15 * by_factor - right @ product
+            by_product = by_product + product @ (7 * by_factor - right - product @ by_factor)
+            return (0.25 * of @ factor + matrix @ by_product, by_matrix + by_product @ inverse), None
+
+        (by_start, by_matrix), _ = jax.lax.scan(once, (of, jnp.zeros_like(of)), turned, reverse=True)
+        return by_matrix, by_start
+
+    return *_within(back, which, jnp.swapaxes(matrix, 1, 2), of, *turned), None
+
+
+def _within(compute: Callable[..., Any], which: Int[Array, ""], *matrices: Array) -> Any:
+    """What `compute` makes of the first rows and columns, `_sizes`[which] of them, zero beyond."""
+    whole = matrices[0].shape[-1]
+
+    def of_size(size: int) -> Callable[..., Any]:
+        def padded(part: Array) -> Array:
+            return jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, whole - size)] * 2)
+
+        return lambda *matrices: jax.tree.map(padded, compute(*(part[..., :size, :size] for part in matrices)))
+
+    return jax.lax.switch(which, [of_size(size) for size in _sizes(whole)], *matrices)
+
+
+_iterated.defvjp(_iterations_kept, _iterations_gradient)

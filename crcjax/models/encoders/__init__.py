@@ -1,0 +1,1 @@
+"""Tile encoders: pixels to features."""

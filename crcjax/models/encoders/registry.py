@@ -1,0 +1,235 @@
+"""The tile encoders by name: the table of those that are published, and the one of `config.model.encoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Num
+from ml_collections import ConfigDict
+
+from crcjax.errors import InputError
+from crcjax.models.encoders.compact import CompactEncoder
+from crcjax.models.encoders.convnets import BatchNorm, ConvNeXt, ResNet
+from crcjax.models.encoders.swin import Swin
+from crcjax.models.encoders.vit import ViT, linear
+
+RGB = tuple[float, float, float]
+IMAGENET: tuple[RGB, RGB] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF: tuple[RGB, RGB] = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+H_OPTIMUS: tuple[RGB, RGB] = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
+HIBOU: tuple[RGB, RGB] = (0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816)
+LUNIT: tuple[RGB, RGB] = (0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464)
+
+
+@dataclass(frozen=True)
+class PretrainedEncoder:
+    """A published tile encoder and how its authors prepare a tile.
+
+    `build` makes the module from `dtype` and `rngs`; `features` is how many it gives, `mpp` the resolution in µm per
+    pixel at which it was trained or is recommended, None for natural images. A tile is resized to `resize_px`, its centre
+    of `size_px` taken, and each channel normalised by `mean` and `std` (of intensities from 0 to 1). `source` is where
+    the weights are had: a name on Hugging Face, or the project's own pages.
+    """
+
+    build: Callable[..., nnx.Module]
+    features: int
+    mpp: float | None
+    source: str
+    normalisation: tuple[RGB, RGB] = IMAGENET
+    resize_px: int = 224
+    size_px: int = 224
+    resampling: str = "linear"  # or cubic
+
+    def prepare(self, pixels: Num[Array | np.ndarray, "tile y x 3"]) -> Float32[Array, "tile row column 3"]:
+        """Tiles, 8-bit intensities of any numeric type, as the encoder expects them; resized as Pillow does."""
+        images = jnp.asarray(pixels).astype(jnp.float32)
+        side = self.resize_px
+        # Pillow makes rows of whole intensities first, then columns.
+        for shape in ((len(images), images.shape[1], side, 3), (len(images), side, side, 3)):
+            if images.shape != shape:
+                resized = jax.image.resize(images, shape, self.resampling, antialias=True)
+                images = jnp.clip(jnp.floor(resized + 0.5), 0, 255)
+        border = (side - self.size_px) // 2
+        images = images[:, border : border + self.size_px, border : border + self.size_px]
+        mean, std = (jnp.asarray(values, jnp.float32) for values in self.normalisation)
+        return (images / 255 - mean) / std
+
+
+def _vit(patch_px: int, width: int, depth: int, heads: int, **others: Any) -> Callable[..., nnx.Module]:
+    defaults: dict[str, Any] = {"grid": 224 // patch_px, "hidden": 4 * width}
+    return partial(ViT, patch_px=patch_px, width=width, depth=depth, heads=heads, **defaults | others)
+
+
+def _small(patch_px: int, **others: Any) -> Callable[..., nnx.Module]:
+    return _vit(patch_px, 384, 12, 6, **others)
+
+
+def _base(patch_px: int, **others: Any) -> Callable[..., nnx.Module]:
+    return _vit(patch_px, 768, 12, 12, **others)
+
+
+def _large(patch_px: int, **others: Any) -> Callable[..., nnx.Module]:
+    return _vit(patch_px, 1024, 24, 16, **others)
+
+
+_huge = partial(_vit, 14, 1280, 32, 16, hidden=6832, swiglu=True, layer_scale=True)
+_giant = partial(_vit, width=1536, heads=24, hidden=8192, swiglu=True, layer_scale=True)
+_registers: dict[str, Any] = {"layer_scale": True, "registers": 4, "embed_prefix": False}
+
+PRETRAINED: dict[str, PretrainedEncoder] = {
+    "uni": PretrainedEncoder(_large(16, layer_scale=True), 1024, 0.5, "MahmoodLab/UNI"),
+    "uni2-h": PretrainedEncoder(_giant(14, depth=24, registers=8, embed_prefix=False), 1536, 0.5, "MahmoodLab/UNI2-h"),
+    "virchow": PretrainedEncoder(_huge(pool="class_mean"), 2560, 0.5, "paige-ai/Virchow", resampling="cubic"),
+    "virchow2": PretrainedEncoder(
+        _huge(pool="class_mean", registers=4), 2560, 0.5, "paige-ai/Virchow2", resampling="cubic"
+    ),
+    "h-optimus-0": PretrainedEncoder(
+        _giant(14, depth=40, registers=4, embed_prefix=False), 1536, 0.5, "bioptimus/H-optimus-0", H_OPTIMUS
+    ),
+    "h-optimus-1": PretrainedEncoder(
+        _giant(14, depth=40, registers=4, embed_prefix=False), 1536, 0.5, "bioptimus/H-optimus-1", H_OPTIMUS
+    ),
+    "prov-gigapath": PretrainedEncoder(
+        _giant(16, depth=40), 1536, 0.5, "prov-gigapath/prov-gigapath", resize_px=256, resampling="cubic"
+    ),
+    "phikon": PretrainedEncoder(_base(16, epsilon=1e-12), 768, 0.5, "owkin/phikon"),
+    "phikon-v2": PretrainedEncoder(_large(16, layer_scale=True), 1024, 0.5, "owkin/phikon-v2"),
+    "ctranspath": PretrainedEncoder(partial(Swin, conv_stem=True), 768, 1.0, "github.com/Xiyue-Wang/TransPath"),
+    "hibou-b": PretrainedEncoder(
+        _base(14, swiglu=True, hidden=4096, **_registers), 768, 0.5, "histai/hibou-b", HIBOU, resampling="cubic"
+    ),
+    "hibou-l": PretrainedEncoder(
+        _large(14, swiglu=True, hidden=5472, **_registers), 1024, 0.5, "histai/hibou-L", HIBOU, resampling="cubic"
+    ),
+    "kaiko-vits8": PretrainedEncoder(
+        _small(8), 384, 0.5, "1aurent/vit_small_patch8_224.kaiko_ai_towards_large_pathology_fms", HALF
+    ),
+    "kaiko-vits16": PretrainedEncoder(
+        _small(16), 384, 0.5, "1aurent/vit_small_patch16_224.kaiko_ai_towards_large_pathology_fms", HALF
+    ),
+    "kaiko-vitb8": PretrainedEncoder(
+        _base(8), 768, 0.5, "1aurent/vit_base_patch8_224.kaiko_ai_towards_large_pathology_fms", HALF
+    ),
+    "kaiko-vitb16": PretrainedEncoder(
+        _base(16), 768, 0.5, "1aurent/vit_base_patch16_224.kaiko_ai_towards_large_pathology_fms", HALF
+    ),
+    "kaiko-vitl14": PretrainedEncoder(
+        _large(14, grid=37, **_registers),
+        1024,
+        0.5,
+        "1aurent/vit_large_patch14_reg4_224.kaiko_ai_towards_large_pathology_fms",
+        HALF,
+    ),
+    "lunit-dino-s8": PretrainedEncoder(_small(8), 384, 0.5, "1aurent/vit_small_patch8_224.lunit_dino", LUNIT),
+    "lunit-dino-s16": PretrainedEncoder(_small(16), 384, 0.5, "1aurent/vit_small_patch16_224.lunit_dino", LUNIT),
+    "imagenet-vit-b16": PretrainedEncoder(
+        _base(16), 768, None, "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k", HALF, resampling="cubic"
+    ),
+    "imagenet-swin-t": PretrainedEncoder(
+        Swin, 768, None, "timm/swin_tiny_patch4_window7_224.ms_in1k", resampling="cubic"
+    ),
+    "imagenet-convnext-t": PretrainedEncoder(ConvNeXt, 768, None, "timm/convnext_tiny.fb_in1k", resampling="cubic"),
+    "imagenet-resnet50": PretrainedEncoder(ResNet, 2048, None, "timm/resnet50.tv_in1k"),
+    "imagenet-resnet50-clam": PretrainedEncoder(partial(ResNet, depths=(3, 4, 6)), 1024, None, "timm/resnet50.tv_in1k"),
+}
+
+
+def pretrained_encoder(name: str) -> PretrainedEncoder:
+    """An encoder of the table. Raises InputError for an unknown one."""
+    if name not in PRETRAINED:
+        raise InputError(f"encoder {name!r}: choose one of {', '.join(PRETRAINED)}")
+    return PRETRAINED[name]
+
+
+def encoder_table() -> str:
+    """The table of docs/encoders.md."""
+    rows = ["| encoder | kind | features | µm per px | tile | mean | std | weights |", "|" + "---|" * 8]
+    for name, encoder in PRETRAINED.items():
+        crop = f", its centre of {encoder.size_px}" if encoder.size_px < encoder.resize_px else ""
+        mean, std = ("{:.4g}, {:.4g}, {:.4g}".format(*values) for values in encoder.normalisation)
+        tile = f"{encoder.resize_px} px {encoder.resampling}{crop}"
+        facts = (name, _kind(encoder), encoder.features, encoder.mpp or "any", tile, mean, std, encoder.source)
+        rows.append("| " + " | ".join(str(fact) for fact in facts) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _kind(encoder: PretrainedEncoder) -> str:
+    shape = getattr(encoder.build, "keywords", {})
+    if "patch_px" not in shape:
+        return getattr(encoder.build, "func", encoder.build).__name__
+    size = {384: "S", 768: "B", 1024: "L", 1280: "H", 1536: "g"}[shape["width"]]
+    parts = [f"ViT-{size}/{shape['patch_px']}, {shape['depth']} blocks"]
+    parts += [f"{shape['registers']} registers"] if "registers" in shape else []
+    parts += ["SwiGLU"] if shape.get("swiglu") else []
+    parts += ["class and mean"] if shape.get("pool") == "class_mean" else []
+    return ", ".join(parts)
+
+
+class PublishedEncoder(nnx.Module):
+    """An encoder of the table within a model: prepares tiles, and projects its features to the model's width.
+
+    If `config.frozen` nothing is learned but the projection.
+    """
+
+    def __init__(self, config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.name, self.frozen = config.encoder, config.frozen
+        encoder = PRETRAINED[config.encoder]
+        self.published = encoder.build(dtype=dtype, rngs=rngs)
+        self.project = linear(encoder.features, config.features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, pixels: Num[Array, "tile y x 3"]) -> Float[Array, "tile feature"]:
+        features = self.published(PRETRAINED[self.name].prepare(pixels))  # type: ignore[operator]
+        return self.from_stored(jax.lax.stop_gradient(features) if self.frozen else features)
+
+    def from_stored(self, features: Float[Array, "tile stored"]) -> Float[Array, "tile feature"]:
+        """What the encoder gives for tiles whose published features are at hand."""
+        return self.project(features)
+
+
+class ImportedFeatures(nnx.Module):
+    """Stands for an encoder whose features were imported and whose weights are not known: projects the features."""
+
+    def __init__(self, config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.project = linear(config.imported_features, config.features, dtype=dtype, rngs=rngs)
+
+    def from_stored(self, features: Float[Array, "tile stored"]) -> Float[Array, "tile feature"]:
+        """What the model sees of tiles whose features are at hand."""
+        return self.project(features)
+
+
+def build_encoder(config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
+    """The tile encoder that `config.encoder` names, its weights drawn at random.
+
+    Raises InputError for an unknown one, and for `config.batch_norm` where no batch norm is trained.
+    """
+    kind: Callable[..., nnx.Module]
+    if config.imported_features:
+        kind = ImportedFeatures
+    elif config.encoder == "compact":
+        kind = CompactEncoder
+    elif config.encoder in PRETRAINED:
+        kind = PublishedEncoder
+    else:
+        raise InputError(f"config.model.encoder {config.encoder!r}: choose one of compact, {', '.join(PRETRAINED)}")
+    encoder = kind(config, dtype=dtype, rngs=rngs)
+    if config.batch_norm:
+        _check_batch_norm(config, encoder)
+    return encoder
+
+
+def _check_batch_norm(config: ConfigDict, encoder: nnx.Module) -> None:
+    told = f"config.model.batch_norm {config.batch_norm}"
+    if not 0 < config.batch_norm <= 1:
+        raise InputError(f"{told}: is a share from 0 to 1; set it so")
+    if not any(isinstance(part, BatchNorm) for _, part in nnx.iter_modules(encoder)):
+        raise InputError(f"{told}: {config.encoder} has no batch norms; set it to 0")
+    if config.frozen:
+        raise InputError(f"{told}: a frozen encoder stays as it is; set it to 0, or config.model.frozen to False")

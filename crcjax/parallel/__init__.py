@@ -1,0 +1,1 @@
+"""Mesh, sharding and processes: how a run spreads over devices and hosts."""

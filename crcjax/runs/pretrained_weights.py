@@ -1,0 +1,155 @@
+"""Files of weights, safetensors or torch's, read without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from crcjax.errors import InputError
+from crcjax.models.encoders.registry import PublishedEncoder, pretrained_encoder
+from crcjax.models.mil import DTYPES, MILModel
+from crcjax.models.encoders.torch_weights import fill
+
+_CONVERT = "convert it with torch: safetensors.torch.save_file(torch.load(FILE), 'model.safetensors')"
+_STORAGES = {
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": jnp.bfloat16,
+    "DoubleStorage": np.float64,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "BoolStorage": np.bool_,
+    "ByteStorage": np.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file by their names, and the SHA-256 of the file."""
+
+    path: Path
+    sha256: str
+    tensors: dict[str, np.ndarray]
+
+
+def load_encoder(name: str, path: Path, dtype: DTypeLike = jnp.float32) -> tuple[nnx.Module, str]:
+    """An encoder of models.encoders.PRETRAINED with the weights of a file, and the file's SHA-256. Raises InputError."""
+    encoder = pretrained_encoder(name)
+    weights = read_weights(path)
+    return fill(encoder.build, weights.tensors, dtype, f"{path} does not fit {name}"), weights.sha256
+
+
+def load_published(model: MILModel, config: ConfigDict) -> str:
+    """Loads the encoder of a model from the file `config.weights` (config.model); returns the file's SHA-256.
+
+    Parameters stay float32, as they are trained. Raises InputError.
+    """
+    if not config.weights:
+        raise InputError(f"config.model.weights is empty; give the file of {config.encoder}'s weights")
+    weights, origin = read_weights(Path(config.weights)), f"{config.weights} does not fit {config.encoder}"
+    build = pretrained_encoder(config.encoder).build
+    assert isinstance(model.encoder, PublishedEncoder)
+    model.encoder.published = fill(build, weights.tensors, DTYPES[config.dtype], origin, kept=jnp.float32)
+    return weights.sha256
+
+
+def is_kept(frozen: bool, path: tuple[str, ...]) -> bool:
+    """Whether training leaves a model's parameter as it is: a frozen encoder's all, else its batch norms' statistics."""
+    return "published" in path and (frozen or path[-1] in ("mean", "var"))
+
+
+def read_weights(path: Path) -> Weights:
+    """Reads a .safetensors file, or a file of torch.save (1.6 or newer). Raises InputError for what is neither.
+
+    Nothing in a torch file is executed: what is no tensor is passed over.
+    """
+    try:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        tensors = _read_torch(path) if zipfile.is_zipfile(path) else load_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file of weights") from error
+    except (
+        SafetensorError,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        AttributeError,
+    ) as error:
+        raise InputError(f"{path}: is no safetensors file nor one of torch.save ({error}); {_CONVERT}") from error
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors by name; {_CONVERT}")
+    return Weights(path, sha256, tensors)
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        index = next(name for name in [*archive.namelist(), ""] if name.endswith("data.pkl") or not name)
+        if not index:
+            raise ValueError("a zip file without data.pkl")
+        with archive.open(index) as file:
+            content = _Unpickler(file, archive, index.removesuffix("data.pkl")).load()
+    # Training scripts put the model beside the optimiser's state.
+    for name in ("model", "state_dict", "teacher", "module"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    items = content.items() if isinstance(content, dict) else ()
+    return {name: value for name, value in items if isinstance(value, np.ndarray)}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Rebuilds tensors from a torch archive and turns all else into nothing, so that a file cannot run code."""
+
+    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str):
+        super().__init__(file)
+        self._archive, self._folder = archive, folder
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        known: dict[tuple[str, str], Callable[..., Any]] = {
+            **{("torch", storage): kind for storage, kind in _STORAGES.items()},
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
+            ("collections", "OrderedDict"): OrderedDict,
+        }
+        return known.get((module, name), _Nothing)
+
+    def persistent_load(self, pid: tuple) -> np.ndarray:
+        _, kind, key, _, _ = pid
+        return np.frombuffer(self._archive.read(f"{self._folder}data/{key}"), kind)
+
+
+class _Nothing:
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _rebuild_tensor(
+    storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: Any
+) -> np.ndarray:
+    if 0 in shape:
+        return np.zeros(shape, storage.dtype)
+    last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
+    if not 0 <= offset <= last < max(len(storage), 1) or min(strides, default=0) < 0:
+        raise ValueError("a tensor reaches beyond its storage")
+    steps = [stride * storage.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)

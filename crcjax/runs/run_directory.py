@@ -1,0 +1,191 @@
+"""A run's directory: the resolved config, the versions and the tiling that its numbers depend on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import file_digest, sha256
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+import crcjax
+from crcjax.config import get_config
+from crcjax.data.cohort import Cohort
+from crcjax.errors import InputError, OutputError
+from crcjax.slides.stain.normalisation import StainNormaliser
+from crcjax.slides.tiling.plan import TilingParams
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "openslide-bin")
+# How fast a run is fed, what it reports and how it is spread over devices do not change its numbers but by rounding.
+_FREE = {
+    "data.read_threads",
+    "data.workers",
+    "data.prefetch",
+    "data.device_prefetch",
+    "train.log_every",
+    "train.agree_every",
+    "train.stall_timeout_s",
+}
+_FREE |= {"train.micro_batches", "train.memory_gib", "mesh.data", "mesh.bag", "mesh.model", "mesh.shard_params"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory read back; `split_of` holds the ids of the slides and cases it was fitted and chosen on."""
+
+    path: Path
+    config: ConfigDict
+    tiling: TilingParams
+    split_of: dict[str, str]
+    normaliser: StainNormaliser | None
+
+    def ids(self, split: str) -> list[str]:
+        """The slides and cases of one split."""
+        return [name for name, of in self.split_of.items() if of == split]
+
+
+def open_run(path: str | Path) -> Run:
+    """Reads a run directory; fields that its version did not have yet are at their defaults. Raises InputError if it is none."""
+    path, config = Path(path), get_config()
+    try:
+        config.update(_tuples(json.loads((path / "config.json").read_text())))
+        facts = json.loads((path / "run.json").read_text())
+        tiling, split_of, stain = TilingParams.from_json(facts["tiling"]), facts["split_of"], facts["stain"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{path}: is no run directory ({error}); give the --workdir of python -m crcjax.main"
+        ) from error
+    return Run(path, config, tiling, split_of, StainNormaliser.from_json(stain) if stain else None)
+
+
+def start_run(
+    path: Path,
+    config: ConfigDict,
+    tiling: TilingParams,
+    cohort: Cohort,
+    normaliser: StainNormaliser | None = None,
+    main: bool = True,
+) -> None:
+    """Writes config.json and run.json, or checks that a run to be resumed has the same config, tiling and cases.
+
+    A process that is not `main` only checks what the main one has written. Raises InputError naming what differs,
+    OutputError if the directory cannot be written.
+    """
+    if not main:
+        _await(path / "config.json")
+    # By slide and by case, so that prediction knows them under either name.
+    split_of = {name: row.split for row in cohort.rows for name in (row.slide_id, row.case_id)}
+    if (path / "config.json").exists():
+        run = open_run(path)
+        before, now = dict(_leaves(run.config)), dict(_leaves(config))
+        # Batch norms of a part have its statistics.
+        free = _FREE - {"train.micro_batches"} if config.model.batch_norm else _FREE
+        differing = [name for name in sorted(before | now) if name not in free and before.get(name) != now.get(name)]
+        if differing:
+            shown = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing[:5])
+            raise InputError(
+                f"{path}: was started with another config ({shown}); give another --workdir, or the same values"
+            )
+        if run.tiling != tiling:
+            raise InputError(
+                f"{path}: was started on slides tiled as {run.tiling}, not {tiling}; give another --workdir"
+            )
+        moved = sorted(name for name in run.split_of | split_of if run.split_of.get(name) != split_of.get(name))
+        if moved:
+            shown = f"{moved[0]} was in {run.split_of.get(moved[0])}, is in {split_of.get(moved[0])}"
+            raise InputError(f"{path}: was started on another cohort ({shown}); give another --workdir")
+        if normaliser and (not run.normaliser or run.normaliser.to_json() != normaliser.to_json()):
+            raise InputError(
+                f"{path}: config.stain.reference was tiled anew since it was started; give another --workdir"
+            )
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "code_version": crcjax.__version__,
+            "commit": _commit(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "tiling": tiling.to_json(),
+            "split_of": split_of,
+            "stain": normaliser.to_json() if normaliser else None,
+        }
+        (path / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
+        # Last, since its presence says that the run has started.
+        (path / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another --workdir") from error
+
+
+def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
+    """What must be the same in all processes of a run: config, run directory, code, packages, cohort file and store."""
+    source = sha256()
+    for file in sorted(Path(crcjax.__file__).parent.rglob("*.py")):
+        source.update(file.read_bytes())
+    cohort = Path(config.data.cohort)
+    slides = sorted(Path(config.data.store).glob("*.zarr/zarr.json")) if config.data.store else []
+    listing = sha256()
+    for slide in slides:
+        listing.update(slide.parent.name.encode() + slide.read_bytes())
+    others = {"the weights": config.model.weights, "the labels": config.tasks.labels}
+    return {
+        "--workdir": str(path),
+        **{f"config.{name}": repr(value) for name, value in _leaves(config)},
+        "crcjax": f"{crcjax.__version__}, commit {_commit()}, source {source.hexdigest()[:12]}",
+        "Python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "the cohort file": sha256(cohort.read_bytes()).hexdigest()[:12] if cohort.is_file() else "absent",
+        "the store": f"{len(slides)} slides, listing {listing.hexdigest()[:12]}",
+        **{name: _digest(Path(path)) for name, path in others.items() if path},
+    }
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of the files of a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = sha256()
+    for file in files:
+        try:
+            with open(file, "rb") as opened:
+                found.update(file.name.encode() + file_digest(opened, "sha256").digest())
+        except OSError:
+            return "absent"
+    return found.hexdigest()[:12]
+
+
+def _await(file: Path) -> None:
+    """Network file systems show a new file to other machines after some seconds."""
+    for _ in range(300):
+        if file.exists():
+            return
+        time.sleep(0.1)
+    raise InputError(f"{file}: the main process has written it, but it is not here; share --workdir among all machines")
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _tuples(value: object) -> object:
+    """JSON has no tuples: the config's lists were such."""
+    if isinstance(value, dict):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout, with a + if it was changed."""
+    root = Path(crcjax.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True)
+    return found.stdout.strip() or None

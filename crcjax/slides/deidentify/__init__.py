@@ -1,0 +1,1 @@
+"""Copies of slides without identifiers."""

@@ -1,0 +1,270 @@
+"""A DICOM slide written anew from allow-listed attributes and its frames, whose streams are copied as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pydicom
+from pydicom import DataElement, Dataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import UID, generate_uid
+
+from crcjax.slides.deidentify.embedded_metadata import JPEG, JPEG2000, bare_profile, foreign_part
+from crcjax.slides.deidentify.tiff_rewriter import UnsafeError
+
+# The allow-list (attributes of PS3.3 A.32.8): numbers that say how frames are decoded and where they lie.
+_NUMBERS = {
+    *("SamplesPerPixel", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored"),
+    *("HighBit", "PixelRepresentation", "LossyImageCompressionRatio", "InstanceNumber", "RepresentativeFrameNumber"),
+    *(
+        "ImagedVolumeWidth",
+        "ImagedVolumeHeight",
+        "ImagedVolumeDepth",
+        "TotalPixelMatrixColumns",
+        "TotalPixelMatrixRows",
+    ),
+    *("TotalPixelMatrixFocalPlanes", "NumberOfOpticalPaths", "ImageOrientationSlide", "PixelSpacing", "SliceThickness"),
+    *("XOffsetInSlideCoordinateSystem", "YOffsetInSlideCoordinateSystem", "ZOffsetInSlideCoordinateSystem"),
+    *("ColumnPositionInTotalImagePixelMatrix", "RowPositionInTotalImagePixelMatrix", "DimensionIndexValues"),
+    *("DimensionIndexPointer", "FunctionalGroupPointer", "ObjectiveLensPower", "ObjectiveLensNumericalAperture"),
+}
+_CODES = {
+    *("ImageType", "FrameType", "Modality", "PhotometricInterpretation", "DimensionOrganizationType"),
+    *("LossyImageCompression", "LossyImageCompressionMethod", "BurnedInAnnotation", "SpecimenLabelInImage"),
+}
+_CODE_VALUES = {
+    *("ORIGINAL", "DERIVED", "PRIMARY", "VOLUME", "NONE", "RESAMPLED", "SM", "TILED_FULL", "TILED_SPARSE", "00", "01"),
+    *("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "ISO_10918_1", "ISO_15444_1", "NO"),
+}
+_UIDS = {"SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "DimensionOrganizationUID"}
+_SEQUENCES = {
+    *("TotalPixelMatrixOriginSequence", "DimensionOrganizationSequence", "DimensionIndexSequence"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PixelMeasuresSequence"),
+    *("PlanePositionSlideSequence", "FrameContentSequence", "WholeSlideMicroscopyImageFrameTypeSequence"),
+    "OpticalPathSequence",
+}
+_NUMBER_TYPES = {"US", "UL", "SS", "SL", "FL", "FD", "IS", "DS", "AT"}
+_EMPTY = (  # which readers may ask for, of type 2
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
+    *("AccessionNumber", "ReferringPhysicianName"),
+)
+_SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"
+_STANDARD = "1.2.840.10008."  # begins the UIDs that the standard gives
+_COMPRESSIONS = {
+    "1.2.840.10008.1.2.4.50": JPEG,
+    "1.2.840.10008.1.2.4.90": JPEG2000[0],
+    "1.2.840.10008.1.2.4.91": JPEG2000[0],
+}
+_PIXEL_DATA, _ITEM, _END = b"\xe0\x7f\x10\x00", b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
+_UNDEFINED = 0xFFFFFFFF
+_SHORTEST = 4  # bytes of a text that is no chance among a few kilobytes of attributes
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One file of the copy: all that comes before the pixels, and where they lie in the original."""
+
+    path: Path
+    header: bytes
+    pixels_at: int
+    frames: int
+    compression: int
+
+
+@dataclass(frozen=True)
+class Series:
+    """What is copied of a DICOM slide; `removed` names what is not, and `secrets` are the texts of that."""
+
+    instances: list[Instance]
+    kept: tuple[str, ...]
+    removed: tuple[str, ...]
+    secrets: set[bytes]
+
+
+@dataclass
+class _Ledger:
+    """What was met in a series so far: new UIDs by old, how often each attribute was kept or removed, and texts."""
+
+    uids: dict[str, str] = field(default_factory=dict)
+    kept: Counter[str] = field(default_factory=Counter)
+    removed: Counter[str] = field(default_factory=Counter)
+    secrets: set[bytes] = field(default_factory=set)
+
+
+def plan_series(files: list[Path]) -> Series:
+    """Reads all files of one series. Raises UnsafeError for what cannot be copied safely, ValueError if damaged."""
+    ledger, series, instances = _Ledger(), set(), []
+    with pydicom.config.disable_value_validation(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd values are not copied, or are numbers
+        for number, path in enumerate(files):
+            ledger.secrets |= {name.encode() for name in (path.stem, path.parent.name) if len(name) >= _SHORTEST}
+            try:
+                with open(path, "rb") as file:
+                    original = pydicom.dcmread(file, stop_before_pixels=True)
+                    instance = _plan_instance(number, path, original, file.tell(), ledger)
+                series.add(original.SeriesInstanceUID)
+            except (AttributeError, NotImplementedError, InvalidDicomError) as error:
+                raise ValueError(f"file {number}: {error}") from error
+            instances += [instance] if instance else []
+    if len(series) > 1:
+        raise UnsafeError(f"the folder holds {len(series)} series; a slide is one")
+    written = b"\n".join(instance.header for instance in instances)
+    for known in (*ledger.uids.values(), _SLIDE_CLASS, *_COMPRESSIONS):
+        written = written.replace(known.encode(), b"")  # a short number may stand in them by chance
+    if leaked := [secret for secret in ledger.secrets if secret in written]:
+        raise UnsafeError(f"{len(leaked)} texts that are to be removed stand among its allowed attributes too")
+    told = [f"{name} ({count} times)" if count > 1 else name for name, count in ledger.removed.items()]
+    return Series(instances, tuple(ledger.kept), (*told, "UIDs, replaced by new ones"), ledger.secrets)
+
+
+def _plan_instance(number: int, path: Path, original: Dataset, pixels_at: int, ledger: _Ledger) -> Instance | None:
+    """None for a label, an overview, or any other image that is no level."""
+    ledger.secrets |= set(_texts(original))
+    kind = (*original.get("ImageType", ()), "", "", "")[2]
+    if kind != "VOLUME":
+        word = kind.lower() if kind in ("LABEL", "OVERVIEW", "THUMBNAIL") else "further"
+        ledger.removed[f"{word} image"] += 1
+        return None
+    _check(original, number)
+    syntax = original.file_meta.TransferSyntaxUID
+    header = _header(_allowed(original, ledger), syntax)
+    return Instance(path, header, pixels_at, int(original.get("NumberOfFrames") or 1), _COMPRESSIONS[syntax])
+
+
+def _check(original: Dataset, number: int) -> None:
+    if original.get("SOPClassUID") != _SLIDE_CLASS:
+        raise UnsafeError(f"file {number} is no whole-slide image")
+    if original.file_meta.TransferSyntaxUID not in _COMPRESSIONS:
+        raise UnsafeError(f"file {number} is compressed in a way that may hide something; JPEG and JPEG 2000 are known")
+    for name in ("ImageType", "PhotometricInterpretation"):
+        if name not in original or not _is_plain(original[name]):
+            raise UnsafeError(f"file {number} has a {name} that is not known")
+    for name in ("BurnedInAnnotation", "SpecimenLabelInImage"):
+        if original.get(name, "NO") != "NO":
+            raise UnsafeError(f"file {number} says that its picture shows the label ({name})")
+
+
+def _allowed(original: Dataset, ledger: _Ledger, within: str = "") -> Dataset:
+    """The part of a data set that is on the list; UIDs are replaced, equal ones by equal ones."""
+    copied = Dataset()
+    for element in original:
+        name, value = element.keyword, element.value
+        if name in _SEQUENCES and element.VR == "SQ":
+            setattr(copied, name, [_allowed(item, ledger, f"{within}{name}: ") for item in value])
+        elif name in _UIDS and element.VR == "UI":
+            setattr(copied, name, ledger.uids.setdefault(str(value), generate_uid(None)))
+        elif name == "SOPClassUID":
+            copied.SOPClassUID = _SLIDE_CLASS
+        elif name == "ICCProfile":
+            copied.ICCProfile = bare_profile(value)
+        elif _is_plain(element):
+            copied.add(element)
+        else:
+            ledger.removed[f"{within}{name or 'private attribute'}"] += 1
+            continue
+        ledger.kept[name] += 1
+    return copied
+
+
+def _is_plain(element: DataElement) -> bool:
+    if element.keyword in _NUMBERS:
+        return element.VR in _NUMBER_TYPES
+    values = element.value if element.VM > 1 else [element.value]
+    return element.keyword in _CODES and element.VR == "CS" and all(value in _CODE_VALUES for value in values)
+
+
+def _texts(original: Dataset) -> Iterator[bytes]:
+    """All words of a file that could tell whose it is."""
+    for element in original.iterall():
+        if element.VR == "SQ" or element.VR in _NUMBER_TYPES or _is_plain(element) or element.keyword == "ICCProfile":
+            continue
+        values = element.value if element.VM > 1 else [element.value]
+        for value in values:
+            text = value if isinstance(value, bytes) else str(value).encode()
+            if len(text) >= _SHORTEST and value not in _CODE_VALUES and not text.startswith(_STANDARD.encode()):
+                yield text[:256]
+
+
+def _header(copied: Dataset, syntax: str) -> bytes:
+    for name in _EMPTY:
+        setattr(copied, name, "")
+    copied.ContainerIdentifier, copied.PatientIdentityRemoved = "none", "YES"
+    copied.DeidentificationMethod = "allow-list"
+    copied.file_meta = FileMetaDataset()
+    copied.file_meta.TransferSyntaxUID = UID(syntax)
+    header = io.BytesIO()
+    copied.save_as(header, enforce_file_format=True)
+    return header.getvalue()
+
+
+def write_series(series: Series, folder: Path) -> str:
+    """Writes the copy's files, named by number; returns the hash of their frames.
+
+    Raises UnsafeError, and ValueError if a frame is damaged.
+    """
+    digest = hashlib.sha256()
+    folder.mkdir()
+    for number, instance in enumerate(series.instances):
+        with open(instance.path, "rb") as source, open(folder / f"{number:03d}.dcm", "xb") as out:
+            out.write(instance.header + _PIXEL_DATA + struct.pack("<2sHI", b"OB", 0, _UNDEFINED))
+            source.seek(instance.pixels_at)
+            items = _items(source, digest)
+            table, offsets, at = next(items), [], 0
+            out.write(_ITEM + struct.pack("<I", len(table)) + table)
+            for item in items:
+                if foreign := foreign_part(item, instance.compression, 0):
+                    raise UnsafeError(f"a frame of file {number} carries {foreign}, and frames are copied as they are")
+                out.write(_ITEM + struct.pack("<I", len(item)) + item)
+                offsets.append(at)
+                at += 8 + len(item)
+            if len(offsets) != instance.frames:
+                raise UnsafeError(f"file {number} has frames in several pieces")
+            # A table may be left empty. OpenSlide's reader crashes on one that is wrong.
+            if table and table != struct.pack(f"<{len(offsets)}I", *offsets):
+                raise ValueError(f"the offset table of file {number} is not that of its frames")
+            out.write(_END + bytes(4))
+            out.flush()
+            os.fsync(out.fileno())
+    return digest.hexdigest()
+
+
+def frames_hash(folder: Path) -> str:
+    """The hash of a written copy's frames, read again."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.dcm")):
+        with open(path, "rb") as file:
+            pydicom.dcmread(file, stop_before_pixels=True)
+            for _ in _items(file, digest):
+                pass
+            if file.read(1):
+                return "bytes after the pixels"
+    return digest.hexdigest()
+
+
+def _items(source: BinaryIO, digest: Any) -> Iterator[bytes]:
+    """The offset table and the frames of encapsulated pixels (PS3.5 A.4), each added to the digest. Raises ValueError."""
+    tag, kind, _, length = struct.unpack("<4s2sHI", source.read(12))
+    if tag != _PIXEL_DATA or kind not in (b"OB", b"OW") or length != _UNDEFINED:
+        raise ValueError("its pixels are not encapsulated frames")
+    size = os.fstat(source.fileno()).st_size
+    while True:
+        tag, length = struct.unpack("<4sI", source.read(8))
+        if tag == _END:
+            return
+        if tag != _ITEM or length > size:
+            raise ValueError("its frames are not where they should be")
+        item = source.read(length)
+        if len(item) != length:
+            raise ValueError("it is cut off")
+        digest.update(struct.pack("<I", length) + item)
+        yield item

@@ -1,0 +1,163 @@
+"""A tiled TIFF written anew from allow-listed tags and another one's tiles, whose streams are copied as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import tifffile
+
+from crcjax.slides.deidentify.embedded_metadata import JPEG, bare_profile, foreign_part
+from crcjax.slides.wsi.slide import PAINTED
+
+TILE_OFFSETS, TILE_BYTES, DESCRIPTION, JPEG_TABLES, PROFILE = 324, 325, 270, 347, 34675
+# The allow-list. Numbers that say how tiles are decoded and, in 282, 283 and 296, the micrometres per pixel.
+_NUMERIC_TAGS = {254, 256, 257, 258, 259, 262, 274, 277, 282, 283, 284, 296, 317, 322, 323, 338, 339, 530, 531, 532}
+KEPT_TAGS = _NUMERIC_TAGS | {TILE_OFFSETS, TILE_BYTES, JPEG_TABLES, PROFILE, DESCRIPTION}
+_NUMERIC_TYPES = {1: 1, 3: 2, 4: 4, 5: 8, 16: 8}  # TIFF's numbers without sign, and their bytes
+_MOST_VALUES = 8  # of such a tag: no room for a text
+KEPT_KEYS = ("AppMag", "MPP")  # of the Aperio description
+_MOST_BYTES = 1 << 24  # of any tag, so that a damaged count fills no memory
+_NUMBER = re.compile(r"\d{1,3}(\.\d{1,6})?")
+
+
+class UnsafeError(Exception):
+    """Something that cannot be copied safely; the message says what, and where."""
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """One image of the copy: its tags as (type, count, bytes), and where the original has its tiles."""
+
+    page: tifffile.TiffPage
+    tags: dict[int, tuple[int, int, bytes]]
+    raw_bytes: int
+
+
+def plan_page(page: tifffile.TiffPage, source: BinaryIO) -> PagePlan:
+    """What is copied of an image of the file `source`. Raises UnsafeError, and ValueError if it is damaged."""
+    tags: dict[int, tuple[int, int, bytes]] = {}
+    for tag in page.tags:
+        if tag.code in _NUMERIC_TAGS and tag.dtype in _NUMERIC_TYPES and tag.count <= _MOST_VALUES:
+            tags[tag.code] = (int(tag.dtype), tag.count, raw_value(source, tag))
+        elif tag.code == JPEG_TABLES:
+            tables = raw_value(source, tag)
+            if foreign := foreign_part(tables, JPEG, 0):
+                raise UnsafeError(f"the tables of image {page.index} carry {foreign}, and are copied as they are")
+            tags[tag.code] = (7, len(tables), tables)
+        elif tag.code == PROFILE:
+            profile = bare_profile(raw_value(source, tag))
+            tags[tag.code] = (7, len(profile), profile)
+    if page.index == 0 and page.description.startswith("Aperio"):
+        text = _bare_description(page).encode() + b"\0"
+        tags[DESCRIPTION] = (2, len(text), text)
+    across, down = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
+    planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    if not len(page.dataoffsets) == len(page.databytecounts) == across * down * planes:
+        raise ValueError(f"image {page.index} has a wrong number of tiles")
+    if sum(page.databytecounts) > os.fstat(source.fileno()).st_size:
+        raise ValueError(f"the tiles of image {page.index} overlap")
+    samples = page.tilewidth * page.tilelength * (page.samplesperpixel // planes)
+    return PagePlan(page, tags, samples * -(-page.bitspersample // 8))
+
+
+def raw_value(source: BinaryIO, tag: tifffile.TiffTag) -> bytes:
+    """A tag's bytes as the file has them; only of numbers without sign, and of texts."""
+    source.seek(tag.valueoffset)
+    return source.read(min(tag.count * _NUMERIC_TYPES.get(int(tag.dtype), 1), _MOST_BYTES))
+
+
+def _bare_description(page: tifffile.TiffPage) -> str:
+    """As Aperio writes it, of nothing but the sizes and the numbers of `KEPT_KEYS`."""
+    pairs = [piece.partition("=") for piece in page.description.split("|")[1:]]
+    found = {key.strip(): value.strip() for key, _, value in pairs}
+    about = PAINTED if PAINTED in page.description else "Image Library"
+    text = f"Aperio {about}\r\n{page.imagewidth}x{page.imagelength} ({page.tilewidth}x{page.tilelength})"
+    return text + "".join(f"|{key} = {found[key]}" for key in KEPT_KEYS if _NUMBER.fullmatch(found.get(key, "")))
+
+
+def write_tiff(source: BinaryIO, out: BinaryIO, plans: list[PagePlan], order: str, big: bool) -> str:
+    """Writes a TIFF (`order` "<" or ">", BigTIFF if `big`), streams before their tags; returns the streams' hash.
+
+    Raises UnsafeError, and ValueError if a tile is damaged.
+    """
+    pointer, digest = struct.Struct(order + ("Q" if big else "I")), hashlib.sha256()
+    out.write(b"II" if order == "<" else b"MM")
+    out.write(struct.pack(order + "HHH", 43, 8, 0) if big else struct.pack(order + "H", 42))
+    link = out.tell()  # where the place of the next image's tags is to be written
+    out.write(bytes(pointer.size))
+    for plan in plans:
+        offsets = []
+        for stream in read_streams(source, plan.page, digest):
+            if stream and (foreign := foreign_part(stream, plan.page.compression, plan.raw_bytes)):
+                raise UnsafeError(
+                    f"a tile of image {plan.page.index} carries {foreign}, and tiles are copied as they are"
+                )
+            offsets.append(out.tell() if stream else 0)
+            out.write(stream)
+        numbers = {TILE_OFFSETS: offsets, TILE_BYTES: plan.page.databytecounts}
+        tags = dict(plan.tags)
+        for code, values in numbers.items():
+            tags[code] = (
+                16 if big else 4,
+                len(values),
+                struct.pack(f"{order}{len(values)}{pointer.format[-1]}", *values),
+            )
+        start, next_link = _write_tags(out, tags, order, big)
+        out.seek(link)
+        out.write(pointer.pack(start))
+        out.seek(0, os.SEEK_END)
+        link = next_link
+    return digest.hexdigest()
+
+
+def read_streams(source: BinaryIO, page: tifffile.TiffPage, digest: Any) -> Iterator[bytes]:
+    """The tiles' streams, b"" where none was recorded; each is added to the digest with its place. Raises ValueError."""
+    for i, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=True)):
+        source.seek(offset)
+        stream = source.read(count)
+        if len(stream) != count:
+            raise ValueError(f"cut off in tile {i} of image {page.index}")
+        digest.update(f"{page.imagewidth} {i} {count} ".encode())
+        digest.update(stream)
+        yield stream
+
+
+def _write_tags(out: BinaryIO, tags: dict[int, tuple[int, int, bytes]], order: str, big: bool) -> tuple[int, int]:
+    """Writes an image's tags; returns where they begin and where the next image's place belongs."""
+    entry, number, room = ("HHQ", "Q", 8) if big else ("HHI", "H", 4)
+    table = struct.pack(order + number, len(tags))
+    for code, (kind, count, value) in sorted(tags.items()):
+        if len(value) > room:
+            out.write(bytes(-out.tell() % 8))
+            place = struct.pack(order + ("Q" if big else "I"), out.tell())
+            out.write(value)
+        else:
+            place = value.ljust(room, b"\0")
+        table += struct.pack(order + entry, code, kind, count) + place
+    out.write(bytes(-out.tell() % 8))
+    start = out.tell()
+    out.write(table + bytes(room))
+    return start, start + len(table)
+
+
+def read_metadata(source: BinaryIO, pages: list[tifffile.TiffPage]) -> bytes:
+    """All of a file that is no tile."""
+    tiles = sorted(
+        (offset, offset + count)
+        for page in pages
+        for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)
+        if count
+    )
+    size, at, found = os.fstat(source.fileno()).st_size, 0, []
+    for start, stop in [*tiles, (size, size)]:
+        if start > at:
+            source.seek(at)
+            found.append(source.read(start - at))
+        at = stop
+    return b"\n".join(found)

@@ -1,0 +1,1 @@
+"""Tiles and features of CLAM, TRIDENT, STAMP and QuPath."""

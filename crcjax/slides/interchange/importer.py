@@ -1,0 +1,307 @@
+"""Tiles and features that other tools made, into a store."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from crcjax.errors import BusyError, InputError, SlideError
+from crcjax.slides.interchange.third_party_h5 import ForeignTiles, foreign_files, merged, open_h5py, read_foreign
+from crcjax.slides.preprocess.tile_slides import Outcome, check_slide_ids, judged, note_outcome, read_ahead
+from crcjax.slides.store.features import feature_attributes, write_features
+from crcjax.slides.store.tile_pixels import NO_PIXELS
+from crcjax.slides.store.tile_store import (
+    THUMBNAIL_PX,
+    StoreWriter,
+    TileStore,
+    open_store,
+    remove_partials,
+    slide_lock,
+    tiled_slides,
+)
+from crcjax.slides.tiling.plan import SAME_SCALE, Scale, TilePlan, TilingParams, mpp_of, plan_tiles
+from crcjax.slides.tiling.quality_control import QUALITY_NAMES, slide_verdict
+from crcjax.slides.tiling.tissue_segmentation import TissueModel
+from crcjax.slides.wsi.slide import SlideInfo, check_mpp, open_slide
+
+_POWERS = (1.25, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)  # that scanners are named by
+_WHITE = 255
+
+
+def import_files(
+    paths: Sequence[Path],
+    store: Path,
+    *,
+    slides: Mapping[str, Path] | None = None,
+    slide_mpp: Mapping[str, float] | None = None,
+    encoder: str | None = None,
+    mpp: float | None = None,
+    side_px: float | None = None,
+    threads: int | None = None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Imports HDF5 files of CLAM, TRIDENT or STAMP, one slide after another; what is there already stays as it is.
+
+    `slides` are the slide files by slide id: their tiles are read, judged as any, and read again from there when pixels
+    are needed; `slide_mpp` (µm per level-0 px) overrides what they state. Without `slides` a store has neither pixels nor
+    quality. `encoder` names the features, by default as the file does; `mpp` overrides the files', and is for slides that
+    state none; `side_px` (level-0 px) is of tiles whose files do not state it. A file that cannot be used is an outcome; every outcome is a line of STORE/manifest.jsonl too.
+    Raises InputError for wrong arguments, OutputError if the store cannot be written.
+    """
+    check_mpp(mpp)
+    if side_px is not None and not side_px > 0:
+        raise InputError(f"--side-px {side_px}: give the side of a tile in level-0 px")
+    open_h5py()
+    found = foreign_files(paths)
+    check_slide_ids([(slide_id, files[0]) for slide_id, files in found.items()])
+    remove_partials(store)
+    outcomes = []
+    for slide_id, files in found.items():
+        begun, outcome = time.monotonic(), Outcome(slide_id, str(files[0]), "imported")
+        try:
+            tiles = merged([read_foreign(file) for file in files])
+            tiles = replace(tiles, mpp=mpp or tiles.mpp, side=tiles.side or side_px)
+            if slides is not None and slide_id not in slides:
+                remedy = "add it, or import without --slides and --cohort, and so without pixels"
+                raise SlideError(tiles.path, "missing", f"the slides named have no {slide_id}", remedy)
+            slide = None if slides is None else slides[slide_id]
+            given = (slide_mpp or {}).get(slide_id), mpp
+            with slide_lock(store, slide_id):
+                outcome = _import_slide(store, outcome, tiles, slide, given, encoder, threads)
+        except SlideError as error:
+            outcome = replace(outcome, status=error.status, reason=f"{error.reason}; {error.remedy}")
+        except (BusyError, InputError) as error:  # another process writes it, or what is there is damaged
+            outcome = replace(outcome, status="failed", reason=str(error))
+        outcome = replace(outcome, seconds=time.monotonic() - begun)
+        note_outcome(store, outcome)
+        outcomes.append(outcome)
+        on_outcome(outcome)
+    return outcomes
+
+
+def _import_slide(
+    store: Path,
+    outcome: Outcome,
+    tiles: ForeignTiles,
+    slide: Path | None,
+    mpp: tuple[float | None, float | None],
+    encoder: str | None,
+    threads: int | None,
+) -> Outcome:
+    name = _encoder_name(tiles, encoder)
+    there = _open_if_there(store, outcome.slide_id)
+    if there is None:
+        if slide is None:
+            there = _write_alone(store, outcome.slide_id, tiles)
+        else:
+            there = _write_from_slide(
+                store, outcome.slide_id, tiles, slide, mpp, threads or len(os.sched_getaffinity(0))
+            )
+    elif slide and there.pixels == NO_PIXELS:
+        remedy = f"delete {there.path} and import again"
+        raise SlideError(tiles.path, "unsupported", "the store has the slide without its pixels", remedy)
+    elif not name:
+        _rows_of(there, tiles)
+        outcome = replace(outcome, status="already imported")
+    if name and not _keep_features(store, there, tiles, name):
+        outcome = replace(outcome, status="already imported")
+    kept, hashed = int(there.mask.sum()), there.info.content_hash
+    outcome = replace(outcome, regions=len(there.origin), tiles=kept, content_hash=hashed)
+    return judged(outcome, there.info, there.attributes)
+
+
+def _encoder_name(tiles: ForeignTiles, encoder: str | None) -> str | None:
+    if tiles.features is None:
+        return None
+    name = encoder or tiles.encoder
+    if not name:
+        raise SlideError(
+            tiles.path, "unsupported", "does not say which encoder made its features", "give --encoder NAME"
+        )
+    if name.startswith(".") or "/" in name:
+        raise SlideError(tiles.path, "unsupported", f"the encoder {name!r} cannot name a folder", "give --encoder NAME")
+    return name
+
+
+def _open_if_there(store: Path, slide_id: str) -> TileStore | None:
+    return open_store(store, slide_id) if slide_id in tiled_slides(store) else None
+
+
+def _placed(tiles: ForeignTiles, info: SlideInfo) -> tuple[Int32[np.ndarray, "tile 2"], float]:
+    """The tiles' corners, in the file's order, and their side in level-0 px. Raises SlideError."""
+    if tiles.side is None:
+        reason = f"{tiles.layout}'s files of features do not state the side of a tile"
+        remedy = "import it together with the file of coordinates, or give --side-px"
+        raise SlideError(tiles.path, "unsupported", reason, remedy)
+    scale = np.array(info.mpp) if tiles.unit == "um" else np.ones(2)
+    origin, side = np.rint(tiles.corner / scale), tiles.side / float(scale.mean())
+    outside = (origin < 0) | (origin >= np.minimum(info.size, np.iinfo(np.int32).max))
+    if outside.any():
+        row = int(np.flatnonzero(outside.any(axis=1))[0])
+        x, y = origin[row]
+        reason = f"tile {row} at ({x:.0f}, {y:.0f}) is outside the slide of {info.size[0]} x {info.size[1]} px"
+        remedy = "check that the file is this slide's, and its mpp"
+        raise SlideError(tiles.path, "corrupt", reason, remedy)
+    if len(np.unique(origin, axis=0)) < len(origin):
+        raise SlideError(tiles.path, "corrupt", "has two tiles at one place", "write it again")
+    return origin.astype(np.int32), side
+
+
+def _params_of(store: Path, tiles: ForeignTiles, side_um: float, side_px: float) -> TilingParams:
+    """The tiling that these tiles are: the store's if they are of its size to within 2 %, else of their own magnification.
+
+    Raises SlideError if the store's tiles are of another size.
+    """
+    tile_px = tiles.tile_px or round(side_px)
+    for slide_id in tiled_slides(store)[:1]:
+        params = open_store(store, slide_id).params
+        field_um = params.tile_px * mpp_of(params.magnifications[0])
+        if len(params.magnifications) > 1 or params.tile_px != tile_px or abs(side_um / field_um - 1) > SAME_SCALE:
+            reason = (
+                f"its tiles are {tile_px} px of {side_um:.4g} µm, the store's {params.tile_px} px of {field_um:.4g} µm"
+            )
+            reason += f" at {', '.join(params.magnifications)}"
+            raise SlideError(tiles.path, "unsupported", reason, "import it into another --out")
+        return params
+    power = 10.0 * tile_px / side_um
+    named = min(_POWERS, key=lambda known: abs(math.log(known / power)))
+    try:
+        return TilingParams((f"{named if abs(named / power - 1) <= SAME_SCALE else power:.4g}x",), tile_px)
+    except InputError as error:
+        reason = f"its tiles are {tile_px} px of {side_um:.4g} µm ({error})"
+        raise SlideError(tiles.path, "unsupported", reason, "check --mpp and --side-px") from error
+
+
+def _write_from_slide(
+    store: Path, slide_id: str, tiles: ForeignTiles, path: Path, mpp: tuple[float | None, float | None], threads: int
+) -> TileStore:
+    with open_slide(path, *mpp) as slide:
+        slide.info = info = replace(slide.info, path=os.path.abspath(path))
+        origin, side = _placed(tiles, info)
+        params = _params_of(store, tiles, side * sum(info.mpp) / 2, side)
+        ordered = origin[_row_by_row(origin)]
+        found = plan_tiles(slide, params)
+        plan = replace(found, origin=ordered, mask=np.ones((len(ordered), 1), bool), region_px=side, rejected={})
+        with StoreWriter(store, slide_id, slide, plan, "none", locked=True) as writer:
+            for first, some in read_ahead(slide, plan, threads, writer.pack):
+                writer.write(first, some)
+            writer.commit({"imported": _about(tiles)})
+    return open_store(store, slide_id)
+
+
+def _write_alone(store: Path, slide_id: str, tiles: ForeignTiles) -> TileStore:
+    """A slide of which there are the tiles' places alone: every tile is kept, and none was judged."""
+    info = _info_of(tiles)
+    origin, side = _placed(tiles, info)
+    params = _params_of(store, tiles, side * info.mpp[0], side)
+    ordered = origin[_row_by_row(origin)]
+    shrink = min(1.0, THUMBNAIL_PX / max(info.size))
+    shape = tuple(max(1, round(length * shrink)) for length in reversed(info.size))
+    covered = np.zeros(shape, bool)
+    for (left, top), (right, bottom) in zip(ordered * shrink, (ordered + side) * shrink, strict=True):
+        covered[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)] = True
+    plan = TilePlan(
+        params,
+        Scale(0, side / params.tile_px, 0, 0),
+        side,
+        TissueModel((float(_WHITE),) * 3, 0.0),
+        ordered,
+        np.ones((len(ordered), 1), bool),
+        np.full((*shape, 3), _WHITE, np.uint8),
+        covered,
+    )
+    scores = np.zeros((len(ordered), 1, len(QUALITY_NAMES)), np.float32)
+    unseen = slide_verdict(scores, np.zeros((len(ordered), 1), np.uint8), params.quality)
+    verdict = unseen | {"verdict": "review", "reasons": ["imported without its slide: no tile was judged"]}
+    with StoreWriter(store, slide_id, info, plan, NO_PIXELS, locked=True) as writer:
+        writer.commit({"imported": _about(tiles), "verdict": verdict})
+    return open_store(store, slide_id)
+
+
+def _info_of(tiles: ForeignTiles) -> SlideInfo:
+    """What the tiles' file says of its slide. Raises SlideError (`mpp_missing`) where nothing says the resolution."""
+    if tiles.mpp is None and tiles.power is None:
+        reason = f"{tiles.layout}'s files do not state the slide's micrometres per pixel"
+        raise SlideError(tiles.path, "mpp_missing", reason, "give --slides FOLDER, --cohort CSV or --mpp")
+    mpp, source = (tiles.mpp, "given") if tiles.mpp else (10.0 / float(tiles.power or 1), "objective")
+    try:
+        check_mpp(mpp)
+    except InputError:
+        reason = f"states an impossible {mpp:.4g} µm per pixel"
+        raise SlideError(tiles.path, "mpp_missing", reason, "give --mpp") from None
+    side = (tiles.side or 1.0) / (mpp if tiles.unit == "um" else 1.0)
+    corner = tiles.corner / (mpp if tiles.unit == "um" else 1.0)
+    width, height = np.ceil(corner.max(axis=0) + side).astype(int).tolist()
+    return SlideInfo(
+        "", "unknown", tiles.size or (width, height), (1.0,), (mpp, mpp), source, tiles.power, "", tiles.synthetic
+    )
+
+
+def _row_by_row(origin: Int32[np.ndarray, "tile 2"]) -> Int[np.ndarray, " tile"]:
+    return np.lexsort(origin.T)
+
+
+def _about(tiles: ForeignTiles) -> dict:
+    return {"layout": tiles.layout, "sources": tiles.sources, "overlap_px": tiles.overlap_px}
+
+
+def _rows_of(there: TileStore, tiles: ForeignTiles) -> Int[np.ndarray, " region"]:
+    """For every region of the store the file's tile there. Raises SlideError if they are other tiles."""
+    origin, side = _placed(tiles, there.info)
+    order = {place: row for row, place in enumerate(map(tuple, origin.tolist()))}
+    rows = np.array([order.get(place, -1) for place in map(tuple, there.origin.tolist())])
+    same = there.params.slots == 1 and abs(side / there.region_px - 1) <= SAME_SCALE
+    if not same or (rows[there.mask[:, 0]] < 0).any():
+        reason = f"the store has other tiles of {there.slide_id} than this file"
+        raise SlideError(tiles.path, "unsupported", reason, "import it into another --out")
+    return rows
+
+
+def _keep_features(store: Path, there: TileStore, tiles: ForeignTiles, name: str) -> bool:
+    """Writes the features beside the tiles, unless they are there. Raises SlideError if others of the name are."""
+    assert tiles.features is not None
+    rows = _rows_of(there, tiles)
+    width, mpp = tiles.features.shape[1], mpp_of(there.params.magnifications[0])
+    attributes = {
+        "encoder": name,
+        "weights_sha256": None,  # not known: nobody can say that some file of weights made them
+        "dtype": None,
+        "mpp": [mpp],
+        "magnifications": list(there.params.magnifications),
+        "stated_encoder": tiles.encoder,
+        "width": width,
+        "imported": _about(tiles),
+    }
+    found = feature_attributes(store, there.slide_id, name)
+    if found == attributes:
+        return False
+    _check_same_encoder(store, tiles, name)
+    if found is not None:
+        reason = f"the store has other features of the name {name}"
+        raise SlideError(tiles.path, "unsupported", reason, "give another --encoder, or delete those")
+    values = np.zeros((*there.mask.shape, width), tiles.features.dtype)
+    values[rows >= 0, 0] = tiles.features[rows[rows >= 0]]
+    write_features(store, there.slide_id, name, values, attributes)
+    return True
+
+
+def _check_same_encoder(store: Path, tiles: ForeignTiles, name: str) -> None:
+    """Raises SlideError if the store's features of the name come, by what their file said or their width, of another encoder."""
+    assert tiles.features is not None
+    for slide_id in tiled_slides(store):
+        found = feature_attributes(store, slide_id, name)
+        if found is None:
+            continue
+        stated, width = found.get("stated_encoder"), found.get("width", tiles.features.shape[1])
+        if (stated, width) != (tiles.encoder, tiles.features.shape[1]):
+            reason = f"its features are {tiles.features.shape[1]} numbers of {tiles.encoder or 'an encoder not named'}"
+            reason += f", {slide_id}'s of the name {name} are {width} of {stated or 'another'}"
+            raise SlideError(tiles.path, "unsupported", reason, "give another --encoder")
+        return

@@ -1,0 +1,1 @@
+"""Running a function over many slides: worker processes or Ray."""

@@ -1,0 +1,1 @@
+"""The work of `crcjax tile`: slides to stores, the manifest, the quality-control report."""

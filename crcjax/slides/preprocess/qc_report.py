@@ -1,0 +1,220 @@
+"""A page over the slides of a store: what was kept, what was rejected and why, as pictures and a table."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import cv2
+import jinja2
+import numpy as np
+from jaxtyping import Float64, UInt8
+from matplotlib.figure import Figure
+from PIL import Image
+
+import crcjax
+from crcjax.errors import InputError, OutputError
+from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
+from crcjax.slides.tiling.quality_control import ABSENT, GLASS, REASONS, StainLimits
+from crcjax.slides.tiling.quality_control import stain_degrees as tile_degrees
+from crcjax.slides.tiling.regions_of_interest import write_area
+from crcjax.slides.tiling.tissue_segmentation import ink, optical_density
+
+VERDICTS = ("reject", "review", "accept")  # as the page lists them
+STAIN_LIMITS = StainLimits()
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+_COLOURS = {
+    "kept": (0, 158, 115),
+    "pen": (0, 114, 178),
+    "bubble": (86, 180, 233),
+    "fold": (213, 94, 0),
+    "blood": (150, 0, 24),
+    "blurred": (240, 228, 66),
+    "pale": (204, 121, 167),
+    "overstained": (60, 20, 110),
+}
+_SHEET_PX = 480  # width of each of a sheet's three panels
+_GAP_PX, _LEGEND_PX = 10, 24
+Stains = dict[str, Float64[np.ndarray, "stain 3"]]  # haematoxylin's and eosin's unit vectors by slide
+
+
+def write_overview(
+    store: str | Path, places: Mapping[str, str] | None = None, limits: StainLimits = STAIN_LIMITS
+) -> Path:
+    """Writes STORE/overview/index.html, beside it a contact sheet a slide and its tissue as PNG and GeoJSON; returns the page's path.
+
+    With `places`, slide ids and where they come from (site and scanner), only these slides are shown, by place too, and
+    those that are not in the store are named. Slides whose stain exceeds the `limits` are to be reviewed. Raises InputError if
+    the store has none of the slides or one is damaged, OutputError if the page cannot be written.
+    """
+    store, tiled = Path(store), tiled_slides(store)
+    shown = [slide_id for slide_id in tiled if places is None or slide_id in places]
+    if not shown:
+        raise InputError(f"{store}: holds none of the slides; name the --out of crcjax tile, and its cohort")
+    folder, slides = store / "overview", [open_store(store, slide_id) for slide_id in shown]
+    stains = slide_stains(slides)
+    degrees, centre = stain_degrees(stains), _centre(stains)
+    synthetic = any(slide.info.synthetic for slide in slides)
+    lines = []
+    try:
+        folder.mkdir(exist_ok=True)
+        for slide in slides:
+            place, off = places[slide.slide_id] if places else "", tiles_off(slide, centre, limits)
+            lines.append(_line(slide, place, degrees.get(slide.slide_id), off, limits))
+            Image.fromarray(contact_sheet(slide)).save(folder / f"{slide.slide_id}.jpg", quality=85)
+            write_area(
+                folder / f"{slide.slide_id}.tissue", slide.thumbnail()[1], slide.info.size, "Tissue", slide.info.corner
+            )
+        _stain_picture(stains, places or {}, synthetic).savefig(folder / "stains.png", dpi=110)
+        lines.sort(key=lambda line: (VERDICTS.index(line["verdict"]), line["coverage"], line["slide_id"]))
+        page = _page(lines, sorted(set(places or ()) - set(tiled)), synthetic, limits)
+        (folder / "index.html").write_text(page)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); free space or change its rights") from error
+    return folder / "index.html"
+
+
+def _line(slide: TileStore, place: str, degrees: float | None, off: float | None, limits: StainLimits) -> dict:
+    """What the page says of one slide; a stain far from the cohort's asks for a review."""
+    found = slide.attributes["verdict"]
+    line = found | {"slide_id": slide.slide_id, "place": place, "degrees": degrees, "kept": int(slide.mask.sum())}
+    line["off"] = off
+    if degrees is not None and degrees > limits.max_stain_degrees:
+        line["reasons"] = [*found["reasons"], f"the stain is {degrees:.0f} degrees from the cohort's"]
+        line["verdict"] = "reject" if found["verdict"] == "reject" else "review"
+    return line
+
+
+def _page(lines: list[dict], absent: list[str], synthetic: bool, limits: StainLimits) -> str:
+    by_place: dict[str, Counter[str]] = defaultdict(Counter)
+    for line in lines:
+        by_place[line["place"]][line["verdict"]] += 1
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("crcjax.slides.preprocess", ""), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("qc_report.html").render(
+        lines=lines,
+        absent=absent,
+        synthetic=synthetic,
+        with_stain=any(line["degrees"] is not None for line in lines),
+        limits=limits,
+        by_place=dict(sorted(by_place.items())),
+        verdicts=VERDICTS,
+        colours={name: f"rgb{colour}" for name, colour in _COLOURS.items()},
+        version=crcjax.__version__,
+    )
+
+
+def contact_sheet(slide: TileStore) -> UInt8[np.ndarray, "y x 3"]:
+    """The slide, its tissue outlined, and its tiles by reason: kept ones framed, rejected ones filled; ink is shown
+    wherever it lies. Of several magnifications the coarsest is shown.
+    """
+    thumbnail, tissue = slide.thumbnail()
+    size = _SHEET_PX, max(1, round(_SHEET_PX * thumbnail.shape[0] / thumbnail.shape[1]))
+    picture = cv2.resize(thumbnail, size, interpolation=cv2.INTER_AREA)
+    mask = cv2.resize(tissue.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    outlined = np.where(mask[..., None] > 0, picture, (picture * 0.35 + 160 * 0.65).astype(np.uint8))
+    cv2.drawContours(outlined, cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)[0], -1, (0, 0, 0), 1)
+    tiles = _tile_panel(slide, picture)
+    gap = np.full((size[1], _GAP_PX, 3), 255, np.uint8)
+    panels = np.concatenate([picture, gap, outlined, gap, tiles], axis=1)
+    return np.concatenate([panels, _legend(slide, panels.shape[1])])
+
+
+def _tile_panel(slide: TileStore, picture: np.ndarray) -> np.ndarray:
+    white = tuple(slide.attributes["white"])
+    tiles = picture // 2 + 127
+    tiles[ink(optical_density(picture, white))] = _COLOURS["pen"]
+    filled = tiles.copy()
+    scale = picture.shape[1] / slide.info.size[0]
+    corners = np.rint(slide.origin * scale).astype(int)
+    ends = np.rint((slide.origin + slide.region_px) * scale).astype(int) - 1
+    for (x, y), (right, bottom), code in zip(corners.tolist(), ends.tolist(), slide.reason[:, 0], strict=True):
+        if REASONS[code] in _COLOURS:
+            thickness = 1 if REASONS[code] == "kept" else cv2.FILLED
+            cv2.rectangle(filled, (x, y), (right, bottom), _COLOURS[REASONS[code]], thickness)
+    return cv2.addWeighted(filled, 0.7, tiles, 0.3, 0)
+
+
+def _legend(slide: TileStore, width: int) -> np.ndarray:
+    legend = np.full((_LEGEND_PX, width, 3), 255, np.uint8)
+    counts = Counter(slide.reason[:, 0].tolist())
+    x = 4
+    for code, name in enumerate(REASONS):
+        if code in (GLASS, ABSENT):
+            continue
+        cv2.rectangle(legend, (x, 6), (x + 12, 18), _COLOURS[name], 2 if name == "kept" else cv2.FILLED)
+        text = f"{name} {counts[code]}"
+        cv2.putText(legend, text, (x + 18, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        x += 32 + cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)[0][0]
+    return legend
+
+
+def slide_stains(slides: Iterable[TileStore]) -> Stains:
+    """Macenko's estimate of every slide that gives one; without its pixels, which may be gone, a slide gives none.
+
+    Raises InputError for a damaged estimate.
+    """
+    from crcjax.slides.stain.normalisation import stored_estimate  # loads JAX
+
+    stains = {}
+    for slide in slides:
+        try:
+            slide.check_slide()
+        except InputError:
+            continue
+        estimate = stored_estimate(slide, "macenko")  # of the scanned tiles, also where others are kept
+        if bool(estimate.reliable):
+            stains[slide.slide_id] = np.asarray(estimate.vectors, np.float64)  # type: ignore[union-attr]
+    return stains
+
+
+def stain_degrees(stains: Stains) -> dict[str, float]:
+    """How far each slide's stains are from the median of these slides', the larger of the two angles in degrees.
+
+    None for fewer than three slides.
+    """
+    centre = _centre(stains)
+    return {} if centre is None else {name: float(_angle(vectors, centre).max()) for name, vectors in stains.items()}
+
+
+def tiles_off(
+    slide: TileStore, centre: Float64[np.ndarray, "stain 3"] | None, limits: StainLimits = STAIN_LIMITS
+) -> float | None:
+    """The fraction of the kept tiles further than `max_tile_degrees` from any mixture of the cohort's stains."""
+    scored = slide.mask & slide.quality.any(axis=-1)
+    if centre is None or "blue" not in slide.attributes["quality"] or not scored.any():
+        return None  # no cohort, a store from before these scores, or tiles that nobody judged
+    return float((tile_degrees(slide.quality[scored], centre) > limits.max_tile_degrees).mean())
+
+
+def _centre(stains: Stains) -> Float64[np.ndarray, "stain 3"] | None:
+    if len(stains) < 3:
+        return None
+    centre = np.median(list(stains.values()), axis=0)
+    return centre / np.linalg.norm(centre, axis=1, keepdims=True)
+
+
+def _stain_picture(stains: Stains, places: Mapping[str, str], synthetic: bool) -> Figure:
+    """Of each slide's unit vectors the shares of red and of blue, by place."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for place in sorted(set(places.values()) or {""}):
+        of_place = np.array([vectors for slide_id, vectors in stains.items() if places.get(slide_id, "") == place])
+        if not len(of_place):
+            continue
+        drawn = axis.plot(of_place[:, 0, 0], of_place[:, 0, 2], "o", alpha=0.7, label=place or "all slides")
+        axis.plot(of_place[:, 1, 0], of_place[:, 1, 2], "^", alpha=0.7, color=drawn[0].get_color())
+    axis.set(xlabel="red share of the stain's optical density", ylabel="blue share", title="Stains of the slides")
+    axis.plot([], [], "ko", label="haematoxylin")
+    axis.plot([], [], "k^", label="eosin")
+    axis.legend(fontsize=8)
+    if synthetic:
+        figure.text(0.99, 0.01, "synthetic slides", ha="right", va="bottom", fontsize=7, color="crimson")
+    return figure
+
+
+def _angle(one: Float64[np.ndarray, "stain 3"], other: Float64[np.ndarray, "stain 3"]) -> Float64[np.ndarray, " stain"]:
+    cosine = (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+    return np.degrees(np.arccos(np.clip(cosine, -1, 1)))

@@ -1,0 +1,361 @@
+"""The tiling of many slides: which, in what order, on which machines, and what became of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crcjax.errors import InputError, OutputError, SlideError
+from crcjax.slides.jobs.worker_pool import NO_LIMITS, Done, JobFailed, JobLimits, run_jobs
+from crcjax.slides.store.tile_pixels import check_mode, shard_regions
+from crcjax.slides.store.tile_store import (
+    StoreWriter,
+    TileStore,
+    file_lock,
+    open_store,
+    remove_partials,
+    slide_lock,
+    tiled_slides,
+)
+from crcjax.slides.tiling.plan import (
+    EVERYWHERE,
+    Pack,
+    RegionTiles,
+    TilePlan,
+    TilingParams,
+    Transform,
+    plan_tiles,
+    read_regions,
+)
+from crcjax.slides.tiling.quality_control import ABSENT, KEPT, REASONS
+from crcjax.slides.tiling.regions_of_interest import Areas
+from crcjax.slides.wsi.discovery import slide_files, without_names
+from crcjax.slides.wsi.slide import Slide, SlideInfo, check_mpp, open_slide
+
+if TYPE_CHECKING:
+    from crcjax.slides.stain.normalisation import SlideStain
+
+MANIFEST = "manifest.jsonl"
+EXECUTORS = ("processes", "ray")
+
+
+@dataclass(frozen=True)
+class TileJob:
+    """One slide to tile; `mpp` (µm per level-0 px) overrides what the file says, `fallback_mpp` is for one that states none.
+
+    A store and a run's outcomes name its path only if `names_path`: a path often holds the identifier of a person.
+    """
+
+    slide_id: str
+    path: Path
+    mpp: float | None = None
+    names_path: bool = True
+    areas: Areas = EVERYWHERE
+    fallback_mpp: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What outcomes call it: its path, or else its id."""
+        return str(self.path) if self.names_path else self.slide_id
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one slide: `status` is `tiled`, `already tiled`, a JobFailed's or a SlideError's.
+
+    Of a slide that was tiled `verdict` is quality control's (accept, review or reject), and the `reason` is what a user
+    should know of it, if anything: of its micrometres per pixel, and what the verdict rests on.
+    `seconds` are of the last of its `attempts`, in the process `worker` (machine:process).
+    """
+
+    slide_id: str
+    path: str
+    status: str
+    reason: str = ""
+    regions: int = 0
+    tiles: int = 0
+    content_hash: str = ""
+    seconds: float = 0.0
+    attempts: int = 1
+    worker: str = ""
+    verdict: str = ""
+
+    @property
+    def succeeded(self) -> bool:
+        return self.status in ("tiled", "already tiled", "imported", "already imported", "exported")
+
+
+def tile_slides(
+    jobs: Sequence[TileJob],
+    store: Path,
+    params: TilingParams,
+    *,
+    workers: int | None = None,
+    pixels: str = "jpeg",
+    executor: str = "processes",
+    limits: JobLimits = NO_LIMITS,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Tiles slides into a store, the largest first; what is already there with the same content is left as it is.
+
+    `workers` is the number of cores to use (all by default): processes over slides, and threads within a slide when
+    there are fewer slides than workers; with the `executor` "ray" CPUs of a cluster, one a slide. A slide that cannot be
+    used, or exceeds the `limits`, is an outcome; every outcome is a line of STORE/manifest.jsonl too. Several runs may
+    tile into one store at once, and wait for what another does. Raises InputError if the store holds tiles of other
+    parameters, two jobs share a slide id, one cannot name a file or has an impossible mpp, or there is no such executor, OutputError if the store
+    cannot be written.
+    """
+    check_mode(pixels)
+    if params.stain and pixels == "none":
+        raise InputError("--stain changes the tiles, which --no-pixels does not keep; set config.stain in training")
+    if executor not in EXECUTORS:
+        raise InputError(f"executor {executor!r}: choose {' or '.join(EXECUTORS)}")
+    check_slide_ids([(job.slide_id, job.name) for job in jobs])
+    for mpp in {given for job in jobs for given in (job.mpp, job.fallback_mpp)}:
+        check_mpp(mpp)
+    remove_partials(store)
+    _check_same_params(store, params)
+    noted = _tiled_in_manifest(store)
+    outcomes: dict[str, Outcome] = {}
+    try:
+        tasks = [_TileTask(job, store, params, pixels) for job in _largest_first(jobs)]
+        for done in _run(executor, tasks, workers, limits):
+            outcome = _outcome(done)
+            outcomes[outcome.slide_id] = outcome
+            if outcome.status == "already tiled" and outcome.slide_id not in noted:
+                noted = _tiled_in_manifest(store)  # another run may have tiled it meanwhile
+            if outcome.status != "already tiled" or outcome.slide_id not in noted:
+                note_outcome(store, outcome)
+            on_outcome(outcome)
+    finally:
+        remove_partials(store)
+    return [outcomes[job.slide_id] for job in jobs]
+
+
+def _run(executor: str, tasks: Sequence[_TileTask], workers: int | None, limits: JobLimits) -> Iterator[Done]:
+    if executor == "ray":
+        from crcjax.slides.jobs.ray_pool import run_jobs_on_ray
+
+        return run_jobs_on_ray(_tile_slide, tasks, workers, limits)
+    workers = workers or len(os.sched_getaffinity(0))
+    processes = max(1, min(workers, len(tasks)))
+    tasks = [replace(task, threads=max(1, workers // processes)) for task in tasks]
+    return run_jobs(_tile_slide, tasks, processes, limits)
+
+
+def _outcome(done: Done) -> Outcome:
+    """Raises a result that stops the run: no output can be written, or the arguments are wrong."""
+    job, result = done.job.job, done.result
+    if isinstance(result, SlideError | JobFailed):
+        parts = [result.reason, result.remedy] if isinstance(result, SlideError) else [str(result)]
+        if not job.names_path:
+            parts = [without_names(part, job.path) for part in parts]
+        elif isinstance(result, JobFailed):
+            sys.stderr.write(result.trace)
+        outcome = Outcome(job.slide_id, job.name, result.status, "; ".join(parts))
+    elif isinstance(result, BaseException):
+        raise result
+    else:
+        outcome = result
+    return replace(outcome, seconds=done.seconds, attempts=done.attempts, worker=done.worker)
+
+
+@dataclass(frozen=True)
+class _TileTask:
+    job: TileJob
+    store: Path
+    params: TilingParams
+    pixels: str
+    threads: int = 1
+
+
+def _tile_slide(task: _TileTask) -> Outcome:
+    job = task.job
+    with slide_lock(task.store, job.slide_id), open_slide(job.path, job.mpp, job.fallback_mpp) as slide:
+        slide.info = replace(slide.info, path=os.path.abspath(job.path) if job.names_path else "")
+        outcome = Outcome(job.slide_id, job.name, "already tiled", content_hash=slide.info.content_hash)
+        with _region_files_of(job):
+            done = _already_tiled(task, slide.info)
+            if done:
+                outcome = replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()))
+                return judged(outcome, slide.info, done.attributes)
+            plan = plan_tiles(slide, task.params, job.areas)
+        stain = _stain_of(slide, plan)
+        kept = 0
+        with StoreWriter(task.store, job.slide_id, slide, plan, task.pixels, locked=True) as writer:
+            for first, tiles in read_ahead(slide, plan, task.threads, writer.pack, stain):
+                writer.write(first, tiles)
+                kept += int(tiles.mask.sum())
+            if stain:
+                writer.keep(stain.files())
+            attributes = writer.commit()
+    outcome = replace(outcome, status="tiled", regions=len(plan.origin), tiles=kept)
+    return judged(outcome, slide.info, attributes)
+
+
+def judged(outcome: Outcome, info: SlideInfo, attributes: Mapping[str, Any]) -> Outcome:
+    """The outcome of a slide that a store holds, with its verdict and what a user should know of it."""
+    verdict = attributes["verdict"]
+    return replace(
+        outcome, verdict=verdict["verdict"], reason="; ".join(filter(None, [info.warning, *verdict["reasons"]]))
+    )
+
+
+@contextmanager
+def _region_files_of(job: TileJob) -> Iterator[None]:
+    """What is wrong with a slide's region files is wrong with this slide alone."""
+    try:
+        yield
+    except InputError as error:
+        reason, _, remedy = str(error).rpartition("; ")
+        raise SlideError(job.path, "failed", reason, remedy) from error
+
+
+def _stain_of(slide: Slide, plan: TilePlan) -> SlideStain | None:
+    if plan.params.stain is None:
+        return None
+    os.environ["JAX_PLATFORMS"] = "cpu"  # workers of one machine would each take the GPU's memory
+    from crcjax.slides.stain.normalisation import slide_stain  # loads JAX
+
+    return slide_stain(slide, plan)
+
+
+def read_ahead(
+    slide: Slide, plan: TilePlan, threads: int, pack: Pack | None = None, transform: Transform | None = None
+) -> Iterator[tuple[int, RegionTiles]]:
+    """Yields (first region, tiles) shard by shard in order, decoded and packed by `threads` threads, a few shards ahead.
+
+    Raises SlideError: `corrupt`, and at the end `no_tissue` if not one tile passed quality control.
+    """
+    step, seen = shard_regions(plan.params), Counter[int]()
+    starts = deque(range(0, len(plan.origin), step))
+    ahead: deque[tuple[int, Future[RegionTiles]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while starts or ahead:
+                while starts and len(ahead) <= threads:
+                    first = starts.popleft()
+                    last = min(first + step, len(plan.origin))
+                    ahead.append((first, pool.submit(read_regions, slide, plan, first, last, pack, transform)))
+                first, future = ahead.popleft()
+                tiles = future.result()
+                seen.update(tiles.reason.ravel().tolist())
+                yield first, tiles
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if not seen[KEPT]:
+        faults = ", ".join(f"{count} {REASONS[code]}" for code, count in seen.most_common() if code != ABSENT)
+        reason = f"has no tile that passed quality control ({faults})"
+        raise SlideError(slide.info.path, "no_tissue", reason, "look at the slide; scan it again if it is out of focus")
+
+
+def _already_tiled(task: _TileTask, info: SlideInfo) -> TileStore | None:
+    try:
+        found = open_store(task.store, task.job.slide_id)
+    except InputError:
+        return None
+    same_slide = replace(found.info, path="") == replace(info, path="")
+    # Without pixels of its own, a store must know where the slide is now.
+    moved = task.pixels == "none" and found.info.path != info.path
+    same_areas = found.attributes.get("areas", "") == task.job.areas.id
+    return found if same_slide and same_areas and found.pixels == task.pixels and not moved else None
+
+
+def check_slide_ids(slides: Sequence[tuple[str, str | Path]]) -> None:
+    """Of slides' ids and names: raises InputError if an id cannot name a file, or two slides share one."""
+    paths: dict[str, str | Path] = {}
+    for slide_id, path in slides:
+        if not slide_id or slide_id.startswith(".") or "/" in slide_id:
+            raise InputError(f"{path}: the slide id {slide_id!r} cannot name a file; give it another")
+        if slide_id in paths:
+            raise InputError(f"{path}: has the slide id {slide_id!r}, as {paths[slide_id]} has; name them in a cohort")
+        paths[slide_id] = path
+
+
+def _check_same_params(store: Path, params: TilingParams) -> None:
+    for slide_id in tiled_slides(store)[:1]:
+        try:
+            found = open_store(store, slide_id).params.to_json()
+        except InputError:
+            return
+        for name, value in params.to_json().items():
+            if found[name] != value:
+                raise InputError(
+                    f"{store}: its slides were tiled with {name} {found[name]}, not {value}; choose another --out"
+                )
+
+
+def _largest_first(jobs: Sequence[TileJob]) -> list[TileJob]:
+    """So that a large one does not hold up the end; slides of one size by their ids."""
+    return sorted(jobs, key=lambda job: (-size_of(job), job.slide_id))
+
+
+def size_of(job: TileJob) -> int:
+    """Bytes of all of its slide's files; 0 if it is missing or cannot be looked at."""
+    try:
+        return sum(file.stat().st_size for file in slide_files(job.path))
+    except OSError:
+        return 0
+
+
+def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:
+    """The jobs of shard I/N (1/N to N/N): every job is in one shard, whose sizes are alike.
+
+    Decided by the jobs' sizes and ids alone, so that the tasks of a SLURM array agree without speaking to each other.
+    Raises InputError, also if two jobs share a slide id.
+    """
+    check_slide_ids([(job.slide_id, job.name) for job in jobs])
+    try:
+        number, count = map(int, shard.split("/"))
+        if not 1 <= number <= count:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"shard {shard!r}: write I/N with I from 1 to N, such as 3/8") from None
+    loads, mine = [0] * count, []
+    for job in _largest_first(jobs):
+        least = loads.index(min(loads))
+        loads[least] += max(1, size_of(job))
+        if least == number - 1:
+            mine.append(job)
+    return mine
+
+
+def read_manifest(store: Path) -> dict[str, dict]:
+    """The newest outcome of every slide, as STORE/manifest.jsonl has it. A line that a killed run cut off is left out."""
+    newest = {}
+    path = store / MANIFEST
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            outcome = json.loads(line)
+        except ValueError:
+            continue
+        newest[outcome["slide_id"]] = outcome
+    return newest
+
+
+def _tiled_in_manifest(store: Path) -> set[str]:
+    tiled = ("tiled", "already tiled")
+    return {slide_id for slide_id, outcome in read_manifest(store).items() if outcome["status"] in tiled}
+
+
+def note_outcome(store: Path, outcome: Outcome) -> None:
+    """Adds a line to STORE/manifest.jsonl. Raises OutputError."""
+    line = json.dumps(asdict(outcome) | {"seconds": round(outcome.seconds, 3)}) + "\n"
+    try:
+        # One line after the other, also on a network file system, where appending alone is not atomic.
+        with file_lock(store / ".partial" / ".manifest.lock"), open(store / MANIFEST, "a+b") as manifest:
+            manifest.seek(max(0, manifest.tell() - 1))
+            cut_off = manifest.read(1) not in (b"", b"\n")
+            manifest.write(b"\n" * cut_off + line.encode())
+    except OSError as error:
+        raise OutputError(
+            f"{store}: cannot be written ({error.strerror}); free space or choose another --out"
+        ) from error

@@ -1,0 +1,1 @@
+"""Stain estimation and normalisation; the only sub-room of slides that uses JAX."""

@@ -1,0 +1,355 @@
+"""The pixels of a store's tiles, kept in one of three ways (`MODES`), and read again as they were."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import tensorstore as ts
+from jaxtyping import Bool, Int, Int32, UInt8
+
+from crcjax.errors import InputError, SlideError
+from crcjax.slides.store.zarr_arrays import create_array, open_array
+from crcjax.slides.tiling.plan import Pack, RegionTiles, TilePlan, TilingParams, region_tiles, slide_scale
+from crcjax.slides.wsi.slide import Slide, SlideInfo, open_slide
+
+MODES = {
+    "jpeg": "a JPEG stream a tile: the slide's own where its grid is the tiles', else encoded",
+    "lossless": "the pixels as they were read, compressed by zstd",
+    "none": "only a checksum of each tile: pixels are read from the slide file, which must stay where it is",
+}
+NO_PIXELS = "absent"  # the mode of tiles that were imported without their slide
+IMPORTED_ALONE = "was imported without its slide and has no pixels; delete it and run crcjax import with --slides"
+JPEG_QUALITY = 90
+JPEG_SUBSAMPLING = "444"  # stains are told apart by colour: at equal bytes 4:4:4 errs less than 4:2:0
+_SHARD_TILES = 128  # tiles a shard at most: whole shards are written at once, single tiles are read
+_SHARD_PIXELS = _SHARD_TILES << 16  # and no more pixels than so many tiles of 256 px have: they are held in memory
+_SHARD_BYTES = 4 << 20
+_CHUNK_BYTES = 16 << 10  # about half a stream: what one tile's reading reads too much
+_UNBOUNDED = (1 << 62) - 2  # TensorStore's longest axis: the streams' total is known at the end
+_DECODED_TOGETHER = 8  # tiles a task: less, and the handing over shows
+_OPEN_SLIDES = 8  # each holds some decoded tiles a thread
+
+
+def shard_regions(params: TilingParams) -> int:
+    """Regions a shard, the unit in which regions are decoded and written."""
+    return max(1, min(_SHARD_TILES, _SHARD_PIXELS // params.tile_px**2) // params.slots)
+
+
+class _Writes:
+    """Array writes under way, a few at a time."""
+
+    def __init__(self, most: int):
+        self._most = most
+        self._futures: deque[ts.WriteFutures] = deque()
+
+    def add(self, future: ts.WriteFutures) -> None:
+        self._futures.append(future)
+        while len(self._futures) > self._most:
+            self._futures.popleft().result()
+
+    def finish(self) -> None:
+        while self._futures:
+            self._futures.popleft().result()
+
+    def abandon(self) -> None:
+        """Waits as well, whatever became of them: a write under way would make a removed folder again."""
+        for future in self._futures:
+            with suppress(ValueError):
+                future.result()
+
+
+class LosslessWriter:
+    """An array a magnification, one chunk a tile. Its methods raise ValueError where they cannot write."""
+
+    pack = None  # the pixels themselves are written
+
+    def __init__(self, folder: Path, plan: TilePlan):
+        params = plan.params
+        tile = (params.tile_px, params.tile_px, 3)
+        self._factors, self._arrays = params.factors, []
+        for name, factor in zip(params.magnifications, params.factors, strict=True):
+            shape, shard = ((regions, factor**2, *tile) for regions in (len(plan.origin), shard_regions(params)))
+            self._arrays.append(create_array(folder / name, "uint8", shape, shard, (1, 1, *tile)))
+        self._writes = _Writes(2 * len(self._arrays))
+
+    def write(self, start: int, tiles: RegionTiles) -> None:
+        """Regions from `start` on, a whole shard but for the last."""
+        first = 0
+        for array, factor in zip(self._arrays, self._factors, strict=True):
+            part = tiles.pixels[:, first : first + factor**2]
+            # The caller makes new arrays for every shard, so TensorStore may read this one while it compresses.
+            piece = array[start : start + len(part)]
+            self._writes.add(piece.write(part, can_reference_source_data_indefinitely=True))
+            first += factor**2
+
+    def finish(self) -> dict:
+        """What the store's attributes say of the pixels, once everything is written."""
+        self._writes.finish()
+        return {}
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        self._writes.abandon()
+
+
+class JpegWriter:
+    """`streams`, the bytes of all tiles region by region, and `offset`, where each slot's begin. Masked slots have none.
+
+    Its methods raise ValueError where they cannot write.
+    """
+
+    # Of every tile its stream, and whether it is the slide's own.
+    pack = Pack(
+        lambda tile: (
+            simplejpeg.encode_jpeg(np.ascontiguousarray(tile), JPEG_QUALITY, "RGB", JPEG_SUBSAMPLING),
+            False,
+        ),
+        lambda stream: (stream, True),
+    )
+
+    def __init__(self, folder: Path, plan: TilePlan):
+        self._folder = folder
+        shape, shard, chunk = (_UNBOUNDED,), (_SHARD_BYTES,), (_CHUNK_BYTES,)
+        self._streams = create_array(folder / "streams", "uint8", shape, shard, chunk, packed=False)
+        self._lengths = np.zeros(plan.mask.shape, np.int64)
+        self._writes = _Writes(2)
+        self._waiting = bytearray()  # less than a shard
+        self._written = self._own = 0
+
+    def write(self, start: int, tiles: RegionTiles) -> None:
+        """Packed regions from `start` on, in order."""
+        for place, (stream, own) in tiles.packed.items():
+            self._lengths[place] = len(stream)
+            self._waiting += stream
+            self._own += own
+        while len(self._waiting) >= _SHARD_BYTES:
+            self._write(_SHARD_BYTES)
+
+    def finish(self) -> dict:
+        """What the store's attributes say of the pixels, once everything is written."""
+        total = self._written + len(self._waiting)
+        self._streams = self._streams.resize(exclusive_max=[total], resize_metadata_only=True).result()
+        if self._waiting:
+            self._write(len(self._waiting))
+        offset = np.concatenate([[0], np.cumsum(self._lengths)])
+        create_array(self._folder / "offset", "int64", offset.shape).write(offset).result()
+        self._writes.finish()
+        return {"jpeg": {"quality": JPEG_QUALITY, "subsampling": JPEG_SUBSAMPLING, "own_streams": self._own}}
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        self._writes.abandon()
+
+    def _write(self, count: int) -> None:
+        shard = np.frombuffer(self._waiting[:count], np.uint8)
+        del self._waiting[:count]
+        self._writes.add(self._streams[self._written : self._written + count].write(shard))
+        self._written += count
+
+
+class ChecksumWriter:
+    """`checksum`, the CRC-32 of every tile's pixels, so that what is read from the slide later is what was judged."""
+
+    pack = Pack(lambda tile: zlib.crc32(np.ascontiguousarray(tile).data))
+
+    def __init__(self, folder: Path, plan: TilePlan):
+        self._folder = folder
+        self._checksum = np.zeros(plan.mask.shape, np.uint32)
+
+    def write(self, start: int, tiles: RegionTiles) -> None:
+        """Packed regions from `start` on."""
+        for place, checksum in tiles.packed.items():
+            self._checksum[place] = checksum
+
+    def finish(self) -> dict:
+        """What the store's attributes say of the pixels, once everything is written."""
+        create_array(self._folder / "checksum", "uint32", self._checksum.shape).write(self._checksum).result()
+        return {}
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+
+class NoPixels:
+    """Neither writes nor reads: of tiles that were imported without their slide."""
+
+    pack = None
+
+    def __init__(self, folder: Path):
+        self._store = folder.parent
+
+    def write(self, start: int, tiles: RegionTiles) -> None:
+        """There is nothing to write."""
+
+    def finish(self) -> dict:
+        """What the store's attributes say of the pixels: nothing more."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+    def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
+        """Raises InputError."""
+        raise InputError(f"{self._store}: {IMPORTED_ALONE}")
+
+
+PixelWriter = LosslessWriter | JpegWriter | ChecksumWriter | NoPixels
+
+
+def pixel_writer(mode: str, folder: Path, plan: TilePlan, slide: Slide | SlideInfo) -> PixelWriter:
+    """A writer into `folder`; a SlideInfo alone is of a slide that is not there, and `mode` then NO_PIXELS.
+
+    Raises InputError for another mode than `MODES`, ValueError where it cannot write.
+    """
+    if isinstance(slide, SlideInfo):
+        return NoPixels(folder)
+    check_mode(mode)
+    if mode == "jpeg":
+        return JpegWriter(folder, plan)
+    return LosslessWriter(folder, plan) if mode == "lossless" else ChecksumWriter(folder, plan)
+
+
+def check_mode(mode: str) -> None:
+    """Raises InputError for another mode than `MODES`."""
+    if mode not in MODES:
+        raise InputError(f"pixels {mode!r}: choose one of {', '.join(MODES)}")
+
+
+class LosslessReader:
+    """Reads what `LosslessWriter` wrote. Raises ValueError if it is damaged."""
+
+    def __init__(self, folder: Path, params: TilingParams):
+        self._arrays = [open_array(folder / name) for name in params.magnifications]
+
+    def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
+        """Puts the tiles of some regions into `out`, masked slots zero."""
+        np.concatenate(
+            [future.result() for future in [array[chosen].read() for array in self._arrays]], axis=1, out=out
+        )
+
+
+class JpegReader:
+    """Reads what `JpegWriter` wrote. Raises ValueError if it is damaged."""
+
+    def __init__(self, folder: Path, params: TilingParams):
+        self._params = params
+        self._streams = open_array(folder / "streams")
+        self._offset: Int[np.ndarray, " _"] = open_array(folder / "offset").read().result()
+
+    def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
+        """As `LosslessReader.read`."""
+        slots = self._params.slots
+        offset = self._offset[chosen[:, None] * slots + np.arange(slots + 1)]
+        # Neighbours are read as one.
+        first, last = (np.flatnonzero(np.diff(chosen, **beyond) != 1) for beyond in ({"prepend": -2}, {"append": -2}))
+        bounds = zip(offset[first, 0].tolist(), offset[last, -1].tolist(), strict=True)
+        reads = [self._streams[start:stop].read() for start, stop in bounds]
+        run = np.repeat(np.arange(len(first)), last - first + 1).tolist()
+        within = (offset - offset[first, 0][run, None]).tolist()
+        step, decoding = max(1, _DECODED_TOGETHER // slots), []
+        for start in range(0, len(chosen), step):
+            part = slice(start, start + step)
+            # What is read first is decoded while the rest is read.
+            streams = [reads[i].result() for i in run[part]]
+            decoding.append(_threads().submit(_decode, streams, within[part], out[part]))
+        for future in decoding:
+            future.result()
+
+
+def _decode(streams: list[np.ndarray], offsets: list[list[int]], out: np.ndarray) -> None:
+    """Of every region bytes that hold its streams, and where each slot's begin in them."""
+    for held, offset, tiles in zip(streams, offsets, out, strict=True):
+        for tile, (start, stop) in zip(tiles, pairwise(offset), strict=True):
+            if start == stop:
+                tile[:] = 0
+                continue
+            shape = simplejpeg.decode_jpeg(held[start:stop], "RGB", buffer=tile, strict=True).shape
+            if shape != tile.shape:
+                raise ValueError(f"pixels/streams: a tile has the shape {shape}")
+
+
+class SlideReader:
+    """Reads the tiles from their slide file again. Raises InputError if it is not there or not as it was."""
+
+    def __init__(
+        self,
+        folder: Path,
+        params: TilingParams,
+        info: SlideInfo,
+        origin: Int32[np.ndarray, "region 2"],
+        mask: Bool[np.ndarray, "region slot"],
+    ):
+        self._params, self._info, self._origin, self._mask = params, info, origin, mask
+        self._store = folder.parent
+        self._checksum: np.ndarray = open_array(folder / "checksum").read().result()
+
+    def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
+        """As `LosslessReader.read`."""
+        try:
+            given = self._info.mpp[0] if self._info.mpp_source == "given" else None
+            slide = _open_slide(self._info.path, given, self._info.content_hash)
+            list(_threads().map(self._read_region, [slide] * len(chosen), chosen.tolist(), out))
+        except SlideError as error:
+            raise InputError(f"{self._store}: keeps no pixels, and its slide cannot be read: {error}") from error
+        except _ChangedError as error:
+            raise InputError(
+                f"{self._store}: keeps no pixels, and its slide {self._info.path} has changed since it was tiled "
+                f"({error}); put the old file back, or run crcjax tile again"
+            ) from error
+
+    def _read_region(self, slide: Slide, region: int, out: np.ndarray) -> None:
+        x, y = self._origin[region].tolist()
+        tiles = region_tiles(slide, self._params, slide_scale(self._info, self._params), x, y)
+        out[~self._mask[region]] = 0
+        for slot in np.flatnonzero(self._mask[region]):
+            out[slot] = tiles[slot]
+            if zlib.crc32(out[slot]) != self._checksum[region, slot]:
+                raise _ChangedError(f"other pixels at ({x}, {y})")
+
+
+class _ChangedError(Exception):
+    pass
+
+
+@lru_cache(_OPEN_SLIDES)
+def _open_slide(path: str, mpp: float | None, content_hash: str) -> Slide:
+    # A slide that is pushed out is closed when its last reader lets go of it.
+    slide = open_slide(path, mpp)
+    if slide.info.content_hash != content_hash:
+        slide.close()
+        raise _ChangedError("another content hash")
+    return slide
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Decode for all readers of this process."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "pixels")
+
+
+PixelReader = LosslessReader | JpegReader | SlideReader | NoPixels
+
+
+def pixel_reader(
+    mode: str,
+    folder: Path,
+    params: TilingParams,
+    info: SlideInfo,
+    origin: Int32[np.ndarray, "region 2"],
+    mask: Bool[np.ndarray, "region slot"],
+) -> PixelReader:
+    """A reader of `folder`, for any number of threads. Raises ValueError if what it holds is damaged."""
+    if mode == NO_PIXELS:
+        return NoPixels(folder)
+    if mode == "none":
+        return SlideReader(folder, params, info, origin, mask)
+    return JpegReader(folder, params) if mode == "jpeg" else LosslessReader(folder, params)

@@ -1,0 +1,351 @@
+"""One slide's tiles on disk: a zarr v3 group that appears under its name only when it is whole."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt8
+
+import crcjax
+from crcjax.errors import BusyError, InputError, OutputError
+from crcjax.slides.store.tile_pixels import (
+    IMPORTED_ALONE,
+    NO_PIXELS,
+    PixelReader,
+    PixelWriter,
+    check_mode,
+    pixel_reader,
+    pixel_writer,
+)
+from crcjax.slides.store.zarr_arrays import create_array, first_line, open_array, unreadable, write_group
+from crcjax.slides.tiling.plan import Pack, RegionTiles, TilePlan, TilingParams
+from crcjax.slides.tiling.quality_control import QUALITY_NAMES, REASONS, slide_verdict
+from crcjax.slides.wsi.slide import Slide, SlideInfo
+
+FORMAT_VERSION = 1
+THUMBNAIL_PX = 1024
+_SYNCED_TOGETHER = 16
+
+
+class TileStore:
+    """A finished slide in a store. Arrays but the pixels are read on opening."""
+
+    def __init__(self, path: Path, attributes: dict):
+        self.path = path
+        self.slide_id = path.stem
+        self.attributes = attributes
+        self.info = SlideInfo.from_json(attributes["slide"])
+        self.params = TilingParams.from_json(attributes["tiling"])
+        self.region_px: float = attributes["region_px"]
+        self.origin: Int32[np.ndarray, "region 2"] = self._read("origin")
+        self.mask: Bool[np.ndarray, "region slot"] = self._read("mask")
+        self.quality: Float32[np.ndarray, "region slot score"] = self._read("quality")
+        self.reason: UInt8[np.ndarray, "region slot"] = self._read("reason")
+        self._tiled = self.mask  # which tiles are there to be read
+        self._pixels: PixelReader | None = None
+
+    def see(self, magnifications: Collection[str]) -> None:
+        """Masks the slots of all other magnifications; with none given, no slot. Raises InputError if it lacks one."""
+        if lacking := [name for name in magnifications if name not in self.params.magnifications]:
+            has = ", ".join(self.params.magnifications)
+            raise InputError(
+                f"{self.path}: has {has}, and config.data.magnifications {', '.join(lacking)}; name of those"
+            )
+        self.mask = self._tiled & self.params.slots_of(magnifications)
+
+    def thumbnail(self) -> tuple[UInt8[np.ndarray, "y x 3"], Bool[np.ndarray, "y x"]]:
+        """A picture of the slide, its longer side at most THUMBNAIL_PX, and where it is tissue."""
+        return self._read("thumbnail"), self._read("tissue_mask")
+
+    @property
+    def pixels(self) -> str:
+        """How it keeps them, one of slides.pixels.MODES, or NO_PIXELS."""
+        return self.attributes["pixels"]
+
+    def read_pixels(
+        self, indices: Sequence[int] | np.ndarray, out: UInt8[np.ndarray, "region slot y x 3"] | None = None
+    ) -> UInt8[np.ndarray, "region slot y x 3"]:
+        """The tiles of some regions, masked slots zero; any number of threads may read. `out` is where to put them.
+
+        Raises InputError if the store is damaged, or keeps no pixels and its slide is not there as it was.
+        """
+        with self._checked():
+            if self._pixels is None:
+                folder = self.path / "pixels"
+                self._pixels = pixel_reader(self.pixels, folder, self.params, self.info, self.origin, self._tiled)
+            if out is None:
+                out = np.empty((len(indices), self.params.slots, *(self.params.tile_px,) * 2, 3), np.uint8)
+            self._pixels.read(np.asarray(indices, np.int64), out)
+            return out
+
+    def check_slide(self) -> None:
+        """Raises InputError if pixels are to be read from a slide that is not where it was, before a long run finds out."""
+        if self.pixels == NO_PIXELS:
+            raise InputError(f"{self.path}: {IMPORTED_ALONE}")
+        if self.pixels == "none" and not os.path.exists(self.info.path):
+            raise InputError(
+                f"{self.path}: keeps no pixels, and its slide {self.info.path} is not there; put it back, or run crcjax "
+                "tile on it where it is now"
+            )
+
+    def _read(self, name: str) -> np.ndarray:
+        with self._checked():
+            return open_array(self.path / name).read().result()
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise unreadable(self.path, error, "delete it and run crcjax tile again") from error
+
+
+class StoreWriter:
+    """Writes one slide under a partial name; `commit` gives it its own. Leaving without it removes what was written.
+
+    `pixels` is one of slides.pixels.MODES; of a slide that is not there, known by its SlideInfo alone, the plan is written
+    without pixels or quality, and `pixels` is NO_PIXELS. `locked` says that the caller holds the `slide_lock`, which is taken
+    otherwise. Raises BusyError if another process writes the slide, OutputError where the disk is full or may not be written,
+    InputError for another mode.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        slide_id: str,
+        slide: Slide | SlideInfo,
+        plan: TilePlan,
+        pixels: str,
+        *,
+        locked: bool = False,
+    ):
+        if isinstance(slide, Slide):
+            check_mode(pixels)
+        self._final = store / f"{slide_id}.zarr"
+        self._partial = store / ".partial" / self._final.name
+        self._lock = nullcontext() if locked else slide_lock(store, slide_id)
+        self._plan = plan
+        self._mask = plan.mask.copy()
+        self._quality = np.zeros((*plan.mask.shape, len(QUALITY_NAMES)), np.float32)
+        self._reason = np.zeros(plan.mask.shape, np.uint8)
+        self._slide, self._mode = slide, pixels
+        self._info = slide.info if isinstance(slide, Slide) else slide
+        self._pixels: PixelWriter | None = None
+        self._life = ExitStack()
+
+    def __enter__(self) -> StoreWriter:
+        self._life.enter_context(self._lock)
+        try:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+            folder = self._partial / "pixels"
+            self._pixels = pixel_writer(self._mode, folder, self._plan, self._slide)
+        except (OSError, ValueError) as error:
+            self._life.close()
+            self._fail(error)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._pixels:
+            self._pixels.close()  # a write that is still under way would make the folder again
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._life.close()
+
+    @property
+    def pack(self) -> Pack | None:
+        """What `read_regions` shall do with each tile, so that it is done where the tile is read."""
+        assert self._pixels is not None
+        return self._pixels.pack
+
+    def write(self, start: int, tiles: RegionTiles) -> None:
+        """Regions read with `pack`, from `start` on, in order, a whole shard (slides.pixels.shard_regions) but for the last."""
+        stop = start + len(tiles.mask)
+        self._mask[start:stop] = tiles.mask
+        self._quality[start:stop] = tiles.quality
+        self._reason[start:stop] = tiles.reason
+        assert self._pixels is not None
+        try:
+            self._pixels.write(start, tiles)
+        except ValueError as error:
+            self._fail(error)
+
+    def keep(self, files: Mapping[str, str]) -> None:
+        """Small texts beside the arrays, by their names within the slide's folder."""
+        try:
+            for name, text in files.items():
+                path = self._partial / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text)
+        except OSError as error:
+            self._fail(error)
+
+    def commit(self, about: Mapping[str, object] | None = None) -> dict:
+        """Makes the slide appear in the store, whole, replacing an older one; returns its attributes, over which `about` wins."""
+        assert self._pixels is not None
+        plan, regions = self._plan, len(self._plan.origin)
+        arrays = {"origin": plan.origin, "mask": self._mask, "quality": self._quality, "reason": self._reason}
+        arrays |= _small_pictures(plan)
+        try:
+            about_pixels = self._pixels.finish()
+            for name, values in arrays.items():
+                create_array(self._partial / name, str(values.dtype), values.shape).write(values).result()
+            attributes = {
+                "format_version": FORMAT_VERSION,
+                "code_version": crcjax.__version__,
+                "slide": self._info.to_json(),
+                "tiling": plan.params.to_json(),
+                "region_px": plan.region_px,
+                "regions": regions,
+                "rejected": _rejected(plan, self._reason),
+                "areas": plan.areas_id,
+                "quality": list(QUALITY_NAMES),
+                "verdict": slide_verdict(self._quality, self._reason, plan.params.quality),
+                "white": list(plan.tissue.white),
+                "pixels": self._mode,
+                **about_pixels,
+                **(about or {}),
+            }
+            if self._mode != NO_PIXELS:
+                write_group(self._partial / "pixels", {})
+            write_group(self._partial, attributes)
+            _sync(self._partial)
+            shutil.rmtree(self._final, ignore_errors=True)
+            self._partial.rename(self._final)
+        except (OSError, ValueError) as error:
+            self._fail(error)
+        return attributes
+
+    def _fail(self, error: Exception) -> NoReturn:
+        # TensorStore tells the system's reason within a sentence of its own.
+        reasons = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS))
+        reason = next((known for known in reasons if known in str(error)), first_line(error))
+        raise OutputError(
+            f"{self._final.parent}: cannot be written ({reason}); free space or choose another --out"
+        ) from error
+
+
+def _small_pictures(plan: TilePlan) -> dict[str, np.ndarray]:
+    shrink = min(1.0, THUMBNAIL_PX / max(plan.tissue_mask.shape))
+    height, width = (max(1, round(side * shrink)) for side in plan.tissue_mask.shape)
+    picture = cv2.resize(plan.thumbnail, (width, height), interpolation=cv2.INTER_AREA)
+    mask = cv2.resize(plan.tissue_mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+    return {"thumbnail": picture, "tissue_mask": mask.astype(bool)}
+
+
+def _rejected(plan: TilePlan, reason: np.ndarray) -> dict[str, int]:
+    """The slide's tiles that were not kept, by reason: those that the plan left out, and those that failed."""
+    failed = Counter(REASONS[code] for code in reason[plan.mask].tolist())
+    return dict(Counter(plan.rejected) + failed - Counter(kept=failed["kept"]))
+
+
+def open_store(store: str | Path, slide_id: str) -> TileStore:
+    """One slide of a store. Raises InputError if it is absent, damaged, or of a format this version does not read."""
+    path = Path(store) / f"{slide_id}.zarr"
+    try:
+        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: not in the store; run crcjax tile for this slide") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); delete it and run crcjax tile again") from error
+    if attributes.get("format_version") != FORMAT_VERSION:
+        found = attributes.get("format_version")
+        raise InputError(f"{path}: has store format {found}, this crcjax reads {FORMAT_VERSION}; tile the slide again")
+    try:
+        return TileStore(path, attributes)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged (zarr.json: {error}); delete it and run crcjax tile again") from error
+
+
+def readable(store: str | Path, slide_id: str) -> TileStore | InputError:
+    """As `open_store`, but that the error is returned: of many slides, one that is damaged shall not keep the others."""
+    try:
+        return open_store(store, slide_id)
+    except InputError as error:
+        return error
+
+
+def tiled_slides(store: str | Path) -> list[str]:
+    """The ids of the slides in a store, sorted."""
+    return sorted(path.parent.stem for path in Path(store).glob("*.zarr/zarr.json"))
+
+
+def remove_partials(store: Path) -> None:
+    """Removes what writers that no longer live have left. Raises OutputError if the store cannot be written."""
+    try:
+        partials = store / ".partial"
+        partials.mkdir(parents=True, exist_ok=True)
+        for slide_id in {partial.stem for partial in partials.iterdir()}:
+            with suppress(BusyError), slide_lock(store, slide_id):
+                shutil.rmtree(partials / f"{slide_id}.zarr", ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"{store}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+@contextmanager
+def slide_lock(store: Path, slide_id: str) -> Iterator[None]:
+    """Holds a slide of a store against all other writers, on any machine; the system frees it when its holder dies.
+
+    Raises BusyError if another holds it, OutputError if the store cannot be written or its file system has no locks.
+    """
+    with file_lock(store / ".partial" / f"{slide_id}.lock", f"another process writes the slide {slide_id}"):
+        yield
+
+
+@contextmanager
+def file_lock(path: Path, busy: str = "") -> Iterator[None]:
+    """Holds the lock that a file stands for, waiting for it unless `busy` says what BusyError shall say. Raises OutputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path, fcntl.LOCK_NB if busy else 0)
+    except BlockingIOError as error:
+        raise BusyError(f"{path.parents[1]}: {busy}; wait for it") from error
+    except OSError as error:
+        raise OutputError(
+            f"{path.parents[1]}: cannot be written or locked ({error.strerror}); choose another --out"
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path, flags: int) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its last holder removed it since it was opened
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    def sync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    # Together, for the file system writes its journal once for those that wait at the same time.
+    with ThreadPoolExecutor(_SYNCED_TOGETHER) as pool:
+        list(pool.map(sync, [*folder.rglob("*"), folder]))

@@ -1,0 +1,1 @@
+"""Synthetic slides painted with known ground truth."""

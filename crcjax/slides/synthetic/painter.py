@@ -1,0 +1,366 @@
+"""Synthetic H&E slides with known truth, since real cohorts cannot be shipped.
+
+A slide is a pyramidal JPEG TIFF with the Aperio description, so that OpenSlide opens it as it opens a scanner's; its
+truth lies beside it as `NAME.truth.npz`. Colours follow Beer and Lambert from stain vectors and concentrations.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import cv2
+import imagecodecs
+import numpy as np
+import tifffile
+from jaxtyping import Bool, Float32, UInt8
+
+from crcjax.errors import InputError, OutputError
+from crcjax.slides.synthetic.artefacts import ARTEFACTS, artefact_mask, spoil_picture, spoil_section
+from crcjax.slides.synthetic.tissue_map import CARRIER, MAP_UM, SUBTYPES, Tissue, architecture
+from crcjax.slides.synthetic.tissue_textures import REACH_UM, Ground, draw_stains
+from crcjax.slides.wsi.slide import PAINTED
+
+TILE_PX = 256
+BLOCK_PX = 1024  # a block shrunk four times is one tile of the next level
+_OPTICS_UM, _SPOIL_UM = 2.0, 10.0  # reach of the blur of the optics, and with that of an artefact
+
+
+@dataclass(frozen=True)
+class Site:
+    """A laboratory and its scanner: directions of the stains in optical density (RGB), the light, and the optics.
+
+    `blur_um` is the standard deviation of a Gaussian.
+    """
+
+    name: str
+    scanner: str
+    haematoxylin: tuple[float, float, float]
+    eosin: tuple[float, float, float]
+    white: tuple[int, int, int]
+    blur_um: float
+    jpeg_quality: int
+
+
+SITES = (
+    Site("synthetic-north", "synthetic-A", (0.65, 0.70, 0.29), (0.09, 0.95, 0.29), (245, 244, 246), 0.30, 85),
+    Site("synthetic-south", "synthetic-B", (0.56, 0.72, 0.41), (0.20, 0.90, 0.39), (238, 236, 232), 0.45, 80),
+    Site("synthetic-east", "synthetic-C", (0.70, 0.66, 0.27), (0.13, 0.94, 0.31), (250, 248, 250), 0.25, 90),
+    Site("synthetic-west", "synthetic-B", (0.60, 0.74, 0.31), (0.07, 0.93, 0.36), (233, 235, 238), 0.55, 75),
+)
+
+
+@dataclass(frozen=True)
+class SlideSpec:
+    """One slide to paint. `artefacts` are of slides.artefacts.ARTEFACTS; the same spec gives the same bytes."""
+
+    subtype: str
+    seed: int
+    site: Site = SITES[0]
+    size_px: tuple[int, int] = (3072, 2560)
+    mpp: float = 0.5
+    artefacts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a painted slide holds; maps are `um_per_px` a pixel, `kinds` index `names`; `spec` is how it was asked for."""
+
+    subtype: str
+    kinds: UInt8[np.ndarray, "y x"]
+    names: tuple[str, ...]
+    um_per_px: float
+    haematoxylin: tuple[float, ...]
+    eosin: tuple[float, ...]
+    white: tuple[int, ...]
+    artefacts: dict[str, Bool[np.ndarray, "y x"]]
+    seed: int
+    spec: str
+
+    @property
+    def carriers(self) -> Bool[np.ndarray, "y x"]:
+        """Where the tissue shows the slide's subtype."""
+        return self.kinds == CARRIER[self.subtype]
+
+    def tissue_share(self, x_um: float, y_um: float, side_um: float, kinds: Sequence[int] = tuple(Tissue)[1:]) -> float:
+        """The fraction of a square box that is tissue, or tissue of some kinds."""
+        return float(np.isin(self._box(self.kinds, x_um, y_um, side_um), kinds).mean())
+
+    def spoilt_share(self, artefact: str, x_um: float, y_um: float, side_um: float) -> float:
+        """The fraction of a square box's tissue that the artefact spoils: fold and dense spoil neither fat nor mucin, whose
+        double or triple does not show.
+        """
+        kinds = self._box(self.kinds, x_um, y_um, side_um)
+        if artefact not in self.artefacts or not kinds.any():
+            return 0.0
+        spoilt = self._box(self.artefacts[artefact], x_um, y_um, side_um) & (kinds > 0)
+        if artefact in ("fold", "dense"):
+            spoilt &= ~np.isin(kinds, (Tissue.ADIPOSE, Tissue.MUCIN))
+        return float(spoilt.sum() / (kinds > 0).sum())
+
+    def _box(self, values: np.ndarray, x_um: float, y_um: float, side_um: float) -> np.ndarray:
+        top, left, bottom, right = np.rint(np.array([y_um, x_um, y_um + side_um, x_um + side_um]) / self.um_per_px)
+        return values[int(top) : int(bottom), int(left) : int(right)]
+
+
+def truth_path(slide: str | Path) -> Path:
+    """Where the truth of a painted slide lies."""
+    return Path(slide).with_suffix(".truth.npz")
+
+
+def load_truth(path: str | Path) -> Truth:
+    """Reads a `.truth.npz`. Raises InputError if it is none."""
+    try:
+        # Opened here: np.load leaves a file that is no zip open.
+        with open(path, "rb") as file, np.load(file) as saved:
+            artefacts = {name: saved[f"artefact_{name}"] for name in ARTEFACTS if f"artefact_{name}" in saved}
+            return Truth(
+                str(saved["subtype"]),
+                saved["kinds"],
+                tuple(saved["names"].tolist()),
+                float(saved["um_per_px"]),
+                tuple(saved["haematoxylin"].tolist()),
+                tuple(saved["eosin"].tolist()),
+                tuple(saved["white"].tolist()),
+                artefacts,
+                int(saved["seed"]),
+                str(saved["spec"]),
+            )
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(
+            f"{path}: no truth of a painted slide ({error}); delete it and paint the slide again"
+        ) from error
+
+
+def paint_slide(path: str | Path, spec: SlideSpec, workers: int = 1) -> Path:
+    """Writes the slide and its truth; `workers` processes paint its blocks.
+
+    Memory: a row of encoded blocks, one level's encoded tiles (about 17 bytes per 1000 px of level 0) and the slide at
+    a sixteenth, whatever the size. Raises InputError for an unknown subtype or artefact, OutputError if the disk is full.
+    """
+    path = Path(path)
+    if spec.subtype not in SUBTYPES or not set(spec.artefacts) <= set(ARTEFACTS):
+        raise InputError(f"cannot paint {spec.subtype} with {spec.artefacts}: know {SUBTYPES} with {ARTEFACTS}")
+    scene, partial = _scene(spec), path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_pyramid(partial, spec, workers)
+        partial.rename(path)
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, **_truth_arrays(spec, scene))
+        partial.rename(truth_path(path))
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _truth_arrays(spec: SlideSpec, scene: _Scene) -> dict[str, Any]:
+    arrays = {
+        "spec": repr(spec),
+        "subtype": spec.subtype,
+        "seed": spec.seed,
+        "kinds": scene.ground.kinds,
+        "names": [kind.name.lower() for kind in Tissue],
+        "um_per_px": MAP_UM,
+        "haematoxylin": _unit(spec.site.haematoxylin),
+        "eosin": _unit(spec.site.eosin),
+        "white": spec.site.white,
+    }
+    return arrays | {f"artefact_{name}": mask > 0 for name, mask in scene.artefacts.items()}
+
+
+def paint_cohort(
+    folder: str | Path,
+    cases: dict[str, int],
+    *,
+    seed: int = 0,
+    size_px: tuple[int, int] = (3072, 2560),
+    mpp: float = 0.5,
+    workers: int | None = None,
+) -> Path:
+    """Paints one slide a case, `cases` of each split (such as train 60, val 15, test 30), and their cohort.csv.
+
+    Subtypes and sites are balanced within each split and independent of each other. Slides that are there already are
+    kept. Returns the CSV's path.
+    """
+    folder = Path(folder)
+    rng = np.random.default_rng([seed, 5])
+    rows: list[list[str]] = []
+    jobs: list[tuple[Path, SlideSpec]] = []
+    for split, count in cases.items():
+        pairs = list(itertools.islice(itertools.cycle(itertools.product(SITES, SUBTYPES)), count))
+        for site, subtype in pairs:
+            name = f"synthetic-{len(rows):04d}"
+            relative = f"slides/{name}.svs"
+            spec = SlideSpec(subtype, int(rng.integers(1 << 31)), site, size_px, mpp)
+            rows.append([name, name, relative, subtype, site.name, site.scanner, split])
+            if not _is_painted(folder / relative, spec):
+                jobs.append((folder / relative, spec))
+    with _pool(workers or len(os.sched_getaffinity(0))) as executor:
+        list(executor.map(_paint_job, jobs))
+    with open(folder / "cohort.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["slide_id", "case_id", "path", "subtype", "site", "scanner", "split"])
+        table.writerows(rows)
+    return folder / "cohort.csv"
+
+
+def _is_painted(path: Path, spec: SlideSpec) -> bool:
+    truth = truth_path(path)  # written last
+    return path.exists() and truth.exists() and load_truth(truth).spec == repr(spec)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    # OpenCV's own threads would only compete with the other workers.
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=cv2.setNumThreads, initargs=(1,))
+
+
+def _paint_job(job: tuple[Path, SlideSpec]) -> Path:
+    return paint_slide(*job)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """All that a block's colours depend on."""
+
+    ground: Ground
+    site: Site
+    stain: tuple[float, float]  # the case's strength of haematoxylin and eosin
+    artefacts: dict[str, Float32[np.ndarray, "y x"]]  # between 0 and 1 on the map's grid
+
+
+@lru_cache(maxsize=1)
+def _scene(spec: SlideSpec) -> _Scene:
+    """Made once by each process, so that no map travels with every block."""
+    kinds = architecture(spec.subtype, spec.seed, *(side * spec.mpp for side in spec.size_px))
+    rng = np.random.default_rng([spec.seed, 6])
+    haematoxylin, eosin = np.exp(rng.normal(0, 0.25, 2)).tolist()
+    artefacts = {name: artefact_mask(name, kinds.shape, rng) for name in spec.artefacts}
+    return _Scene(Ground(kinds, spec.seed, spec.mpp), spec.site, (haematoxylin, eosin), artefacts)
+
+
+def paint_block(spec: SlideSpec, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "y x 3"]:
+    """RGB of a block at (x, y) in level-0 px, the same whether it is painted alone or with its neighbours."""
+    scene, site = _scene(spec), spec.site
+    margin = int(np.ceil((REACH_UM + (_SPOIL_UM if spec.artefacts else _OPTICS_UM)) / spec.mpp))
+    box = (x - margin, y - margin, width + 2 * margin, height + 2 * margin)
+    haematoxylin, eosin = draw_stains(scene.ground, *box)
+    masks = {name: _block_of(mask, spec.mpp, *box) for name, mask in scene.artefacts.items()}
+    layers = spoil_section(scene.ground, masks, haematoxylin, eosin, *box[:2])
+    vectors = scene.stain[0] * _unit(site.haematoxylin), scene.stain[1] * _unit(site.eosin)
+    channels = []
+    for i, (white, h, e) in enumerate(zip(site.white, *vectors, strict=True)):
+        exponent = cv2.addWeighted(haematoxylin, -h, eosin, -e, 0)
+        for amount, density in layers:
+            exponent = exponent - density[i] * amount
+        channels.append(cv2.convertScaleAbs(cv2.exp(exponent), alpha=white))
+    pixels = cv2.GaussianBlur(cv2.merge(channels), (0, 0), site.blur_um / spec.mpp)
+    return spoil_picture(pixels, masks, site.white, spec.mpp)[margin:-margin, margin:-margin]
+
+
+def _block_of(mask: np.ndarray, mpp: float, x: int, y: int, width: int, height: int) -> Float32[np.ndarray, "y x"]:
+    """A window of a map at level-0 px; what lies beyond the map is 0."""
+    step = MAP_UM / mpp
+    columns = ((np.arange(x, x + width) + 0.5) / step - 0.5).astype(np.float32)
+    rows = ((np.arange(y, y + height) + 0.5) / step - 0.5).astype(np.float32)
+    return cv2.remap(mask, *np.meshgrid(columns, rows), cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+
+
+def _unit(vector: tuple[float, float, float]) -> np.ndarray:
+    return np.asarray(vector) / np.linalg.norm(vector)
+
+
+def _write_pyramid(path: Path, spec: SlideSpec, workers: int) -> None:
+    width, height = spec.size_px
+    sixteenth = np.full((-(-height // BLOCK_PX) * 64, -(-width // BLOCK_PX) * 64, 3), 255, np.uint8)
+    quarter: list[bytes] = []
+    description = (
+        f"Aperio {PAINTED}\r\n{width}x{height} (256x256) JPEG|AppMag = {10 / spec.mpp:g}|"
+        f"MPP = {spec.mpp:g}|ScanScope ID = {spec.site.scanner}"
+    )
+    options: dict[str, Any] = {
+        "dtype": np.uint8,
+        "photometric": "ycbcr",
+        "subsampling": (2, 2),
+        "compression": "jpeg",
+        "tile": (TILE_PX, TILE_PX),
+        "metadata": None,
+        "software": False,
+        "description": description,
+    }
+    with (
+        _pool(workers) if workers > 1 else nullcontext() as executor,
+        tifffile.TiffWriter(path, bigtiff=width * height > 1 << 31) as tiff,
+    ):
+        mapped = executor.map if executor else map
+        tiles = _level_0(spec, mapped, quarter, sixteenth)
+        tiff.write(tiles, shape=(height, width, 3), **options)
+        if min(width, height) > BLOCK_PX:
+            tiff.write(iter(quarter), shape=(-(-height // 4), -(-width // 4), 3), **options)
+        level = sixteenth[: -(-height // 16), : -(-width // 16)]
+        while min(level.shape[:2]) > TILE_PX:
+            encoded = [_encode(tile, spec.site) for row in _tiles(level) for tile in row]
+            tiff.write(iter(encoded), shape=level.shape, **options)
+            level = _shrunk(level, (level.shape[1] // 4, level.shape[0] // 4))
+
+
+def _level_0(spec: SlideSpec, mapped: object, quarter: list[bytes], sixteenth: np.ndarray) -> Iterator[bytes]:
+    """Encoded tiles row by row; fills in the next level's tiles and the pixels of the one after on the way."""
+    width, height = spec.size_px
+    columns = range(0, width, BLOCK_PX)
+    for y in range(0, height, BLOCK_PX):
+        blocks = list(mapped(_encoded_block, [(spec, x, y) for x in columns]))  # type: ignore[operator]
+        for x, (_, shrunk, smallest) in zip(columns, blocks, strict=True):
+            quarter.append(shrunk)
+            sixteenth[y // 16 : y // 16 + 64, x // 16 : x // 16 + 64] = smallest
+        for row in range(len(blocks[0][0])):
+            for rows, _, _ in blocks:
+                yield from rows[row]
+
+
+def _encoded_block(job: tuple[SlideSpec, int, int]) -> tuple[list[list[bytes]], bytes, np.ndarray]:
+    spec, x, y = job
+    width, height = (min(BLOCK_PX, side - at) for side, at in zip(spec.size_px, (x, y), strict=True))
+    pixels = paint_block(spec, x, y, width, height)
+    rows = [[_encode(tile, spec.site) for tile in row] for row in _tiles(pixels)]
+    block = np.full((BLOCK_PX, BLOCK_PX, 3), spec.site.white, np.uint8)
+    block[:height, :width] = pixels
+    quarter = _shrunk(block, (TILE_PX, TILE_PX))
+    return rows, _encode(quarter, spec.site), _shrunk(quarter, (TILE_PX // 4, TILE_PX // 4))
+
+
+def _shrunk(pixels: np.ndarray, size: tuple[int, int]) -> UInt8[np.ndarray, "y x 3"]:
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+
+
+def _tiles(pixels: np.ndarray) -> list[list[np.ndarray]]:
+    """Whole tiles, those at the border padded with their edge."""
+    height, width = pixels.shape[:2]
+    pad = ((0, -height % TILE_PX), (0, -width % TILE_PX), (0, 0))
+    padded = np.pad(pixels, pad, mode="edge")
+    return [
+        [padded[y : y + TILE_PX, x : x + TILE_PX] for x in range(0, padded.shape[1], TILE_PX)]
+        for y in range(0, padded.shape[0], TILE_PX)
+    ]
+
+
+def _encode(tile: np.ndarray, site: Site) -> bytes:
+    pixels = np.ascontiguousarray(tile)
+    level = site.jpeg_quality
+    return bytes(imagecodecs.jpeg8_encode(pixels, level, colorspace="RGB", outcolorspace="YCBCR", subsampling="420"))

@@ -1,0 +1,432 @@
+"""The stains in any block of a synthetic slide, drawn from its map of tissue kinds.
+
+Every gland, nucleus and fat cell is placed from a hash of the seed and its place on the slide, so that a block can be
+drawn alone and fits its neighbours. Sizes are in µm; textures repeat after some hundred µm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from jaxtyping import Float32, UInt8
+from scipy import fft
+
+from crcjax.slides.synthetic.tissue_map import MAP_UM, Tissue
+
+REACH_UM = 20.0  # how far the edge of a drawn block can be wrong: half a nucleus and a piece of an outline
+_NOISE_PX = 1024
+# Parts of structures, within a block only: they go on where Tissue ends.
+_EPITHELIUM, _SHEET, _LUMEN, _DEBRIS, _BLOOD = range(len(Tissue), len(Tissue) + 5)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A slide ready to be drawn: its map, seed and scale."""
+
+    kinds: UInt8[np.ndarray, "row column"]
+    seed: int
+    mpp: float
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Mean concentrations, the amplitudes of fibres and clouds in them, and nuclei per mm²."""
+
+    eosin: float = 0.0
+    haematoxylin: float = 0.0
+    fibres: float = 0.0
+    clouds: float = 0.0
+    nuclei: tuple[tuple[str, int], ...] = ()
+
+
+_LOOKS = {
+    Tissue.BACKGROUND: _Look(),
+    Tissue.GLANDS: _Look(0.46, 0.07, 0.11, 0.06, (("fibrocyte", 900), ("lymphocyte", 350))),
+    Tissue.CRIBRIFORM: _Look(0.44, 0.07, 0.11, 0.05, (("fibrocyte", 900), ("lymphocyte", 300))),
+    Tissue.STROMA: _Look(0.54, 0.06, 0.13, 0.06, (("fibrocyte", 900), ("lymphocyte", 200))),
+    Tissue.DESMOPLASTIC: _Look(0.42, 0.13, 0.13, 0.05, (("plump", 3000), ("lymphocyte", 150))),
+    Tissue.LYMPHOID: _Look(0.24, 0.13, 0.03, 0.04, (("lymphocyte", 10500),)),
+    Tissue.MUCIN: _Look(0.05, 0.13, 0.035, 0.03, (("debris", 60),)),
+    Tissue.NECROSIS: _Look(0.62, 0.09, 0.0, 0.13, (("debris", 2600),)),
+    Tissue.ADIPOSE: _Look(0.30, 0.05),
+    _EPITHELIUM: _Look(0.42, 0.20, 0.0, 0.05),
+    _SHEET: _Look(0.42, 0.20, 0.0, 0.05, (("epithelial", 5200),)),
+    _LUMEN: _Look(0.015, 0.01, 0.0, 0.008),
+    _DEBRIS: _Look(0.60, 0.12, 0.0, 0.12, (("debris", 5500),)),
+    _BLOOD: _Look(0.95, 0.0, 0.0, 0.15),
+}
+_TABLE = np.zeros((256, 4), np.float32)
+for _kind, _look in _LOOKS.items():
+    _TABLE[_kind] = _look.eosin, _look.haematoxylin, _look.fibres, _look.clouds
+
+
+@dataclass(frozen=True)
+class _Nucleus:
+    """Half axes, the spread of their size, the concentration of haematoxylin; or of what other particles consist of."""
+
+    long_um: float
+    short_um: float
+    spread: float
+    concentration: float
+    vesicular: bool = False
+
+
+_NUCLEI = {
+    "epithelial": _Nucleus(5.0, 3.0, 0.15, 1.15, vesicular=True),
+    "lymphocyte": _Nucleus(3.1, 2.9, 0.10, 1.55),
+    "fibrocyte": _Nucleus(7.5, 1.3, 0.25, 1.15),
+    "plump": _Nucleus(8.0, 2.6, 0.20, 1.05, vesicular=True),
+    "debris": _Nucleus(1.5, 1.1, 0.40, 1.25),
+    "erythrocyte": _Nucleus(3.7, 3.4, 0.08, 1.0, vesicular=True),
+    "speck": _Nucleus(2.0, 1.5, 0.40, 1.0),
+    "grain": _Nucleus(5.0, 4.0, 0.40, 1.0),
+    "flake": _Nucleus(9.0, 5.0, 0.40, 1.0),
+}
+_SIZES, _TURNS = 4, 16
+_CELL_UM = 9.0  # at most one nucleus in a cell of this side, but for those along outlines
+
+
+def draw_stains(
+    ground: Ground, x: int, y: int, width: int, height: int
+) -> tuple[Float32[np.ndarray, "y x"], Float32[np.ndarray, "y x"]]:
+    """Concentrations of haematoxylin and eosin in a block at (x, y), in px of `ground.mpp`; about 0 to 2.
+
+    They depend on the place alone, but for REACH_UM at the edge of the block.
+    """
+    zones = _zones(ground, x, y, width, height)
+    if not zones.any():
+        return np.zeros((height, width), np.float32), np.zeros((height, width), np.float32)
+    rows = _draw_structures(ground, zones, x, y)
+    eosin, haematoxylin, fibres, clouds = (_looked_up(zones, column) for column in range(4))
+    fibres *= _fibres(ground, x, y, width, height)
+    clouds *= _wrapped(_noise(0, 6.0, ground.mpp), x + _shift(ground, 1), y + _shift(ground, 2), width, height)
+    eosin += fibres
+    eosin += clouds
+    haematoxylin += np.float32(0.5) * clouds
+    np.maximum(haematoxylin, 0, out=haematoxylin)
+    _stamp(ground.mpp, haematoxylin, rows + _scattered(ground, zones, x, y))
+    eosin *= 1 - np.float32(0.45) * np.minimum(haematoxylin, 1)  # nuclei take little of it
+    np.maximum(eosin, 0, out=eosin)
+    return haematoxylin, eosin
+
+
+def _looked_up(zones: np.ndarray, column: int) -> Float32[np.ndarray, "y x"]:
+    return cv2.LUT(zones, _TABLE[:, column]).astype(np.float32, copy=False)
+
+
+def _zones(ground: Ground, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "y x"]:
+    """The map's kinds at every pixel, borders roughened by some 9 µm."""
+    step = MAP_UM / ground.mpp
+    noise = _noise(1, 13.0, ground.mpp) * np.float32(9.0 / ground.mpp)
+    shift = _shift(ground, 3)
+    # Read from a window of the map: cv2.remap takes no map larger than 32767 px, and floats stay precise.
+    left, top = max(0, int(x / step) - 4), max(0, int(y / step) - 4)
+    window = ground.kinds[top : int((y + height) / step) + 5, left : int((x + width) / step) + 5]
+    columns = (np.arange(x, x + width) / step - 0.5 - left).astype(np.float32)
+    rows = (np.arange(y, y + height) / step - 0.5 - top).astype(np.float32)
+    return cv2.remap(
+        np.ascontiguousarray(window),
+        _wrapped(noise, x + shift, y, width, height) / np.float32(step) + columns,
+        _wrapped(noise, x, y + shift, width, height) / np.float32(step) + rows[:, None],
+        cv2.INTER_NEAREST,
+        borderMode=cv2.BORDER_CONSTANT,
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Nuclei of one kind: px of the block, directions in radians, sizes in [0, 1)."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    angle: np.ndarray
+    size: np.ndarray
+
+
+def _draw_structures(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[_Rows]:
+    """Draws glands, cribriform sheets, buds, vessels and fat cells into `zones`; returns the nuclei along them."""
+    brush = _Brush(ground, zones, x, y)
+    for at, u in brush.places(Tissue.ADIPOSE, 46.0, 1):
+        fat = _outline(at, 27 + 3 * u[0], 0.85 + 0.15 * u[1], u[2:], 0.05)
+        brush.fill(fat, _LUMEN)
+        brush.line(fat, Tissue.ADIPOSE, 1.5)
+    for kind in (Tissue.STROMA, Tissue.DESMOPLASTIC):
+        for at, u in brush.places(kind, 210.0, 2):
+            if u[4] < 0.4:
+                vessel = _outline(at, 11 + 16 * u[0], 0.5 + 0.5 * u[1], u[2:], 0.08)
+                brush.fill(vessel, Tissue.STROMA)
+                brush.fill(_shrunk(vessel, 4.0), _BLOOD if u[4] < 0.25 else _LUMEN)
+                brush.nuclei(_shrunk(vessel, 3.0), "fibrocyte", 14.0, along=True)
+    for at, u in brush.places(Tissue.GLANDS, 122.0, 3):
+        gland = _outline(at, 46 + 18 * u[0], 0.65 + 0.35 * u[1], u[2:], 0.07)
+        brush.fill(gland, _EPITHELIUM)
+        brush.fill(_shrunk(gland, 17 + 8 * u[4]), _DEBRIS if u[4] < 0.1 else _LUMEN)
+        brush.nuclei(_shrunk(gland, 5.5), "epithelial", 5.6)
+        brush.nuclei(_shrunk(gland, 11.0), "epithelial", 11.0)
+    for at, u in brush.places(Tissue.CRIBRIFORM, 162.0, 4):
+        sheet = _outline(at, 86 + 20 * u[0], 0.75 + 0.25 * u[1], u[2:], 0.06)
+        brush.fill(sheet, _SHEET)
+        brush.nuclei(_shrunk(sheet, 5.0), "epithelial", 5.6)
+        for turn in range(7):  # one lumen in the middle, six around it
+            v = np.modf((u + 0.37 * turn) * 7.3)[0]
+            away = 0 if turn == 0 else 46 + 16 * v[5]
+            angle = turn * np.pi / 3 + 6 * u[2] + 0.5 * v[4]
+            hole = _outline(at + away * _direction(angle), 7 + 12 * v[0], 0.7 + 0.3 * v[1], v[2:], 0.06)
+            brush.fill(_shrunk(hole, -9.0), _EPITHELIUM)
+            brush.fill(hole, _DEBRIS if v[4] < 0.4 else _LUMEN)
+            brush.nuclei(_shrunk(hole, -6.0), "epithelial", 6.5)
+    for kind, share in ((Tissue.DESMOPLASTIC, 0.4), (Tissue.MUCIN, 0.4)):
+        for at, u in brush.places(kind, 95.0, 5):
+            if u[4] < share:  # tumour buds; islets that float in mucin
+                bud = _outline(at, 10 + 9 * u[0], 0.5 + 0.4 * u[1], u[2:], 0.08)
+                brush.fill(bud, _EPITHELIUM)
+                brush.nuclei(_shrunk(bud, 5.0), "epithelial", 6.5)
+    return brush.rows
+
+
+class _Brush:
+    """Draws outlines, in µm of the slide, into the zones of a block and collects the nuclei that line them."""
+
+    def __init__(self, ground: Ground, zones: np.ndarray, x: int, y: int):
+        self.ground, self.zones, self.corner = ground, zones, np.array([x, y])
+        self.rows: list[_Rows] = []
+
+    def places(self, kind: int, pitch_um: float, purpose: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Jittered hexagonal grid points near the block where the map has that kind, each with six numbers in [0, 1)."""
+        kinds, mpp = self.ground.kinds, self.ground.mpp
+        low = self.corner * mpp // pitch_um - 2
+        high = (self.corner + self.zones.shape[::-1]) * mpp // pitch_um + 3
+        column, row = (
+            grid.ravel() for grid in np.meshgrid(*(np.arange(int(a), int(b)) for a, b in zip(low, high, strict=True)))
+        )
+        u = _hashed(self.ground.seed, purpose, column, row, 8)
+        at_x = (column + 0.5 * (row % 2) + 0.3 * u[6]) * pitch_um
+        at_y = (row + 0.3 * u[7]) * pitch_um
+        map_x, map_y = np.floor(at_x / MAP_UM).astype(int), np.floor(at_y / MAP_UM).astype(int)
+        there = (map_x >= 0) & (map_y >= 0) & (map_x < kinds.shape[1]) & (map_y < kinds.shape[0])
+        there[there] = kinds[map_y[there], map_x[there]] == kind
+        for i in np.flatnonzero(there):
+            yield np.array([at_x[i], at_y[i]]), u[:6, i]
+
+    def fill(self, outline: np.ndarray, kind: int) -> None:
+        cv2.fillPoly(self.zones, [self._px(outline)], int(kind))
+
+    def line(self, outline: np.ndarray, kind: int, thickness_um: float) -> None:
+        cv2.polylines(self.zones, [self._px(outline)], True, int(kind), max(1, round(thickness_um / self.ground.mpp)))
+
+    def nuclei(self, outline: np.ndarray, name: str, apart_um: float, along: bool = False) -> None:
+        """Nuclei that stand on the outline `apart_um` from each other, or lie `along` it."""
+        steps = np.roll(outline, -1, axis=0) - outline
+        reached = np.concatenate([[0], np.cumsum(np.hypot(*steps.T))])
+        count = int(reached[-1] / apart_um)
+        where = np.arange(count) * (reached[-1] / max(1, count))
+        segment = np.searchsorted(reached, where, side="right") - 1
+        part = (where - reached[segment]) / np.maximum(reached[segment + 1] - reached[segment], 1e-9)
+        at = outline[segment] + part[:, None] * steps[segment]
+        angle = np.arctan2(steps[segment, 1], steps[segment, 0]) + (0 if along else np.pi / 2)
+        u = np.modf(where * 0.731 + outline[0, 0])[0]
+        px, py = self._px(at).T
+        self.rows.append(_Rows(name, px, py, angle + 0.5 * (u - 0.5), u))
+
+    def _px(self, outline: np.ndarray) -> np.ndarray:
+        return np.rint(outline / self.ground.mpp).astype(np.int32) - self.corner.astype(np.int32)
+
+
+def _outline(centre: np.ndarray, radius: float, flatness: float, u: np.ndarray, wobble: float) -> np.ndarray:
+    """A closed wobbly oval, its points some 5 µm apart."""
+    turn = np.linspace(0, 2 * np.pi, max(24, int(radius * 1.2)), endpoint=False)
+    r = radius * (1 + wobble * (np.sin(2 * turn + 9 * u[0]) + np.sin(3 * turn + 7 * u[1]) + 0.6 * np.sin(5 * turn)))
+    axis = _direction(np.pi * u[1])
+    across = np.array([-axis[1], axis[0]])
+    return centre + (r * np.cos(turn))[:, None] * axis + (r * flatness * np.sin(turn))[:, None] * across
+
+
+def _shrunk(outline: np.ndarray, by_um: float) -> np.ndarray:
+    """The outline moved inwards, to a quarter of its size at most."""
+    centre = outline.mean(axis=0)
+    ray = outline - centre
+    radius = np.hypot(*ray.T)[:, None]
+    return centre + ray * np.maximum(1 - by_um / radius, 0.25)
+
+
+def _direction(angle: float) -> np.ndarray:
+    return np.array([np.cos(angle), np.sin(angle)])
+
+
+def _scattered(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[_Rows]:
+    """Nuclei of the density that each zone has."""
+    px, py, u = _strewn(ground, _CELL_UM, 9, x, y, *zones.shape[::-1])
+    zone = zones[py, px]
+    along = _fibre_angle(ground, px + x, py + y)
+    rows = []
+    for kind, look in _LOOKS.items():
+        low = 0.0
+        for name, density in look.nuclei:
+            high = low + density * _CELL_UM**2 * 1e-6
+            i = np.flatnonzero((zone == kind) & (u[2] >= low) & (u[2] < high))
+            low = high
+            angle = along[i] + 0.5 * (u[3, i] - 0.5) if name in ("fibrocyte", "plump") else np.pi * u[3, i]
+            rows.append(_Rows(name, px[i], py[i], angle, u[4, i]))
+    return rows
+
+
+def draw_particles(
+    ground: Ground, names: Sequence[str], apart_um: float, x: int, y: int, width: int, height: int
+) -> Float32[np.ndarray, "y x"]:
+    """Particles of those kinds, as many of each, strewn some `apart_um` apart over a block: about 1 where one lies, else 0.
+
+    They depend on the place alone, but for REACH_UM at the edge of the block.
+    """
+    px, py, u = _strewn(ground, apart_um, 20, x, y, width, height)
+    which = (u[2] * len(names)).astype(int)
+    amount = np.zeros((height, width), np.float32)
+    of = [(name, which == i) for i, name in enumerate(names)]
+    _stamp(ground.mpp, amount, [_Rows(name, px[i], py[i], np.pi * u[3, i], u[4, i]) for name, i in of])
+    return amount
+
+
+def _strewn(
+    ground: Ground, pitch_um: float, purpose: int, x: int, y: int, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places in a block, one in each cell of a grid, as px of the block, each with five numbers in [0, 1)."""
+    pitch = pitch_um / ground.mpp
+    column, row = (
+        grid.ravel()
+        for grid in np.meshgrid(
+            np.arange(int(x // pitch), int((x + width) // pitch) + 1),
+            np.arange(int(y // pitch), int((y + height) // pitch) + 1),
+        )
+    )
+    u = _hashed(ground.seed, purpose, column, row, 5)
+    px = np.floor((column + 0.7 * u[0]) * pitch).astype(int) - x
+    py = np.floor((row + 0.7 * u[1]) * pitch).astype(int) - y
+    inside = (px >= 0) & (py >= 0) & (px < width) & (py < height)
+    return px[inside], py[inside], u[:, inside]
+
+
+def _stamp(mpp: float, haematoxylin: np.ndarray, rows: list[_Rows]) -> None:
+    """Presses nuclei into the block; where two meet, the larger concentration stays, so that order does not matter."""
+    height, width = haematoxylin.shape
+    for row in rows:
+        sprites = _sprites(row.name, mpp)
+        half = sprites[0].shape[0] // 2
+        look = (row.size * _SIZES).astype(int) * _TURNS + np.rint(row.angle * (_TURNS / np.pi)).astype(int) % _TURNS
+        near = (row.x > -half) & (row.y > -half) & (row.x < width + half) & (row.y < height + half)
+        left, top = row.x - half, row.y - half
+        for i in np.flatnonzero(near).tolist():
+            sprite, x, y = sprites[look[i]], int(left[i]), int(top[i])
+            cut_x, cut_y = max(0, -x), max(0, -y)
+            part = haematoxylin[y + cut_y : y + 2 * half + 1, x + cut_x : x + 2 * half + 1]
+            np.maximum(part, sprite[cut_y : cut_y + part.shape[0], cut_x : cut_x + part.shape[1]], out=part)
+
+
+@lru_cache
+def _sprites(name: str, mpp: float) -> list[np.ndarray]:
+    """Soft-edged nuclei with coarse chromatin, in _SIZES sizes by _TURNS directions."""
+    nucleus = _NUCLEI[name]
+    half = int(np.ceil(nucleus.long_um * (1 + nucleus.spread) / mpp)) + 1
+    y, x = np.mgrid[-half : half + 1, -half : half + 1]
+    sprites = []
+    for size in np.linspace(1 - nucleus.spread, 1 + nucleus.spread, _SIZES):
+        for turn in range(_TURNS):
+            angle = turn * np.pi / _TURNS
+            along = (x * np.cos(angle) + y * np.sin(angle)) * mpp / (nucleus.long_um * size)
+            across = (y * np.cos(angle) - x * np.sin(angle)) * mpp / (nucleus.short_um * size)
+            radius = np.hypot(along, across)
+            edge = np.clip((1 - radius) * nucleus.short_um * size / mpp + 0.5, 0, 1)
+            # Open chromatin: paler within than at the membrane.
+            inner = 0.72 + 0.28 * np.clip((radius - 0.5) / 0.4, 0, 1) if nucleus.vesicular else 1.0
+            chromatin = 1 + 0.1 * _noise(2, 0.7, mpp)[: 2 * half + 1, 40 * turn : 40 * turn + 2 * half + 1]
+            sprites.append((nucleus.concentration * edge * inner * chromatin).astype(np.float32))
+    return sprites
+
+
+def _fibres(ground: Ground, x: int, y: int, width: int, height: int) -> Float32[np.ndarray, "y x"]:
+    """Wavy streaks: a texture of straight ones, read along bent coordinates."""
+    angle, bend = _fibre_course(ground)
+    warp = _wrapped(_noise(3, 40.0, ground.mpp), x, y, width, height)
+    scale = ground.mpp * 2
+    columns, rows = np.arange(x, x + width) * scale, (np.arange(y, y + height) * scale)[:, None]
+    cos, sin = np.cos(angle), np.sin(angle)
+    # Taken round in double precision, so that floats stay exact far from the origin.
+    along = (cos * columns % _NOISE_PX).astype(np.float32) + (sin * rows % _NOISE_PX).astype(np.float32)
+    across = (-sin * columns % _NOISE_PX).astype(np.float32) + (cos * rows % _NOISE_PX).astype(np.float32)
+    across += np.float32(bend * scale) * warp
+    return cv2.remap(_streaks(), along, across, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+
+
+def _fibre_course(ground: Ground) -> tuple[float, float]:
+    """The fibres' main direction, and by how many px their bends leave it."""
+    rng = np.random.default_rng([ground.seed, 2])
+    return float(rng.uniform(0, np.pi)), float(rng.uniform(16, 30) / ground.mpp)
+
+
+def _fibre_angle(ground: Ground, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The direction of the fibres at each place: across the gradient of the bent coordinate."""
+    angle, bend = _fibre_course(ground)
+    texture = _noise(3, 40.0, ground.mpp)
+    here = texture[y % _NOISE_PX, x % _NOISE_PX]
+    right = texture[y % _NOISE_PX, (x + 4) % _NOISE_PX]
+    below = texture[(y + 4) % _NOISE_PX, x % _NOISE_PX]
+    slope_x = -np.sin(angle) + (right - here) / 4 * bend
+    slope_y = np.cos(angle) + (below - here) / 4 * bend
+    return np.arctan2(slope_y, slope_x) - np.pi / 2
+
+
+@lru_cache
+def _streaks() -> Float32[np.ndarray, "y x"]:
+    """Crimped streaks along x, periodic, half a µm a pixel, of unit deviation."""
+    fine, coarse = _periodic(4, 60.0, 1.3), _periodic(5, 120.0, 6.0)
+    crimp = np.rint(5 * np.sin(np.arange(_NOISE_PX) * (2 * np.pi * 14 / _NOISE_PX))).astype(int)
+    field = (0.7 * fine + 0.7 * coarse)[(np.arange(_NOISE_PX)[:, None] + crimp) % _NOISE_PX, np.arange(_NOISE_PX)]
+    return np.ascontiguousarray(field)
+
+
+@lru_cache
+def _noise(index: int, sigma_um: float, mpp: float) -> Float32[np.ndarray, "y x"]:
+    """Smooth periodic noise of unit deviation."""
+    return _periodic(index, sigma_um / mpp, sigma_um / mpp)
+
+
+def _periodic(index: int, sigma_x: float, sigma_y: float) -> Float32[np.ndarray, "y x"]:
+    """White noise under a Gaussian filter, by its spectrum."""
+    white = np.random.default_rng([index, 3]).standard_normal((_NOISE_PX, _NOISE_PX), dtype=np.float32)
+    fall = [np.exp(-2 * (np.pi * sigma * fft.fftfreq(_NOISE_PX)) ** 2) for sigma in (sigma_y, sigma_x)]
+    kept = fall[0][:, None] * fall[1][None, : _NOISE_PX // 2 + 1]
+    field = fft.irfft2(fft.rfft2(white) * kept.astype(np.float32))
+    return field / field.std()
+
+
+def _wrapped(texture: np.ndarray, x: int, y: int, width: int, height: int) -> Float32[np.ndarray, "y x"]:
+    """A window of a periodic texture."""
+    rolled = np.roll(texture, (-y % _NOISE_PX, -x % _NOISE_PX), axis=(0, 1))[:height, :width]
+    below, right = height - rolled.shape[0], width - rolled.shape[1]
+    return cv2.copyMakeBorder(rolled, 0, below, 0, right, cv2.BORDER_WRAP)
+
+
+def _shift(ground: Ground, purpose: int) -> int:
+    """Where this slide's window of a texture begins."""
+    return int(_NOISE_PX * _hashed(ground.seed, 10 + purpose, np.zeros(1, int), np.zeros(1, int), 1)[0, 0])
+
+
+def _hashed(seed: int, purpose: int, column: np.ndarray, row: np.ndarray, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) for every cell: a 64-bit mix of seed, purpose and place."""
+    with np.errstate(over="ignore"):
+        state = (
+            np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+            + np.uint64(purpose) * np.uint64(0xBF58476D1CE4E5B9)
+            + column.astype(np.int64).astype(np.uint64) * np.uint64(0x94D049BB133111EB)
+            + row.astype(np.int64).astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93)
+        )
+        numbers = []
+        for _ in range(count):
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+            numbers.append((state >> np.uint64(11)).astype(np.float64) / float(1 << 53))
+    return np.stack(numbers)

@@ -1,0 +1,1 @@
+"""Tissue segmentation, quality control, tile plans and reading of regions."""

@@ -1,0 +1,390 @@
+"""Which regions of a slide to read (`plan_tiles`) and their tiles at every magnification (`read_regions`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt8
+
+from crcjax.errors import InputError, SlideError
+from crcjax.slides.tiling.quality_control import (
+    ABSENT,
+    GLASS,
+    KEPT,
+    QUALITY_NAMES,
+    Digest,
+    QualityLimits,
+    digest,
+    judge,
+    judged_shrink,
+    score_digests,
+)
+from crcjax.slides.tiling.regions_of_interest import Areas
+from crcjax.slides.tiling.tissue_segmentation import (
+    METHODS,
+    MOST_THUMBNAIL_PX,
+    THUMBNAIL_UM_PER_PX,
+    NotBrightfieldError,
+    TissueModel,
+    tissue_mask,
+    tissue_model,
+)
+from crcjax.slides.wsi.slide import Slide, SlideInfo
+
+_JUDGED_TOGETHER = 32  # tiles: one by one, NumPy's calls would take longer than its arithmetic
+EVERYWHERE = Areas()
+SAME_SCALE = 0.02  # a level within 2 % of the wanted mpp is read as it is
+
+
+def mpp_of(magnification: str) -> float:
+    """Micrometres per pixel of a magnification: 40x is 0.25, 20x is 0.5. Raises InputError if it is not `NUMBERx`."""
+    try:
+        power = float(magnification.removesuffix("x"))
+        if not magnification.endswith("x") or not 0 < power <= 100:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"magnification {magnification!r}: write a number and x, such as 20x or 10x,20x,40x") from None
+    return 10.0 / power
+
+
+@dataclass(frozen=True)
+class TilingParams:
+    """Everything that decides which tiles a slide gives.
+
+    `magnifications` are kept from coarse to fine and differ by powers of two; a region is one tile of the first.
+    `quality` limits a tile's share of tissue and the scores of its pixels. `tissue` is the method that finds tissue, one of
+    tissue.METHODS; with `icc` colours are turned to sRGB by the slide's ICC profile. With `stain`, a StainNormaliser as its
+    `to_json` gives it, kept tiles are brought to its reference once they were judged.
+    Raises InputError.
+    """
+
+    magnifications: tuple[str, ...] = ("20x",)
+    tile_px: int = 256
+    quality: QualityLimits = field(default_factory=QualityLimits)
+    tissue: str = "robust"
+    icc: bool = False
+    stain: dict | None = None
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(dict.fromkeys(self.magnifications), key=mpp_of, reverse=True))
+        object.__setattr__(self, "magnifications", ordered)
+        if not ordered:
+            raise InputError("no magnification: give one such as 20x")
+        for magnification, factor in zip(ordered, self.factors, strict=True):
+            if abs(factor * mpp_of(magnification) / mpp_of(ordered[0]) - 1) > 1e-6 or factor & (factor - 1):
+                raise InputError(f"{ordered[0]} and {magnification} do not differ by a power of two")
+        if not 16 <= self.tile_px <= 4096:
+            raise InputError(f"tile_px {self.tile_px} is outside 16 to 4096")
+        if self.tissue not in METHODS:
+            raise InputError(f"tissue method {self.tissue!r}: choose {', '.join(METHODS)}")
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Tiles along a region's side, per magnification."""
+        coarsest = mpp_of(self.magnifications[0])
+        return tuple(round(coarsest / mpp_of(magnification)) for magnification in self.magnifications)
+
+    @property
+    def slots(self) -> int:
+        """Instances per region."""
+        return sum(factor**2 for factor in self.factors)
+
+    def slots_of(self, magnifications: Collection[str]) -> Bool[np.ndarray, " slot"]:
+        """Which slots are of those magnifications; with none given, all."""
+        shown = [not magnifications or name in magnifications for name in self.magnifications]
+        return np.repeat(shown, np.square(self.factors))
+
+    def to_json(self) -> dict:
+        """Plain values, as stores and runs keep them."""
+        return asdict(self) | {"magnifications": list(self.magnifications)}
+
+    @classmethod
+    def from_json(cls, values: dict) -> TilingParams:
+        """The inverse of `to_json`, and of how stores had it before `min_tissue` was one of the limits."""
+        values = dict(values)
+        before = {name: values.pop(name) for name in ("min_tissue",) if name in values}
+        magnifications, quality = tuple(values["magnifications"]), QualityLimits(**before | values["quality"])
+        return cls(**values | {"magnifications": magnifications, "quality": quality})
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a slide is read: `level` and the level-0 px per tile pixel at the finest magnification that it has.
+
+    `missing` magnifications (the last ones) are finer than the slide and stay masked.
+    """
+
+    level: int
+    downsample: float
+    finest: int  # index into params.magnifications
+    missing: int
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The regions of a slide that hold tissue, row by row.
+
+    `origin` and the region's side `region_px` are in level-0 px; `rejected` counts the slide's other tiles by reason.
+    `thumbnail` is the picture in which `tissue_mask` was found (`thumbnail_px`).
+    """
+
+    params: TilingParams
+    scale: Scale
+    region_px: float
+    tissue: TissueModel
+    origin: Int32[np.ndarray, "region 2"]
+    mask: Bool[np.ndarray, "region slot"]
+    thumbnail: UInt8[np.ndarray, "y x 3"]
+    tissue_mask: Bool[np.ndarray, "y x"]
+    rejected: dict[str, int] = field(default_factory=dict)
+    areas_id: str = ""
+
+
+@dataclass(frozen=True)
+class RegionTiles:
+    """Some regions' tiles; `mask` is the plan's, less the tiles that failed quality control; `reason` says why.
+
+    `reason` is an index into quality.REASONS. With a `pack` (see `read_regions`) `packed` holds what it made of each kept
+    tile, by region and slot, and `pixels` has no regions.
+    """
+
+    pixels: UInt8[np.ndarray, "some slot y x 3"]
+    mask: Bool[np.ndarray, "region slot"]
+    quality: Float32[np.ndarray, "region slot score"]
+    reason: UInt8[np.ndarray, "region slot"]
+    packed: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+
+def slide_scale(info: SlideInfo, params: TilingParams) -> Scale:
+    """The level to read and the step. Raises SlideError (`too_coarse`) if the slide has none of the magnifications."""
+    mpp = (info.mpp[0] + info.mpp[1]) / 2
+    wanted = [mpp_of(magnification) / mpp for magnification in params.magnifications]
+    present = [scale for scale in wanted if scale >= 1 - SAME_SCALE]
+    if not present:
+        raise SlideError(
+            info.path,
+            "too_coarse",
+            f"has {mpp:.3g} µm per pixel, too coarse for {params.magnifications[0]}",
+            "ask for a lower magnification: nothing is upsampled",
+        )
+    finest = len(present) - 1
+    for level, downsample in enumerate(info.level_downsamples):
+        if abs(downsample / present[-1] - 1) <= SAME_SCALE:
+            return Scale(level, downsample, finest, len(wanted) - len(present))
+    finer = [level for level, downsample in enumerate(info.level_downsamples) if downsample < present[-1]]
+    return Scale(finer[-1], present[-1], finest, len(wanted) - len(present))
+
+
+def slot_boxes(params: TilingParams) -> Float32[np.ndarray, "slot 3"]:
+    """For every slot (x, y, side) as fractions of the region's side; coarse to fine, row-major within each."""
+    boxes = [
+        (column / factor, row / factor, 1 / factor)
+        for factor in params.factors
+        for row in range(factor)
+        for column in range(factor)
+    ]
+    return np.array(boxes, np.float32)
+
+
+def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) -> TilePlan:
+    """The regions with tissue, within the areas that may be tiled, from a thumbnail (`thumbnail_px`).
+
+    Raises SlideError: `too_coarse`, `no_tissue`, `unsupported` (not a brightfield picture), `corrupt`; InputError if a
+    region file is not usable.
+    """
+    if params.icc:
+        slide.apply_icc()
+    info = slide.info
+    scale = slide_scale(info, params)
+    region_px = params.tile_px * params.factors[scale.finest] * scale.downsample
+    thumbnail = slide.thumbnail(thumbnail_px(info))
+    try:
+        model = tissue_model(thumbnail)
+    except NotBrightfieldError as error:
+        raise SlideError(info.path, "unsupported", str(error), "give the H&E scan itself") from error
+    shrink = max(info.size) / max(thumbnail.shape[:2])
+    mask = tissue_mask(thumbnail, model, info.mpp[0] * shrink, params.tissue)
+    mask &= areas.mask((mask.shape[0], mask.shape[1]), info.size, info.corner)
+    columns, rows = (max(1, int(np.ceil(side / region_px - 0.01))) for side in info.size)
+    fraction = _tile_fractions(mask, region_px / shrink, rows, columns, params)
+    enough = fraction >= params.quality.min_tissue
+    present = sum(factor**2 for factor in params.factors[: scale.finest + 1])
+    enough[:, :, present:] = False  # finer than the slide
+    kept = enough.any(axis=-1)
+    if not kept.any():
+        raise SlideError(
+            info.path, "no_tissue", "no stained tissue was found", "look at the slide; leave it out if empty"
+        )
+    row, column = np.nonzero(kept)
+    origin = np.rint(np.stack([column, row], axis=1) * region_px).astype(np.int32)
+    rejected = {"glass": int((fraction[:, :, :present] < params.quality.min_tissue).sum())}
+    return TilePlan(params, scale, region_px, model, origin, enough[kept], thumbnail, mask, rejected, areas.id)
+
+
+def thumbnail_px(info: SlideInfo) -> int:
+    """The longer side of the picture in which tissue is found: of 8 µm per pixel, and of a slide so large that it would
+    exceed MOST_THUMBNAIL_PX as much coarser as that asks for, so that memory does not grow with the slide.
+    """
+    width, height = (side * info.mpp[0] / THUMBNAIL_UM_PER_PX for side in info.size)
+    return max(1, round(max(width, height) * min(1.0, (MOST_THUMBNAIL_PX / (width * height)) ** 0.5)))
+
+
+def _tile_fractions(
+    mask: np.ndarray, region: float, rows: int, columns: int, params: TilingParams
+) -> Float32[np.ndarray, "row column slot"]:
+    """Tissue fraction of every tile, by an integral image; what lies outside the slide counts as glass."""
+    height, width = mask.shape
+    integral = cv2.integral(mask.astype(np.uint8))
+
+    def area(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return integral[np.clip(np.rint(y), 0, height).astype(int), np.clip(np.rint(x), 0, width).astype(int)]
+
+    top = (np.arange(rows) * region)[:, None, None]
+    left = (np.arange(columns) * region)[None, :, None]
+    dx, dy, side = (slot_boxes(params) * region).T
+    x0, y0 = left + dx, top + dy
+    x1, y1 = x0 + side, y0 + side
+    inside = area(x1, y1) - area(x0, y1) - area(x1, y0) + area(x0, y0)
+    whole = np.maximum(np.rint(x1) - np.rint(x0), 1) * np.maximum(np.rint(y1) - np.rint(y0), 1)
+    return (inside / whole).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What is made of a kept tile: of its `pixels`, or, unless that is None, of the slide's own `stream` if it has one."""
+
+    pixels: Callable[[UInt8[np.ndarray, "y x 3"]], Any]
+    stream: Callable[[bytes], Any] | None = None
+
+
+Transform = Callable[[UInt8[np.ndarray, "tile y x 3"]], UInt8[np.ndarray, "tile y x 3"]]
+
+
+def read_regions(
+    slide: Slide, plan: TilePlan, start: int, stop: int, pack: Pack | None = None, transform: Transform | None = None
+) -> RegionTiles:
+    """The tiles of regions start to stop, from one decode a region: coarser tiles are area means of the finest.
+
+    Masked slots are zero. With `pack`, what it makes of each kept tile is returned instead of the pixels, which then need
+    no memory of their own. Tiles are judged as they were scanned, then those that are kept go through `transform`. Where
+    the finest tiles are wanted as the slide's own streams, they are judged by a decode that is smaller from the start (of
+    600 one is judged otherwise), and the coarser tiles are made of that. Raises SlideError (`corrupt`).
+    """
+    params, count = plan.params, stop - start
+    pixels = np.zeros((0 if pack else count, params.slots, params.tile_px, params.tile_px, 3), np.uint8)
+    packed: dict[tuple[int, int], Any] = {}
+    quality = np.zeros((count, params.slots, len(QUALITY_NAMES)), np.float32)
+    reason = np.full((count, params.slots), GLASS, np.uint8)
+    reason[:, sum(factor**2 for factor in params.factors[: plan.scale.finest + 1]) :] = ABSENT
+    mpp = np.repeat([mpp_of(magnification) for magnification in params.magnifications], np.square(params.factors))
+    step = max(1, _JUDGED_TOGETHER // params.slots)
+    for first in range(0, count, step):
+        tiles: dict[tuple[int, int], bytes | np.ndarray] = {}
+        judged: dict[tuple[int, int], Digest] = {}
+        for i in range(first, min(first + step, count)):
+            for slot, tile, found in _read_region(slide, plan, start + i, mpp, bool(pack and pack.stream)):
+                tiles[i, slot], judged[i, slot] = tile, found
+        _score(judged, plan, mpp, quality)
+        places = tuple(np.array(list(tiles), np.intp).reshape(-1, 2).T)
+        reason[places] = judge(quality[places], params.quality)
+        kept = {place: tile for place, tile in tiles.items() if reason[place] == KEPT}
+        if transform and kept:
+            kept = dict(zip(kept, transform(np.stack(list(kept.values()))), strict=True))
+        for (i, slot), tile in kept.items():
+            if pack is None:
+                pixels[i, slot] = tile
+            elif isinstance(tile, bytes):
+                assert pack.stream is not None
+                packed[start + i, slot] = pack.stream(tile)
+            else:
+                packed[start + i, slot] = pack.pixels(tile)
+    return RegionTiles(pixels, reason == KEPT, quality, reason, packed)
+
+
+def _read_region(
+    slide: Slide, plan: TilePlan, region: int, mpp: np.ndarray, streams: bool
+) -> Iterator[tuple[int, bytes | np.ndarray, Digest]]:
+    """Slot by slot the tile and what it is judged by, of a region; with `streams` as the slide's own where it has them."""
+    params, scale, mask = plan.params, plan.scale, plan.mask[region]
+    own = _own_streams(slide, plan, region) if streams else None
+    if own is None:
+        for slot, tile in enumerate(region_tiles(slide, params, scale, *plan.origin[region].tolist())):
+            if mask[slot]:
+                place = own_square(slide, plan, region, slot) if streams else None
+                yield slot, (place and slide.jpeg_stream(*place)) or tile, digest(tile, mpp[slot])
+        return
+    first = sum(factor**2 for factor in params.factors[: scale.finest])
+    shrink = 2 if scale.finest else judged_shrink(params.tile_px, mpp[0])
+    pictures = [slide.shrunk_stream(stream, *square, shrink) for square, stream in own]
+    if mask[:first].any():
+        factor = params.factors[scale.finest]
+        whole = np.vstack([np.hstack(pictures[row : row + factor]) for row in range(0, factor**2, factor)])
+        for slot, tile in enumerate(_cut(whole, params, scale.finest)):
+            if mask[slot]:
+                yield slot, tile, digest(tile, mpp[slot])
+    for slot, (picture, (_, stream)) in enumerate(zip(pictures, own, strict=True), first):
+        if mask[slot]:
+            yield slot, stream, digest(picture, mpp[slot] * shrink)
+
+
+def _own_streams(slide: Slide, plan: TilePlan, region: int) -> list[tuple[tuple[int, int, int, int], bytes]] | None:
+    """Square and stream of each of a region's finest tiles; None unless the slide has all of them."""
+    factors, finest = plan.params.factors, plan.scale.finest
+    first, own = sum(factor**2 for factor in factors[:finest]), []
+    for slot in range(first, first + factors[finest] ** 2):
+        square = own_square(slide, plan, region, slot)
+        if not square or not (stream := slide.jpeg_stream(*square)):
+            return None
+        own.append((square, stream))
+    return own
+
+
+def own_square(slide: Slide, plan: TilePlan, region: int, slot: int) -> tuple[int, int, int, int] | None:
+    """Level, x, y and side, in px of the level, of a tile whose pixels are the level's own; None of one that was shrunk or changed."""
+    scale, factors, side = plan.scale, plan.params.factors, plan.params.tile_px
+    first = sum(factor**2 for factor in factors[: scale.finest])
+    downsample = slide.info.level_downsamples[scale.level]
+    if slot < first or scale.downsample != downsample or plan.params.stain:
+        return None
+    row, column = divmod(slot - first, factors[scale.finest])
+    x, y = (round(int(corner) / downsample) for corner in plan.origin[region])
+    return scale.level, x + column * side, y + row * side, side
+
+
+def _score(judged: dict[tuple[int, int], Digest], plan: TilePlan, mpp: np.ndarray, quality: np.ndarray) -> None:
+    """Fills in the scores of some tiles, those of one magnification at a time."""
+    by_mpp: dict[float, list[tuple[int, int]]] = {}
+    for place in judged:
+        by_mpp.setdefault(mpp[place[1]], []).append(place)
+    for places in by_mpp.values():
+        quality[tuple(np.array(places).T)] = score_digests([judged[place] for place in places], plan.tissue)
+
+
+def region_tiles(slide: Slide, params: TilingParams, scale: Scale, x: int, y: int) -> list[UInt8[np.ndarray, "y x 3"]]:
+    """The tiles of the region at (x, y), in level-0 px, at all magnifications that the slide has, in slot order.
+
+    Raises SlideError (`corrupt`).
+    """
+    if params.icc:
+        slide.apply_icc()  # of a slide that was opened to read the tiles of a store
+    side = params.tile_px * params.factors[scale.finest]
+    level_side = round(side * scale.downsample / slide.info.level_downsamples[scale.level])
+    region = slide.read(x, y, level_side, level_side, scale.level)
+    if level_side != side:
+        region = cv2.resize(region, (side, side), interpolation=cv2.INTER_AREA)
+    return _cut(region, params, scale.finest + 1)
+
+
+def _cut(region: np.ndarray, params: TilingParams, magnifications: int) -> list[np.ndarray]:
+    """The tiles of so many of the first magnifications, from a picture of their region."""
+    tiles = []
+    for factor in params.factors[:magnifications]:
+        shown = params.tile_px * factor
+        picture = region if shown == len(region) else cv2.resize(region, (shown, shown), interpolation=cv2.INTER_AREA)
+        grid = picture.reshape(factor, params.tile_px, factor, params.tile_px, 3).swapaxes(1, 2)
+        tiles += list(grid.reshape(-1, params.tile_px, params.tile_px, 3))
+    return tiles

@@ -1,0 +1,330 @@
+"""Scores of a tile's pixels, and the limits that decide whether a model may see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple, TypeVar
+
+import cv2
+import numpy as np
+from jaxtyping import Float, Float32, Float64, UInt8
+
+from crcjax.errors import InputError
+from crcjax.slides.tiling.tissue_segmentation import TissueModel, blood, excess_green, ink, optical_density
+
+QUALITY_NAMES = (
+    "tissue",
+    "sharpness",
+    "focus",
+    "pen",
+    "bubble",
+    "fold",
+    "blood",
+    "stain",
+    "red",
+    "blue",
+    "dust",
+    "pale",
+)
+# A pixel of the pictures that are judged, whatever the tile's magnification; the third, of half the second's, gives colours.
+_DETAIL_UM, _FOCUS_UM = 1.0, 2.0
+_CELL_PX = 8  # of the second picture: focus and bubbles are judged in cells of 16 µm, a nucleus and its surroundings
+_MOST_CELLS = 16  # along a side
+_ROUNDING = 2.0  # Laplacian energy that rounding to whole intensities gives a smooth picture: 20 / 12, and some more
+# Laplacian energies below which JPEG's noise, not the tissue, decides their ratio; at 2 and at 4 µm per pixel.
+_NOISE_FINE, _NOISE_COARSE = 10.0, 30.0
+_BLURRED, _VEILED = 0.25, 0.8  # focus of a blurred cell; density of a veiled one over the slide's
+# Least density of debris and rims, and what they absorb of blue and red over green, tissue below them included:
+# haematoxylin absorbs less blue, eosin and red cells less red.
+_GREY, _GREY_BLUE, _GREY_RED = 0.15, 0.75, 0.5
+# Density, the channels' sum, of lumina and of faint stain at most; red over green of mucin, which is as faint, at least.
+_BARE, _FAINT, _BLUISH = 0.12, 0.3, 0.7
+_FOLD = np.ones((3, 3), np.uint8)  # a patch of 12 µm: wider than a nucleus or a capillary, narrower than a fold
+_PATCHES, _DENSEST = 16, 6  # of 16 x 16 patches the sixth densest is the fold's: 2 % of the tile are as dense
+
+
+@dataclass(frozen=True)
+class QualityLimits:
+    """The scores (see `score_tiles`) that a tile may have, and what a slide needs to be accepted; tuned on painted and
+    looked at on real slides.
+
+    `min_tissue` is the least fraction of a tile within the tissue, lumina counted, for it to be read and scored at all.
+    `min_coverage` is the fraction of the tissue's tiles that must be kept for a slide not to be rejected;
+    `good_coverage` spares it a review, unless its median `stain` is outside the tiles' limits or one kind of fault takes
+    more than `max_fault` of its tiles. Raises InputError for a limit that is no number from 0 up, or `min_tissue` outside
+    0 to 1 or 0.
+    """
+
+    min_tissue: float = 0.25
+    min_stained: float = 0.02
+    max_pen: float = 0.1
+    max_bubble: float = 0.15
+    max_fold: float = 1.75
+    max_blood: float = 0.5
+    min_focus: float = 0.22
+    min_sharpness: float = 0.01
+    max_pale: float = 0.25
+    min_stain: float = 0.2
+    max_stain: float = 4.0
+    min_coverage: float = 0.25
+    good_coverage: float = 0.75
+    max_fault: float = 0.1
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if not (np.isfinite(value) and value >= 0):
+                raise InputError(f"{limit.name} {value}: must be a number from 0 up")
+        if not 0 < self.min_tissue <= 1:
+            raise InputError(f"min_tissue {self.min_tissue}: must be a fraction above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class StainLimits:
+    """How far stains may be from the cohort's, in degrees: a slide's two from the cohort's medians, and a tile's colour from
+    every mixture of these, which lie closer.
+
+    Painted tiles are 1 from their own site's, up to 8 from other sites', and 15 from a stain of none. Raises InputError for
+    an angle outside 0 to 180.
+    """
+
+    max_stain_degrees: float = 15.0
+    max_tile_degrees: float = 10.0
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if not 0 <= value <= 180:
+                raise InputError(f"{limit.name} {value}: must be an angle from 0 to 180 degrees")
+
+
+Limits = TypeVar("Limits", QualityLimits, StainLimits)
+
+
+def parse_limits(texts: Sequence[str], kind: type[Limits]) -> Limits:
+    """Limits from texts such as max_pen=0.2, the others at their defaults. Raises InputError."""
+    values = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        known = [limit.name for limit in fields(kind)]
+        if name not in known:
+            raise InputError(f"limit {text!r}: write NAME=NUMBER; the names are {', '.join(known)}")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise InputError(f"limit {text!r}: {value!r} is no number") from None
+    return kind(**values)
+
+
+# Why a tile is kept or not. `glass`: too little tissue; `absent`: finer than the slide.
+REASONS = ("kept", "glass", "absent", "pen", "bubble", "fold", "blood", "blurred", "pale", "overstained")
+KEPT, GLASS, ABSENT = range(3)
+
+
+def judge(scores: Float32[np.ndarray, "*tile score"], limits: QualityLimits) -> UInt8[np.ndarray, "*tile"]:
+    """The fault of every tile as an index into REASONS, of several the first below; 0 if it has none."""
+    score = dict(zip(QUALITY_NAMES, np.moveaxis(scores, -1, 0), strict=True))
+    faults = {
+        "pen": score["pen"] > limits.max_pen,
+        "glass": score["tissue"] < limits.min_stained,  # which all that lies under ink would be too
+        "bubble": score["bubble"] > limits.max_bubble,
+        "blood": score["blood"] > limits.max_blood,  # which is as dense as a fold
+        "fold": score["fold"] > limits.max_fold,
+        "blurred": (score["focus"] < limits.min_focus) | (score["sharpness"] < limits.min_sharpness),
+        "pale": (score["pale"] > limits.max_pale) | (score["stain"] < limits.min_stain),
+        "overstained": score["stain"] > limits.max_stain,
+    }
+    codes = [np.uint8(REASONS.index(name)) for name in faults]
+    return np.select(list(faults.values()), codes, np.uint8(KEPT))
+
+
+def slide_verdict(
+    scores: Float32[np.ndarray, "region slot score"],
+    reason: UInt8[np.ndarray, "region slot"],
+    limits: QualityLimits,
+) -> dict:
+    """`verdict` (accept, review or reject), its `reasons`, and what it rests on, over the tiles that hold tissue.
+
+    `coverage`: the fraction of them that was kept. `faults`: the fraction that was not, by reason. Medians are over all
+    of them, kept or not, and 0 if there are none.
+    """
+    tissue = (reason != GLASS) & (reason != ABSENT)
+    count = max(1, int(tissue.sum()))
+    shares = {name: float((reason == code).sum() / count) for code, name in enumerate(REASONS)}
+    faults = {name: share for name, share in shares.items() if share > 0 and name not in ("kept", "glass", "absent")}
+    named = ("sharpness", "focus", "stain")
+    columns = [QUALITY_NAMES.index(name) for name in named]
+    medians = np.median(scores[tissue][:, columns], axis=0).tolist() if tissue.any() else [0.0] * len(named)
+    stain, coverage = medians[-1], shares["kept"]
+    reasons = [f"{share:.0%} of the tissue is {name}" for name, share in faults.items() if share > limits.max_fault]
+    if coverage < limits.good_coverage:
+        reasons.insert(0, f"only {coverage:.0%} of the tissue was kept")
+    if not limits.min_stain <= stain <= limits.max_stain:
+        reasons.append(f"the median density of the stain is {stain:.2f}")
+    verdict = "reject" if coverage < limits.min_coverage else "review" if reasons else "accept"
+    found = {f"median_{name}": median for name, median in zip(named, medians, strict=True)}
+    return {"verdict": verdict, "reasons": reasons, "coverage": coverage, "faults": faults, **found}
+
+
+def score_tiles(
+    tiles: Sequence[UInt8[np.ndarray, "y x 3"]], model: TissueModel, mpp: float = 0.5
+) -> Float32[np.ndarray, "tile score"]:
+    """The scores named in QUALITY_NAMES, of square tiles of one size, of `mpp` µm per pixel.
+
+    `tissue`: the stained fraction of the tile. `sharpness`: the variance of the Laplacian over the variance of the green
+    channel, so that pale and dense tissue compare; about 0.5 to 3 in focus, towards 0 when blurred, 0 on a tile of one
+    colour. `focus`: the energy of detail of 2 µm over that of 4 µm, a weighted mean over 48 µm, and of these the mean in the least
+    sharp quarter of the tissue; smooth mucin and stroma lack both alike, as does what is blurred by more than 5 µm, which
+    `sharpness` tells. `pen`: the fraction under ink. `bubble`: the fraction that is grey, as rims of bubbles and debris
+    are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider than a nucleus, half
+    the least and half the mean in each, over that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
+    `stain`: the mean optical density of the stained pixels, the three channels' sum; `red` and `blue`: these channels'
+    shares of it, 0 without a stained pixel, which `stain_degrees` compares with a cohort's stains. `dust`: the part of
+    `bubble` that is grey. `pale`: the fraction that is hardly stained, and not bluish, as mucin is.
+    """
+    return score_digests([digest(tile, mpp) for tile in tiles], model)
+
+
+class Digest(NamedTuple):
+    """What a tile is judged by: its green at 2 µm per pixel, its colours at 4, and its `sharpness`."""
+
+    green: UInt8[np.ndarray, "y x"]
+    coloured: UInt8[np.ndarray, "half_y half_x 3"]
+    sharpness: float
+
+
+def digest(tile: UInt8[np.ndarray, "y x 3"], mpp: float) -> Digest:
+    """Of a tile of `mpp` µm per pixel; a few kB, so that those of many tiles stay in the cache."""
+    cells = min(max(2, round(len(tile) * mpp / _FOCUS_UM / _CELL_PX)), _MOST_CELLS)
+    side, half = cells * _CELL_PX, cells * _CELL_PX // 2
+    detail = _shrunk(tile, judged_shrink(len(tile), mpp))
+    green = cv2.extractChannel(detail, 1)
+    small = cv2.resize(detail, (side, side), interpolation=cv2.INTER_AREA)
+    return Digest(
+        cv2.resize(green, (side, side), interpolation=cv2.INTER_AREA),
+        cv2.resize(small, (half, half), interpolation=cv2.INTER_AREA),
+        _sharpness(green),
+    )
+
+
+def score_digests(digests: Sequence[Digest], model: TissueModel) -> Float32[np.ndarray, "tile score"]:
+    """The scores of `score_tiles`, of tiles of one size and magnification."""
+    count, half = len(digests), len(digests[0].coloured)
+    cells = 2 * half // _CELL_PX
+    # One below the other: on pictures this small NumPy's calls would take longer than its arithmetic.
+    green = np.concatenate([found.green for found in digests])
+    coloured = np.concatenate([found.coloured for found in digests])
+    sharpness = np.array([found.sharpness for found in digests], np.float32)
+    density = optical_density(coloured, model.white)
+    total, excess, clear = density.sum(axis=0), excess_green(density), ~ink(density)
+    stained = (excess > model.threshold) & clear
+    red, absorbed, blue = density
+    grey = (absorbed > _GREY) & (blue > _GREY_BLUE * absorbed) & (red > _GREY_RED * absorbed) & clear
+    faint = (total > _BARE) & (total < _FAINT) & (red < _BLUISH * absorbed) & clear
+    focus, tissue = _cell_focus(green, coloured, cells), _cell_means(stained, cells) > 0.3
+    veiled = (focus < _BLURRED) & tissue & (_cell_means(total, cells) < _VEILED * model.density)
+    judged = np.sort(np.where(tissue | ~tissue.any(axis=1, keepdims=True), focus, np.inf))
+    quarter = np.where(tissue.any(axis=1), tissue.sum(axis=1), cells**2)[:, None] // 4 + 1
+    least_sharp = np.where(np.arange(cells**2) < quarter, judged, 0).sum(axis=1) / quarter[:, 0]
+    # Both double in a fold; dense epithelium and keratin exceed the slide's density alone.
+    layers = _least_and_mean(np.minimum(total / model.density, excess / model.excess), half)
+    patches = cv2.resize(layers, (_PATCHES, count * _PATCHES), interpolation=cv2.INTER_NEAREST).reshape(count, -1)
+
+    def share(pixels: np.ndarray) -> np.ndarray:
+        return cv2.reduce(pixels.view(np.uint8).reshape(count, -1), 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F)[:, 0]
+
+    covered, dust, weight = share(stained), share(grey), stained.reshape(count, -1).astype(np.float32) / half**2
+    dense = [np.einsum("ij,ij->i", weight, channel.reshape(count, -1)) for channel in (total, red, blue)]
+    return np.stack(
+        [
+            covered,
+            sharpness,
+            least_sharp,
+            1 - share(clear),
+            dust + share(veiled),
+            np.partition(patches, -_DENSEST)[:, -_DENSEST],
+            share(blood(density)),
+            dense[0] / np.maximum(covered, 1e-9),
+            *(channel / np.maximum(dense[0], 1e-9) for channel in dense[1:]),
+            dust,
+            share(faint),
+        ],
+        axis=1,
+    ).astype(np.float32, copy=False)
+
+
+def stain_degrees(
+    scores: Float32[np.ndarray, "*tile score"], stains: Float[np.ndarray, "2 3"]
+) -> Float64[np.ndarray, "*tile"]:
+    """How far each tile's mean optical density is from every mixture of two stains, an angle in degrees; nan without tissue.
+
+    `stains`: the unit vectors of haematoxylin and eosin, such as the cohort's. One tile may hold too little of one stain
+    for vectors of its own, but whatever it holds of both lies between them.
+    """
+    stain, red, blue = (scores[..., QUALITY_NAMES.index(name)] for name in ("stain", "red", "blue"))
+    colour = np.stack([red, 1.0 - red - blue, blue], axis=-1).astype(np.float64)
+    colour /= np.linalg.norm(colour, axis=-1, keepdims=True)
+    amounts = colour @ np.linalg.pinv(stains.astype(np.float64))
+    between = (amounts >= 0).all(axis=-1)
+    cosine = np.where(between, np.linalg.norm(amounts @ stains, axis=-1), (colour @ stains.T).max(axis=-1))
+    return np.where(stain > 0, np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))), np.nan)
+
+
+def judged_shrink(tile_px: int, mpp: float) -> int:
+    """By how much a tile may be shrunk, in halves, before it is scored: to 1 µm per pixel or nearly so."""
+    shrink = 1
+    while mpp * 2 * shrink < _DETAIL_UM * 1.02 and tile_px // shrink >= 32:
+        shrink *= 2
+    return shrink
+
+
+def _shrunk(tile: np.ndarray, shrink: int) -> np.ndarray:
+    """The tile by area means, as many times smaller."""
+    # Halving twice is twice as fast as shrinking to a quarter.
+    while shrink > 1:
+        tile = cv2.resize(tile, (len(tile) // 2, len(tile) // 2), interpolation=cv2.INTER_AREA)
+        shrink //= 2
+    return tile
+
+
+def _sharpness(green: np.ndarray) -> float:
+    contrast = float(cv2.meanStdDev(green)[1][0, 0]) ** 2
+    energy = cv2.norm(cv2.Laplacian(green, cv2.CV_16S), cv2.NORM_L2SQR) / green.size
+    return max(0.0, energy - _ROUNDING) / contrast if contrast > 1 else 0.0
+
+
+def _cell_focus(green: np.ndarray, coloured: np.ndarray, cells: int) -> Float32[np.ndarray, "tile cell"]:
+    energy = [_cell_means(_laplacians(picture) ** 2, cells) for picture in (green, coloured[..., 1])]
+    focus = ((energy[0] + _NOISE_FINE) / (energy[1] + _NOISE_COARSE)).reshape(-1, cells, cells)
+    for of_tile in focus:  # what is out of focus is larger than a cell; one smooth cell amid sharp ones is not
+        cv2.GaussianBlur(of_tile, (3, 3), 0, dst=of_tile, borderType=cv2.BORDER_REPLICATE)
+    return focus.reshape(-1, cells**2)
+
+
+def _laplacians(pictures: np.ndarray) -> np.ndarray:
+    """Of square pictures one below the other, each as if it were alone."""
+    found = np.empty(pictures.shape, np.float32)
+    pictures, side = pictures.astype(np.float32), pictures.shape[1]  # cv2 takes twice as long on bytes
+    for top in range(0, len(pictures), side):
+        cv2.Laplacian(pictures[top : top + side], cv2.CV_32F, dst=found[top : top + side])
+    return found
+
+
+def _least_and_mean(pictures: np.ndarray, side: int) -> np.ndarray:
+    """Half the least and half the mean within `_FOLD`, of pictures one below the other, each as if it were alone.
+
+    The least alone is that of the gaps in loose tissue, whether it is folded or not; the mean alone that of crowded nuclei.
+    """
+    apart = np.full((len(pictures) // side, side + len(_FOLD) // 2, side), np.inf, np.float32)
+    apart[:, :side] = pictures.reshape(-1, side, side)
+    least, mean = cv2.erode(apart.reshape(-1, side), _FOLD).reshape(apart.shape)[:, :side], np.empty_like(pictures)
+    for top in range(0, len(pictures), side):
+        cv2.blur(pictures[top : top + side], _FOLD.shape, mean[top : top + side], borderType=cv2.BORDER_REPLICATE)
+    return (least.reshape(-1, side) + mean) / 2
+
+
+def _cell_means(values: np.ndarray, cells: int) -> Float32[np.ndarray, "tile cell"]:
+    tiles = len(values) // values.shape[1]
+    means = cv2.resize(values.astype(np.float32, copy=False), (cells, tiles * cells), interpolation=cv2.INTER_AREA)
+    return means.reshape(tiles, -1)

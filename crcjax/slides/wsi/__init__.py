@@ -1,0 +1,1 @@
+"""Opening any whole-slide image file."""

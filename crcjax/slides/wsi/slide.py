@@ -1,0 +1,300 @@
+"""Slide files opened: what they are (`SlideInfo`) and their pixels (`Slide.read`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import cv2
+import numpy as np
+import openslide
+from jaxtyping import UInt8
+from PIL import Image, ImageCms
+
+from crcjax.errors import InputError, SlideError
+from crcjax.slides.wsi.discovery import content_hash, first_file
+from crcjax.slides.wsi.native_jpeg import JpegTiles
+from crcjax.slides.wsi.ome_tiff import OmeTiff
+
+PAINTED = "synthetic slide painted by crcjax"  # in the description of a painted slide
+MPP_RANGE = (0.05, 20.0)  # finer than optics resolve, coarser than any scanner writes: a unit error
+_SQUARE = 0.02  # as much may a pixel's sides differ: as magnifications that count as the same
+_BLOCK_PX = 2048
+# What is wrong with a file is in our errors, which can be kept from naming it; its log names it.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class SlideInfo:
+    """What a slide file says of itself.
+
+    `size` is (width, height) of level 0; `mpp` micrometres per level-0 pixel in (x, y), which differ by 2 % at most, from
+    `mpp_source`: `vendor` (the scanner's property), `tiff` (the resolution tag), `objective` (10 µm over its power: a
+    guess) or `given`. `synthetic` slides say that the painter made them; `has_icc` those that hold a colour profile.
+    `corner` is that of the scanned part (level-0 px), where the file states one: QuPath shows that part alone, and counts
+    from its corner.
+    """
+
+    path: str
+    vendor: str
+    size: tuple[int, int]
+    level_downsamples: tuple[float, ...]
+    mpp: tuple[float, float]
+    mpp_source: str
+    objective_power: float | None
+    content_hash: str
+    synthetic: bool
+    has_icc: bool = False
+    corner: tuple[int, int] = (0, 0)
+
+    @property
+    def warning(self) -> str:
+        """What a user should know of a slide that is used; empty if there is nothing."""
+        if self.mpp_source != "objective":
+            return ""
+        return f"{self.mpp[0]:g} µm per pixel is guessed from the objective power {self.objective_power:g}; give --mpp"
+
+    def to_json(self) -> dict:
+        """Plain values for a store's attributes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict) -> SlideInfo:
+        """The inverse of `to_json`."""
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**values | lists)
+
+
+class Slide:
+    """An open slide. Reading is thread-safe; close it, or use it as a context manager."""
+
+    def __init__(self, path: Path, file: Path, handle: openslide.OpenSlide | OmeTiff, info: SlideInfo):
+        self.info = info
+        self._path = path
+        self._handle = handle
+        self._level_sizes = handle.level_dimensions
+        self._jpeg = JpegTiles.of(file, handle)
+        self._to_srgb: ImageCms.ImageCmsTransform | None = None
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._handle.close()
+        if self._jpeg:
+            self._jpeg.close()
+
+    def apply_icc(self) -> None:
+        """From now on pixels are sRGB by the file's ICC profile; a slide without one is taken to be sRGB already.
+
+        Raises SlideError (`corrupt`) if the profile is damaged.
+        """
+        if self._to_srgb is not None or not self.info.has_icc:
+            return
+        try:
+            profile, srgb = self._handle.color_profile, ImageCms.createProfile("sRGB")
+            assert profile
+            self._to_srgb = ImageCms.buildTransform(profile, srgb, "RGB", "RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError) as error:
+            reason = f"its ICC profile is damaged ({error})"
+            raise SlideError(self._path, "corrupt", reason, "copy it again, or tile without --icc") from error
+
+    def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> UInt8[np.ndarray, "y x 3"]:
+        """Pixels of a rectangle: (x, y) its top-left corner in level-0 px, width and height in px of `level`.
+
+        Outside the slide and where the scanner recorded nothing it is white. On levels above 0 the corner is rounded
+        to a whole pixel of the level. Raises SlideError (`corrupt`) if the file is damaged there.
+        """
+        pixels = self._read(x, y, width, height, level)
+        if self._to_srgb is None:
+            return pixels
+        return np.asarray(ImageCms.applyTransform(Image.fromarray(pixels), self._to_srgb))
+
+    def _read(self, x: int, y: int, width: int, height: int, level: int) -> np.ndarray:
+        try:
+            if self._jpeg and level in self._jpeg.pages:
+                downsample = self.info.level_downsamples[level]
+                pixels = self._jpeg.read(level, round(x / downsample), round(y / downsample), width, height)
+                if pixels is not None:
+                    return pixels
+            rgba = np.asarray(self._handle.read_region((x, y), level, (width, height)))
+        except (openslide.OpenSlideError, OSError, ValueError) as error:
+            raise self._damaged(x, y, level, error) from error
+        return _over_white(rgba)
+
+    def jpeg_stream(self, level: int, x: int, y: int, side: int) -> bytes | None:
+        """The file's own JPEG stream of the square at (x, y), in px of `level`, if there is one of just that square.
+
+        It stands alone, and decodes to what `read` gives there. Raises SlideError (`corrupt`).
+        """
+        if not self._jpeg or level not in self._jpeg.pages or self._to_srgb is not None:
+            return None
+        try:
+            return self._jpeg.stream_of(level, x, y, side)
+        except (OSError, ValueError) as error:
+            raise self._damaged(x, y, level, error) from error
+
+    def shrunk_stream(
+        self, stream: bytes, level: int, x: int, y: int, side: int, shrink: int
+    ) -> UInt8[np.ndarray, "y x 3"]:
+        """The picture of what `jpeg_stream` gave for the same square, 1, 2, 4 or 8 times smaller, at less than a whole decode.
+
+        It differs from area means of the whole picture by what JPEG's cosines differ from steps. Raises SlideError (`corrupt`).
+        """
+        try:
+            return JpegTiles.shrunk(stream, side, shrink)
+        except ValueError as error:
+            raise self._damaged(x, y, level, error) from error
+
+    def _damaged(self, x: int, y: int, level: int, error: Exception) -> SlideError:
+        where = f"damaged at ({x}, {y}) of level {level} ({error})"
+        return SlideError(self._path, "corrupt", where, "copy or scan it again")
+
+    def thumbnail(self, max_px: int) -> UInt8[np.ndarray, "y x 3"]:
+        """The whole slide, its longer side `max_px` (or its own size if smaller), by area means.
+
+        Read in blocks from the nearest finer level, so that memory does not grow with the slide.
+        """
+        width, height = self.info.size
+        scale = max(1.0, max(width, height) / max_px)
+        level = self._handle.get_best_level_for_downsample(scale * 1.02)
+        level_width, level_height = self._level_sizes[level]
+        shape = (max(1, round(width / scale)), max(1, round(height / scale)))
+        shrunk = np.empty((shape[1], shape[0], 3), np.uint8)
+        columns = _edges(level_width, shape[0])
+        rows = _edges(level_height, shape[1])
+        downsample = self.info.level_downsamples[level]
+        for (top, bottom), (out_top, out_bottom) in rows:
+            for (left, right), (out_left, out_right) in columns:
+                corner = round(left * downsample), round(top * downsample)
+                block = self.read(*corner, right - left, bottom - top, level)
+                out = (out_right - out_left, out_bottom - out_top)
+                shrunk[out_top:out_bottom, out_left:out_right] = cv2.resize(block, out, interpolation=cv2.INTER_AREA)
+        return shrunk
+
+
+def _over_white(rgba: np.ndarray) -> np.ndarray:
+    alpha = rgba[..., 3:]
+    if alpha.min() == 255:
+        return rgba[..., :3]
+    weight = alpha / np.float32(255)
+    return np.rint(rgba[..., :3] * weight + 255 * (1 - weight)).astype(np.uint8)
+
+
+def _edges(source: int, target: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Blocks of at most about _BLOCK_PX source pixels and the target pixels that they shrink to."""
+    blocks = -(-source // _BLOCK_PX)
+    cuts = [round(i * target / blocks) for i in range(blocks + 1)]
+    ends = [round(cut * source / target) for cut in cuts]
+    return [((ends[i], ends[i + 1]), (cuts[i], cuts[i + 1])) for i in range(blocks) if cuts[i + 1] > cuts[i]]
+
+
+def open_slide(path: str | Path, mpp: float | None = None, fallback_mpp: float | None = None) -> Slide:
+    """Opens a slide file, or a folder of one DICOM series, of which any file will do too; `mpp` (µm per level-0 px) overrides what the file says.
+
+    `fallback_mpp` is for a file that states none, or an impossible one. Raises SlideError: `missing`, `corrupt`,
+    `unsupported`, `mpp_missing`; InputError if an mpp that is given is out of range.
+    """
+    path = Path(path)
+    check_mpp(mpp)
+    check_mpp(fallback_mpp)
+    file = first_file(path)
+    try:
+        handle = OmeTiff(file) if OmeTiff.holds(file) else openslide.OpenSlide(file)
+    except (openslide.OpenSlideError, ValueError) as error:
+        raise _refusal(path, file, error) from error
+    try:
+        return Slide(path, file, handle, _info(path, handle, mpp, fallback_mpp))
+    except Exception:
+        handle.close()
+        raise
+
+
+def check_mpp(mpp: float | None) -> None:
+    """Raises InputError if a given mpp is out of range."""
+    if mpp is not None and not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        raise InputError(
+            f"--mpp {mpp} is outside {MPP_RANGE[0]} to {MPP_RANGE[1]} µm per pixel; give it in micrometres"
+        )
+
+
+def _refusal(path: Path, file: Path, error: Exception) -> SlideError:
+    with open(file, "rb") as opened:
+        magic = opened.read(4)
+    kind = ""
+    if magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        kind = "a TIFF that OpenSlide cannot open: damaged, cut off, or not a tiled slide"
+    elif not isinstance(error, openslide.OpenSlideUnsupportedFormatError):
+        kind = "of a format that OpenSlide knows, but damaged, cut off, or of an unknown kind"
+    if kind:
+        return SlideError(path, "corrupt", f"{kind} ({error})", "copy it again, or export it as a tiled TIFF")
+    return SlideError(path, "unsupported", f"not a slide ({error})", "crcjax doctor lists the formats")
+
+
+def _info(path: Path, handle: openslide.OpenSlide | OmeTiff, given: float | None, fallback: float | None) -> SlideInfo:
+    properties = handle.properties
+    vendor = properties.get("openslide.vendor", "unknown")
+    power = _number(properties, "openslide.objective-power")
+    mpp, source = ((given, given), "given") if given is not None else _mpp(path, properties, vendor, power, fallback)
+    return SlideInfo(
+        path=str(path),
+        vendor=vendor,
+        size=handle.dimensions,
+        level_downsamples=tuple(float(d) for d in handle.level_downsamples),
+        mpp=mpp,
+        mpp_source=source,
+        objective_power=power,
+        content_hash=content_hash(path),
+        synthetic=PAINTED in properties.get("openslide.comment", ""),
+        has_icc="openslide.icc-size" in properties,
+        corner=(
+            int(_number(properties, "openslide.bounds-x") or 0),
+            int(_number(properties, "openslide.bounds-y") or 0),
+        ),
+    )
+
+
+def _mpp(
+    path: Path, properties: Mapping[str, str], vendor: str, power: float | None, fallback: float | None
+) -> tuple[tuple[float, float], str]:
+    """Micrometres per pixel and where they are from: the best source that says something possible."""
+    stated = [_number(properties, f"openslide.mpp-{axis}") for axis in "xy"]
+    tiff = [_number(properties, f"tiff.{axis}Resolution") for axis in "XY"]
+    unit_um = {"centimeter": 1e4, "inch": 25400.0}.get(properties.get("tiff.ResolutionUnit", ""), 0.0)
+    sources = [
+        ("tiff" if vendor == "generic-tiff" else "vendor", stated),
+        ("tiff", [unit_um / value if value else None for value in tiff]),
+    ]
+    oblong = ""
+    for source, (x, y) in sources:
+        if x is not None and y is not None and all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in (x, y)):
+            if max(x, y) <= min(x, y) * (1 + _SQUARE):
+                return (x, y), source
+            oblong = oblong or f"states {x:.4g} µm per pixel across and {y:.4g} down, so that tiles would be stretched"
+    if fallback is not None:
+        return (fallback, fallback), "given"
+    if oblong:
+        raise SlideError(
+            path, "mpp_missing", oblong, "give --mpp if its pixels are square, else scan or export it anew"
+        )
+    if stated[0] is not None and stated[1] is not None:  # a unit error: the rest of the file is no better
+        raise SlideError(path, "mpp_missing", f"states an impossible {stated[0]:g} µm per pixel", "give --mpp")
+    if power is not None and MPP_RANGE[0] <= 10 / power <= MPP_RANGE[1]:
+        return (10 / power, 10 / power), "objective"
+    raise SlideError(path, "mpp_missing", "does not state its micrometres per pixel", "give --mpp")
+
+
+def _number(properties: Mapping[str, str], name: str) -> float | None:
+    """A property that is a number above 0, else None."""
+    try:
+        value = float(properties[name])
+    except (KeyError, ValueError):
+        return None
+    return value if value > 0 else None

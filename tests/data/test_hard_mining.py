@@ -1,0 +1,82 @@
+import json
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crcjax.data.cohort import load_cohort
+from crcjax.data.hard_mining import Board, Memory, Mining, after_step, remember, start_mining
+from crcjax.errors import InputError
+from crcjax.train.loop import train
+
+EMPTY = Memory(jnp.full(4, -1.0), jnp.zeros(4, bool), jnp.full((4, 2), -1, jnp.int32))
+
+
+def _saw(slide: list[int], loss: list[float], wrong: list[bool], region: list[list[int]], attention: list[list[float]]):
+    return jnp.array(slide), jnp.array(region), jnp.array(loss), jnp.array(wrong), jnp.array(attention)
+
+
+def test_a_slides_loss_runs_and_the_regions_it_attended_to_most_are_kept() -> None:
+    slide, region, loss, wrong, attention = _saw(
+        [2, 0, 2], [1.0, 4.0, 3.0], [False, True, True], [[7, 8, -1], [1, 2, 3], [4, 5, 6]],
+        [[0.6, 0.4, 0.0], [0.1, 0.2, 0.7], [0.5, 0.1, 0.4]],
+    )  # fmt: skip
+    found = remember(EMPTY, slide, region, loss, wrong, attention)
+    np.testing.assert_allclose(found.loss, [4.0, -1.0, 2.0, -1.0])
+    assert found.wrong.tolist() == [True, False, True, False]
+    assert found.region.tolist() == [[3, 2], [-1, -1], [4, 6], [-1, -1]]
+    again = remember(found, slide[:1], region[:1], loss[:1], wrong[:1], attention[:1])
+    np.testing.assert_allclose(again.loss, [4.0, -1.0, 0.7 * 2.0 + 0.3 * 1.0, -1.0])
+    assert again.wrong.tolist() == [True, False, False, False]
+
+
+def test_a_period_is_drawn_by_the_memory_at_the_beginning_of_the_one_before() -> None:
+    mining, seen = Mining(EMPTY, EMPTY, EMPTY), []
+    for step in range(1, 13):
+        saw = _saw([0], [float(step)], [False], [[0, 1]], [[0.5, 0.5]])
+        mining = after_step(mining, jnp.int32(step), 4, *saw)
+        seen.append((float(mining.used.loss[0]), float(mining.next.loss[0]), float(mining.live.loss[0])))
+    live = [value for _, _, value in seen]
+    assert [used for used, _, _ in seen] == [-1.0] * 7 + [live[3]] * 4 + [live[7]]
+    assert [coming for _, coming, _ in seen] == [-1.0] * 3 + [live[3]] * 4 + [live[7]] * 4 + [live[11]]
+
+
+def test_a_loader_waits_for_its_period_and_ends_when_the_run_has(tmp_path: Path) -> None:
+    folder = tmp_path / "board"
+    folder.mkdir()
+    board, got = Board(folder), []
+    waiting = threading.Thread(target=lambda: got.append(board.memory(3).loss.tolist()))
+    waiting.start()
+    Board(folder).publish(3, jax.tree.map(np.asarray, EMPTY))
+    waiting.join(5)
+    assert got == [[-1.0] * 4]
+    (folder / "3.npz").unlink()
+    folder.rmdir()
+    with pytest.raises(InputError, match="training ended before this period"):
+        board.memory(9)
+
+
+@pytest.mark.parametrize(("field", "value"), [("mine_slides", 0.31), ("mine_regions", -0.1), ("mine_every", 0)])
+def test_more_than_three_tenths_are_never_mined(small_config, field: str, value: float) -> None:
+    small_config.data[field] = value
+    with pytest.raises(InputError, match=rf"config\.data\.{field} .*: choose"):
+        start_mining(small_config.data, 5)
+
+
+def test_only_training_slides_are_mined_and_their_ids_logged(small_config, tmp_path: Path) -> None:
+    data = small_config.data
+    data.mine_slides, data.mine_regions, data.mine_every, data.region_draw = 0.25, 0.3, 2, "spread"
+    small_config.train.steps = 12
+    train(small_config, tmp_path)
+    training = {row.slide_id for row in load_cohort(data.cohort, data.classes).split("train").rows}
+    lines = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
+    assert [line["first_step"] for line in lines] == [0, 2, 4, 6, 8, 10]
+    assert [sum(line["slides"].values()) for line in lines] == [0, 0, 2, 2, 2, 2]
+    assert {name for line in lines for name in line["slides"]} <= training
+    regions = {name: indices for line in lines for name, indices in line["regions"].items()}
+    assert regions
+    assert set(regions) <= training
+    assert all(len(indices) == 1 for indices in regions.values())

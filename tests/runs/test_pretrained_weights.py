@@ -1,0 +1,135 @@
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from crcjax.errors import InputError
+from crcjax.runs.pretrained_weights import load_encoder, read_weights
+
+
+@pytest.fixture(scope="module")
+def torch(required: Callable[[str], bool]) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        if required("torch"):
+            raise
+        pytest.skip(f"the extra torch is not installed: {error}")
+    return torch
+
+
+def test_a_safetensors_file_is_read_with_its_hash(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"a": np.arange(6, dtype=np.float16).reshape(2, 3)}, path)
+    weights = read_weights(path)
+    assert weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    np.testing.assert_array_equal(weights.tensors["a"], [[0, 1, 2], [3, 4, 5]])
+
+
+def test_a_torch_file_gives_the_tensors_that_torch_gives(torch: Any, tmp_path: Path) -> None:
+    whole = torch.randn(4, 6)
+    tensors = {"whole": whole, "part": whole[1:3, ::2], "turned": whole.T, "scalar": torch.tensor(3), "none": whole[:0]}
+    tensors |= {"half": whole.half(), "brain": whole.bfloat16(), "parameter": torch.nn.Parameter(whole)}
+    torch.save({"model": tensors, "epoch": 3, "args": Path("x")}, tmp_path / "w.pth")
+    found = read_weights(tmp_path / "w.pth").tensors
+    assert set(found) == set(tensors)
+    for name, value in tensors.items():
+        assert found[name].shape == tuple(value.shape)
+        np.testing.assert_array_equal(found[name].astype(np.float32), value.detach().float().numpy())
+
+
+def test_bfloat16_tensors_are_read_from_safetensors(torch: Any, tmp_path: Path) -> None:
+    from safetensors.torch import save_file as save
+
+    tensor = torch.randn(3, 4).bfloat16()
+    save({"a": tensor}, tmp_path / "w.safetensors")
+    found = read_weights(tmp_path / "w.safetensors").tensors["a"]
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.astype(np.float32), tensor.float().numpy())
+
+
+class _Attack:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return (open, (str(self.trace), "w"))
+
+
+def test_a_torch_file_cannot_run_code(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.bin", "w") as archive:
+        archive.writestr("w/data.pkl", pickle.dumps({"a": _Attack(tmp_path / "trace")}))
+    with pytest.raises(InputError, match="no tensors"):
+        read_weights(tmp_path / "w.bin")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(torch: Any, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(64)}, tmp_path / "w.bin")
+    with zipfile.ZipFile(tmp_path / "w.bin") as whole, zipfile.ZipFile(tmp_path / "cut.bin", "w") as cut:
+        for name in whole.namelist():
+            content = whole.read(name)
+            cut.writestr(name, content[:16] if name.endswith("data/0") else content)
+    with pytest.raises(InputError, match="beyond its storage"):
+        read_weights(tmp_path / "cut.bin")
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"\x80\x02}q\x00.", b"\xff" * 100])
+def test_what_is_no_file_of_weights_is_refused_with_the_remedy(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(content)
+    with pytest.raises(InputError, match=r"w\.bin: is no safetensors file nor .* convert it with torch"):
+        read_weights(tmp_path / "w.bin")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_weights(tmp_path / "missing.bin")
+
+
+def test_weights_of_another_encoder_are_refused_by_name(tmp_path: Path) -> None:
+    save_file({"fc.weight": np.zeros((3, 3), np.float32), "extra": np.zeros(3, np.float32)}, tmp_path / "w.safetensors")
+    with pytest.raises(
+        InputError, match=r"w\.safetensors does not fit imagenet-resnet50: 265 missing: .*1 unexpected: extra"
+    ):
+        load_encoder("imagenet-resnet50", tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_published_encoder_trains_within_the_model_or_stays_as_it_is(
+    frozen: bool, small_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from functools import partial
+
+    from flax import nnx
+
+    from crcjax.predict.predictor import Predictor
+    from crcjax.models.encoders import registry as encoders
+    from crcjax.models.encoders.convnets import ResNet
+    from crcjax.models.mil import build_model
+    from crcjax.models.encoders.torch_weights import torch_tensors
+    from crcjax.runs.checkpoint import restore_params
+    from crcjax.train.loop import train
+
+    small = encoders.PretrainedEncoder(partial(ResNet, depths=(1,), width=8), 32, 1.0, "", resize_px=64, size_px=32)
+    monkeypatch.setitem(encoders.PRETRAINED, "small", small)
+    given = torch_tensors(small.build(rngs=nnx.Rngs(3)))
+    given["bn1.running_mean"] = np.full_like(given["bn1.running_mean"], 0.5)
+    save_file(given, tmp_path / "small.safetensors")
+    small_config.model.encoder, small_config.model.frozen = "small", frozen
+    with pytest.raises(InputError, match=r"config\.model\.weights is empty"):
+        train(small_config, tmp_path / "empty")
+    small_config.model.weights = str(tmp_path / "small.safetensors")
+    train(small_config, tmp_path / "run")
+    Predictor(tmp_path / "run")
+    model = build_model(small_config.model, 3, 0)
+    trained = model.encoder.published
+    params, _ = restore_params(tmp_path / "run", model)
+    nnx.update(model, params)
+    found = torch_tensors(trained)
+    for name, value in given.items():
+        same = np.array_equal(found[name], value)
+        assert same == (frozen or "running" in name), name

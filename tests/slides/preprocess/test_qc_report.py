@@ -1,0 +1,104 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crcjax.errors import InputError
+from crcjax.slides.preprocess.qc_report import contact_sheet, slide_stains, stain_degrees, tiles_off, write_overview
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.store.tile_store import open_store
+from crcjax.slides.synthetic.painter import SITES, SlideSpec, paint_slide
+from crcjax.slides.tiling.plan import TilingParams
+from crcjax.slides.tiling.quality_control import REASONS, StainLimits
+
+PEN = (0, 114, 178)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Painted slides: `penned`, and `plain` and `plain <b>`, which are the same, and whose name is no HTML."""
+    folder = tmp_path_factory.mktemp("overview")
+    jobs = []
+    for i, (name, artefacts) in enumerate({"penned": ("pen",), "plain": ()}.items()):
+        path = paint_slide(folder / f"{i}.svs", SlideSpec("stromal", 500 + i, SITES[i], artefacts=artefacts))
+        jobs.append(TileJob(name, path))
+    jobs.append(TileJob("plain <b>", jobs[-1].path))
+    outcomes = tile_slides(jobs, folder / "store", TilingParams(("10x", "20x")))
+    assert {outcome.status for outcome in outcomes} == {"tiled"}
+    return folder / "store"
+
+
+def test_a_store_keeps_why_every_tile_was_rejected_and_a_small_picture(store: Path) -> None:
+    slide = open_store(store, "penned")
+    np.testing.assert_array_equal(slide.mask, slide.reason == REASONS.index("kept"))
+    assert (slide.reason == REASONS.index("pen")).sum() > 0
+    assert slide.attributes["verdict"]["faults"]["pen"] > 0
+    picture, tissue = slide.thumbnail()
+    assert picture.shape[:2] == tissue.shape
+    assert max(tissue.shape) <= 1024
+    assert 0.1 < tissue.mean() < 0.9
+
+
+def test_a_contact_sheet_shows_pen_where_pen_is(store: Path) -> None:
+    penned, plain = (contact_sheet(open_store(store, slide_id))[:-24] for slide_id in ("penned", "plain <b>"))
+    assert (np.abs(penned.astype(int) - PEN).max(axis=-1) < 40).sum() > 1000
+    assert (np.abs(plain.astype(int) - PEN).max(axis=-1) < 40).sum() < 20
+
+
+def test_the_page_shows_every_slide_and_says_that_it_is_synthetic(store: Path) -> None:
+    page = write_overview(store)
+    text = page.read_text()
+    assert "SYNTHETIC SLIDES" in text
+    for slide_id in ("penned", "plain <b>"):
+        assert (page.parent / f"{slide_id}.jpg").stat().st_size > 10_000
+    assert 'id="penned"' in text
+    assert "plain &lt;b&gt;" in text
+    assert "<b>" not in text
+    assert str(store.parent) not in text
+
+
+def test_a_cohort_groups_by_place_and_names_what_is_absent(store: Path) -> None:
+    text = write_overview(store, {"penned": "north, A", "lost": "south, B"}).read_text()
+    assert "north, A" in text
+    assert "Not in the store: lost" in text
+    assert "plain" not in text
+
+
+def test_a_stain_far_from_the_cohorts_asks_for_a_review(store: Path) -> None:
+    near = [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]]
+    far = [[0.29, 0.70, 0.65], [0.07, 0.99, 0.11]]
+    kept = {name: store / f"{name}.zarr" / "stain" / "macenko.json" for name in ("penned", "plain", "plain <b>")}
+    slide_stains(open_store(store, name) for name in kept)
+    before = {name: path.read_text() for name, path in kept.items()}
+    try:
+        for name, vectors in {"penned": near, "plain": near, "plain <b>": far}.items():
+            kept[name].write_text(json.dumps(json.loads(before[name]) | {"vectors": vectors}))
+        degrees = stain_degrees(slide_stains(open_store(store, name) for name in kept))
+        assert degrees["penned"] == pytest.approx(0, abs=1e-3)
+        assert degrees["plain <b>"] == pytest.approx(30, abs=1)
+        text = write_overview(store).read_text()
+        assert "degrees from the cohort&#39;s" in text
+        assert "tiles off it" in text
+        assert "15° a reason for a review" in " ".join(text.split())
+        text = write_overview(store, limits=StainLimits(35.0, 7.5)).read_text()
+        assert "degrees from the cohort&#39;s" not in text
+        assert "more than 7.5° from every mixture" in " ".join(text.split())
+    finally:
+        for name, path in kept.items():
+            path.write_text(before[name])
+
+
+def test_tiles_off_the_cohorts_stain_are_counted(store: Path) -> None:
+    slide = open_store(store, "plain")
+    assert tiles_off(slide, None) is None
+    for stains, share in (((SITES[1].haematoxylin, SITES[1].eosin), 0), (((0.45, 0.60, 0.66), (0.35, 0.70, 0.62)), 1)):
+        unit = np.array(stains) / np.linalg.norm(stains, axis=1, keepdims=True)
+        assert tiles_off(slide, unit) == pytest.approx(share, abs=0.02)
+    off = [tiles_off(slide, unit, StainLimits(max_tile_degrees=degrees)) for degrees in (0.0, 90.0)]
+    assert off == [1, 0]
+
+
+def test_an_empty_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of the slides"):
+        write_overview(tmp_path)

@@ -1,0 +1,55 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from crcjax.data.cohort import SlideRow
+from crcjax.validation.selective import doubt_statistics, risk_coverage_area
+from crcjax.validation.statistics import Estimate
+
+
+def test_the_area_is_the_mean_risk_over_coverages_and_ties_stand_in_every_order() -> None:
+    wrong = np.array([False, True, False, True, True])
+    doubt = np.array([0.1, 0.5, 0.5, 0.5, 0.9])
+    areas = []
+    for order in itertools.permutations([1, 2, 3]):
+        errors = wrong[[0, *order, 4]].cumsum()
+        areas.append(np.mean(errors / np.arange(1, 6)))
+    assert risk_coverage_area(doubt, wrong) == pytest.approx(np.mean(areas))
+    assert risk_coverage_area(-doubt, wrong) > risk_coverage_area(doubt, wrong)
+
+
+def test_sets_are_judged_by_site_on_the_first_slide_of_each_case() -> None:
+    rows = [
+        {"subtype": "a", "set": held, "entropy": "0.1", "vacuity": ""}
+        for held in ("a|b", "b", "none", "a", "b")  # the last is a second slide of the first case
+    ]
+    sites = ("north", "north", "south", "south", "north")
+    slides = [
+        SlideRow(f"s{i}", f"c{i % 4}", subtype="a" if i % 4 < 3 else "b", site=site) for i, site in enumerate(sites)
+    ]
+    found = doubt_statistics(rows, slides)
+    coverage = found["set coverage"]
+    assert isinstance(coverage, Estimate)
+    assert (coverage.value, coverage.n) == (0.25, 4)
+    assert found["set coverage, north"].value == 0.5
+    assert found["mean set size"] == 1.0
+    assert (found["sets of one"], found["empty sets"]) == (0.5, 0.25)
+    assert [name for name in found if "area" in name] == ["area under risk-coverage by entropy"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_measures_of_several_distributions_are_left_out_where_there_is_one(temperature: float) -> None:
+    slides = [SlideRow(f"s{i}", f"c{i}", subtype="a") for i in range(4)]
+    own = [0.1, 0.3, 0.2, 0.6]  # a calibration's temperature changes `entropy` alone
+
+    def areas(mutual_information: list[float]) -> list[str]:
+        rows = [
+            {"subtype": "ab"[i % 2], "entropy": f"{temperature * own[i]:.4f}", "expected_entropy": f"{own[i] - mi:.4f}"}
+            | {"mutual_information": f"{mi:.4f}", "vacuity": "0.5"}
+            for i, mi in enumerate(mutual_information)
+        ]
+        return [name.removeprefix("area under risk-coverage by ") for name in doubt_statistics(rows, slides)]
+
+    assert areas([0.0] * 4) == ["entropy", "vacuity"]
+    assert areas([0.0, 0.0, 0.0, 0.1]) == ["entropy", "expected entropy", "mutual information", "vacuity"]
