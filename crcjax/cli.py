@@ -30,7 +30,7 @@ from crcjax.errors import CrcjaxError, InputError, OutputError, SlideError
 
 if TYPE_CHECKING:
     from crcjax.predict.attribution import Method
-    from crcjax.slides.preprocess.tile_slides import Outcome
+    from crcjax.slides.preprocess.manifest import Outcome
 
 HELP = """Molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from crcjax.slides.preprocess.tile_slides import read_manifest
+from crcjax.slides.preprocess.manifest import read_manifest
 from crcjax.slides.store.tile_store import open_store, tiled_slides
 from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
 

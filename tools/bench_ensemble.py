@@ -18,9 +18,10 @@ from crcjax.data.cohort import load_cohort
 from crcjax.data.loader import train_batches
 from crcjax.models.mil import build_model
 from crcjax.parallel.mesh import device_mesh
+from crcjax.runs.train_state import TrainState
 from crcjax.train.ensemble import Ensemble
 from crcjax.train.optimizer import build_optimizer
-from crcjax.train.step import TrainState, build_step, init_state
+from crcjax.train.step import build_step, init_state
 
 MEMBERS, STEPS, ROUNDS = (1, 5, 10), 8, 3
 SIZES = {"512 regions a bag": (512, 128, 64), "64 regions a bag": (64, 128, 64)}  # regions, features, attention

@@ -14,10 +14,12 @@ from record import record
 from sklearn.metrics import roc_auc_score
 
 from crcjax.slides.synthetic.artefacts import SCORE_OF
-from crcjax.slides.synthetic.painter import SITES, SlideSpec, Truth, load_truth, paint_slide, truth_path
+from crcjax.slides.synthetic.painter import SITES, SlideSpec, paint_slide
 from crcjax.slides.synthetic.tissue_map import SUBTYPES, Tissue
-from crcjax.slides.tiling.plan import TilingParams, mpp_of, plan_tiles, region_tiles
+from crcjax.slides.synthetic.truth import Truth, load_truth, truth_path
+from crcjax.slides.tiling.plan import TilingParams, mpp_of, plan_tiles
 from crcjax.slides.tiling.quality_control import QUALITY_NAMES, QualityLimits, judge, score_tiles
+from crcjax.slides.tiling.read import region_tiles
 from crcjax.slides.tiling.tissue_segmentation import TissueModel, tissue_model
 from crcjax.slides.wsi.slide import open_slide
 

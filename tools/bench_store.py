@@ -19,7 +19,8 @@ from record import record
 from crcjax.slides.store.tile_pixels import JPEG_QUALITY, JPEG_SUBSAMPLING, shard_regions
 from crcjax.slides.store.tile_store import StoreWriter, open_store
 from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
-from crcjax.slides.tiling.plan import Pack, RegionTiles, TilePlan, TilingParams, own_square, plan_tiles, read_regions
+from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
+from crcjax.slides.tiling.read import Pack, RegionTiles, own_square, read_regions
 from crcjax.slides.wsi.slide import Slide, open_slide
 
 SIZE_PX = (10240, 8192)

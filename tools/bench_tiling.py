@@ -21,7 +21,8 @@ from crcjax.slides.preprocess.tile_slides import TileJob, size_of, tile_slides
 from crcjax.slides.store.tile_pixels import shard_regions
 from crcjax.slides.store.tile_store import StoreWriter
 from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
-from crcjax.slides.tiling.plan import TilingParams, own_square, plan_tiles, read_regions, slot_boxes
+from crcjax.slides.tiling.plan import TilingParams, plan_tiles, slot_boxes
+from crcjax.slides.tiling.read import own_square, read_regions
 from crcjax.slides.wsi.slide import open_slide
 
 SIZE_PX = (16384, 12288)

@@ -25,7 +25,8 @@ from record import record
 from crcjax.errors import SlideError
 from crcjax.predict.predict_slides import PredictJob, predict_slides
 from crcjax.predict.predictor import Predictor
-from crcjax.slides.preprocess.tile_slides import Outcome, TileJob, tile_slides
+from crcjax.slides.preprocess.manifest import Outcome
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.store.tile_store import TileStore, open_store
 from crcjax.slides.tiling.plan import TilingParams
 from crcjax.slides.wsi.discovery import find_slides, slide_id_of

@@ -42,6 +42,10 @@ class Bag:
     tile_labels: Int[Any, "batch region slot 2"] | None = None  # tissue and artefact (data.labels), if tasks need them
 
 
+# The parts of a bag that have the axis of regions.
+WITH_REGIONS = ("tiles", "mask", "position", "region", "tile_labels")
+
+
 def read_bag(
     stores: Sequence[TileStore | CaseStore],
     regions: Sequence[Int[np.ndarray, " _"]],

@@ -17,10 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32, Int8
 from ml_collections import ConfigDict
 
-from crcjax.data.bags import Bag, open_features, open_stores, read_bag, slide_stains
+from crcjax.data.bags import WITH_REGIONS, Bag, open_features, open_stores, read_bag, slide_stains
 from crcjax.data.case_bags import CaseFeatures, CaseStore, by_unit
 from crcjax.data.cohort import Cohort
-from crcjax.data.hard_mining import Board, Sampler, sampler_of
+from crcjax.data.hard_mining import Board
+from crcjax.data.sampler import Sampler, sampler_of
 from crcjax.data.sampling import slide_weights
 from crcjax.data.tile_labels import bag_labels
 from crcjax.errors import InputError
@@ -30,8 +31,6 @@ from crcjax.slides.store.features import FeatureReader
 from crcjax.slides.store.tile_store import TileStore
 
 Block = tuple[range, range]  # places of a batch: its bags, and their regions
-# The parts of a bag that have the axis of regions.
-WITH_REGIONS = ("tiles", "mask", "position", "region", "tile_labels")
 
 
 def train_batches(

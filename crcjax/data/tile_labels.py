@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from crcjax.data.case_bags import CaseStore
 from crcjax.data.corruptions import ARTEFACTS
 from crcjax.slides.store.tile_store import TileStore
-from crcjax.slides.synthetic.painter import load_truth
+from crcjax.slides.synthetic.truth import load_truth
 from crcjax.slides.tiling.plan import slot_boxes
 from crcjax.slides.tiling.regions_of_interest import read_classes
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from crcjax.data.loader import WITH_REGIONS
+from crcjax.data.bags import WITH_REGIONS
 
 # Axis of the kernel that is divided over `model`: what a layer makes (-1) or what it takes (-2). Of two layers in a row
 # the first makes parts and the second takes them, so that one sum a pair crosses the devices (Shoeybi et al. 2019).

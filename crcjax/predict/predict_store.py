@@ -23,11 +23,11 @@ from crcjax.predict.predictor import (
     pooled,
     used_for,
 )
+from crcjax.predict.stored_bags import Evaluation
 from crcjax.runs.run_directory import Run, open_run
 from crcjax.slides.store.features import FeatureReader
 from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
-from crcjax.train.evaluate import Evaluation
 from crcjax.validation.calibration import load_calibration
 
 

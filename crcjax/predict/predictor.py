@@ -19,6 +19,7 @@ from crcjax.models.mil import Prediction, build_model, combine
 from crcjax.parallel.mesh import local_mesh, replicated
 from crcjax.predict.attribution import Method, attention_for, attributor
 from crcjax.predict.feature_density import load_density, summary
+from crcjax.predict.forward import Forward
 from crcjax.runs.checkpoint import restore_params
 from crcjax.runs.run_directory import Run, open_run
 from crcjax.slides.preprocess.tile_slides import read_ahead
@@ -26,7 +27,6 @@ from crcjax.slides.stain.methods import Estimate
 from crcjax.slides.stain.normalisation import slide_stain
 from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
 from crcjax.slides.wsi.slide import Slide
-from crcjax.train.step import Forward
 
 # Of one bag its features, mask and positions.
 PooledBag = tuple[

@@ -13,7 +13,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from crcjax.errors import InputError, OutputError
 from crcjax.models.mil import MILModel, Params, params_of
-from crcjax.train.step import TrainState
+from crcjax.runs.train_state import TrainState
 
 FOLDER = "checkpoints"
 

@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 
 from crcjax.errors import InputError
 from crcjax.models.encoders.registry import PublishedEncoder, pretrained_encoder
-from crcjax.models.mil import DTYPES, MILModel
 from crcjax.models.encoders.torch_weights import fill
+from crcjax.models.mil import DTYPES, MILModel
 
 _CONVERT = "convert it with torch: safetensors.torch.save_file(torch.load(FILE), 'model.safetensors')"
 _STORAGES = {

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from crcjax.errors import InputError
 from crcjax.models.encoders.registry import PublishedEncoder
 from crcjax.models.mil import MILModel, Params
-from crcjax.train.step import TrainState, abstract_state, build_joint_step, joint
+from crcjax.runs.train_state import TrainState
+from crcjax.train.step import abstract_state, build_joint_step, joint
 
 
 def check_members(config: ConfigDict) -> None:

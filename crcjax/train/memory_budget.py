@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from crcjax.data.bags import Bag
 from crcjax.errors import CrcjaxError, DeviceMemoryError, InputError, OutputError
-from crcjax.train.step import TrainState
+from crcjax.runs.train_state import TrainState
 
 _USABLE = 0.9  # of a device: the rest is lost between allocations, and to buffers of the communication
 _BAGS_IN_USE = 3  # of the step that runs, of the one queued, and one on its way, beside those held ready

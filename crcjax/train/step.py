@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,49 +12,23 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float32, Int, Key, Num
+from jaxtyping import Array, Float32, Int, Key
 from ml_collections import ConfigDict
 
 from crcjax.data.augment import Augmentation, draw_augmentation
 from crcjax.data.bags import Bag
 from crcjax.data.hard_mining import Mining, after_step
 from crcjax.errors import InputError
-from crcjax.models.mil import MILModel, Params, Prediction, Statistics, every, params_of
-from crcjax.parallel.mesh import over_data, replicated
+from crcjax.models.mil import MILModel, Params, Statistics, every, params_of
+from crcjax.parallel.mesh import replicated
 from crcjax.parallel.sharding import bag_spec, state_shardings
-from crcjax.slides.stain.methods import Estimate
+from crcjax.runs.train_state import LossScale, TrainState
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.train.auxiliary_tasks import Tasks
 from crcjax.train.encode_step import build_encode, with_running
 from crcjax.train.losses import bag_losses, supervised_contrastive
 
-# Where a number stands on the devices, an abstract state has its shape, a layout its sharding, and jax its placeholders.
-Scalar = Any
 _FIRST_SCALE, _STEPS_TO_GROW = 2.0**15, 2000  # as Micikevicius et al. 2018 and their successors have them
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LossScale:
-    """What float16's loss is multiplied by, so that small gradients are not zero, and the good steps since it changed."""
-
-    scale: Scalar
-    good_steps: Scalar
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    """What a checkpoint holds: everything that the next step depends on, besides the config.
-
-    `scaling` is None but for float16, `mining` if nothing is mined.
-    """
-
-    step: Scalar
-    params: Params
-    moments: optax.OptState
-    scaling: LossScale | Any = None
-    mining: Mining | Any = None
 
 
 Metrics = dict[str, Float32[Array, ""]]
@@ -269,102 +242,3 @@ def _updated(
     norm = jnp.where(good | (scaling.scale <= 1.0), norm, 0.0)
     state = replace(state, step=state.step + 1, params=params, moments=moments, scaling=following)
     return state, {"gradient_norm": norm, "loss_scale": scaling.scale}
-
-
-class Forward:
-    """A whole bag of any length through the model: regions encoded in chunks, features pooled in padded buckets.
-
-    Training's evaluation and prediction both use it, each process on its own devices (`local_mesh`). XLA compiles one
-    program for the chunks and one a bucket.
-    """
-
-    def __init__(
-        self,
-        model: MILModel,
-        buckets: tuple[int, ...],
-        chunk: int,
-        mesh: Mesh,
-        normaliser: StainNormaliser | None = None,
-        stored: bool = False,
-    ):
-        model.set_attributes(fused=True, raise_if_not_found=False)
-        graph = nnx.graphdef(model)
-        devices = mesh.shape["data"]
-        self.chunk = -(-chunk // devices) * devices
-        self._buckets = sorted(buckets)
-        self.normaliser, self.stored = normaliser, stored
-        self._over_data = over_data(mesh)
-
-        def encode(params: Params, tiles: Array, stain: Estimate | None) -> Array:
-            model = nnx.merge(graph, params)
-            if stored:
-                return model.encode_stored(tiles)
-            return model.encode(normaliser(tiles, stain) if normaliser and stain is not None else tiles)
-
-        self._encode = jax.jit(
-            encode,
-            in_shardings=(replicated(mesh), over_data(mesh), replicated(mesh)),
-            out_shardings=replicated(mesh),
-        )
-        self._pool = jax.jit(lambda params, *bag: nnx.merge(graph, params).pool(*bag))
-
-    def encode(
-        self, params: Params, tiles: Num[np.ndarray, "region slot *tile"], stain: Estimate | None = None
-    ) -> Array:
-        """Features of at most `chunk` regions, padded to `chunk`; not waited for. `stain` is for the normaliser.
-
-        `tiles` are pixels, or with `stored`, what a published encoder gave for them.
-        """
-        padding = [(0, self.chunk - len(tiles)), *[(0, 0)] * (tiles.ndim - 1)]
-        return self._encode(params, jax.device_put(np.pad(tiles, padding), self._over_data), stain)
-
-    def pool(
-        self,
-        params: Params,
-        features: Float32[np.ndarray, "region slot feature"],
-        mask: Bool[np.ndarray, "region slot"],
-        position: Float32[np.ndarray, "region 2"],
-        key: Key[Array, ""] | None = None,
-    ) -> Prediction:
-        """The prediction for one bag, as arrays of the host without its padding; with a key, with dropout."""
-        regions = len(mask)
-        result = jax.device_get(
-            self._pool(params, *self.padded(features, mask, position), None if key is None else key[None])
-        )
-        return replace(
-            result,
-            region_attention=result.region_attention[:, :regions],
-            slot_attention=result.slot_attention[:, :regions],
-            class_attention=result.class_attention[:, :regions],
-        )
-
-    def padded(
-        self,
-        features: Float32[np.ndarray, "region slot feature"],
-        mask: Bool[np.ndarray, "region slot"],
-        position: Float32[np.ndarray, "region 2"],
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A batch of one bag, with regions added up to a bucket's."""
-        largest = self._buckets[-1]
-        # Bags above the largest bucket are padded to its multiples.
-        size = next((size for size in self._buckets if size >= len(mask)), -(-len(mask) // largest) * largest)
-        padding = ((0, size - len(mask)), (0, 0))
-        whole = (np.pad(features, (*padding, (0, 0))), np.pad(mask, padding), np.pad(position, padding))
-        return whole[0][None], whole[1][None], whole[2][None]
-
-    def bag(
-        self,
-        params: Params,
-        chunks: Iterable[Num[np.ndarray, "region slot *tile"]],
-        mask: Bool[np.ndarray, "region slot"],
-        position: Float32[np.ndarray, "region 2"],
-        stain: Estimate | None = None,
-    ) -> Prediction:
-        """The prediction for one bag from its regions, `chunk` at a time."""
-        return self.pool(params, self.features(params, chunks, stain), mask, position)
-
-    def features(
-        self, params: Params, chunks: Iterable[Num[np.ndarray, "region slot *tile"]], stain: Estimate | None = None
-    ) -> Float32[np.ndarray, "region slot feature"]:
-        """One bag's features from its regions, `chunk` at a time."""
-        return np.concatenate([np.asarray(self.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks])

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from crcjax.errors import InputError
-from crcjax.slides.synthetic.painter import Truth, load_truth
+from crcjax.slides.synthetic.truth import Truth, load_truth
 from crcjax.validation.statistics import auroc
 
 

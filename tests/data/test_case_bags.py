@@ -154,8 +154,8 @@ def test_a_slide_that_cannot_be_read_leaves_its_case_the_others(painted: Path, r
 
 def test_evaluation_is_by_case(pairs: Path, small_config) -> None:
     from crcjax.models.mil import build_model, params_of
-    from crcjax.train.evaluate import Evaluation
-    from crcjax.train.step import Forward
+    from crcjax.predict.forward import Forward
+    from crcjax.predict.stored_bags import Evaluation
 
     model = build_model(small_config.model, 3, 0)
     forward = Forward(model, (64,), 4, local_mesh())

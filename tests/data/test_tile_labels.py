@@ -11,7 +11,7 @@ from crcjax.data.cohort import load_cohort
 from crcjax.data.tile_labels import bag_labels, tile_labels
 from crcjax.errors import InputError
 from crcjax.slides.store.tile_store import open_store
-from crcjax.slides.synthetic.painter import load_truth
+from crcjax.slides.synthetic.truth import load_truth
 from crcjax.slides.tiling.plan import TilingParams
 from crcjax.slides.tiling.regions_of_interest import write_area
 

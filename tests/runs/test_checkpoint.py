@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from crcjax.models.mil import build_model, params_of
 from crcjax.runs.checkpoint import Checkpointer, best_metrics, restore_params
-from crcjax.train.step import TrainState
+from crcjax.runs.train_state import TrainState
 
 
 def test_the_best_checkpoint_is_kept_and_found_again_after_a_restart(small_config, tmp_path: Path, capfd) -> None:

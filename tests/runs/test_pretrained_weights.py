@@ -106,11 +106,11 @@ def test_a_published_encoder_trains_within_the_model_or_stays_as_it_is(
 
     from flax import nnx
 
-    from crcjax.predict.predictor import Predictor
     from crcjax.models.encoders import registry as encoders
     from crcjax.models.encoders.convnets import ResNet
-    from crcjax.models.mil import build_model
     from crcjax.models.encoders.torch_weights import torch_tensors
+    from crcjax.models.mil import build_model
+    from crcjax.predict.predictor import Predictor
     from crcjax.runs.checkpoint import restore_params
     from crcjax.train.loop import train
 

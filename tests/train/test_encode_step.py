@@ -22,12 +22,14 @@ from crcjax.models.encoders.convnets import ResNet
 from crcjax.models.encoders.torch_weights import torch_tensors
 from crcjax.models.mil import build_model
 from crcjax.parallel.mesh import device_mesh, local_mesh
+from crcjax.predict.forward import Forward
 from crcjax.predict.predictor import Predictor
 from crcjax.runs.checkpoint import Checkpointer, restore_params
+from crcjax.runs.train_state import TrainState
 from crcjax.train.loop import train
 from crcjax.train.memory_budget import Parts, keep_parts
 from crcjax.train.optimizer import build_optimizer
-from crcjax.train.step import Forward, TrainState, build_step, init_state
+from crcjax.train.step import build_step, init_state
 
 SMALL = encoders.PretrainedEncoder(partial(ResNet, depths=(), width=8), 8, 1.0, "", resize_px=32, size_px=32)
 

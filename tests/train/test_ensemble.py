@@ -28,6 +28,7 @@ from crcjax.predict.predictor import Predictor
 from crcjax.runs.checkpoint import Checkpointer, newest_step
 from crcjax.runs.pretrained_weights import is_kept
 from crcjax.runs.run_directory import open_run
+from crcjax.runs.train_state import TrainState
 from crcjax.slides.store.features import write_features
 from crcjax.slides.store.tile_store import open_store, tiled_slides
 from crcjax.slides.wsi.slide import open_slide
@@ -35,7 +36,7 @@ from crcjax.train.crossvalidate import crossvalidate
 from crcjax.train.ensemble import side_by_side
 from crcjax.train.loop import train, train_members
 from crcjax.train.optimizer import build_optimizer
-from crcjax.train.step import TrainState, init_state
+from crcjax.train.step import init_state
 
 SMALL = PretrainedEncoder(partial(ResNet, depths=(1,), width=8), 32, 1.0, "", resize_px=64, size_px=48)
 

@@ -165,7 +165,7 @@ def test_memory_that_does_not_suffice_outside_of_a_step_is_not_taken_for_the_ste
     def lacking(*_: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore.")
 
-    monkeypatch.setattr("crcjax.train.evaluate.Evaluation.metrics", lacking)
+    monkeypatch.setattr("crcjax.predict.stored_bags.Evaluation.metrics", lacking)
     with pytest.raises(InputError, match=r"allocating 9 bytes\. That was in an evaluation, not in a step: lower"):
         train(small_config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "memory.json").read_text())["count"] == 1

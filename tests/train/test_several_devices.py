@@ -90,10 +90,11 @@ from crcjax.config import get_config
 from crcjax.data.cohort import load_cohort
 from crcjax.models.mil import build_model
 from crcjax.runs.checkpoint import Checkpointer
-from crcjax.train.evaluate import Evaluation
+from crcjax.predict.stored_bags import Evaluation
 from crcjax.parallel.mesh import device_mesh, local_mesh, on_local_mesh
 from crcjax.train.optimizer import build_optimizer
-from crcjax.train.step import Forward, init_state
+from crcjax.train.step import init_state
+from crcjax.predict.forward import Forward
 
 config = get_config()
 config.model.width, config.model.features, config.model.attention, config.mesh.shard_params = 8, 16, 8, 64
@@ -173,10 +174,11 @@ def test_a_state_saved_by_two_processes_is_restored_by_one_and_both_evaluate_as_
     from crcjax.data.cohort import load_cohort
     from crcjax.models.mil import build_model, params_of
     from crcjax.parallel.mesh import device_mesh, local_mesh
+    from crcjax.predict.forward import Forward
+    from crcjax.predict.stored_bags import Evaluation
     from crcjax.runs.checkpoint import Checkpointer
-    from crcjax.train.evaluate import Evaluation
     from crcjax.train.optimizer import build_optimizer
-    from crcjax.train.step import Forward, init_state
+    from crcjax.train.step import init_state
 
     _start([[SHARED, str(tmp_path), str(painted), str(i), "ADDRESS"] for i in range(2)], 2)
     config = get_config()

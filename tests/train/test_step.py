@@ -10,8 +10,10 @@ from crcjax.data.bags import Bag
 from crcjax.errors import InputError
 from crcjax.models.mil import build_model, params_of
 from crcjax.parallel.mesh import device_mesh
+from crcjax.predict.forward import Forward
+from crcjax.runs.train_state import LossScale
 from crcjax.train.optimizer import build_optimizer, learning_rate
-from crcjax.train.step import Forward, LossScale, abstract_state, build_step, init_state
+from crcjax.train.step import abstract_state, build_step, init_state
 
 
 @pytest.fixture

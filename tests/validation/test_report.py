@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from crcjax.errors import InputError, OutputError
-from crcjax.slides.synthetic.painter import Truth
+from crcjax.slides.synthetic.truth import Truth
 from crcjax.validation.attention_truth import attention_auroc
 from crcjax.validation.report import validate
 

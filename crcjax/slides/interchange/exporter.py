@@ -10,7 +10,7 @@ from jaxtyping import Float64, Int
 
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.interchange.third_party_h5 import open_h5py
-from crcjax.slides.preprocess.tile_slides import Outcome
+from crcjax.slides.preprocess.manifest import Outcome
 from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 from crcjax.slides.tiling.plan import slot_boxes

@@ -14,8 +14,10 @@ from jaxtyping import Int, Int32
 
 from crcjax.errors import BusyError, InputError, SlideError
 from crcjax.slides.interchange.third_party_h5 import ForeignTiles, foreign_files, merged, open_h5py, read_foreign
-from crcjax.slides.preprocess.tile_slides import Outcome, check_slide_ids, judged, note_outcome, read_ahead
+from crcjax.slides.preprocess.manifest import Outcome, note_outcome
+from crcjax.slides.preprocess.tile_slides import check_slide_ids, judged, read_ahead
 from crcjax.slides.store.features import feature_attributes, write_features
+from crcjax.slides.store.locks import slide_lock
 from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import (
     THUMBNAIL_PX,
@@ -23,7 +25,6 @@ from crcjax.slides.store.tile_store import (
     TileStore,
     open_store,
     remove_partials,
-    slide_lock,
     tiled_slides,
 )
 from crcjax.slides.tiling.plan import SAME_SCALE, Scale, TilePlan, TilingParams, mpp_of, plan_tiles

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crcjax.errors import InputError, OutputError, SlideError
+from crcjax.errors import InputError, SlideError
 from crcjax.slides.jobs.worker_pool import NO_LIMITS, Done, JobFailed, JobLimits, run_jobs
+from crcjax.slides.preprocess.manifest import Outcome, note_outcome, tiled_in_manifest
+from crcjax.slides.store.locks import slide_lock
 from crcjax.slides.store.tile_pixels import check_mode, shard_regions
-from crcjax.slides.store.tile_store import (
-    StoreWriter,
-    TileStore,
-    file_lock,
-    open_store,
-    remove_partials,
-    slide_lock,
-    tiled_slides,
-)
-from crcjax.slides.tiling.plan import (
-    EVERYWHERE,
-    Pack,
-    RegionTiles,
-    TilePlan,
-    TilingParams,
-    Transform,
-    plan_tiles,
-    read_regions,
-)
+from crcjax.slides.store.tile_store import StoreWriter, TileStore, open_store, remove_partials, tiled_slides
+from crcjax.slides.tiling.plan import EVERYWHERE, TilePlan, TilingParams, Transform, plan_tiles
 from crcjax.slides.tiling.quality_control import ABSENT, KEPT, REASONS
+from crcjax.slides.tiling.read import Pack, RegionTiles, read_regions
 from crcjax.slides.tiling.regions_of_interest import Areas
 from crcjax.slides.wsi.discovery import slide_files, without_names
 from crcjax.slides.wsi.slide import Slide, SlideInfo, check_mpp, open_slide
@@ -43,7 +28,6 @@ from crcjax.slides.wsi.slide import Slide, SlideInfo, check_mpp, open_slide
 if TYPE_CHECKING:
     from crcjax.slides.stain.normalisation import SlideStain
 
-MANIFEST = "manifest.jsonl"
 EXECUTORS = ("processes", "ray")
 
 
@@ -65,32 +49,6 @@ class TileJob:
     def name(self) -> str:
         """What outcomes call it: its path, or else its id."""
         return str(self.path) if self.names_path else self.slide_id
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one slide: `status` is `tiled`, `already tiled`, a JobFailed's or a SlideError's.
-
-    Of a slide that was tiled `verdict` is quality control's (accept, review or reject), and the `reason` is what a user
-    should know of it, if anything: of its micrometres per pixel, and what the verdict rests on.
-    `seconds` are of the last of its `attempts`, in the process `worker` (machine:process).
-    """
-
-    slide_id: str
-    path: str
-    status: str
-    reason: str = ""
-    regions: int = 0
-    tiles: int = 0
-    content_hash: str = ""
-    seconds: float = 0.0
-    attempts: int = 1
-    worker: str = ""
-    verdict: str = ""
-
-    @property
-    def succeeded(self) -> bool:
-        return self.status in ("tiled", "already tiled", "imported", "already imported", "exported")
 
 
 def tile_slides(
@@ -123,7 +81,7 @@ def tile_slides(
         check_mpp(mpp)
     remove_partials(store)
     _check_same_params(store, params)
-    noted = _tiled_in_manifest(store)
+    noted = tiled_in_manifest(store)
     outcomes: dict[str, Outcome] = {}
     try:
         tasks = [_TileTask(job, store, params, pixels) for job in _largest_first(jobs)]
@@ -131,7 +89,7 @@ def tile_slides(
             outcome = _outcome(done)
             outcomes[outcome.slide_id] = outcome
             if outcome.status == "already tiled" and outcome.slide_id not in noted:
-                noted = _tiled_in_manifest(store)  # another run may have tiled it meanwhile
+                noted = tiled_in_manifest(store)  # another run may have tiled it meanwhile
             if outcome.status != "already tiled" or outcome.slide_id not in noted:
                 note_outcome(store, outcome)
             on_outcome(outcome)
@@ -326,36 +284,3 @@ def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:
         if least == number - 1:
             mine.append(job)
     return mine
-
-
-def read_manifest(store: Path) -> dict[str, dict]:
-    """The newest outcome of every slide, as STORE/manifest.jsonl has it. A line that a killed run cut off is left out."""
-    newest = {}
-    path = store / MANIFEST
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            outcome = json.loads(line)
-        except ValueError:
-            continue
-        newest[outcome["slide_id"]] = outcome
-    return newest
-
-
-def _tiled_in_manifest(store: Path) -> set[str]:
-    tiled = ("tiled", "already tiled")
-    return {slide_id for slide_id, outcome in read_manifest(store).items() if outcome["status"] in tiled}
-
-
-def note_outcome(store: Path, outcome: Outcome) -> None:
-    """Adds a line to STORE/manifest.jsonl. Raises OutputError."""
-    line = json.dumps(asdict(outcome) | {"seconds": round(outcome.seconds, 3)}) + "\n"
-    try:
-        # One line after the other, also on a network file system, where appending alone is not atomic.
-        with file_lock(store / ".partial" / ".manifest.lock"), open(store / MANIFEST, "a+b") as manifest:
-            manifest.seek(max(0, manifest.tell() - 1))
-            cut_off = manifest.read(1) not in (b"", b"\n")
-            manifest.write(b"\n" * cut_off + line.encode())
-    except OSError as error:
-        raise OutputError(
-            f"{store}: cannot be written ({error.strerror}); free space or choose another --out"
-        ) from error

@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float32, UInt8
 from crcjax.errors import InputError
 from crcjax.slides.stain.methods import METHODS, Estimate, normalise
 from crcjax.slides.store.tile_store import TileStore, open_store
-from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles, read_regions
+from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
 from crcjax.slides.tiling.quality_control import QUALITY_NAMES
+from crcjax.slides.tiling.read import read_regions
 from crcjax.slides.wsi.slide import Slide, open_slide
 
 STANDARD = "standard"

@@ -18,7 +18,8 @@ from jaxtyping import Bool, Int, Int32, UInt8
 
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.store.zarr_arrays import create_array, open_array
-from crcjax.slides.tiling.plan import Pack, RegionTiles, TilePlan, TilingParams, region_tiles, slide_scale
+from crcjax.slides.tiling.plan import TilePlan, TilingParams, slide_scale
+from crcjax.slides.tiling.read import Pack, RegionTiles, region_tiles
 from crcjax.slides.wsi.slide import Slide, SlideInfo, open_slide
 
 MODES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 
 import crcjax
 from crcjax.errors import BusyError, InputError, OutputError
+from crcjax.slides.store.locks import slide_lock
 from crcjax.slides.store.tile_pixels import (
     IMPORTED_ALONE,
     NO_PIXELS,
@@ -31,8 +31,9 @@ from crcjax.slides.store.tile_pixels import (
     pixel_writer,
 )
 from crcjax.slides.store.zarr_arrays import create_array, first_line, open_array, unreadable, write_group
-from crcjax.slides.tiling.plan import Pack, RegionTiles, TilePlan, TilingParams
+from crcjax.slides.tiling.plan import TilePlan, TilingParams
 from crcjax.slides.tiling.quality_control import QUALITY_NAMES, REASONS, slide_verdict
+from crcjax.slides.tiling.read import Pack, RegionTiles
 from crcjax.slides.wsi.slide import Slide, SlideInfo
 
 FORMAT_VERSION = 1
@@ -292,50 +293,6 @@ def remove_partials(store: Path) -> None:
                 shutil.rmtree(partials / f"{slide_id}.zarr", ignore_errors=True)
     except OSError as error:
         raise OutputError(f"{store}: cannot be written ({error.strerror}); choose another --out") from error
-
-
-@contextmanager
-def slide_lock(store: Path, slide_id: str) -> Iterator[None]:
-    """Holds a slide of a store against all other writers, on any machine; the system frees it when its holder dies.
-
-    Raises BusyError if another holds it, OutputError if the store cannot be written or its file system has no locks.
-    """
-    with file_lock(store / ".partial" / f"{slide_id}.lock", f"another process writes the slide {slide_id}"):
-        yield
-
-
-@contextmanager
-def file_lock(path: Path, busy: str = "") -> Iterator[None]:
-    """Holds the lock that a file stands for, waiting for it unless `busy` says what BusyError shall say. Raises OutputError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path, fcntl.LOCK_NB if busy else 0)
-    except BlockingIOError as error:
-        raise BusyError(f"{path.parents[1]}: {busy}; wait for it") from error
-    except OSError as error:
-        raise OutputError(
-            f"{path.parents[1]}: cannot be written or locked ({error.strerror}); choose another --out"
-        ) from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock(path: Path, flags: int) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except FileNotFoundError:
-            pass  # its last holder removed it since it was opened
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
 
 
 def _sync(folder: Path) -> None:

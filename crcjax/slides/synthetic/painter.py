@@ -10,25 +10,25 @@ import csv
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import cv2
 import imagecodecs
 import numpy as np
 import tifffile
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Float32, UInt8
 
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.synthetic.artefacts import ARTEFACTS, artefact_mask, spoil_picture, spoil_section
-from crcjax.slides.synthetic.tissue_map import CARRIER, MAP_UM, SUBTYPES, Tissue, architecture
+from crcjax.slides.synthetic.tissue_map import MAP_UM, SUBTYPES, Tissue, architecture
 from crcjax.slides.synthetic.tissue_textures import REACH_UM, Ground, draw_stains
+from crcjax.slides.synthetic.truth import load_truth, truth_path
 from crcjax.slides.wsi.slide import PAINTED
 
 TILE_PX = 256
@@ -70,76 +70,6 @@ class SlideSpec:
     size_px: tuple[int, int] = (3072, 2560)
     mpp: float = 0.5
     artefacts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What a painted slide holds; maps are `um_per_px` a pixel, `kinds` index `names`; `spec` is how it was asked for."""
-
-    subtype: str
-    kinds: UInt8[np.ndarray, "y x"]
-    names: tuple[str, ...]
-    um_per_px: float
-    haematoxylin: tuple[float, ...]
-    eosin: tuple[float, ...]
-    white: tuple[int, ...]
-    artefacts: dict[str, Bool[np.ndarray, "y x"]]
-    seed: int
-    spec: str
-
-    @property
-    def carriers(self) -> Bool[np.ndarray, "y x"]:
-        """Where the tissue shows the slide's subtype."""
-        return self.kinds == CARRIER[self.subtype]
-
-    def tissue_share(self, x_um: float, y_um: float, side_um: float, kinds: Sequence[int] = tuple(Tissue)[1:]) -> float:
-        """The fraction of a square box that is tissue, or tissue of some kinds."""
-        return float(np.isin(self._box(self.kinds, x_um, y_um, side_um), kinds).mean())
-
-    def spoilt_share(self, artefact: str, x_um: float, y_um: float, side_um: float) -> float:
-        """The fraction of a square box's tissue that the artefact spoils: fold and dense spoil neither fat nor mucin, whose
-        double or triple does not show.
-        """
-        kinds = self._box(self.kinds, x_um, y_um, side_um)
-        if artefact not in self.artefacts or not kinds.any():
-            return 0.0
-        spoilt = self._box(self.artefacts[artefact], x_um, y_um, side_um) & (kinds > 0)
-        if artefact in ("fold", "dense"):
-            spoilt &= ~np.isin(kinds, (Tissue.ADIPOSE, Tissue.MUCIN))
-        return float(spoilt.sum() / (kinds > 0).sum())
-
-    def _box(self, values: np.ndarray, x_um: float, y_um: float, side_um: float) -> np.ndarray:
-        top, left, bottom, right = np.rint(np.array([y_um, x_um, y_um + side_um, x_um + side_um]) / self.um_per_px)
-        return values[int(top) : int(bottom), int(left) : int(right)]
-
-
-def truth_path(slide: str | Path) -> Path:
-    """Where the truth of a painted slide lies."""
-    return Path(slide).with_suffix(".truth.npz")
-
-
-def load_truth(path: str | Path) -> Truth:
-    """Reads a `.truth.npz`. Raises InputError if it is none."""
-    try:
-        # Opened here: np.load leaves a file that is no zip open.
-        with open(path, "rb") as file, np.load(file) as saved:
-            artefacts = {name: saved[f"artefact_{name}"] for name in ARTEFACTS if f"artefact_{name}" in saved}
-            return Truth(
-                str(saved["subtype"]),
-                saved["kinds"],
-                tuple(saved["names"].tolist()),
-                float(saved["um_per_px"]),
-                tuple(saved["haematoxylin"].tolist()),
-                tuple(saved["eosin"].tolist()),
-                tuple(saved["white"].tolist()),
-                artefacts,
-                int(saved["seed"]),
-                str(saved["spec"]),
-            )
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise InputError(
-            f"{path}: no truth of a painted slide ({error}); delete it and paint the slide again"
-        ) from error
 
 
 def paint_slide(path: str | Path, spec: SlideSpec, workers: int = 1) -> Path:

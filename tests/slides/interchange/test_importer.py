@@ -11,9 +11,11 @@ import pytest
 from crcjax.errors import InputError
 from crcjax.slides.interchange.exporter import export_store
 from crcjax.slides.interchange.importer import import_files
-from crcjax.slides.preprocess.tile_slides import Outcome, TileJob, read_manifest, tile_slides
+from crcjax.slides.preprocess.manifest import Outcome, read_manifest
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.store.features import feature_attributes, read_features
-from crcjax.slides.store.tile_store import open_store, slide_lock, tiled_slides
+from crcjax.slides.store.locks import slide_lock
+from crcjax.slides.store.tile_store import open_store, tiled_slides
 from crcjax.slides.tiling.plan import TilingParams
 from crcjax.slides.wsi.slide import open_slide
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from crcjax.slides.jobs.worker_pool import JobLimits
-from crcjax.slides.preprocess.tile_slides import TileJob, read_manifest, tile_slides
+from crcjax.slides.preprocess.manifest import read_manifest
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.tiling.plan import TilingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.multiprocess]

@@ -16,17 +16,10 @@ import pytest
 
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.jobs.worker_pool import Done, JobFailed, JobLimits, run_jobs
-from crcjax.slides.preprocess.tile_slides import (
-    Outcome,
-    TileJob,
-    _outcome,
-    _TileTask,
-    read_manifest,
-    shard_of,
-    size_of,
-    tile_slides,
-)
-from crcjax.slides.store.tile_store import open_store, slide_lock, tiled_slides
+from crcjax.slides.preprocess.manifest import Outcome, read_manifest
+from crcjax.slides.preprocess.tile_slides import TileJob, _outcome, _TileTask, shard_of, size_of, tile_slides
+from crcjax.slides.store.locks import slide_lock
+from crcjax.slides.store.tile_store import open_store, tiled_slides
 from crcjax.slides.tiling.plan import TilingParams
 
 pytestmark = pytest.mark.multiprocess

@@ -15,7 +15,8 @@ from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.store import tile_pixels as pixels
 from crcjax.slides.store.tile_pixels import MODES, check_mode
 from crcjax.slides.store.tile_store import TileStore, open_store
-from crcjax.slides.tiling.plan import TilingParams, plan_tiles, read_regions
+from crcjax.slides.tiling.plan import TilingParams, plan_tiles
+from crcjax.slides.tiling.read import read_regions
 from crcjax.slides.wsi.slide import open_slide
 
 PARAMS = TilingParams(("10x", "20x"), tile_px=32)

@@ -9,10 +9,12 @@ import pytest
 import tensorstore as ts
 
 from crcjax.errors import BusyError, InputError, OutputError
+from crcjax.slides.store.locks import slide_lock
 from crcjax.slides.store.tile_pixels import shard_regions
-from crcjax.slides.store.tile_store import StoreWriter, open_store, remove_partials, slide_lock, tiled_slides
-from crcjax.slides.tiling.plan import RegionTiles, TilingParams, plan_tiles, read_regions
+from crcjax.slides.store.tile_store import StoreWriter, open_store, remove_partials, tiled_slides
+from crcjax.slides.tiling.plan import TilingParams, plan_tiles
 from crcjax.slides.tiling.quality_control import QUALITY_NAMES, REASONS
+from crcjax.slides.tiling.read import RegionTiles, read_regions
 from crcjax.slides.wsi.slide import open_slide
 
 PARAMS = TilingParams(("10x", "20x"), tile_px=32)
@@ -180,7 +182,7 @@ def test_only_what_dead_writers_left_is_removed(small_slide: Path, tmp_path: Pat
 def test_of_several_processes_only_one_holds_a_lock_though_its_file_comes_and_goes(tmp_path: Path) -> None:
     code = """
 import pathlib, sys
-from crcjax.slides.store.tile_store import file_lock
+from crcjax.slides.store.locks import file_lock
 folder = pathlib.Path(sys.argv[1])
 for _ in range(300):
     with file_lock(folder / "locks" / "a.lock"):

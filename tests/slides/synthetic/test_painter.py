@@ -15,17 +15,9 @@ from sklearn.preprocessing import StandardScaler
 
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.synthetic.artefacts import ARTEFACTS
-from crcjax.slides.synthetic.painter import (
-    SITES,
-    SlideSpec,
-    _scene,
-    load_truth,
-    paint_block,
-    paint_cohort,
-    paint_slide,
-    truth_path,
-)
+from crcjax.slides.synthetic.painter import SITES, SlideSpec, _scene, paint_block, paint_cohort, paint_slide
 from crcjax.slides.synthetic.tissue_map import CARRIER, MAP_UM, SUBTYPES, Tissue, architecture
+from crcjax.slides.synthetic.truth import load_truth, truth_path
 
 SPEC = SlideSpec("immune", seed=3, site=SITES[1], size_px=(2500, 1300))
 

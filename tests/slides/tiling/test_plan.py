@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 
 from crcjax.errors import InputError, SlideError
-from crcjax.slides.tiling.plan import (
-    TilingParams,
-    mpp_of,
-    plan_tiles,
-    read_regions,
-    slide_scale,
-    slot_boxes,
-    thumbnail_px,
-)
+from crcjax.slides.tiling.plan import TilingParams, mpp_of, plan_tiles, slide_scale, slot_boxes, thumbnail_px
 from crcjax.slides.tiling.quality_control import ABSENT, QualityLimits
+from crcjax.slides.tiling.read import read_regions
 from crcjax.slides.wsi.slide import open_slide
 
 Writer = Callable[..., Path]

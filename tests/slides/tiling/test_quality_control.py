@@ -8,9 +8,10 @@ from sklearn.metrics import roc_auc_score
 
 from crcjax.errors import InputError
 from crcjax.slides.synthetic.artefacts import SCORE_OF
-from crcjax.slides.synthetic.painter import SITES, SlideSpec, load_truth, paint_slide, truth_path
+from crcjax.slides.synthetic.painter import SITES, SlideSpec, paint_slide
 from crcjax.slides.synthetic.tissue_map import SUBTYPES, Tissue
-from crcjax.slides.tiling.plan import TilingParams, plan_tiles, read_regions, region_tiles
+from crcjax.slides.synthetic.truth import load_truth, truth_path
+from crcjax.slides.tiling.plan import TilingParams, plan_tiles
 from crcjax.slides.tiling.quality_control import (
     QUALITY_NAMES,
     REASONS,
@@ -22,6 +23,7 @@ from crcjax.slides.tiling.quality_control import (
     slide_verdict,
     stain_degrees,
 )
+from crcjax.slides.tiling.read import read_regions, region_tiles
 from crcjax.slides.tiling.tissue_segmentation import TissueModel, tissue_model
 from crcjax.slides.wsi.slide import open_slide
 

@@ -13,10 +13,12 @@ from PIL import Image
 
 from crcjax.errors import InputError
 from crcjax.slides.interchange.exporter import export_store
+from crcjax.slides.preprocess.manifest import read_manifest
 from crcjax.slides.preprocess.qc_report import write_overview
-from crcjax.slides.preprocess.tile_slides import TileJob, read_manifest, tile_slides
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.store.tile_store import StoreWriter, open_store
-from crcjax.slides.tiling.plan import TilingParams, plan_tiles, read_regions
+from crcjax.slides.tiling.plan import TilingParams, plan_tiles
+from crcjax.slides.tiling.read import read_regions
 from crcjax.slides.tiling.regions_of_interest import Areas, areas_of, read_area, write_area
 from crcjax.slides.wsi.slide import open_slide
 

@@ -15,7 +15,8 @@ from crcjax.slides.jobs.worker_pool import JobLimits
 from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.store.tile_store import open_store
 from crcjax.slides.synthetic.painter import SUBTYPES, SlideSpec, paint_slide
-from crcjax.slides.tiling.plan import TilingParams, plan_tiles, read_regions
+from crcjax.slides.tiling.plan import TilingParams, plan_tiles
+from crcjax.slides.tiling.read import read_regions
 from crcjax.slides.wsi.slide import open_slide
 
 pytestmark = pytest.mark.multiprocess

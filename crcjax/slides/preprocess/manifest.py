@@ -1,0 +1,76 @@
+"""STORE/manifest.jsonl: the outcome of every slide."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crcjax.errors import OutputError
+from crcjax.slides.store.locks import file_lock
+
+if TYPE_CHECKING:
+    pass
+
+
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one slide: `status` is `tiled`, `already tiled`, a JobFailed's or a SlideError's.
+
+    Of a slide that was tiled `verdict` is quality control's (accept, review or reject), and the `reason` is what a user
+    should know of it, if anything: of its micrometres per pixel, and what the verdict rests on.
+    `seconds` are of the last of its `attempts`, in the process `worker` (machine:process).
+    """
+
+    slide_id: str
+    path: str
+    status: str
+    reason: str = ""
+    regions: int = 0
+    tiles: int = 0
+    content_hash: str = ""
+    seconds: float = 0.0
+    attempts: int = 1
+    worker: str = ""
+    verdict: str = ""
+
+    @property
+    def succeeded(self) -> bool:
+        return self.status in ("tiled", "already tiled", "imported", "already imported", "exported")
+
+
+def read_manifest(store: Path) -> dict[str, dict]:
+    """The newest outcome of every slide, as STORE/manifest.jsonl has it. A line that a killed run cut off is left out."""
+    newest = {}
+    path = store / MANIFEST
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            outcome = json.loads(line)
+        except ValueError:
+            continue
+        newest[outcome["slide_id"]] = outcome
+    return newest
+
+
+def tiled_in_manifest(store: Path) -> set[str]:
+    tiled = ("tiled", "already tiled")
+    return {slide_id for slide_id, outcome in read_manifest(store).items() if outcome["status"] in tiled}
+
+
+def note_outcome(store: Path, outcome: Outcome) -> None:
+    """Adds a line to STORE/manifest.jsonl. Raises OutputError."""
+    line = json.dumps(asdict(outcome) | {"seconds": round(outcome.seconds, 3)}) + "\n"
+    try:
+        # One line after the other, also on a network file system, where appending alone is not atomic.
+        with file_lock(store / ".partial" / ".manifest.lock"), open(store / MANIFEST, "a+b") as manifest:
+            manifest.seek(max(0, manifest.tell() - 1))
+            cut_off = manifest.read(1) not in (b"", b"\n")
+            manifest.write(b"\n" * cut_off + line.encode())
+    except OSError as error:
+        raise OutputError(
+            f"{store}: cannot be written ({error.strerror}); free space or choose another --out"
+        ) from error

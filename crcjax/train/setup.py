@@ -1,0 +1,189 @@
+"""Everything that is settled before a training run writes its first file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from crcjax.data.bags import featured, open_features, open_stores
+from crcjax.data.case_bags import rows_by_unit
+from crcjax.data.cohort import Cohort, load_cohort
+from crcjax.data.hard_mining import Mining, start_mining
+from crcjax.data.loader import Feed, open_feed
+from crcjax.data.splits import divide
+from crcjax.errors import InputError
+from crcjax.models.encoders.registry import PRETRAINED
+from crcjax.models.heads import BY_DENSITY
+from crcjax.models.mil import MILModel, build_model
+from crcjax.monitor.logs import say
+from crcjax.parallel.compilation_cache import use_compilation_cache
+from crcjax.parallel.mesh import device_mesh
+from crcjax.predict.feature_density import check_bags
+from crcjax.runs.pretrained_weights import is_kept, load_published
+from crcjax.slides.stain.normalisation import StainNormaliser, stain_normaliser
+from crcjax.slides.store.features import FeatureReader, feature_attributes
+from crcjax.slides.store.tile_store import TileStore
+from crcjax.slides.tiling.plan import TilingParams
+from crcjax.train.auxiliary_tasks import Tasks, add_heads, check_tasks, open_tasks
+from crcjax.train.ensemble import Ensemble, member_config, with_encoder_of
+from crcjax.train.losses import check_loss
+from crcjax.train.memory_budget import (
+    Budget,
+    Parts,
+    fitting_step,
+)
+from crcjax.train.optimizer import build_optimizer
+from crcjax.train.step import abstract_state, build_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled before anything is written; `ensemble` if several runs are trained together."""
+
+    config: ConfigDict
+    cohort: Cohort
+    tiling: TilingParams
+    normaliser: StainNormaliser | None
+    mesh: Mesh
+    models: tuple[MILModel, ...]  # one a run
+    optimizer: optax.GradientTransformation
+    feed: Feed
+    bags_of: Cohort
+    mining: Mining | None
+    tasks: Tasks | None
+    ensemble: Ensemble | None
+    step: jax.stages.Compiled
+    budget: Budget
+    parts: Parts
+
+
+def plan_run(config: ConfigDict, runs: Mapping[int, Path]) -> Plan:
+    (first, run), together = next(iter(runs.items())), config.train.members > 1
+    config = member_config(config, first) if together else config
+    cohort = _cohort(config)
+    check_loss(config.train.loss, config.model.head)
+    check_tasks(config)
+    stores = open_stores(config.data.store, cohort, not config.data.features, config.data.magnifications)
+    tiling = stores[0].params
+    config = _with_seen(_with_imported(config, stores), stores)
+    normaliser = stain_normaliser(config.stain.method, config.stain.reference, config.data.store)
+    use_compilation_cache()
+    mesh = device_mesh(config)
+    of_seed = partial(build_model, config.model, len(cohort.classes), factors=tiling.factors)
+    model = of_seed(config.seed)
+    kept = _load_published(model, config, stores)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
+    training = cohort.split("train")
+    bags_of = rows_by_unit(config.data.unit, training)
+    if config.model.head == BY_DENSITY:
+        check_bags(len(bags_of.rows), len(rows_by_unit(config.data.unit, cohort.split("val")).rows))
+    mining = start_mining(config.data, len(bags_of.rows))
+    feed = open_feed(training, config, mesh, normaliser)
+    tasks = open_tasks(config, feed.reader.tile_labels, feed.reader.stains)
+    if tasks:
+        add_heads(model, tasks, config.seed)
+    build = partial(build_step, model, optimizer, mesh=mesh, normaliser=normaliser, tasks=tasks)
+    abstract = abstract_state(model, optimizer, config, mesh, mining)
+    ensemble = Ensemble(partial(of_seed, first), optimizer, config, mesh) if together else None
+    if ensemble:
+        build, abstract = partial(ensemble.build, tuple(runs)), ensemble.abstract(len(runs))
+    compiled = fitting_step(build, config, mesh, abstract, feed.shapes(), run)
+    models = tuple(_on_host(model if seed == first else with_encoder_of(model, of_seed(seed))) for seed in runs)
+    of_data = feed, bags_of, mining, tasks
+    return Plan(config, cohort, tiling, normaliser, mesh, models, optimizer, *of_data, ensemble, *compiled)
+
+
+def _load_published(model: MILModel, config: ConfigDict, stores: Sequence[TileStore]) -> Callable | None:
+    """Reads a published encoder's weights into the model; which parameters then stay as they are."""
+    if config.model.encoder not in PRETRAINED or config.model.imported_features:
+        return None
+    sha256 = load_published(model, config.model)
+    say(f"{config.model.weights}: SHA-256 {sha256}")
+    if config.data.features:
+        _check_features(config, stores, sha256)
+    return partial(is_kept, config.model.frozen)
+
+
+def _on_host(model: MILModel) -> MILModel:
+    """The model, its parameters off the devices: of these the run's state alone has a copy."""
+    # Copied: NumPy's view of an array of a CPU would keep it there.
+    nnx.update(model, jax.tree.map(np.array, nnx.state(model)))
+    return model
+
+
+def _cohort(config: ConfigDict) -> Cohort:
+    """The labelled slides of the training and validation cases."""
+    for name in ("store", "cohort"):
+        if not config.data[name]:
+            raise InputError(f"config.data.{name} is empty; give --config.data.{name}=PATH")
+    if config.data.unit == "case" and (config.stain.method != "none" or config.augment.exchange):
+        raise InputError(
+            "config.data.unit case: the slides of a case have several stains, the device is told one a bag; tile them "
+            "with crcjax tile --stain, and set config.stain.method to none and config.augment.exchange to 0"
+        )
+    cohort = load_cohort(config.data.cohort, config.data.classes)
+    cohort = divide(cohort, config.data)
+    rows = tuple(row for row in cohort.rows if row.subtype and row.split in ("train", "val"))
+    if not rows:
+        raise InputError(f"{config.data.cohort}: has no labelled slide to train on; fill in the column subtype")
+    return Cohort(rows, cohort.classes)
+
+
+def _with_imported(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
+    """The config with the width of imported features, if it trains on such: nobody knows the weights that made them."""
+    config = config.copy_and_resolve_references()
+    config.model.imported_features = 0
+    if not config.data.features:
+        return config
+    if config.stain.method != "none":
+        raise InputError("config.data.features were made of tiles as they are; set config.stain.method to none")
+    name = config.model.encoder
+    if "imported" not in (feature_attributes(config.data.store, stores[0].slide_id, name) or {}):
+        if name not in PRETRAINED or not config.model.frozen:
+            raise InputError(
+                "config.data.features needs config.model.encoder of docs/encoders.md, with config.model.frozen, or the name of "
+                f"imported features, which {stores[0].path} has none of"
+            )
+        return config
+    if config.model.weights:
+        raise InputError(
+            f"config.model.weights: the features of {name} were imported, and nothing says that {config.model.weights} "
+            "made them; leave it empty, or embed the slides with it"
+        )
+    config.model.imported_features = FeatureReader(config.data.store, stores[0].slide_id, name).width
+    return config
+
+
+def _with_seen(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
+    """The config with the magnifications that have features, if not all have: prediction sees no others either."""
+    if config.data.features and not config.data.magnifications:
+        config.data.magnifications = featured(stores, config.model.encoder)
+    return config
+
+
+def _check_features(config: ConfigDict, stores: Sequence[TileStore], sha256: str) -> None:
+    """Prediction computes features with the run's weights: those that it was trained on must be the same."""
+    found = open_features(stores, config.model.encoder, config.data.magnifications)[0]
+    if found.attributes.get("weights_sha256") != sha256:
+        raise InputError(f"{found.path}: was made with other weights than {config.model.weights}; embed with these")
+
+
+def batch_norm_note(config: ConfigDict, parts: int) -> str:
+    """What batch norms take their statistics of, in words."""
+    regions = config.data.regions // -(-config.data.regions // config.model.encode_regions)
+    words = f"batch norms take statistics of {config.data.bags // parts} bags x {regions} regions at a time"
+    if parts > config.train.micro_batches:
+        words += (
+            f": memory does not suffice for config.train.micro_batches {config.train.micro_batches}, and in {parts} parts the run "
+            "learns otherwise, not only rounded otherwise"
+        )
+    return words
