@@ -7,10 +7,10 @@ from crcjax.config import get_config as default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.data.bags = 32
-    config.data.regions = 64
+    config.data.batch_size = 32
+    config.data.regions_per_bag = 64
     config.data.read_threads = 16
-    config.mesh.shard_params = 0  # a million parameters: dividing them would only send more (tools/collectives.py)
+    config.mesh.fsdp_min_size = 0  # a million parameters: dividing them would only send more (tools/collectives.py)
     config.model.width = 64
     config.model.features = 512
     config.model.attention = 256

@@ -392,7 +392,7 @@ def crossvalidate(
 ) -> None:
     """Trains every fold of config.data.folds and predicts each case by runs that never saw it (see docs/training.md).
 
-    With --config.data.fold_by=site and no number of folds, each site is left out once. With --config.train.members=N, N
+    With --config.data.fold_by=site and no number of folds, each site is left out once. With --config.train.ensemble_size=N, N
     seeds of a fold are trained together. Started again, it goes on.
     """
     from crcjax.main import read_config

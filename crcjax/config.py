@@ -23,14 +23,18 @@ def get_config() -> ConfigDict:
     data.folds = 0  # of cross-validation, see docs/training.md; 0, the splits above
     data.fold = 0  # the fold that is test, from 0; training never reads it, and selects on val_fraction of the others
     data.fold_by = "case"  # or site: all cases of a site in one fold, to see how a model does at a new one
-    data.draw_seed = -1  # draws the bags of every step; -1: config.seed does. Given, runs of several seeds see the same
-    data.regions = 32  # regions sampled per bag and step; memory grows with it, evidence per step too
+    data.sampling_seed = (
+        -1
+    )  # draws the bags of every step; -1: config.seed does. Given, runs of several seeds see the same
+    data.regions_per_bag = 32  # regions sampled per bag and step; memory grows with it, evidence per step too
     data.by_site = False  # the sites of a class take turns, so that no class is learned from its largest site alone
-    data.region_draw = "uniform"  # or spread: from as many parts of the tissue as regions, in proportion to its tissue
+    data.region_sampling = (
+        "uniform"  # or spread: from as many parts of the tissue as regions, in proportion to its tissue
+    )
     data.mine_slides = 0.0  # share of bags, at most 0.3, given to slides in proportion to their running loss
     data.mine_regions = 0.0  # share of a bag, at most 0.3, of a slide called wrongly: its regions of highest attention
     data.mine_every = 50  # steps by one memory of losses and attention; fewer than are prefetched, and a step may wait
-    data.bags = 8  # bags per step, over all devices
+    data.batch_size = 8  # bags per step, over all devices
     data.region_buckets = (64, 256, 1024, 4096)  # padded lengths of whole bags; XLA compiles one program each
     data.read_threads = 4  # threads that read stores ahead of the device, of each worker or of the process itself
     data.workers = (
@@ -44,19 +48,21 @@ def get_config() -> ConfigDict:
     stain.reference = "standard"  # the published reference, or the slide_id of a slide in the store
 
     config.mesh = mesh = ConfigDict()
-    mesh.data = 0  # devices along which the bags of a step are divided; 0: as many as divide data.bags
+    mesh.data = 0  # devices along which the bags of a step are divided; 0: as many as divide data.batch_size
     mesh.bag = 0  # devices along which a bag's regions are divided; 0: those that data and model leave
     mesh.model = 1  # devices along which each layer's weights are divided; for encoders that one device cannot hold
-    mesh.shard_params = 65536  # numbers in a parameter from which it is divided over data, with its moments; 0: none is
+    mesh.fsdp_min_size = (
+        65536  # numbers in a parameter from which it is divided over data, with its moments; 0: none is
+    )
 
     config.augment = augment = ConfigDict()
     augment.flips = True  # flips and right-angle turns: tissue has no up
     augment.stain = 0.15  # standard deviation of the log gain per colour channel in optical density; scanners differ
     augment.hed = 0.0  # of the log gain of haematoxylin, eosin and the rest, along the slide's own stains if estimated
-    augment.exchange = 0.0  # probability that a slide is given the stains of another one of the batch
+    augment.stain_swap_prob = 0.0  # probability that a slide is given the stains of another one of the batch
     augment.blur = 0.0  # px, the largest standard deviation of a Gaussian
     augment.noise = 0.0  # intensities of 255, the largest standard deviation
-    augment.jpeg = 0.0  # below 100, the lowest quality of a JPEG that tiles pass through: 70 is 30 to 100
+    augment.jpeg_min_quality = 0.0  # below 100, the lowest quality of a JPEG that tiles pass through: 70 is 30 to 100
     augment.jpeg_420 = True  # that JPEG has its colours at half the resolution, as most scanners' have
     augment.artefacts = (
         0.0  # share of tiles with a simulated pen, fold, bubble, blur or dust: the artefact task's labels
@@ -68,7 +74,7 @@ def get_config() -> ConfigDict:
     model.weights = ""  # file of a published encoder's weights, read when training starts
     model.imported_features = 0  # numbers in each feature of crcjax import; set by training on such, without weights
     model.frozen = True  # a published encoder stays as it is, and the model learns on its features
-    model.batch_norm = (
+    model.batch_norm_momentum = (
         0.0  # a step's share, by micro-batches, in a trained encoder's running statistics; 0: the published ones norm
     )
     model.encode_regions = 64  # of each bag encoded at a time in training; memory grows with it, not with the bag
@@ -92,13 +98,13 @@ def get_config() -> ConfigDict:
 
     config.train = train = ConfigDict()
     train.steps = 300  # optimiser steps
-    train.members = 1  # runs, of as many seeds, trained together on the same stored features; docs/training.md
+    train.ensemble_size = 1  # runs, of as many seeds, trained together on the same stored features; docs/training.md
     train.micro_batches = 1  # parts, at least, that a step's bags are computed in; more where memory asks for it
     train.memory_gib = 0.0  # of each device, that steps may take; 0: nine tenths of it, on CPUs of the machine
     train.eval_every = 100  # steps between evaluations on the validation cases
     train.checkpoint_every = 50  # steps between checkpoints; a killed run repeats at most these
     train.log_every = 10  # steps between lines of metrics
-    train.agree_every = (
+    train.replica_check_every = (
         100  # steps between checks of several processes that their copies are the same to the bit; 0, never
     )
     train.stall_timeout_s = 900.0  # several processes end where none finishes a step, or a slide of an evaluation

@@ -25,8 +25,8 @@ SIZE_PX = (3072, 2560)  # at 0.5 µm per pixel
 def demo_config() -> ConfigDict:
     """The demo's differences from the default config: what two CPU cores do in a few minutes."""
     config = get_config()
-    config.data.regions = 12
-    config.data.bags = 8
+    config.data.regions_per_bag = 12
+    config.data.batch_size = 8
     config.data.region_buckets = (64,)
     config.train.steps = 400
     config.train.eval_every = 50

@@ -84,7 +84,7 @@ def _small_config(painted: Path):
 
     config = get_config()
     config.data.store, config.data.cohort = str(painted / "store"), str(painted / "cohort.csv")
-    config.data.regions, config.data.bags, config.data.region_buckets = 4, 4, (64, 128)
+    config.data.regions_per_bag, config.data.batch_size, config.data.region_buckets = 4, 4, (64, 128)
     config.model.width, config.model.features, config.model.attention = 8, 16, 8
     config.train.steps, config.train.eval_every, config.train.checkpoint_every = 6, 3, 2
     config.train.log_every, config.optimizer.warmup_steps = 1, 2

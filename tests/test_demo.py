@@ -8,7 +8,7 @@ from crcjax.demo import demo_config, run_demo
 
 def _miniature(out: Path, said: list[str]) -> dict:
     config = demo_config()
-    config.data.regions, config.data.bags = 2, 4
+    config.data.regions_per_bag, config.data.batch_size = 2, 4
     config.model.width, config.model.features, config.model.attention = 8, 16, 8
     config.train.steps, config.train.eval_every, config.optimizer.warmup_steps = 2, 2, 1
     cases = {"train": 6, "val": 3, "test": 3}

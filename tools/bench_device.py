@@ -232,7 +232,7 @@ def step_config(case: StepCase) -> ConfigDict:
     for field, value in case.settings.items():
         room, name = field.split(".")
         config[room][name] = value
-    config.data.bags, config.data.regions, config.model.dtype = case.bags, case.regions, DTYPE
+    config.data.batch_size, config.data.regions_per_bag, config.model.dtype = case.bags, case.regions, DTYPE
     config.train.micro_batches = case.parts
     return config
 

@@ -33,13 +33,13 @@ def main() -> None:
         feature_store(Path(temporary))
         for name, (regions, features, attention) in SIZES.items():
             config = bench_config("features", Path(temporary))
-            config.data.regions, config.model.features, config.model.attention = regions, features, attention
-            config.model.imported_features, config.data.draw_seed = WIDTH, 0
+            config.data.regions_per_bag, config.model.features, config.model.attention = regions, features, attention
+            config.model.imported_features, config.data.sampling_seed = WIDTH, 0
             for members in MEMBERS:
                 rows += compared(config, members, name)
     note = (
         f"Stored features of {WIDTH} float16 numbers (random), 8 bags a step, gated attention, from the page cache. A round is"
-        f" {STEPS} steps of all members, bags read and sent by the loader: of one step for all (config.train.members), which"
+        f" {STEPS} steps of all members, bags read and sent by the loader: of one step for all (config.train.ensemble_size), which"
         f" reads them once, or of each member's own, one member after the other, which reads them for each. Medians of {ROUNDS}"
         " rounds of both in turn, compilation not counted. Both compute the same: what is saved is reading, the loader's start,"
         " which is counted, and the cost of starting operations; the figures do not tell these apart."

@@ -81,7 +81,7 @@ def bench_config(kind: str, folder: Path) -> ConfigDict:
     config.data.store, config.data.cohort = str(folder / "store"), str(folder / "cohort.csv")
     config.data.val_fraction = config.data.test_fraction = 0.0
     config.data.features = kind == "features"
-    config.data.bags, config.data.regions = 8, 512 if kind == "features" else 32
+    config.data.batch_size, config.data.regions_per_bag = 8, 512 if kind == "features" else 32
     config.data.read_threads = THREADS
     config.train.steps, config.optimizer.warmup_steps = STEPS[kind], 2
     if kind == "features":
@@ -224,7 +224,7 @@ def main() -> None:
                 rounds = [np.sum([found[name] for found in each], axis=0) for name in ("loader", "rival")]
                 loader, ratio = float(np.median(rounds[0])), float(np.median(rounds[0] / rounds[1]))
                 of = f"{kind}, {processes} process{'es' if processes > 1 else ''}"
-                bags = bench_config(kind, folder).data.bags
+                bags = bench_config(kind, folder).data.batch_size
                 step_bytes = sum(found["bytes"] for found in each)
                 against = "TensorStore alone" if kind == "features" else "TensorStore and the decoder alone"
                 rows += [

@@ -46,7 +46,7 @@ TIMES = 1 if ON_CPU else 8  # as many regions
 def measure(regions: int, side: int, remat: str, parts: int) -> tuple[int, int]:
     """Bytes that the step's activations and gradients are said to take, and bytes that the peak rises by as it runs."""
     config = get_config()
-    config.data.bags, config.data.regions = BAGS, regions
+    config.data.batch_size, config.data.regions_per_bag = BAGS, regions
     config.model.remat, config.train.micro_batches = remat, parts
     mesh, model = device_mesh(config), build_model(config.model, 3, 0)
     optimizer = build_optimizer(config.optimizer, config.train.steps)

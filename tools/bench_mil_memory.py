@@ -32,7 +32,7 @@ def main() -> None:
 
 def _rows(mil: str) -> list[Row]:
     config = get_config()
-    config.data.bags, config.model.mil = 1, mil
+    config.data.batch_size, config.model.mil = 1, mil
     mesh, model = device_mesh(config), build_model(config.model, 3, 0)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     step, state = build_step(model, optimizer, config, mesh), abstract_state(model, optimizer, config, mesh)

@@ -67,17 +67,17 @@ def main() -> None:
         whole = seconds_per_step(step, init_state(model, optimizer, config, mesh), bags)
         # XLA counts the compiled step's own operations.
         cost = step.lower(init_state(model, optimizer, config, mesh), bag).compile().cost_analysis()
-    tiles = config.data.bags * config.data.regions
+    tiles = config.data.batch_size * config.data.regions_per_bag
     flops = cost["flops"] / alone
     rows = [
         Row("the step alone", 1 / alone, "steps/s"),
         Row("with the loader", 1 / whole, "steps/s", alone / whole, "the step alone"),
         Row("with the loader", tiles / whole, "tiles/s"),
-        Row("with the loader", 3600 * config.data.bags / whole, "slides/hour"),
+        Row("with the loader", 3600 * config.data.batch_size / whole, "slides/hour"),
         Row("the step's operations", flops / 1e9, "GFLOP/s", flops / matrix_flops_per_s(), "a 1024 x 1024 product"),
         Row("peak memory", peak_memory_mib(), "MiB"),
     ]
-    note = f"The demo's step: {config.data.bags} bags of {config.data.regions} tiles of 256 px on {jax.devices()[0].platform}."
+    note = f"The demo's step: {config.data.batch_size} bags of {config.data.regions_per_bag} tiles of 256 px on {jax.devices()[0].platform}."
     record("train", "python tools/bench_train.py", rows, note)
 
 

@@ -36,7 +36,7 @@ FACTORS = (1, 2)  # 10x and 20x
 HOST = 8  # GPUs that NVLink connects
 NVLINK, NETWORK = 450e9, 25e9  # bytes/s each way: of a GPU, and of a host's one 200 Gb/s port
 LATENCY = {True: 30e-6, False: 10e-6}  # s a collective, across hosts and within one
-LAYOUTS = (  # bags, devices, data, bag, model, config.mesh.shard_params
+LAYOUTS = (  # bags, devices, data, bag, model, config.mesh.fsdp_min_size
     (32, 8, 8, 1, 1, 0),
     (32, 32, 32, 1, 1, 0),
     (128, 32, 32, 1, 1, 0),
@@ -129,15 +129,15 @@ def _groups(line: str) -> list[list[int]]:
     return [[int(device) for device in group.split(",")] for group in listed[1].split("},{")]
 
 
-def compiled(bags: int, devices: int, data: int, bag: int, model: int, shard_params: int) -> list[Collective]:
+def compiled(bags: int, devices: int, data: int, bag: int, model: int, fsdp_min_size: int) -> list[Collective]:
     """The collectives of a layout's step."""
     config = get_config()
-    sizes, config.data.bags = config.mesh, bags
-    sizes.data, sizes.bag, sizes.model, sizes.shard_params = data, bag, model, shard_params
+    sizes, config.data.batch_size = config.mesh, bags
+    sizes.data, sizes.bag, sizes.model, sizes.fsdp_min_size = data, bag, model, shard_params
     mesh = device_mesh(config, jax.devices()[:devices])
     built = build_model(config.model, len(config.data.classes), 0, FACTORS)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
-    batch, regions, slots = config.data.bags, config.data.regions, sum(factor**2 for factor in FACTORS)
+    batch, regions, slots = config.data.batch_size, config.data.regions_per_bag, sum(factor**2 for factor in FACTORS)
     parts = Bag(
         jax.ShapeDtypeStruct((batch, regions, slots, 256, 256, 3), np.uint8),
         jax.ShapeDtypeStruct((batch, regions, slots), bool),
@@ -164,7 +164,7 @@ def row(layout: tuple[int, ...]) -> dict:
         one.times * one.sent / (NETWORK / one.sharing if one.across else NVLINK) for one in found if one.sent
     )
     latency = sum(one.times * LATENCY[one.across] for one in joined.values())
-    compute = measured_seconds() * bags / get_config().data.bags / devices
+    compute = measured_seconds() * bags / get_config().data.batch_size / devices
     return {
         "bags": bags,
         "devices": devices,

@@ -160,7 +160,7 @@ def rows_of(seed: int, folder: Path) -> Iterator[dict]:
     strange = paint_strange(folder / "strange", seed)
     config = demo_config()
     config.seed, config.data.store, config.data.cohort = seed, str(folder / "store"), str(table)
-    config.model.mil, config.data.regions = "mean", 4
+    config.model.mil, config.data.regions_per_bag = "mean", 4
     cohort = load_cohort(table, config.data.classes)
     jobs = [TileJob(row.slide_id, Path(str(row.path))) for row in cohort.rows]
     assert all(outcome.succeeded for outcome in tile_slides(jobs, folder / "store", TILING))

@@ -76,11 +76,13 @@ def draw_augmentation(
     grains = jax.random.split(jax.random.fold_in(noise, 1), shape) if config.noise else None
     return Augmentation(
         jax.random.bernoulli(turn, 0.5, (*shape, 3)) if config.flips else None,
-        _draw_colour(colour, some, config, stain) if config.stain or config.hed or config.exchange else None,
+        _draw_colour(colour, some, config, stain) if config.stain or config.hed or config.stain_swap_prob else None,
         draw_artefacts(spoilt, shape, config.artefacts) if config.artefacts else None,
         jax.random.uniform(blurred, some, maxval=config.blur) if config.blur else None,
         Noise(jax.random.uniform(noise, some, maxval=config.noise), grains) if grains is not None else None,
-        jax.random.uniform(quality, some, minval=100.0 - config.jpeg, maxval=100.0) if config.jpeg else None,
+        jax.random.uniform(quality, some, minval=100.0 - config.jpeg_min_quality, maxval=100.0)
+        if config.jpeg_min_quality
+        else None,
         bool(config.jpeg_420),
     )
 
@@ -116,11 +118,11 @@ def augment(
 def _check(config: ConfigDict, stain: Estimate | None) -> None:
     if config.each not in EACH:
         raise InputError(f"config.augment.each {config.each!r}: choose {' or '.join(EACH)}")
-    for name, most in (("exchange", 1), ("artefacts", 1), ("jpeg", 99)):
+    for name, most in (("stain_swap_prob", 1), ("artefacts", 1), ("jpeg_min_quality", 99)):
         if not 0 <= config[name] <= most:
             raise InputError(f"config.augment.{name} {config[name]} is outside 0 to {most}; set it within")
-    if config.exchange and not isinstance(stain, StainMatrix):
-        raise InputError("config.augment.exchange needs the stains as they are; set config.stain.method to none")
+    if config.stain_swap_prob and not isinstance(stain, StainMatrix):
+        raise InputError("config.augment.stain_swap_prob needs the stains as they are; set config.stain.method to none")
 
 
 def _draw_colour(
@@ -140,9 +142,12 @@ def _draw_colour(
     basis, before = _basis(vectors)[:, None, None], white[:, None, None]
     after = jnp.broadcast_to(before, (*some, 3))
     density = jnp.broadcast_to(jnp.eye(3), (*some, 3, 3))
-    if config.exchange:
+    if config.stain_swap_prob:
         assert isinstance(stain, StainMatrix)
-        other, strength = _other(exchange, some, config.exchange, jnp.asarray(stain.reliable)), stain.concentration
+        other, strength = (
+            _other(exchange, some, config.stain_swap_prob, jnp.asarray(stain.reliable)),
+            stain.concentration,
+        )
         ratio = jnp.asarray(strength)[other] / jnp.asarray(strength)[:, None, None]
         ratio = jnp.concatenate([ratio, jnp.ones((*some, 1))], axis=-1)
         after, theirs = white[other], _basis(vectors)[other]

@@ -174,11 +174,11 @@ def slide_stains(stores: Sequence[TileStore], config: ConfigDict, normaliser: St
     if config.data.features:
         return []
     normalised = next((store for store in stores if store.params.stain), None)
-    if config.augment.exchange and normalised:
-        raise InputError(f"{normalised.path}: its tiles were given one stain; set config.augment.exchange to 0")
+    if config.augment.stain_swap_prob and normalised:
+        raise InputError(f"{normalised.path}: its tiles were given one stain; set config.augment.stain_swap_prob to 0")
     if config.tasks.stain and normalised:
         raise InputError(f"{normalised.path}: its tiles were given one stain; set config.tasks.stain to 0")
-    known = config.augment.exchange or config.tasks.stain or (config.augment.hed and not normalised)
+    known = config.augment.stain_swap_prob or config.tasks.stain or (config.augment.hed and not normalised)
     return [stored_estimate(store, "macenko") for store in stores] if known else []
 
 

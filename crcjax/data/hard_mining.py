@@ -67,7 +67,7 @@ def start_mining(config: ConfigDict, slides: int) -> Mining | None:
 
 def mined_regions(config: ConfigDict) -> int:
     """How many of a bag's regions may be mined, by `config` (config.data)."""
-    return int(config.mine_regions * config.regions + 1e-9)
+    return int(config.mine_regions * config.regions_per_bag + 1e-9)
 
 
 def after_step(

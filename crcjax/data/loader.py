@@ -56,7 +56,7 @@ def open_feed(cohort: Cohort, config: ConfigDict, mesh: Mesh, normaliser: StainN
     if not cohort.rows:
         raise InputError("the cohort has no training slides; give it a split column with train, or lower the fractions")
     data = config.data
-    for field, axis in (("bags", "data"), ("regions", "bag")):
+    for field, axis in (("batch_size", "data"), ("regions_per_bag", "bag")):
         if data[field] % mesh.shape[axis]:
             raise InputError(
                 f"config.data.{field} {data[field]} is no multiple of the {mesh.shape[axis]} devices along {axis}; set it so"
@@ -66,7 +66,7 @@ def open_feed(cohort: Cohort, config: ConfigDict, mesh: Mesh, normaliser: StainN
     cohort, stores, features = by_unit(data.unit, cohort, slides, of_slides)
     stains = slide_stains(slides, config, normaliser) if data.unit == "slide" else []  # a case has several
     sampler = sampler_of(cohort, config, None)
-    shape = data.bags, data.regions
+    shape = data.batch_size, data.regions_per_bag
     blocks = local_blocks(mesh, shape)
     reader = _Reader(
         stores,

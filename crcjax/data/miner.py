@@ -69,7 +69,7 @@ class Miner:
         share = self._config.data.mine_slides if (memory.loss >= 0).any() else 0.0
         mined: Counter[str] = Counter()
         for step in steps:
-            places = mined_places(step, self._config.data.bags, share)
+            places = mined_places(step, self._config.data.batch_size, share)
             mined.update(ids[slide] for slide in self._sampler.slides(step)[places])
         count = mined_regions(self._config.data)
         wrong = np.flatnonzero(memory.wrong) if count else ()

@@ -37,28 +37,32 @@ class Sampler:
         memory, config = self.memory(step), self.config
         losses, share = (memory.loss, config.mine_slides) if memory else (None, 0.0)
         return draw_slides(
-            self.labels, self.seed, step, config.bags, sites=self.sites, losses=losses, mined_share=share
+            self.labels, self.seed, step, config.batch_size, sites=self.sites, losses=losses, mined_share=share
         )
 
     def regions(self, step: int, bag: int, slide: int, store: TileStore | CaseStore) -> Int[np.ndarray, " drawn"]:
         memory, config = self.memory(step), self.config
         mined = memory.region[slide, : mined_regions(config)] if memory and memory.wrong[slide] else None
         cells = tissue = None
-        if config.region_draw == "spread":
+        if config.region_sampling == "spread":
             if slide not in self.cells:
-                self.cells[slide] = spread_cells(store.mask, store.origin, config.regions)
+                self.cells[slide] = spread_cells(store.mask, store.origin, config.regions_per_bag)
             cells = self.cells[slide]
             tissue = (store.quality[..., QUALITY_NAMES.index("tissue")] * store.mask).max(axis=1)
-        return draw_regions(store.mask, self.seed, step, bag, config.regions, cells=cells, tissue=tissue, mined=mined)
+        return draw_regions(
+            store.mask, self.seed, step, bag, config.regions_per_bag, cells=cells, tissue=tissue, mined=mined
+        )
 
 
 def sampler_of(cohort: Cohort, config: ConfigDict, board: Board | None) -> Sampler:
     """The sampler of training slides. Raises InputError: no subtype, no site where sites take turns, unknown draws."""
     data = config.data
-    if data.region_draw not in REGION_DRAWS:
-        raise InputError(f"config.data.region_draw {data.region_draw!r}: choose one of {', '.join(REGION_DRAWS)}")
+    if data.region_sampling not in REGION_DRAWS:
+        raise InputError(
+            f"config.data.region_sampling {data.region_sampling!r}: choose one of {', '.join(REGION_DRAWS)}"
+        )
     labels = np.array([label_of(row, cohort.classes) for row in cohort.rows])
-    seed = config.seed if data.draw_seed < 0 else data.draw_seed
+    seed = config.seed if data.sampling_seed < 0 else data.sampling_seed
     if not data.by_site:
         return Sampler(labels, None, seed, data, board)
     nowhere = next((row.slide_id for row in cohort.rows if row.site is None), None)

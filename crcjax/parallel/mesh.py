@@ -65,24 +65,24 @@ def _shape(config: ConfigDict, count: int) -> tuple[int, int, int]:
     if min(sizes.data, sizes.bag, sizes.model) < 0 or not sizes.model:
         raise InputError(f"config.mesh {_words(sizes)}: sizes are at least 1, or 0 for data and bag to be chosen")
     rest = count // sizes.model
-    bags = data.bags // config.train.micro_batches
+    bags = data.batch_size // config.train.micro_batches
     along_data = sizes.data or (rest // sizes.bag if sizes.bag else gcd(rest, bags))
     along_bag = sizes.bag or rest // along_data
-    if not (sizes.data or sizes.bag) and along_data * along_bag == rest and data.regions % along_bag:
+    if not (sizes.data or sizes.bag) and along_data * along_bag == rest and data.regions_per_bag % along_bag:
         raise InputError(
-            f"{rest} devices share neither config.data.bags {data.bags} nor each bag's config.data.regions {data.regions}: make "
+            f"{rest} devices share neither config.data.batch_size {data.batch_size} nor each bag's config.data.regions_per_bag {data.regions_per_bag}: make "
             f"bags a multiple of {rest * config.train.micro_batches}, or regions one of {along_bag}"
         )
     if along_data * along_bag * sizes.model != count:
         raise InputError(f"config.mesh {_words(sizes)}: does not make {count} devices; set sizes whose product is that")
-    if data.bags % (along_data * config.train.micro_batches):
+    if data.batch_size % (along_data * config.train.micro_batches):
         raise InputError(
-            f"config.data.bags {data.bags} is no multiple of {along_data} devices along data x config.train.micro_batches "
+            f"config.data.batch_size {data.batch_size} is no multiple of {along_data} devices along data x config.train.micro_batches "
             f"{config.train.micro_batches}; change one"
         )
-    if data.regions % along_bag:
+    if data.regions_per_bag % along_bag:
         raise InputError(
-            f"config.data.regions {data.regions} is no multiple of {along_bag} devices along bag; change config.mesh.bag"
+            f"config.data.regions_per_bag {data.regions_per_bag} is no multiple of {along_bag} devices along bag; change config.mesh.bag"
         )
     return along_data, along_bag, sizes.model
 

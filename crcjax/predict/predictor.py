@@ -161,7 +161,9 @@ class Member:
         self._density = load_density(run.path) if config.model.head == BY_DENSITY else None
         self.model_id = model_id_of(params | {"density": vars(self._density)} if self._density else params)
         mesh = local_mesh()
-        self.forward = Forward(model, config.data.region_buckets, config.data.regions, mesh, run.normaliser, stored)
+        self.forward = Forward(
+            model, config.data.region_buckets, config.data.regions_per_bag, mesh, run.normaliser, stored
+        )
         self.params = jax.device_put(params, replicated(mesh))
         self.attribute = None if attribution == "attention" else attributor(model, attribution)
 

@@ -29,10 +29,10 @@ _FREE = {
     "data.prefetch",
     "data.device_prefetch",
     "train.log_every",
-    "train.agree_every",
+    "train.replica_check_every",
     "train.stall_timeout_s",
 }
-_FREE |= {"train.micro_batches", "train.memory_gib", "mesh.data", "mesh.bag", "mesh.model", "mesh.shard_params"}
+_FREE |= {"train.micro_batches", "train.memory_gib", "mesh.data", "mesh.bag", "mesh.model", "mesh.fsdp_min_size"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def start_run(
         run = open_run(path)
         before, now = dict(_leaves(run.config)), dict(_leaves(config))
         # Batch norms of a part have its statistics.
-        free = _FREE - {"train.micro_batches"} if config.model.batch_norm else _FREE
+        free = _FREE - {"train.micro_batches"} if config.model.batch_norm_momentum else _FREE
         differing = [name for name in sorted(before | now) if name not in free and before.get(name) != now.get(name)]
         if differing:
             shown = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing[:5])

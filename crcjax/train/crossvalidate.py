@@ -47,7 +47,7 @@ def crossvalidate(
 ) -> None:
     """Trains every fold, seed and point of the sweep, and predicts each case by runs that never saw it.
 
-    With config.train.members above 1, as many seeds of a fold are trained together at a time. Runs lie in
+    With config.train.ensemble_size above 1, as many seeds of a fold are trained together at a time. Runs lie in
     OUT/fold-F[/sweep-P]/seed-S and are gone on with when started again. For each fold, the point of the sweep is chosen
     whose runs are best on the fold's inner validation cases; its runs, one a seed, are an ensemble. Writes OUT/runs.csv, a
     line a run, and OUT/predictions.csv, every labelled slide of the folds as `crcjax predict` would say, with its fold.
@@ -130,7 +130,7 @@ def _parsed(config: ConfigDict, name: str, text: str) -> object:
 
 
 def _train(config: ConfigDict, fold: int, point: Point, members: Sequence[tuple[int, Path]]) -> list[Trained]:
-    if config.train.members > 1:
+    if config.train.ensemble_size > 1:
         train_members(config, dict(members))
     else:
         for seed, path in members:

@@ -23,8 +23,8 @@ from crcjax.slides.stain.normalisation import StainNormaliser
 def build_encode(
     graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None
 ) -> Callable[[Params, Bag, Augmentation], tuple[Float32[Array, "batch region slot feature"], Statistics | None]]:
-    """The features of augmented bags; and with config.model.batch_norm, what batch norms took of them."""
-    devices, by_batch = mesh.shape["bag"], bool(config.model.batch_norm)
+    """The features of augmented bags; and with config.model.batch_norm_momentum, what batch norms took of them."""
+    devices, by_batch = mesh.shape["bag"], bool(config.model.batch_norm_momentum)
     axes = ("data", "bag") if mesh.shape["data"] * devices > 1 else ()
 
     def encode(
@@ -103,7 +103,7 @@ def _encoded_parts(encode_regions: int, regions: int, devices: int) -> int:
     parts = -(-regions * devices // encode_regions)
     if regions % parts:
         raise InputError(
-            f"config.model.batch_norm: {regions * devices} regions (config.data.regions) on {devices} devices along bag do not make "
+            f"config.model.batch_norm_momentum: {regions * devices} regions (config.data.regions_per_bag) on {devices} devices along bag do not make "
             f"{parts} equal parts of at most config.model.encode_regions {encode_regions}, of which each device has the same share; make "
             "config.model.encode_regions a divisor of the regions and a multiple of the devices"
         )

@@ -23,8 +23,8 @@ from crcjax.train.step import abstract_state, build_joint_step, joint
 
 def check_members(config: ConfigDict) -> None:
     """Raises InputError where runs cannot be trained together: each would see other bags, or an encoder is trained."""
-    members, reason = f"config.train.members {config.train.members}", ""
-    if config.train.members < 1:
+    members, reason = f"config.train.ensemble_size {config.train.ensemble_size}", ""
+    if config.train.ensemble_size < 1:
         raise InputError(f"{members}: choose 1 or more")
     if not config.data.features:
         reason = "runs are trained together on stored features alone, not on pixels; set config.data.features"
@@ -35,15 +35,15 @@ def check_members(config: ConfigDict) -> None:
     elif jax.process_count() > 1:
         reason = "one process trains runs together, not several; start one"
     if reason:
-        raise InputError(f"{members}: {reason}, or config.train.members to 1")
+        raise InputError(f"{members}: {reason}, or config.train.ensemble_size to 1")
 
 
 def member_config(config: ConfigDict, seed: int) -> ConfigDict:
     """The config of one run of an ensemble: trained alone with it, the run sees the same bags."""
     config = config.copy_and_resolve_references()
-    if config.data.draw_seed < 0:
-        config.data.draw_seed = config.seed
-    config.seed, config.train.members = seed, 1
+    if config.data.sampling_seed < 0:
+        config.data.sampling_seed = config.seed
+    config.seed, config.train.ensemble_size = seed, 1
     return config
 
 

@@ -25,7 +25,7 @@ from crcjax.train.encode_step import encode_drawn
 
 
 class TaskEvaluation:
-    """How well tasks are told of `config.data.regions` regions of each slide of one split, evenly over it.
+    """How well tasks are told of `config.data.regions_per_bag` regions of each slide of one split, evenly over it.
 
     Artefacts are simulated, the same at every evaluation; tiles are else as they are. Each process has its share of slides.
     """
@@ -39,7 +39,7 @@ class TaskEvaluation:
         _, self._stores, self._features = by_unit(data.unit, cohort, slides, features)
         self._stains = slide_stains(slides, config, normaliser) if data.unit == "slide" else []
         self._labels = bag_labels(self._stores, config.tasks)
-        self._regions, self._tasks = data.regions, tasks
+        self._regions, self._tasks = data.regions_per_bag, tasks
         graph = nnx.graphdef(model)
 
         @jax.jit

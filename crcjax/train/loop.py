@@ -32,28 +32,28 @@ from crcjax.train.setup import Plan, batch_norm_note, plan_run
 def train(config: ConfigDict, run: Path, group: Group | None = None) -> None:
     """Trains to config.train.steps, going on from the run's newest checkpoint if it has one.
 
-    With config.train.members above 1 it trains as many runs, RUN/seed-S, together (`train_members`).
+    With config.train.ensemble_size above 1 it trains as many runs, RUN/seed-S, together (`train_members`).
     Where a device's memory does not suffice after all, the micro-batch is halved, and the run goes on from its last
     checkpoint: a step's own state is donated, and a copy of it would take the memory that lacks.
     Raises InputError before anything is written if the config, the cohort, the store or the run directory is not
     usable, or no step fits the devices; OutputError if the run directory cannot be written; StoppedError once a checkpoint
     is saved, if the group is asked to stop.
     """
-    if config.train.members != 1:
-        seeds = range(config.seed, config.seed + config.train.members)
+    if config.train.ensemble_size != 1:
+        seeds = range(config.seed, config.seed + config.train.ensemble_size)
         train_members(config, {seed: run / f"seed-{seed}" for seed in seeds}, group)
     else:
         _train_on(config, {config.seed: run}, group or Group())
 
 
 def train_members(config: ConfigDict, runs: Mapping[int, Path], group: Group | None = None) -> None:
-    """Trains runs, by seed, that differ in it alone: config.train.members at a time in one step, on the same bags.
+    """Trains runs, by seed, that differ in it alone: config.train.ensemble_size at a time in one step, on the same bags.
 
     Each is a run as any other, and as if trained alone with its own config, but for rounding. Raises as `train`, and
     InputError where runs cannot be trained together.
     """
     check_members(config)
-    for part in side_by_side(runs, config.train.members, newest_step):
+    for part in side_by_side(runs, config.train.ensemble_size, newest_step):
         _train_on(config, part, group or Group())
 
 
@@ -86,7 +86,7 @@ def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
         for path in runs.values():
             say(f"{path}: going on from step {start}" if start else f"{path}: starting")
         say(f"memory {plan.budget}; bags in {plan.parts.count} of at most {max(plan.parts.possible)} parts")
-        if config.model.batch_norm:
+        if config.model.batch_norm_momentum:
             say(batch_norm_note(config, plan.parts.count))
         for number, bags in enumerate(batches, start + 1):
             group.at(number, "computing")
@@ -96,7 +96,7 @@ def _train(config: ConfigDict, runs: Mapping[int, Path], group: Group) -> None:
             stops, last = group.stops(number), number == config.train.steps
             evaluates = last or number % config.train.eval_every == 0
             saves = evaluates or stops or number % config.train.checkpoint_every == 0
-            if config.train.agree_every and number % config.train.agree_every == 0:
+            if config.train.replica_check_every and number % config.train.replica_check_every == 0:
                 group.compare(number, {"gradient norm": metrics["gradient_norm"], "parameter": state.params})
             if saves or number % config.train.log_every == 0:
                 # Before every save, too: a run resumed from a checkpoint that is not finite would never recover.

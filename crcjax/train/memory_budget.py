@@ -98,7 +98,7 @@ def fitting_step(
     bags fit.
     """
     limit = device_memory(config.train.memory_gib)
-    each = config.data.bags // mesh.shape["data"]
+    each = config.data.batch_size // mesh.shape["data"]
     # The contrastive loss compares all bags with each other.
     counts = [1] if config.train.contrastive_weight else [count for count in range(1, each + 1) if each % count == 0]
     least = max(config.train.micro_batches, _kept(run).count)
@@ -108,7 +108,7 @@ def fitting_step(
             return compiled, budget, Parts(count, tuple(counts))
     raise InputError(
         f"a step does not fit the devices: with {each // count} of {each} bags a device at a time it takes {budget}, and a "
-        f"device has {_size(limit)} to use; lower config.data.regions, config.model.encode_regions or the model's width, "
+        f"device has {_size(limit)} to use; lower config.data.regions_per_bag, config.model.encode_regions or the model's width, "
         "or divide it over more devices (config.mesh)"
     )
 
@@ -167,7 +167,7 @@ def more_parts(run: Path, tried: int) -> int:
     if not larger:
         raise InputError(
             f"{run}: the devices' memory does not suffice for a step of {tried} parts, and there can be no more; lower "
-            "config.data.regions, config.model.encode_regions or the model's width, or free the devices of other programs"
+            "config.data.regions_per_bag, config.model.encode_regions or the model's width, or free the devices of other programs"
         )
     keep_parts(run, Parts(larger[0], parts.possible))
     return larger[0]

@@ -32,7 +32,7 @@ from crcjax.train.optimizer import learning_rate
 from crcjax.train.setup import Plan
 from crcjax.train.step import JointMetrics, Metrics, init_state
 
-_OUTSIDE = "That was in an evaluation, not in a step: lower config.data.regions, of which it encodes as many, or the model's width"
+_OUTSIDE = "That was in an evaluation, not in a step: lower config.data.regions_per_bag, of which it encodes as many, or the model's width"
 
 
 class Record:
@@ -42,7 +42,7 @@ class Record:
         config, validation = plan.config, plan.cohort.split("val")
         self._plan, self._paths, self._group = plan, list(runs.values()), group
         self._rate = learning_rate(config.optimizer, config.train.steps)
-        sizes, stored = (config.data.region_buckets, config.data.regions), config.data.features
+        sizes, stored = (config.data.region_buckets, config.data.regions_per_bag), config.data.features
         self._forward = Forward(plan.models[0], *sizes, local_mesh(), plan.normaliser, stored)
         self._slides = self._evaluation("val")
         others = plan.models[0], config, validation, plan.normaliser
@@ -148,7 +148,7 @@ class _Progress:
         steps_per_s = (number - self._from) / passed_s
         return {
             "train/steps_per_s": steps_per_s,
-            "train/slides_per_hour": steps_per_s * self._config.data.bags * 3600,
+            "train/slides_per_hour": steps_per_s * self._config.data.batch_size * 3600,
             "train/data_wait": (waited_s - self._waited_s) / passed_s,
         }
 

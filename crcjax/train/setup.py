@@ -67,7 +67,7 @@ class Plan:
 
 
 def plan_run(config: ConfigDict, runs: Mapping[int, Path]) -> Plan:
-    (first, run), together = next(iter(runs.items())), config.train.members > 1
+    (first, run), together = next(iter(runs.items())), config.train.ensemble_size > 1
     config = member_config(config, first) if together else config
     cohort = _cohort(config)
     check_loss(config.train.loss, config.model.head)
@@ -125,10 +125,10 @@ def _cohort(config: ConfigDict) -> Cohort:
     for name in ("store", "cohort"):
         if not config.data[name]:
             raise InputError(f"config.data.{name} is empty; give --config.data.{name}=PATH")
-    if config.data.unit == "case" and (config.stain.method != "none" or config.augment.exchange):
+    if config.data.unit == "case" and (config.stain.method != "none" or config.augment.stain_swap_prob):
         raise InputError(
             "config.data.unit case: the slides of a case have several stains, the device is told one a bag; tile them "
-            "with crcjax tile --stain, and set config.stain.method to none and config.augment.exchange to 0"
+            "with crcjax tile --stain, and set config.stain.method to none and config.augment.stain_swap_prob to 0"
         )
     cohort = load_cohort(config.data.cohort, config.data.classes)
     cohort = divide(cohort, config.data)
@@ -179,8 +179,8 @@ def _check_features(config: ConfigDict, stores: Sequence[TileStore], sha256: str
 
 def batch_norm_note(config: ConfigDict, parts: int) -> str:
     """What batch norms take their statistics of, in words."""
-    regions = config.data.regions // -(-config.data.regions // config.model.encode_regions)
-    words = f"batch norms take statistics of {config.data.bags // parts} bags x {regions} regions at a time"
+    regions = config.data.regions_per_bag // -(-config.data.regions_per_bag // config.model.encode_regions)
+    words = f"batch norms take statistics of {config.data.batch_size // parts} bags x {regions} regions at a time"
     if parts > config.train.micro_batches:
         words += (
             f": memory does not suffice for config.train.micro_batches {config.train.micro_batches}, and in {parts} parts the run "

@@ -45,7 +45,7 @@ def abstract_state(
 ) -> TrainState:
     """The shapes and the layout of a state, for compiling without one."""
     state = jax.eval_shape(partial(_first, optimizer, config.model.dtype), params_of(model), mining)
-    layout = state_shardings(state, mesh, config.mesh.shard_params)
+    layout = state_shardings(state, mesh, config.mesh.fsdp_min_size)
     # Every process reads and changes all of what is remembered for mining.
     layout = replace(layout, mining=jax.tree.map(lambda _: replicated(mesh), state.mining))
     return jax.tree.map(lambda value, at: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=at), state, layout)
@@ -89,7 +89,7 @@ def build_step(
 
     With `config.train.micro_batches` the bags are computed so many parts at a time and their gradients added up: the same
     step, since every draw and weight is the whole batch's, but for batch norms' statistics, which with
-    config.model.batch_norm are of one part's bags. Raises InputError for a loss that is no sum over bags.
+    config.model.batch_norm_momentum are of one part's bags. Raises InputError for a loss that is no sum over bags.
     """
     # The kernels of attention can be divided over bags alone.
     model.set_attributes(fused=mesh.size == mesh.shape["data"], raise_if_not_found=False)
@@ -205,7 +205,7 @@ def _build_following(
             statistics = jax.tree.map(lambda value: value.sum(axis=0), statistics)
             seen = jax.tree.map(lambda value: jnp.moveaxis(value, 0, 1).reshape(-1, *value.shape[2:]), by_part)
         losses, right, attention = seen
-        running = partial(with_running, statistics=statistics, share=config.model.batch_norm)
+        running = partial(with_running, statistics=statistics, share=config.model.batch_norm_momentum)
         state, metrics = _updated(optimizer, state, gradient, running)
         if state.mining is not None:
             found = jnp.asarray(bag.slide), jnp.asarray(bag.region), losses, ~right, attention

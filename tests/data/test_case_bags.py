@@ -101,7 +101,7 @@ def test_a_run_by_case_predicts_every_slide_of_a_case_alike_and_is_validated(
     pairs: Path, small_config, tmp_path: Path
 ) -> None:
     data = small_config.data
-    data.region_draw, data.mine_slides, data.mine_regions, data.mine_every = "spread", 0.25, 0.25, 2
+    data.region_sampling, data.mine_slides, data.mine_regions, data.mine_every = "spread", 0.25, 0.25, 2
     train(small_config, tmp_path / "run")
     predictor = Predictor(tmp_path / "run")
     test = load_cohort(small_config.data.cohort, None).split("test").rows

@@ -68,7 +68,7 @@ def test_more_than_three_tenths_are_never_mined(small_config, field: str, value:
 
 def test_only_training_slides_are_mined_and_their_ids_logged(small_config, tmp_path: Path) -> None:
     data = small_config.data
-    data.mine_slides, data.mine_regions, data.mine_every, data.region_draw = 0.25, 0.3, 2, "spread"
+    data.mine_slides, data.mine_regions, data.mine_every, data.region_sampling = 0.25, 0.3, 2, "spread"
     small_config.train.steps = 12
     train(small_config, tmp_path)
     training = {row.slide_id for row in load_cohort(data.cohort, data.classes).split("train").rows}

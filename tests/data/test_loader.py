@@ -39,7 +39,7 @@ read_pixels, counted = TileStore.read_pixels, []
 TileStore.read_pixels = lambda store, indices, out: (counted.append(len(indices)), read_pixels(store, indices, out))[1]
 config = get_config()
 config.data.store, config.data.cohort = folder + "/store", folder + "/cohort.csv"
-config.data.regions, config.data.bags, config.train.steps = 4, 4, 2
+config.data.regions_per_bag, config.data.batch_size, config.train.steps = 4, 4, 2
 cohort = load_cohort(config.data.cohort, config.data.classes).split("train")
 devices = np.array(sorted(jax.devices(), key=lambda device: device.process_index)).reshape(2, 2, 1)
 for divided, order in (("slides", devices), ("regions", devices.transpose(1, 0, 2))):
@@ -144,7 +144,7 @@ def test_a_damaged_shard_is_one_error_that_names_the_slide(painted: Path, small_
             data[len(data) // 2] ^= 1
             shard.write_bytes(data)
     small_config.data.store = str(store)
-    small_config.data.regions = 64  # all of a slide's regions, the damaged one with them
+    small_config.data.regions_per_bag = 64  # all of a slide's regions, the damaged one with them
     with pytest.raises(InputError, match=r"\.zarr: damaged .*crcjax tile again"):
         list(train_batches(_cohort(painted, small_config).split("train"), small_config, device_mesh(), 0))
 

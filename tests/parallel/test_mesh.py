@@ -22,7 +22,7 @@ from crcjax.parallel.mesh import _shape, device_mesh, local_mesh, replicated
 def test_axes_are_as_given_or_chosen_by_what_divides(count: int, given: tuple, bags: int, shape: tuple) -> None:
     config = get_config()
     config.mesh.data, config.mesh.bag, config.mesh.model = given
-    config.data.bags = bags
+    config.data.batch_size = bags
     assert _shape(config, count) == shape
 
 
@@ -31,13 +31,13 @@ def test_axes_are_as_given_or_chosen_by_what_divides(count: int, given: tuple, b
     [
         ((3, 1, 1), 9, 32, "data 3, bag 1, model 1: does not make 8 devices"),
         ((0, 0, 3), 8, 32, "does not make 8 devices"),
-        ((8, 1, 1), 4, 32, "data.bags 4 is no multiple of 8 devices along data"),
-        ((1, 8, 1), 1, 12, "data.regions 12 is no multiple of 8 devices along bag"),
+        ((8, 1, 1), 4, 32, "data.batch_size 4 is no multiple of 8 devices along data"),
+        ((1, 8, 1), 1, 12, "data.regions_per_bag 12 is no multiple of 8 devices along bag"),
         (
             (0, 0, 1),
             6,
             9,
-            r"neither config.data.bags 6 nor each bag's config.data.regions 9: make bags a multiple of 8, or .* of 4",
+            r"neither config.data.batch_size 6 nor each bag's config.data.regions_per_bag 9: make bags a multiple of 8, or .* of 4",
         ),
         ((-1, 1, 1), 8, 32, "sizes are at least 1, or 0"),
         ((0, 0, 0), 8, 32, "sizes are at least 1, or 0"),
@@ -48,7 +48,7 @@ def test_a_mesh_that_does_not_divide_is_refused_by_its_numbers(
 ) -> None:
     config = get_config()
     config.mesh.data, config.mesh.bag, config.mesh.model = given
-    config.data.bags, config.data.regions = bags, regions
+    config.data.batch_size, config.data.regions_per_bag = bags, regions
     with pytest.raises(InputError, match=message):
         _shape(config, 8)
 

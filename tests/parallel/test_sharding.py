@@ -18,9 +18,9 @@ from crcjax.train.step import abstract_state
 MESH = AbstractMesh((4, 1, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _specs(module: nnx.Module, shard_params: int, under: str = "published") -> dict[str, PartitionSpec]:
+def _specs(module: nnx.Module, fsdp_min_size: int, under: str = "published") -> dict[str, PartitionSpec]:
     state = {"encoder" if under else "aggregator": {under: nnx.to_pure_dict(nnx.state(module))}}
-    found = jax.tree_util.tree_leaves_with_path(state_shardings(state, MESH, shard_params))
+    found = jax.tree_util.tree_leaves_with_path(state_shardings(state, MESH, fsdp_min_size))
     return {".".join(str(part.key) for part in path[2:]): sharding.spec for path, sharding in found}
 
 
@@ -58,7 +58,7 @@ def test_dense_layers_of_a_mil_model_are_divided() -> None:
 
 def test_what_is_remembered_for_mining_is_whole_on_every_device_however_large() -> None:
     config = get_config()
-    config.data.mine_slides, config.data.mine_regions, config.mesh.shard_params = 0.3, 0.3, 8
+    config.data.mine_slides, config.data.mine_regions, config.mesh.fsdp_min_size = 0.3, 0.3, 8
     config.model.width, config.model.features, config.model.attention = 8, 16, 8
     model, mining = build_model(config.model, 3, 0), start_mining(config.data, 64)
     mesh = device_mesh(config, jax.devices()[:1])

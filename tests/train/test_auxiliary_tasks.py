@@ -241,7 +241,7 @@ REFUSED = {
         "tasks.tissue_classes": ("stroma", "bone"),
     },
     r"config\.train\.members 2: runs that are trained together have no tasks": {
-        "train.members": 2,
+        "train.ensemble_size": 2,
         "data.features": True,
         "tasks.tissue": 1.0,
     },
@@ -288,8 +288,18 @@ def test_each_task_is_learned_and_the_run_predicts_slides(small_config, painted:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows([row | {"split": "train" if row["split"] == "train" else "val"} for row in rows])
-    changes = {"data.cohort": str(tmp_path / "cohort.csv"), "data.bags": 8, "data.regions": 8, "model.features": 32}
-    changes |= {"augment.artefacts": 0.3, "augment.stain": 0.0, "augment.exchange": 0.5, "augment.each": "instance"}
+    changes = {
+        "data.cohort": str(tmp_path / "cohort.csv"),
+        "data.batch_size": 8,
+        "data.regions_per_bag": 8,
+        "model.features": 32,
+    }
+    changes |= {
+        "augment.artefacts": 0.3,
+        "augment.stain": 0.0,
+        "augment.stain_swap_prob": 0.5,
+        "augment.each": "instance",
+    }
     changes |= {"tasks.tissue": 1.0, "tasks.stain": 1.0, "tasks.artefact": 1.0, "tasks.labels": str(painted / "slides")}
     changes |= {"tasks.tissue_classes": PAINTED, "optimizer.learning_rate": 5e-3, "optimizer.warmup_steps": 10}
     changes |= {"train.steps": 200, "train.eval_every": 200, "train.checkpoint_every": 200, "train.log_every": 100}

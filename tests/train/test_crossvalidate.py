@@ -82,7 +82,7 @@ from crcjax.config import get_config as default
 def get_config():
     config = default()
     config.data.store, config.data.cohort = {config.data.store!r}, {config.data.cohort!r}
-    config.data.regions, config.data.bags, config.data.region_buckets = 4, 4, (64, 128)
+    config.data.regions_per_bag, config.data.batch_size, config.data.region_buckets = 4, 4, (64, 128)
     config.model.width, config.model.features, config.model.attention = 8, 16, 8
     config.train.steps, config.train.eval_every, config.optimizer.warmup_steps = 4, 2, 1
     return config

@@ -31,10 +31,10 @@ from crcjax.config import get_config as default
 
 def get_config():
     config = default()
-    config.data.regions, config.data.bags, config.data.region_buckets = 4, 4, (64, 128)
+    config.data.regions_per_bag, config.data.batch_size, config.data.region_buckets = 4, 4, (64, 128)
     config.model.width, config.model.features, config.model.attention = 8, 16, 8
     config.train.steps, config.train.eval_every, config.train.checkpoint_every = 100_000, 100_000, 100_000
-    config.train.log_every, config.train.agree_every, config.optimizer.warmup_steps = 1, 2, 2
+    config.train.log_every, config.train.replica_check_every, config.optimizer.warmup_steps = 1, 2, 2
     return config
 """
 LACKING = """

@@ -65,8 +65,8 @@ for layout in sys.argv[2:]:
     if alone:  # each device by itself
         convnets.Batch.mean = lambda self, maps: maps.mean(axis=(0, 1, 2), where=self.valid[:, None, None, None])
     config = get_config()
-    config.data.regions, config.data.bags, config.mesh.shard_params = 8, 8, 64
-    config.model.encoder, config.model.frozen, config.model.batch_norm = "small", False, 0.3
+    config.data.regions_per_bag, config.data.batch_size, config.mesh.fsdp_min_size = 8, 8, 64
+    config.model.encoder, config.model.frozen, config.model.batch_norm_momentum = "small", False, 0.3
     config.model.features, config.model.attention, config.model.encode_regions = 16, 8, 4
     config.mesh.data, config.mesh.bag, config.mesh.model = data, along_bag, model_axis
     config.train.steps, config.optimizer.warmup_steps, config.train.micro_batches = 5, 1, 1
@@ -91,9 +91,9 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of a ResNet's stem, whose batch norm has each step's statistics as its running ones."""
     monkeypatch.setitem(encoders.PRETRAINED, "small", SMALL)
     config = get_config()
-    config.model.encoder, config.model.frozen, config.model.batch_norm = "small", False, 1.0
+    config.model.encoder, config.model.frozen, config.model.batch_norm_momentum = "small", False, 1.0
     config.model.features, config.model.attention, config.model.dropout = 16, 8, 0.0
-    config.augment.flips, config.augment.stain, config.data.bags, config.data.regions = False, 0.0, 6, 4
+    config.augment.flips, config.augment.stain, config.data.batch_size, config.data.regions_per_bag = False, 0.0, 6, 4
     config.train.steps, config.optimizer.warmup_steps = 6, 2
     return config
 
@@ -186,7 +186,7 @@ def test_statistics_of_half_precision_are_float32_and_near_those_of_float32(conf
 def test_a_restored_state_goes_on_to_the_same_bits_and_evaluates_by_its_running_statistics(
     config: Any, tmp_path: Path
 ) -> None:
-    config.model.batch_norm = 0.3
+    config.model.batch_norm_momentum = 0.3
     model, step, state = _built(config)
     start = jax.tree.map(np.array, state.params["encoder"]["published"]["bn1"])
     for _ in range(2):
@@ -224,7 +224,7 @@ def test_batch_statistics_that_could_do_nothing_are_refused(
     config: Any, field: str, value: object, reason: str
 ) -> None:
     config.model[field] = value
-    with pytest.raises(InputError, match=rf"^config\.model\.batch_norm {config.model.batch_norm}: {reason}"):
+    with pytest.raises(InputError, match=rf"^config\.model\.batch_norm {config.model.batch_norm_momentum}: {reason}"):
         build_model(config.model, 3, 0)
 
 
@@ -242,7 +242,7 @@ def test_a_run_keeps_its_running_statistics_and_predicts_by_them_and_says_what_t
 ) -> None:
     small_config.model.update(config.model)
     save_file(torch_tensors(SMALL.build(rngs=nnx.Rngs(3))), tmp_path / "small.safetensors")
-    small_config.model.weights, small_config.model.batch_norm = str(tmp_path / "small.safetensors"), 0.1
+    small_config.model.weights, small_config.model.batch_norm_momentum = str(tmp_path / "small.safetensors"), 0.1
     (tmp_path / "run").mkdir()
     keep_parts(tmp_path / "run", Parts(2, (1, 2, 4)))  # as after a step that ran out of memory
     train(small_config, tmp_path / "run")

@@ -58,7 +58,7 @@ def store(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(small_config, store: Path):
     """Two members, with dropout."""
     small_config.data.store, small_config.data.features, small_config.model.encoder = str(store), True, "theirs"
-    small_config.train.members, small_config.seed = 2, 5
+    small_config.train.ensemble_size, small_config.seed = 2, 5
     small_config.train.steps = small_config.train.eval_every = 4
     small_config.train.checkpoint_every = 3
     return small_config
@@ -101,7 +101,7 @@ def test_members_trained_together_are_runs_as_any_other_and_equal_those_trained_
     for seed in (5, 6):
         together, alone = tmp_path / "together" / f"seed-{seed}", tmp_path / f"alone-{seed}"
         own = open_run(together).config
-        assert (own.seed, own.data.draw_seed, own.train.members) == (seed, 5, 1)
+        assert (own.seed, own.data.sampling_seed, own.train.ensemble_size) == (seed, 5, 1)
         train(own, alone)
         states[seed] = _state(together)
         assert int(states[seed].step) == config.train.steps
@@ -129,10 +129,10 @@ from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import build_step, init_state
 
 config = get_config()
-config.data.features, config.data.bags, config.data.regions = True, 4, 8
+config.data.features, config.data.batch_size, config.data.regions_per_bag = True, 4, 8
 config.model.encoder, config.model.imported_features, config.model.mil = "theirs", 6, "gated_abmil"
 config.model.features, config.model.attention = 16, 8
-config.mesh.data, config.mesh.bag, config.mesh.shard_params = 2, 2, 16
+config.mesh.data, config.mesh.bag, config.mesh.fsdp_min_size = 2, 2, 16
 config.train.micro_batches, config.optimizer.warmup_steps = 2, 2
 rng, mesh = np.random.default_rng(0), device_mesh(config)
 tiles, position = rng.standard_normal((4, 8, 1, 6)).astype(np.float16), rng.random((4, 8, 2)).astype(np.float32)
@@ -198,7 +198,7 @@ def test_a_fold_of_a_cross_validation_trains_its_seeds_together(config, tmp_path
         for seed in (5, 6, 7):
             run = tmp_path / "cv" / f"fold-{fold}" / f"seed-{seed}"
             assert newest_step(run) == 3
-            assert (open_run(run).config.seed, open_run(run).config.data.draw_seed) == (seed, 5)
+            assert (open_run(run).config.seed, open_run(run).config.data.sampling_seed) == (seed, 5)
     assert len((tmp_path / "cv" / "runs.csv").read_text().splitlines()) == 7
 
 
@@ -208,7 +208,7 @@ def test_a_fold_of_a_cross_validation_trains_its_seeds_together(config, tmp_path
         ({"data.features": False}, "2: runs are trained together on stored features alone, not on pixels"),
         ({"data.mine_slides": 0.1}, "2: each run mines bags of its own"),
         ({"data.mine_regions": 0.1}, "2: each run mines bags of its own"),
-        ({"train.members": 0}, "0: choose 1 or more"),
+        ({"train.ensemble_size": 0}, "0: choose 1 or more"),
     ],
 )
 def test_runs_that_cannot_be_trained_together_are_refused_in_words(

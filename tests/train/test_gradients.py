@@ -36,10 +36,10 @@ features = rng.normal(size=(4, 8, 1, 16)).astype(np.float32)
 
 def first_step(layout):
     config = get_config()
-    config.data.bags, config.data.regions = 4, 8
+    config.data.batch_size, config.data.regions_per_bag = 4, 8
     config.model.width, config.model.features, config.model.attention = 8, 16, 8
     config.model.heads, config.model.clam_instances = 2, 2
-    config.mesh.data, config.mesh.bag, config.mesh.model, config.mesh.shard_params = *layout, 64
+    config.mesh.data, config.mesh.bag, config.mesh.model, config.mesh.fsdp_min_size = *layout, 64
     tiles, labels, tasks = pixels, None, None
     if kind == "pixels with tasks":
         config.tasks.tissue, config.tasks.weighting, config.tasks.tissue_classes = 0.5, "learned", ("one", "other")
@@ -109,7 +109,7 @@ from crcjax.train.step import abstract_state, build_step
 
 for kind in sys.argv[1:]:
     config = get_config()
-    config.data.bags, config.data.regions, config.data.features = 4, 4, True
+    config.data.batch_size, config.data.regions_per_bag, config.data.features = 4, 4, True
     config.model.mil, config.model.encoder, config.model.imported_features = kind, "theirs", 16
     config.model.features, config.model.attention, config.model.heads, config.model.clam_instances = 16, 8, 2, 2
     config.model.dtype = "bfloat16"

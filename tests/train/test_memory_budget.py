@@ -27,7 +27,7 @@ from crcjax.config import get_config
 
 config = get_config()
 config.data.store, config.data.cohort = sys.argv[1] + "/store", sys.argv[1] + "/cohort.csv"
-config.data.regions, config.data.bags, config.data.region_buckets = 192, 8, (64, 128)
+config.data.regions_per_bag, config.data.batch_size, config.data.region_buckets = 192, 8, (64, 128)
 config.model.remat, config.model.width = "none", 32
 config.train.steps, config.train.eval_every, config.train.log_every = 4, 4, 1
 config.train.checkpoint_every, config.optimizer.warmup_steps = 2, 2

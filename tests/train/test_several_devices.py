@@ -30,9 +30,9 @@ from crcjax.parallel.sharding import bag_spec
 from crcjax.train.step import build_step, init_state
 
 config = get_config()
-config.data.regions, config.data.bags = 8, 8
+config.data.regions_per_bag, config.data.batch_size = 8, 8
 config.model.width, config.model.features, config.model.attention, config.model.encode_regions = 8, 16, 16, 3
-config.model.mil, config.model.heads, config.mesh.shard_params = "hierarchical", 2, 64
+config.model.mil, config.model.heads, config.mesh.fsdp_min_size = "hierarchical", 2, 64
 config.train.steps, config.optimizer.warmup_steps = 50, 5
 config.update_from_flattened_dict(json.loads(changes))
 hierarchical._PAIRS, hierarchical._TILE = 32, (4, 4)  # attention over eight regions comes in tiles
@@ -97,7 +97,7 @@ from crcjax.train.step import init_state
 from crcjax.predict.forward import Forward
 
 config = get_config()
-config.model.width, config.model.features, config.model.attention, config.mesh.shard_params = 8, 16, 8, 64
+config.model.width, config.model.features, config.model.attention, config.mesh.fsdp_min_size = 8, 16, 8, 64
 mesh, model = device_mesh(config), build_model(config.model, 3, 0)
 state = init_state(model, build_optimizer(config.optimizer, 50), config, mesh)
 assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state.moments))

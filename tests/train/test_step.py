@@ -170,7 +170,7 @@ def test_the_memory_of_a_step_grows_with_the_bag_by_a_few_times_its_features(con
     """In numbers as many as `features` feature vectors a region, as the compiler counts them."""
     with config.unlocked():
         config.update(get_config())
-    config.model.mil, config.model.width, config.data.bags = mil, 4, 1
+    config.model.mil, config.model.width, config.data.batch_size = mil, 4, 1
     config.augment.flips, config.augment.stain = False, 0.0  # of a part of the bag at a time, as the encoder
     mesh, shape, temporary = device_mesh(config), jax.ShapeDtypeStruct, {}
     model, optimizer = build_model(config.model, 3, 0), build_optimizer(config.optimizer, config.train.steps)

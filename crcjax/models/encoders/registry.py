@@ -208,7 +208,7 @@ class ImportedFeatures(nnx.Module):
 def build_encoder(config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
     """The tile encoder that `config.encoder` names, its weights drawn at random.
 
-    Raises InputError for an unknown one, and for `config.batch_norm` where no batch norm is trained.
+    Raises InputError for an unknown one, and for `config.batch_norm_momentum` where no batch norm is trained.
     """
     kind: Callable[..., nnx.Module]
     if config.imported_features:
@@ -220,14 +220,14 @@ def build_encoder(config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nn
     else:
         raise InputError(f"config.model.encoder {config.encoder!r}: choose one of compact, {', '.join(PRETRAINED)}")
     encoder = kind(config, dtype=dtype, rngs=rngs)
-    if config.batch_norm:
+    if config.batch_norm_momentum:
         _check_batch_norm(config, encoder)
     return encoder
 
 
 def _check_batch_norm(config: ConfigDict, encoder: nnx.Module) -> None:
-    told = f"config.model.batch_norm {config.batch_norm}"
-    if not 0 < config.batch_norm <= 1:
+    told = f"config.model.batch_norm_momentum {config.batch_norm_momentum}"
+    if not 0 < config.batch_norm_momentum <= 1:
         raise InputError(f"{told}: is a share from 0 to 1; set it so")
     if not any(isinstance(part, BatchNorm) for _, part in nnx.iter_modules(encoder)):
         raise InputError(f"{told}: {config.encoder} has no batch norms; set it to 0")
