@@ -133,7 +133,7 @@ def compiled(bags: int, devices: int, data: int, bag: int, model: int, fsdp_min_
     """The collectives of a layout's step."""
     config = get_config()
     sizes, config.data.batch_size = config.mesh, bags
-    sizes.data, sizes.bag, sizes.model, sizes.fsdp_min_size = data, bag, model, shard_params
+    sizes.data, sizes.bag, sizes.model, sizes.fsdp_min_size = data, bag, model, fsdp_min_size
     mesh = device_mesh(config, jax.devices()[:devices])
     built = build_model(config.model, len(config.data.classes), 0, FACTORS)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
@@ -154,7 +154,7 @@ def compiled(bags: int, devices: int, data: int, bag: int, model: int, fsdp_min_
 
 def row(layout: tuple[int, ...]) -> dict:
     found = compiled(*layout)
-    bags, devices, data, bag, model, shard_params = layout
+    bags, devices, data, bag, model, fsdp_min_size = layout
     by_kind: dict[str, float] = defaultdict(float)
     for one in found:
         by_kind[one.kind] += one.sent * one.times / 1e6
@@ -169,7 +169,7 @@ def row(layout: tuple[int, ...]) -> dict:
         "bags": bags,
         "devices": devices,
         "data x bag x model": f"{data} x {bag} x {model}",
-        "parameters": "divided" if shard_params else "whole",
+        "parameters": "divided" if fsdp_min_size else "whole",
         "MB sent a device": ", ".join(f"{kind} {sent:.3g}" for kind, sent in sorted(by_kind.items())),
         "across hosts MB": sum(one.sent * one.times for one in found if one.across) / 1e6,
         "compute ms": 1e3 * compute,

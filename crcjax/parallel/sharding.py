@@ -26,7 +26,7 @@ _MODEL_RULES = (
 def state_shardings(state: Any, mesh: Mesh | AbstractMesh, fsdp_min_size: int) -> Any:
     """The layout of a state, concrete or abstract: a NamedSharding for every array.
 
-    Matrices of layers are divided over `model` by their names; of what has at least `shard_params` numbers (0: nothing),
+    Matrices of layers are divided over `model` by their names; of what has at least `fsdp_min_size` numbers (0: nothing),
     the longest axis that is left and divides is, over `data`, with its moments (ZeRO, Rajbhandari et al. 2020, stage 3).
     """
 
@@ -37,7 +37,7 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh, fsdp_min_size: int) -
         split = next((axis for rule, axis in _MODEL_RULES if value.ndim > 1 and re.search(rule, name)), None)
         if split is not None and value.shape[split] % model == 0:
             axes[split] = "model"
-        if shard_params and value.size >= fsdp_min_size:
+        if fsdp_min_size and value.size >= fsdp_min_size:
             free = [i for i, axis in enumerate(axes) if axis is None and value.shape[i] % data == 0]
             if free:
                 axes[max(free, key=lambda i: value.shape[i])] = "data"

@@ -84,7 +84,9 @@ def test_hed_jitter_changes_the_amounts_of_a_slides_own_stains_and_not_their_dir
 def test_exchange_gives_a_slide_the_other_slides_stains_strengths_and_light() -> None:
     codes, pixels, estimate = _two_slides()
     found = np.asarray(
-        augment(jnp.asarray(pixels), draw_augmentation(jax.random.key(0), (2, 1, 1), _config(exchange=1.0), estimate))
+        augment(
+            jnp.asarray(pixels), draw_augmentation(jax.random.key(0), (2, 1, 1), _config(stain_swap_prob=1.0), estimate)
+        )
     )
     # The same tissue, so each becomes the other, as far as 8 bits and the estimates tell.
     assert np.abs(found - pixels[::-1]).mean() < 0.1 * np.abs(pixels.astype(float) - pixels[::-1]).mean()
@@ -103,10 +105,10 @@ def test_exchange_gives_a_slide_the_other_slides_stains_strengths_and_light() ->
 def test_stains_that_are_not_known_are_not_exchanged() -> None:
     _, pixels, estimate = _two_slides()
     unknown = StainMatrix(estimate.vectors, estimate.concentration, estimate.white, jnp.array([True, False]))
-    drawn = draw_augmentation(jax.random.key(0), (2, 1, 1), _config(exchange=1.0), unknown)
+    drawn = draw_augmentation(jax.random.key(0), (2, 1, 1), _config(stain_swap_prob=1.0), unknown)
     np.testing.assert_allclose(augment(jnp.asarray(pixels), drawn), pixels, atol=0.01)
-    with pytest.raises(InputError, match=r"config\.augment\.exchange needs the stains as they are"):
-        draw_augmentation(jax.random.key(0), (2, 1, 1), _config(exchange=1.0))
+    with pytest.raises(InputError, match=r"config\.augment\.stain_swap_prob needs the stains as they are"):
+        draw_augmentation(jax.random.key(0), (2, 1, 1), _config(stain_swap_prob=1.0))
 
 
 def test_nothing_is_changed_and_nothing_is_computed_when_all_is_off() -> None:
@@ -133,13 +135,15 @@ def test_some_regions_are_augmented_as_the_whole_bag_is_and_the_same_key_gives_t
 
 @pytest.mark.parametrize(("each", "draws"), [("slide", 2), ("instance", 30)])
 def test_a_draw_is_a_slides_or_each_instances(each: str, draws: int) -> None:
-    drawn = draw_augmentation(jax.random.key(0), SHAPE, _config(blur=2.0, jpeg=50.0, noise=3.0, stain=0.1, each=each))
+    drawn = draw_augmentation(
+        jax.random.key(0), SHAPE, _config(blur=2.0, jpeg_min_quality=50.0, noise=3.0, stain=0.1, each=each)
+    )
     for part in (drawn.blur, drawn.quality, drawn.noise.deviation, drawn.colour.density[..., 0, 0]):
         assert len(np.unique(part)) == draws
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("each", "tile"), ("jpeg", 100.0), ("artefacts", 1.5), ("exchange", -0.1)]
+    ("field", "value"), [("each", "tile"), ("jpeg_min_quality", 100.0), ("artefacts", 1.5), ("stain_swap_prob", -0.1)]
 )
 def test_values_out_of_range_are_refused_by_the_field(field: str, value: object) -> None:
     with pytest.raises(InputError, match=rf"config\.augment\.{field} "):

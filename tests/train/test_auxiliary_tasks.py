@@ -240,7 +240,7 @@ REFUSED = {
         "tasks.labels": "LABELS",
         "tasks.tissue_classes": ("stroma", "bone"),
     },
-    r"config\.train\.members 2: runs that are trained together have no tasks": {
+    r"config\.train\.ensemble_size 2: runs that are trained together have no tasks": {
         "train.ensemble_size": 2,
         "data.features": True,
         "tasks.tissue": 1.0,

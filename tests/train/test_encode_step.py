@@ -217,14 +217,16 @@ def test_a_restored_state_goes_on_to_the_same_bits_and_evaluates_by_its_running_
     [
         ("encoder", "compact", "compact has no batch norms; set it to 0"),
         ("frozen", True, r"a frozen encoder stays as it is; .*config\.model\.frozen to False"),
-        ("batch_norm", 1.5, "is a share from 0 to 1"),
+        ("batch_norm_momentum", 1.5, "is a share from 0 to 1"),
     ],
 )
 def test_batch_statistics_that_could_do_nothing_are_refused(
     config: Any, field: str, value: object, reason: str
 ) -> None:
     config.model[field] = value
-    with pytest.raises(InputError, match=rf"^config\.model\.batch_norm {config.model.batch_norm_momentum}: {reason}"):
+    with pytest.raises(
+        InputError, match=rf"^config\.model\.batch_norm_momentum {config.model.batch_norm_momentum}: {reason}"
+    ):
         build_model(config.model, 3, 0)
 
 
