@@ -63,7 +63,7 @@ def run_demo(
     predict_slides(Predictor(out / "run"), predict, out)
     say("5/5 validating")
     metrics = validate(out / "predictions.csv", table, out, truth=out / "slides", seed=seed)
-    accuracy = metrics["statistics"]["balanced accuracy"]
+    accuracy = metrics["statistics"]["balanced_accuracy"]
     attention = metrics["attention"]["immune and stromal"]["mean AUROC"]
     say(
         f"held-out balanced accuracy {accuracy['value']:.3f} ({accuracy['ci_low']:.3f} to {accuracy['ci_high']:.3f}), "

@@ -20,7 +20,7 @@ def main(out: Path, seeds: list[int]) -> None:
         start = time.monotonic()
         metrics = run_demo(out / f"seed{seed}", seed)
         minutes = (time.monotonic() - start) / 60
-        accuracy = metrics["statistics"]["balanced accuracy"]
+        accuracy = metrics["statistics"]["balanced_accuracy"]
         cases = metrics["flow"]["cases evaluated"]
         interval = f"{accuracy['ci_low']:.3f} to {accuracy['ci_high']:.3f}, {cases} cases"
         attention = metrics["attention"]["immune and stromal"]

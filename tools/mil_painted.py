@@ -221,7 +221,7 @@ def _figures(probs: np.ndarray, doubt: np.ndarray, label: np.ndarray, classes: t
     resampled = _resampled(len(label), seed, lambda chosen: risk_coverage_area(doubt[chosen], wrong[chosen]))
     area = percentile_interval(risk_coverage_area(doubt, wrong), resampled, len(label))
     return {
-        "balanced accuracy": _shown(found["balanced accuracy"]),
+        "balanced accuracy": _shown(found["balanced_accuracy"]),
         "ECE (expected if calibrated)": f"{found['ECE']:.3f} ({found['ECE expected if calibrated']:.3f})",
         "risk-coverage area": _shown(area),
     }

@@ -213,7 +213,7 @@ def evaluate(
         "accuracy": wilson(int(right.sum()), n),
         "accuracy, no-calls counted wrong": wilson(int(right.sum()), n + no_calls),
         "no-call rate": wilson(no_calls, n + no_calls),
-        "balanced accuracy": with_interval(balanced_accuracy),
+        "balanced_accuracy": with_interval(balanced_accuracy),
         "macro AUROC": percentile_interval(macro_auroc(label, probs), resamples.macro_aurocs(label, probs), n),
         "macro F1": with_interval(macro_f1),
         **{f"F1 {name}": with_interval(partial(_f1_of, k)) for k, name in enumerate(classes)},

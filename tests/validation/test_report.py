@@ -56,7 +56,7 @@ def test_the_report_is_one_self_contained_page_that_says_synthetic(tables, tmp_p
     for word in ("FDA", "clinically validated", "compliant", "approved"):
         assert word not in page
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert saved["statistics"]["balanced accuracy"]["value"] == result["statistics"]["balanced accuracy"]["value"]
+    assert saved["statistics"]["balanced_accuracy"]["value"] == result["statistics"]["balanced_accuracy"]["value"]
     assert f"{saved['statistics']['macro AUROC']['value']:.3f}" in page
 
 

@@ -134,9 +134,9 @@ def test_brier_is_the_sum_over_classes() -> None:
 def test_perfect_constant_and_absent_classes_give_bounds_or_a_warning() -> None:
     label = np.repeat([0, 1, 2], 5)
     perfect = evaluate(label, np.eye(3)[label] * 0.97 + 0.01, ("a", "b", "c"), 0)
-    assert perfect["balanced accuracy"].value == perfect["macro AUROC"].ci_low == 1
+    assert perfect["balanced_accuracy"].value == perfect["macro AUROC"].ci_low == 1
     constant = evaluate(label, np.full((15, 3), 1 / 3), ("a", "b", "c"), 0)
     assert constant["macro AUROC"].value == 0.5
-    absent = evaluate(np.repeat([0, 1], 5), np.full((10, 3), 1 / 3), ("a", "b", "c"), 0)["balanced accuracy"]
+    absent = evaluate(np.repeat([0, 1], 5), np.full((10, 3), 1 / 3), ("a", "b", "c"), 0)["balanced_accuracy"]
     assert np.isnan(absent.value)
     assert absent.warnings
