@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 
 from crcjax.config import get_config
 from crcjax.errors import AGAIN_STATUS, CrcjaxError, DeviceMemoryError, InputError, OutputError, StoppedError
-from crcjax.monitor.logs import complain
+from crcjax.monitor.logs import log
 
 STATUS = {InputError: 2, OutputError: 3, StoppedError: AGAIN_STATUS, DeviceMemoryError: AGAIN_STATUS}
 
@@ -43,19 +43,19 @@ def main(arguments: list[str] | None = None) -> int:
     several = False
     try:
         config, workdir, given, wait_s = _read(arguments)
-        from crcjax.parallel.cluster_env import find_peers
-        from crcjax.parallel.process_group import together  # loads jax, which an error above need not wait for
+        from crcjax.parallel.cluster_env import detect_cluster
+        from crcjax.parallel.process_group import process_group  # loads jax, which an error above need not wait for
         from crcjax.runs.run_directory import common_facts
         from crcjax.train.loop import train
 
-        peers = find_peers(os.environ, *given)
-        several = peers is not None
-        facts = common_facts(config, workdir) if peers else {}
-        with together(peers, facts, wait_s, config.train.stall_timeout_s) as group:
+        cluster = detect_cluster(os.environ, *given)
+        several = cluster is not None
+        facts = common_facts(config, workdir) if cluster else {}
+        with process_group(cluster, facts, wait_s, config.train.stall_timeout_s) as group:
             train(config, workdir, group)
         status = 0
     except CrcjaxError as error:
-        complain(f"crcjax: {error}")
+        log.error(f"crcjax: {error}")
         status = STATUS.get(type(error), 1)
     except (Exception, KeyboardInterrupt):
         if not several:

@@ -30,7 +30,7 @@ from crcjax.config import get_config
 from crcjax.data.cohort import load_cohort
 from crcjax.data.loader import train_batches
 from crcjax.parallel.mesh import device_mesh
-from crcjax.parallel.process_group import Group
+from crcjax.parallel.process_group import ProcessGroup
 from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.store.features import FeatureReader, write_features
 from crcjax.slides.store.tile_store import StoreWriter, TileStore
@@ -115,7 +115,7 @@ def measure(kind: str, folder: Path) -> dict:
             rates[name].append(read() / (time.perf_counter() - start))
     config.train.steps = 3 * STEPS[kind]
     config.train.eval_every = config.train.checkpoint_every = config.train.log_every = STEPS[kind]
-    train(config, folder / f"run-{jax.process_count()}", Group(jax.process_index()))
+    train(config, folder / f"run-{jax.process_count()}", ProcessGroup(jax.process_index()))
     sync_global_devices("trained")  # the first process has written what it says of itself
     lines = [json.loads(line) for line in (folder / f"run-{jax.process_count()}" / "metrics.jsonl").open()]
     said = [line for line in lines if "train/data_wait" in line][-1]

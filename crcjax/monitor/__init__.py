@@ -1,1 +1,1 @@
-"""What a run says of itself while it goes on."""
+"""Logs and metrics of a run while it trains."""

@@ -1,4 +1,11 @@
-"""What a run says: the main process on the terminal, and every process in RUN/logs/process-I.log."""
+"""Logging of a run: process 0 to the terminal, every process to RUN/logs/process-I.log.
+
+`log` is the logger of the whole package. Its levels:
+
+* info: progress; the terminal of process 0 and the log file.
+* error: the terminal of every process and the log file.
+* debug: the log file alone.
+"""
 
 from __future__ import annotations
 
@@ -10,74 +17,56 @@ from pathlib import Path
 
 from crcjax.errors import OutputError
 
-_LOG = logging.getLogger("crcjax")
+log = logging.getLogger("crcjax")
 
 
-def say(line: str) -> None:
-    """A line on the main process's terminal and in this process's log."""
-    _LOG.info(line)
-
-
-def complain(line: str) -> None:
-    """An error: on the terminal of every process, and in its log."""
-    _LOG.error(line)
-
-
-def note(lines: str) -> None:
-    """For this process's log alone."""
-    _LOG.debug(lines)
-
-
-def number_lines(process: int, processes: int) -> None:
-    """From here on, lines begin with the index of the process if there are several, and those but the first are quiet."""
-    prefix = f"[{process}] " if processes > 1 else ""
-    _CONSOLE.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
-    _CONSOLE.setLevel(logging.INFO if process == 0 else logging.ERROR)
+def prefix_lines(process_index: int, process_count: int) -> None:
+    """Prefixes each line on the terminal with the process index if there are several, and limits all but process 0 to errors."""
+    prefix = f"[{process_index}] " if process_count > 1 else ""
+    _TERMINAL.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    _TERMINAL.setLevel(logging.INFO if process_index == 0 else logging.ERROR)
 
 
 @contextmanager
-def kept_in(run: Path, process: int = 0) -> Iterator[None]:
-    """Within it, all that is said, noted or raised, and other packages' warnings, go to RUN/logs/process-I.log with the time.
+def log_to_run(run: Path, process_index: int = 0) -> Iterator[None]:
+    """Writes log records, other packages' warnings and the exception that ends the block to RUN/logs/process-I.log.
 
-    Raises OutputError if that cannot be written.
+    Raises OutputError if that file cannot be written.
     """
-    path = run / "logs" / f"process-{process}.log"
+    path = run / "logs" / f"process-{process_index}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8")
+        file_handler = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); free space, or ask for the rights") from error
-    file.setFormatter(logging.Formatter(f"%(asctime)s [{process}] %(name)s %(levelname)s %(message)s"))
-    # A root logger with this handler alone would no longer show warnings on the terminal.
-    others = [] if logging.root.handlers else [_Console(logging.WARNING)]
-    for handler in (file, *others):
+    file_handler.setFormatter(logging.Formatter(f"%(asctime)s [{process_index}] %(name)s %(levelname)s %(message)s"))
+    # Without a handler of its own, the root logger shows warnings on the terminal; with the file's alone it would not.
+    warning_handlers = [] if logging.root.handlers else [_TerminalHandler(logging.WARNING)]
+    for handler in (file_handler, *warning_handlers):
         logging.root.addHandler(handler)
-    _LOG.addHandler(file)
+    log.addHandler(file_handler)
     try:
         yield
     except BaseException as error:
-        file.handle(_LOG.makeRecord(_LOG.name, logging.ERROR, "", 0, "the run ends", (), _info(error)))
+        exc_info = (type(error), error, error.__traceback__)
+        file_handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "the run ends", (), exc_info))
         raise
     finally:
-        for handler in (file, *others):
+        for handler in (file_handler, *warning_handlers):
             logging.root.removeHandler(handler)
-        _LOG.removeHandler(file)
-        file.close()
+        log.removeHandler(file_handler)
+        file_handler.close()
 
 
-def _info(error: BaseException) -> tuple:
-    return type(error), error, error.__traceback__
-
-
-class _Console(logging.Handler):
-    """The terminal of the moment: tests and notebooks exchange sys.stderr."""
+class _TerminalHandler(logging.Handler):
+    """Prints to the current sys.stderr, which tests and notebooks replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-_CONSOLE = _Console()
-_LOG.setLevel(logging.DEBUG)
-_LOG.propagate = False
-_LOG.addHandler(_CONSOLE)
-number_lines(0, 1)
+_TERMINAL = _TerminalHandler()
+log.setLevel(logging.DEBUG)
+log.propagate = False
+log.addHandler(_TERMINAL)
+prefix_lines(0, 1)

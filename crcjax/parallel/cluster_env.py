@@ -14,7 +14,7 @@ _JOBSET_PORT = 61440  # a pod has its ports for itself
 
 
 @dataclass(frozen=True)
-class Peers:
+class ClusterEnvironment:
     """This process among its peers; `coordinator` is host:port of process 0, where the others call it.
 
     `gpus` are the visible GPUs that are this process's, where several processes share them; None for all.
@@ -26,12 +26,12 @@ class Peers:
     gpus: tuple[int, ...] | None = None
 
 
-def find_peers(
+def detect_cluster(
     environment: Mapping[str, str],
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
-) -> Peers | None:
+) -> ClusterEnvironment | None:
     """The peers that the arguments state, the environment stating what they leave out; None for a single process.
 
     Understood are SLURM's srun, Open MPI's mpirun, and Kubernetes' indexed Jobs and JobSets, which do not say how many
@@ -58,7 +58,7 @@ def find_peers(
         raise InputError(f"--process {process} is not among the {processes} of --processes; count from 0")
     if not re.fullmatch(r".+:\d{1,5}", coordinator):
         raise InputError(f"--coordinator {coordinator!r}: give it as HOST:PORT, the address of process 0")
-    return Peers(coordinator, processes, process, _gpus(environment, told.get("local")))
+    return ClusterEnvironment(coordinator, processes, process, _gpus(environment, told.get("local")))
 
 
 def _slurm(environment: Mapping[str, str]) -> dict | None:

@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
 from crcjax.errors import AGAIN_STATUS, DeviceMemoryError, StoppedError
-from crcjax.monitor.logs import complain, note, number_lines
-from crcjax.parallel.cluster_env import Peers
+from crcjax.monitor.logs import log, prefix_lines
+from crcjax.parallel.cluster_env import ClusterEnvironment
 from crcjax.parallel.rendezvous import LOOPBACK, Line, call_roll
 from crcjax.parallel.replica_check import disagreement, local_sums
 
@@ -31,14 +31,14 @@ _DELIVERY_S = 0.3  # for last words: a closed connection may lose what was not r
 _BLAME_S = 5.0  # for the line to say whose end made a computation fail
 
 
-class Group:
+class ProcessGroup:
     """This process among those of its run; by default it is alone.
 
-    `main` is true for process 0, which alone writes the run directory's tables and talks on the terminal.
+    `is_main` is true for process 0, which alone writes the run directory's tables and talks on the terminal.
     """
 
-    def __init__(self, process: int = 0, line: Line | None = None, stall_timeout_s: float = float("inf")):
-        self.process, self.main = process, process == 0
+    def __init__(self, process_index: int = 0, line: Line | None = None, stall_timeout_s: float = float("inf")):
+        self.process_index, self.is_main = process_index, process_index == 0
         self._line, self._stall_timeout_s = line, stall_timeout_s
         self._asked_to_stop = False
         self._place: tuple[int, str] = (0, "starting")
@@ -49,11 +49,11 @@ class Group:
         self._ending = threading.Lock()  # taken for good by whoever says this process's last words
         self._comparing = threading.Lock()
 
-    def at(self, step: int, doing: str) -> None:
+    def report_progress(self, step: int, activity: str) -> None:
         """Says where this process is; one that says nothing for `stall_timeout_s` ends all, with words."""
-        self._place, self._since = (step, doing), time.monotonic()
+        self._place, self._since = (step, activity), time.monotonic()
 
-    def stops(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether the run was asked to stop (SIGTERM or SIGUSR1, to any process) and does so after this step.
 
         All processes get the same answer; to be asked once a step.
@@ -62,26 +62,26 @@ class Group:
             return self._asked_to_stop
         return multihost_utils.reached_preemption_sync_point(step)
 
-    def wait(self, what: str) -> None:
+    def barrier(self, name: str) -> None:
         """Until all processes are here."""
         if self._line is not None:
-            multihost_utils.sync_global_devices(what)
+            multihost_utils.sync_global_devices(name)
 
-    def largest(self, value: float) -> float:
+    def maximum(self, value: float) -> float:
         """The largest of the processes' values; all call it together."""
         return float(np.max(multihost_utils.process_allgather(np.float32(value)))) if self._line else value
 
-    def compare(self, step: int, values: PyTree[Array]) -> None:
+    def check_replicas(self, step: int, values: PyTree[Array]) -> None:
         """Has process 0 compare the copies of all devices; if they differ, all processes end soon after, with words."""
         if self._line is None:
             return
         sums = local_sums(values)
-        if self.main:
+        if self.is_main:
             self._collect(0, step, sums)
         else:
             self._line.tell({"sums": sums, "step": step})
 
-    def watch(self) -> None:
+    def start_monitoring(self) -> None:
         """Starts to listen to the others and to look at the clock."""
         if self._line is not None:
             self._line.listen(self._heard)
@@ -91,14 +91,14 @@ class Group:
         """Leaves together with the others, all having done their work."""
         if self._line is None:
             return
-        self.at(self._place[0], "finishing")
+        self.report_progress(self._place[0], "finishing")
         jax.distributed.shutdown()
         self._ending.acquire(timeout=_BLAME_S)  # nobody ends any more for another's end
         self._line.tell({"finished": True})
         time.sleep(_DELIVERY_S)
         self._line.close()
 
-    def announce(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         """Tells the others that this process ends; does not return if it ends for another's end, and says whose."""
         if self._line is None:
             return
@@ -109,13 +109,13 @@ class Group:
         words = " ".join(str(error).split()) or type(error).__name__
         # One status of all, so that whoever started them sees it, whichever ends first.
         status = AGAIN_STATUS if isinstance(error, DeviceMemoryError) else PEER_STATUS
-        if self.main:
+        if self.is_main:
             self._line.tell({"error": f"{self._line.names[0]} ended: {words}", "status": status})
         else:
             self._line.tell({"ended": words, "status": status})
         time.sleep(_DELIVERY_S)
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """As a signal does."""
         self._asked_to_stop = True
 
@@ -155,7 +155,7 @@ class Group:
         while True:
             time.sleep(_HEARING_S)
             idle_s = time.monotonic() - self._since
-            if not self.main:
+            if not self.is_main:
                 self._line.tell({"at": self._place})
                 if idle_s > self._stall_timeout_s + 2 * _SILENT_S:
                     self._end(f"no step was finished for {idle_s:.0f} s, and {self._line.names[0]} says nothing of it")
@@ -181,38 +181,40 @@ class Group:
         if not self._ending.acquire(blocking=False):
             return
         assert self._line is not None
-        if self.main:
+        if self.is_main:
             self._line.tell({"error": words, "status": status})
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        note("the main thread is here:\n" + "".join(traceback.format_stack(frame)))
-        complain(f"crcjax: {words}; started again, the run goes on from its last checkpoint")
+        log.debug("the main thread is here:\n" + "".join(traceback.format_stack(frame)))
+        log.error(f"crcjax: {words}; started again, the run goes on from its last checkpoint")
         time.sleep(_DELIVERY_S)
         # Not sys.exit: the main thread waits within jax, which would wait for minutes more for the others.
         os._exit(status)
 
 
 @contextmanager
-def together(peers: Peers | None, facts: Mapping[str, str], wait_s: float, stall_timeout_s: float) -> Iterator[Group]:
-    """Starts jax over all processes, having waited for them and compared their `facts`; alone if `peers` is None.
+def process_group(
+    cluster: ClusterEnvironment | None, facts: Mapping[str, str], wait_s: float, stall_timeout_s: float
+) -> Iterator[ProcessGroup]:
+    """Starts jax over all processes, having waited for them and compared their `facts`; alone if `cluster` is None.
 
     SIGTERM and SIGUSR1 then ask the run to stop after a step. An exception within is told to the other processes, which
     end too. Raises InputError, in every process: one did not come within `wait_s`, or is not of the same facts.
     """
-    if peers is None:
-        group = Group()
-        with _signals(group.ask_to_stop):
+    if cluster is None:
+        group = ProcessGroup()
+        with _signals(group.request_stop):
             yield group
         return
-    number_lines(peers.process, peers.processes)
-    line = call_roll(peers, facts, wait_s)
-    group = Group(peers.process, line, stall_timeout_s)
-    group.watch()
+    prefix_lines(cluster.process, cluster.processes)
+    line = call_roll(cluster, facts, wait_s)
+    group = ProcessGroup(cluster.process, line, stall_timeout_s)
+    group.start_monitoring()
     try:
         jax.distributed.initialize(
             line.service,
-            peers.processes,
-            peers.process,
-            local_device_ids=peers.gpus,
+            cluster.processes,
+            cluster.process,
+            local_device_ids=cluster.gpus,
             # SLURM's own would give every process one GPU alone.
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, round(wait_s)),
@@ -225,7 +227,7 @@ def together(peers: Peers | None, facts: Mapping[str, str], wait_s: float, stall
         group.finish()
         raise
     except BaseException as error:
-        group.announce(error)
+        group.report_failure(error)
         raise
     group.finish()
 

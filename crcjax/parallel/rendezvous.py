@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crcjax.errors import InputError
-from crcjax.parallel.cluster_env import Peers
+from crcjax.parallel.cluster_env import ClusterEnvironment
 
 LOOPBACK = ("127.0.0.1", "localhost")  # listened to by this machine alone
 _NAMES_SHOWN = 3  # of what differs
@@ -67,7 +67,7 @@ class Line:
             wire.close()
 
 
-def call_roll(peers: Peers, facts: Mapping[str, str], wait_s: float) -> Line:
+def call_roll(peers: ClusterEnvironment, facts: Mapping[str, str], wait_s: float) -> Line:
     """Waits until all processes are there, and compares their `facts`.
 
     Raises InputError, in every process that came and within 2 `wait_s` + 10 s: processes that did not come, by index, or
@@ -93,7 +93,7 @@ def differences(callers: Mapping[int, Caller]) -> str:
     return ". ".join(told)
 
 
-def _gather(peers: Peers, facts: Mapping[str, str], wait_s: float) -> Line:
+def _gather(peers: ClusterEnvironment, facts: Mapping[str, str], wait_s: float) -> Line:
     host, port = _address(peers)
     callers = {0: Caller(socket.gethostname(), facts)}
     wires: dict[int, _Wire] = {}
@@ -133,7 +133,7 @@ def _gather(peers: Peers, facts: Mapping[str, str], wait_s: float) -> Line:
     return Line(wires, names, f"{host}:{service}")
 
 
-def _call(peers: Peers, facts: Mapping[str, str], wait_s: float) -> Line:
+def _call(peers: ClusterEnvironment, facts: Mapping[str, str], wait_s: float) -> Line:
     host, port = _address(peers)
     deadline = time.monotonic() + wait_s
     while True:
@@ -157,7 +157,7 @@ def _call(peers: Peers, facts: Mapping[str, str], wait_s: float) -> Line:
     return Line({0: wire}, verdict["names"], f"{host}:{verdict['service']}")
 
 
-def _address(peers: Peers) -> tuple[str, int]:
+def _address(peers: ClusterEnvironment) -> tuple[str, int]:
     host, _, port = peers.coordinator.rpartition(":")
     return host.strip("[]"), int(port)
 

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from crcjax.errors import InputError
 from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import MILModel
-from crcjax.monitor.logs import kept_in, say
+from crcjax.monitor.logs import log, log_to_run
 from crcjax.monitor.metric_writer import MetricWriter
 from crcjax.parallel.mesh import local_mesh, on_local_mesh, replicated
-from crcjax.parallel.process_group import Group
+from crcjax.parallel.process_group import ProcessGroup
 from crcjax.predict.feature_density import fit_density, is_fitted
 from crcjax.predict.forward import Forward
 from crcjax.predict.stored_bags import Evaluation
@@ -38,7 +38,7 @@ _OUTSIDE = "That was in an evaluation, not in a step: lower config.data.regions_
 class Record:
     """What runs that are trained together say of themselves and keep: metrics, evaluations, checkpoints."""
 
-    def __init__(self, plan: Plan, runs: Mapping[int, Path], group: Group):
+    def __init__(self, plan: Plan, runs: Mapping[int, Path], group: ProcessGroup):
         config, validation = plan.config, plan.cohort.split("val")
         self._plan, self._paths, self._group = plan, list(runs.values()), group
         self._rate = learning_rate(config.optimizer, config.train.steps)
@@ -63,9 +63,11 @@ class Record:
         """Open for reports."""
         with ExitStack() as opened:
             for path, saved in zip(self._paths, self._checkpoints, strict=True):
-                opened.enter_context(kept_in(path, self._group.process))
+                opened.enter_context(log_to_run(path, self._group.process_index))
                 opened.enter_context(closing(saved))
-            self._writers = [opened.enter_context(MetricWriter(path, start, self._group.main)) for path in self._paths]
+            self._writers = [
+                opened.enter_context(MetricWriter(path, start, self._group.is_main)) for path in self._paths
+            ]
             self._progress = _Progress(start, self._plan.config)
             yield
 
@@ -85,12 +87,12 @@ class Record:
             if evaluated:
                 writer.write(number, {f"val/{name}": value for name, value in evaluated.items()})
                 told = ", ".join(f"{name} {value:.3f}" for name, value in evaluated.items())
-                say(f"step {number}: validation {f'of {path.name} ' if self._plan.ensemble else ''}{told}")
-            self._group.at(number, "saving")
+                log.info(f"step {number}: validation {f'of {path.name} ' if self._plan.ensemble else ''}{told}")
+            self._group.report_progress(number, "saving")
             saved.save(one, evaluated)
 
     def _evaluated(self, number: int, state: TrainState) -> dict[str, float] | None:
-        each = partial(self._group.at, number, "evaluating")
+        each = partial(self._group.report_progress, number, "evaluating")
         with memory_errors(lambda words: InputError(f"{self._paths[0]}: {words} {_OUTSIDE}")):
             params = on_local_mesh(state.params, self._plan.mesh, local_mesh())
             found = self._slides.metrics(params, each)
@@ -102,18 +104,18 @@ class Record:
             saved.close()
             if self._plan.config.model.head == BY_DENSITY and not is_fitted(path):
                 self._fit_density(path, model)
-            say(f"{path}: trained to step {self._plan.config.train.steps}")
+            log.info(f"{path}: trained to step {self._plan.config.train.steps}")
 
     def _fit_density(self, path: Path, model: MILModel) -> None:
         """The density of the slides, as the best checkpoint sees them, into the run directory."""
-        say(f"{path}: seeing all training slides, to tell how usual others are")
+        log.info(f"{path}: seeing all training slides, to tell how usual others are")
         params, _ = restore_params(path, model)
         params = jax.device_put(params, replicated(local_mesh()))
-        each = partial(self._group.at, self._plan.config.train.steps, "seeing the training slides")
+        each = partial(self._group.report_progress, self._plan.config.train.steps, "seeing the training slides")
         training = self._evaluation("train")
         with memory_errors(lambda words: InputError(f"{path}: {words} {_OUTSIDE}")):
             known, others = (slides.summaries(params, each) for slides in (training, self._slides))
-        if self._group.main:
+        if self._group.is_main:
             fit_density(known, training.labels, others).save(path)
 
     def _evaluation(self, split: str) -> Evaluation:
@@ -161,4 +163,4 @@ class _Progress:
                 f"  {speed['train/steps_per_s']:.2f} steps/s  {speed['train/slides_per_hour']:,.0f} slides/hour"
                 f"  {left / 60:.1f} min left"
             )
-        say(line)
+        log.info(line)

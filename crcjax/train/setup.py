@@ -24,7 +24,7 @@ from crcjax.errors import InputError
 from crcjax.models.encoders.registry import PRETRAINED
 from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import MILModel, build_model
-from crcjax.monitor.logs import say
+from crcjax.monitor.logs import log
 from crcjax.parallel.compilation_cache import use_compilation_cache
 from crcjax.parallel.mesh import device_mesh
 from crcjax.predict.feature_density import check_bags
@@ -107,7 +107,7 @@ def _load_published(model: MILModel, config: ConfigDict, stores: Sequence[TileSt
     if config.model.encoder not in PRETRAINED or config.model.imported_features:
         return None
     sha256 = load_published(model, config.model)
-    say(f"{config.model.weights}: SHA-256 {sha256}")
+    log.info(f"{config.model.weights}: SHA-256 {sha256}")
     if config.data.features:
         _check_features(config, stores, sha256)
     return partial(is_kept, config.model.frozen)

@@ -4,7 +4,7 @@ import pytest
 
 from crcjax.config import get_config
 from crcjax.errors import InputError
-from crcjax.parallel.cluster_env import Peers, find_peers
+from crcjax.parallel.cluster_env import ClusterEnvironment, detect_cluster
 from crcjax.runs.run_directory import common_facts
 
 SRUN = {
@@ -28,35 +28,35 @@ JOBSET = {"JOB_COMPLETION_INDEX": "3", "JOBSET_NAME": "epoc", "REPLICATED_JOB_NA
 
 
 def test_a_bare_environment_is_a_single_process() -> None:
-    assert find_peers({}) is None
+    assert detect_cluster({}) is None
 
 
 def test_srun_says_all() -> None:
-    assert find_peers(SRUN) == Peers("gpu07:61443", 8, 5, (1,))
+    assert detect_cluster(SRUN) == ClusterEnvironment("gpu07:61443", 8, 5, (1,))
     for nodes, first in (("a,b", "a"), ("gpu[07-08]-ib,a", "gpu07-ib"), ("rack[1-2]n[3,5],b", "rack1n3")):
-        assert find_peers(SRUN | {"SLURM_STEP_NODELIST": nodes}) == Peers(f"{first}:61443", 8, 5, (1,))
+        assert detect_cluster(SRUN | {"SLURM_STEP_NODELIST": nodes}) == ClusterEnvironment(f"{first}:61443", 8, 5, (1,))
 
 
 def test_a_batch_script_without_srun_and_a_step_of_one_task_run_alone() -> None:
-    assert find_peers({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}) is None
+    assert detect_cluster({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}) is None
     alone = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
-    assert find_peers(SRUN | alone) is None
+    assert detect_cluster(SRUN | alone) is None
 
 
 def test_mpirun_says_all() -> None:
-    assert find_peers(MPIRUN) == Peers(f"10.96.0.1:{61440 + 1531576320 // 4096 % 4096}", 4, 2)
+    assert detect_cluster(MPIRUN) == ClusterEnvironment(f"10.96.0.1:{61440 + 1531576320 // 4096 % 4096}", 4, 2)
 
 
 def test_a_jobset_says_all_but_how_many() -> None:
-    assert find_peers(JOBSET, processes=4) == Peers("epoc-workers-0-0.epoc:61440", 4, 3)
+    assert detect_cluster(JOBSET, processes=4) == ClusterEnvironment("epoc-workers-0-0.epoc:61440", 4, 3)
     with pytest.raises(InputError, match=r"Kubernetes does not say --processes N.*--processes 1 to run alone"):
-        find_peers(JOBSET)
-    assert find_peers(JOBSET, processes=1) is None
+        detect_cluster(JOBSET)
+    assert detect_cluster(JOBSET, processes=1) is None
 
 
 def test_flags_go_before_the_environment() -> None:
-    assert find_peers(SRUN, "h:1", 2, 1) == Peers("h:1", 2, 1, (1,))
-    assert find_peers({}, "h:1", 2, 1) == Peers("h:1", 2, 1)
+    assert detect_cluster(SRUN, "h:1", 2, 1) == ClusterEnvironment("h:1", 2, 1, (1,))
+    assert detect_cluster({}, "h:1", 2, 1) == ClusterEnvironment("h:1", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_processes_of_one_machine_divide_its_visible_gpus(visible: str, gpus) ->
     environment = SRUN | {"CUDA_VISIBLE_DEVICES": visible}
     if isinstance(gpus, str):
         with pytest.raises(InputError, match=gpus):
-            find_peers(environment)
+            detect_cluster(environment)
     else:
-        assert find_peers(environment).gpus == gpus
+        assert detect_cluster(environment).gpus == gpus
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_processes_of_one_machine_divide_its_visible_gpus(visible: str, gpus) ->
 )
 def test_what_is_missing_or_impossible_is_named(given: tuple, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        find_peers({}, *given)
+        detect_cluster({}, *given)
 
 
 def test_processes_with_other_weights_or_labels_of_the_same_name_are_told_apart(tmp_path: Path) -> None:

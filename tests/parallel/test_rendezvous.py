@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from crcjax.errors import InputError
-from crcjax.parallel.cluster_env import Peers
+from crcjax.parallel.cluster_env import ClusterEnvironment
 from crcjax.parallel.rendezvous import Caller, Line, call_roll, differences
 
 FACTS = {"config.train.steps": "300", "jax": "0.10.2", "the cohort file": "aa"}
@@ -35,7 +35,7 @@ def _call_all(address: str, facts: dict[int, dict[str, str]], processes: int, wa
 
     def call(process: int):
         try:
-            LINES.append(line := call_roll(Peers(address, processes, process), facts[process], wait_s))
+            LINES.append(line := call_roll(ClusterEnvironment(address, processes, process), facts[process], wait_s))
             return line
         except InputError as error:
             return str(error)

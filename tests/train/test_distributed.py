@@ -206,13 +206,13 @@ def _two(folder: Path, painted: Path, own: list[list[str]]) -> list[subprocess.P
 
 SCRIPT = """
 import os, signal, sys, time, jax, numpy as np
-from crcjax.parallel.process_group import together
+from crcjax.parallel.process_group import process_group
 from crcjax.parallel.mesh import device_mesh, replicated
-from crcjax.parallel.cluster_env import Peers
+from crcjax.parallel.cluster_env import ClusterEnvironment
 
 process = int(sys.argv[1])
-with together(Peers(sys.argv[2], 2, process), {}, 60.0, float(sys.argv[3])) as group:
-    group.wait("start")
+with process_group(ClusterEnvironment(sys.argv[2], 2, process), {}, 60.0, float(sys.argv[3])) as group:
+    group.barrier("start")
     %s
     time.sleep(60)
 """
@@ -220,10 +220,10 @@ DIVERGES = """
     for step, value in ((1, 1.0), (2, 1.0 + process * 1.2e-7)):
         copies = [jax.device_put(np.float32(value), device) for device in jax.local_devices()]
         kernel = jax.make_array_from_single_device_arrays((), replicated(device_mesh()), copies)
-        group.compare(step, {"kernel": kernel})
+        group.check_replicas(step, {"kernel": kernel})
 """
 STANDS_STILL = """
-    group.at(7, "computing")
+    group.report_progress(7, "computing")
     if process == 1:
         time.sleep(2)  # until process 0 has heard where this one is
         os.kill(os.getpid(), signal.SIGSTOP)

@@ -22,7 +22,7 @@ from crcjax.models.encoders.registry import PretrainedEncoder
 from crcjax.models.encoders.torch_weights import torch_tensors
 from crcjax.models.mil import build_model
 from crcjax.parallel.mesh import device_mesh
-from crcjax.parallel.process_group import Group
+from crcjax.parallel.process_group import ProcessGroup
 from crcjax.predict.embed import embed_store
 from crcjax.predict.predictor import Predictor
 from crcjax.runs.checkpoint import Checkpointer, newest_step
@@ -161,8 +161,8 @@ def test_on_four_devices_members_equal_those_trained_alone_and_lie_as_they_do() 
     )
 
 
-class _StopsAfter3(Group):
-    def stops(self, step: int) -> bool:
+class _StopsAfter3(ProcessGroup):
+    def should_stop(self, step: int) -> bool:
         return step == 3
 
 

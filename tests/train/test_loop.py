@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
 from crcjax.models.mil import build_model
-from crcjax.parallel.process_group import Group
+from crcjax.parallel.process_group import ProcessGroup
 from crcjax.predict.feature_density import load_density, summary
 from crcjax.predict.predictor import Predictor
 from crcjax.runs.checkpoint import restore_params
@@ -66,9 +66,9 @@ def test_while_a_run_trains_the_devices_hold_its_state_and_no_other_copy_of_the_
     small_config.train.eval_every = small_config.train.checkpoint_every = 6
     held: list[int] = []
 
-    class Watching(Group):
-        def at(self, step: int, doing: str) -> None:
-            if doing == "computing":
+    class Watching(ProcessGroup):
+        def report_progress(self, step: int, activity: str) -> None:
+            if activity == "computing":
                 held.append(sum(array.shape == (64, 24) for array in jax.live_arrays()))
 
     train(small_config, tmp_path / "run", Watching())
