@@ -83,6 +83,43 @@ def test_an_upward_or_sideways_import_is_found() -> None:
     assert forbidden_imports("train", "from crcjax.data.bags import Bag\nimport crcjax.errors") == set()
 
 
+def _table(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading of docs/architecture.md, without its header."""
+    section = (ROOT / "docs" / "architecture.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_page_lists_the_rooms_as_they_are() -> None:
+    listed = [name.strip(" `") for room, *_ in _table("Rooms, from the ground up") for name in room.split(",")]
+    assert tuple(listed) == ROOMS
+
+
+def test_every_name_of_the_reference_design_has_its_place_or_is_not_built_yet() -> None:
+    rows = _table("The reference design and this package")
+    assert len(rows) == 10
+    for name, place in rows:
+        place = place.strip("`")
+        if place == "not built yet":
+            continue
+        if not place.startswith("crcjax."):
+            assert (ROOT / place).is_file(), name
+            continue
+        package, _, attribute = place.rpartition(".")
+        assert place in modules() or attribute in _definitions(modules()[package]), name
+
+
+def _definitions(path: Path) -> set[str]:
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_every_type_that_passes_between_rooms_is_made_in_its_room() -> None:
+    for names, room, _ in _table("What passes between rooms"):
+        paths = [path for module, path in modules().items() if module.startswith(f"crcjax.{room.strip('`')}")]
+        defined = set().union(*(_definitions(path) for path in paths))
+        assert {name.strip(" `") for name in names.split(",")} <= defined
+
+
 def test_the_slides_floor_does_not_load_jax() -> None:
     code = "import sys, crcjax.slides.preprocess.tile_slides, crcjax.slides.synthetic.painter; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
