@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 
 AGAIN_STATUS = 85  # the exit status of a run that the same command goes on with, by itself (launch/slurm/train.sbatch)
+# What helps against a failed write, beside another place; a file where a folder is needed has no other remedy.
+_WRITE_REMEDIES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EACCES: "ask for permission to write there",
+    errno.EPERM: "ask for permission to write there",
+    errno.EROFS: "",
+    errno.ENOTDIR: "",
+    errno.EISDIR: "",
+    errno.EEXIST: "",
+    errno.ENAMETOOLONG: "shorten the name",
+}
 
 
 class CrcjaxError(Exception):
@@ -19,8 +36,10 @@ class SlideError(CrcjaxError):
     """
 
     def __init__(self, path: str | PathLike[str], status: str, reason: str, remedy: str):
-        if str(path):
-            reason = reason.replace(str(path), "the file")  # a library's words may name it
+        name = str(path)
+        if "/" in name or re.search(r"\.[A-Za-z]", name):  # a folder `1` or `slide` would match numbers and words
+            # A library's message may name the path; longer paths that contain it stay whole.
+            reason = re.sub(rf"(?<![\w./~-]){re.escape(name)}(?![\w/-]|\.\w)", "the file", reason)
         super().__init__(f"{path}: {reason}; {remedy}")
         self.path = str(path)
         self.status = status
@@ -55,3 +74,33 @@ class DeviceMemoryError(CrcjaxError):
 
 class BusyError(CrcjaxError):
     """Another process holds what is needed; it will be free again."""
+
+
+@contextmanager
+def writing(
+    path: str | PathLike[str], instead: str = "choose another --out", catch: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[None]:
+    """Turns an error of the file system, raised while `path` is written, into one line.
+
+    Args:
+      path: the file or folder that the message names.
+      instead: what the user can do whatever the reason is, such as "choose another --workdir".
+      catch: the errors that are file system errors here; TensorStore and Orbax raise ValueError for some.
+
+    Raises:
+      OutputError: "PATH: cannot be written (REASON); REMEDY".
+    """
+    try:
+        yield
+    except catch as error:
+        code = _error_code(error)
+        reason = os.strerror(code) if code else str(error).partition("\n")[0].split(" [")[0] or type(error).__name__
+        remedy = " or ".join(filter(None, (_WRITE_REMEDIES.get(code, ""), instead)))
+        raise OutputError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+def _error_code(error: Exception) -> int:
+    """The system's error number, also where a library quotes only its text; 0 if there is none."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    return next((code for code in _WRITE_REMEDIES if os.strerror(code) in str(error)), 0)

@@ -16,7 +16,7 @@ from crcjax.data.cohort import Cohort
 from crcjax.data.hard_mining import Board, Memory, Mining, mined_regions
 from crcjax.data.sampler import sampler_of
 from crcjax.data.sampling import mined_places
-from crcjax.errors import OutputError
+from crcjax.errors import writing
 
 
 class Miner:
@@ -79,10 +79,5 @@ class Miner:
     def _write(self, mode: str, text: str) -> None:
         if jax.process_index():
             return
-        try:
-            with open(self._log, mode) as file:
-                file.write(text)
-        except OSError as error:
-            raise OutputError(
-                f"{self._log}: cannot be written ({error.strerror}); free space, then start again"
-            ) from error
+        with writing(self._log, "choose another --workdir"), open(self._log, mode) as file:
+            file.write(text)

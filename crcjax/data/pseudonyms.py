@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from crcjax.data.cohort import SlideRow, load_cohort
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, writing
 
 _KEY_BYTES = 32
 _DIGITS = 20  # 80 bits: two of a million ids share a pseudonym once in 10^12 cohorts
@@ -51,16 +51,15 @@ def write_pseudonymous(cohort: str | Path, key: bytes, out: str | Path, keep: Se
     unknown = [name for name in keep if name not in rows[0].extra]
     if unknown:
         raise InputError(f"{cohort}: --keep {unknown[0]}: has no such column; it has {', '.join(rows[0].extra)}")
-    try:
-        with open(out, "x", newline="") as file:
-            table = csv.writer(file)
-            table.writerow([*columns, *keep])
-            for row in rows:
-                hidden = {name: pseudonym(key, getattr(row, name)) for name in ("slide_id", "case_id")}
-                values = [hidden.get(name) or getattr(row, name) or "" for name in columns]
-                table.writerow([*values, *(row.extra[name] for name in keep)])
-    except FileExistsError:
-        raise InputError(f"{out}: exists, and is not overwritten; choose another --out") from None
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+    with writing(out):
+        try:
+            with open(out, "x", newline="") as file:
+                table = csv.writer(file)
+                table.writerow([*columns, *keep])
+                for row in rows:
+                    hidden = {name: pseudonym(key, getattr(row, name)) for name in ("slide_id", "case_id")}
+                    values = [hidden.get(name) or getattr(row, name) or "" for name in columns]
+                    table.writerow([*values, *(row.extra[name] for name in keep)])
+        except FileExistsError:
+            raise InputError(f"{out}: exists, and is not overwritten; choose another --out") from None
     return len(rows)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from crcjax.errors import OutputError
+from crcjax.errors import writing
 
 log = logging.getLogger("crcjax")
 
@@ -34,11 +34,9 @@ def log_to_run(run: Path, process_index: int = 0) -> Iterator[None]:
     Raises OutputError if that file cannot be written.
     """
     path = run / "logs" / f"process-{process_index}.log"
-    try:
+    with writing(path, "choose another --workdir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file_handler = logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); free space, or ask for the rights") from error
     file_handler.setFormatter(logging.Formatter(f"%(asctime)s [{process_index}] %(name)s %(levelname)s %(message)s"))
     # Without a handler of its own, the root logger shows warnings on the terminal; with the file's alone it would not.
     warning_handlers = [] if logging.root.handlers else [_TerminalHandler(logging.WARNING)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
@@ -13,7 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from crcjax.errors import OutputError
+from crcjax.errors import writing
 
 
 class MetricWriter:
@@ -59,9 +59,5 @@ class MetricWriter:
             self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
             self._events.flush()
 
-    @contextmanager
-    def _output(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(f"{self._run}: cannot be written ({error}); free space, then start again") from error
+    def _output(self) -> AbstractContextManager[None]:
+        return writing(self._run, "choose another --workdir")

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, writing
 from crcjax.models.heads import BY_DENSITY, dirichlet
 from crcjax.models.mil import Prediction
 
@@ -65,11 +65,9 @@ class Density:
     def save(self, run: Path) -> None:
         """Into a run directory, whole or not at all: a run that has one is finished. Raises OutputError."""
         partial = run / f"partial-{_FILE}"
-        try:
+        with writing(run, "choose another --workdir"):
             np.savez(partial, **asdict(self))
             partial.replace(run / _FILE)
-        except OSError as error:
-            raise OutputError(f"{run}: cannot be written ({error.strerror}); choose another --workdir") from error
 
 
 def fit_density(

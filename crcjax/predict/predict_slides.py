@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from crcjax.errors import OutputError, SlideError
+from crcjax.errors import SlideError, writing
 from crcjax.models.mil import Prediction
 from crcjax.predict.attribution import Method
 from crcjax.predict.heatmap import LONGEST_PX, overlay, write_heatmap
@@ -83,7 +83,7 @@ def predict_slides(
         *("regions", "status", "reason", "seconds", "model", "split", "synthetic"),
     ]
     rows: dict[str, Row] = {}
-    try:
+    with writing(out):
         for folder in (out / "heatmaps", out / "attention"):
             folder.mkdir(parents=True, exist_ok=True)
         with open(out / "predictions.csv", "w", newline="", buffering=1) as file:
@@ -94,8 +94,6 @@ def predict_slides(
                     table.writerow(row)
                     rows[row["slide_id"]] = row
                     on_row(row)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror}); free space or choose another --out") from error
     return [rows[job.slide_id] for job in jobs]
 
 
@@ -199,7 +197,7 @@ def write_evidence(
     """OUT/attention/SLIDE_ID.npz, and over the slide's thumbnail, where there is one, OUT/heatmaps/SLIDE_ID.png. Raises OutputError."""
     arrays, picture = out / "attention" / f"{slide_id}.npz", out / "heatmaps" / f"{slide_id}.png"
     by_region, used = found.attribution.sum(axis=1), found.mask.any(axis=1)
-    try:
+    with writing(out):
         arrays.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(
             arrays,
@@ -223,22 +221,16 @@ def write_evidence(
             um_per_px=info.mpp[0] * info.size[0] / thumbnail.shape[1],
             synthetic=info.synthetic,
         )
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror}); free space or choose another --out") from error
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """A CSV whose columns are those of its rows, replaced at once. Raises OutputError."""
     partial = path.with_name(f".{path.name}")
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "w", newline="") as file:
             table = csv.DictWriter(file, columns, restval="")
             table.writeheader()
             table.writerows(rows)
         partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); free space or choose another --out"
-        ) from error

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, writing
 from crcjax.models.mil import MILModel, Params, params_of
 from crcjax.runs.train_state import TrainState
 
@@ -47,21 +47,16 @@ class Checkpointer:
 
         Raises OutputError if this or the save before it cannot be written.
         """
-        try:
-            with _unwarned():
-                self._manager.save(int(state.step), args=ocp.args.PyTreeSave(vars(state)), metrics=metrics)
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{self._folder}: cannot be written ({error}); free space, then start again") from error
+        with writing(self._folder, "choose another --workdir", catch=(OSError, ValueError)), _unwarned():
+            self._manager.save(int(state.step), args=ocp.args.PyTreeSave(vars(state)), metrics=metrics)
 
     def close(self) -> None:
         """Waits for the last save; again, it does nothing. Raises OutputError if it cannot be written."""
         if self._closed:
             return
         self._closed = True
-        try:
+        with writing(self._folder, "choose another --workdir", catch=(OSError, ValueError)):
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{self._folder}: cannot be written ({error}); free space, then start again") from error
         self._manager.close()
 
 

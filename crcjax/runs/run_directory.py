@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import crcjax
 from crcjax.config import get_config
 from crcjax.data.cohort import Cohort
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, writing
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.slides.tiling.plan import TilingParams
 
@@ -105,7 +105,7 @@ def start_run(
                 f"{path}: config.stain.reference was tiled anew since it was started; give another --workdir"
             )
         return
-    try:
+    with writing(path, "choose another --workdir"):
         path.mkdir(parents=True, exist_ok=True)
         facts = {
             "code_version": crcjax.__version__,
@@ -118,8 +118,6 @@ def start_run(
         (path / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
         # Last, since its presence says that the run has started.
         (path / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another --workdir") from error
 
 
 def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import Bag
-from crcjax.errors import CrcjaxError, DeviceMemoryError, InputError, OutputError
+from crcjax.errors import CrcjaxError, DeviceMemoryError, InputError, writing
 from crcjax.runs.train_state import TrainState
 
 _USABLE = 0.9  # of a device: the rest is lost between allocations, and to buffers of the communication
@@ -149,12 +149,10 @@ def memory_of_step(parts: Parts) -> AbstractContextManager[None]:
 
 def keep_parts(run: Path, parts: Parts) -> None:
     """Keeps them for the next start. Raises OutputError."""
-    try:
+    with writing(run, "choose another --workdir"):
         partial = run / f".{_NOTE}.{jax.process_index()}"
         partial.write_text(json.dumps(asdict(parts)) + "\n")
         partial.replace(run / _NOTE)
-    except OSError as error:
-        raise OutputError(f"{run}: cannot be written ({error.strerror}); choose another --workdir") from error
 
 
 def more_parts(run: Path, tried: int) -> int:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 
 from crcjax.data.cohort import load_cohort
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, writing
 from crcjax.validation.predictions_table import load_predictions
 
 METHODS = ("lac", "aps")
@@ -88,11 +88,9 @@ def calibrate(
     thresholds = {name: value for name, value in thresholds.items() if math.isfinite(value) or not name}
     cases = {name: len(groups[name]) for name in thresholds}
     found = Calibration(models.pop(), predictions.classes, temperature, method, error, thresholds, cases)
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(_with_text(asdict(found)), indent=1) + "\n")
-    except OSError as fault:
-        raise OutputError(f"{out}: cannot be written ({fault.strerror}); choose another --out") from fault
     return found
 
 

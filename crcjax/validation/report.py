@@ -16,7 +16,7 @@ import numpy as np
 
 import crcjax
 from crcjax.data.cohort import SlideRow, load_cohort
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, writing
 from crcjax.validation.attention_truth import attention_auroc, truth_of
 from crcjax.validation.figures import confusion_figure, reliability_figure, roc_figure
 from crcjax.validation.predictions_table import Predictions, load_predictions
@@ -84,13 +84,11 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
         },
     }
     page = _page(result, predictions, cases, label, probs, predictions_csv.parent / "heatmaps", referenced, cohort)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         # NaN is no JSON: what the data do not determine is null.
         (out / "metrics.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
         (out / "report.html").write_text(page)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
     return result
 
 

@@ -157,7 +157,9 @@ def test_a_save_that_is_cut_off_leaves_no_density(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", cut_off)
-    with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); choose another --workdir"):
+    with pytest.raises(
+        OutputError, match=r"cannot be written \(No space left on device\); free space or choose another --workdir"
+    ):
         density.save(tmp_path)
     assert not is_fitted(tmp_path)
 

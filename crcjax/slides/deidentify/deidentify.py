@@ -25,7 +25,7 @@ import openslide
 import tifffile
 
 import crcjax
-from crcjax.errors import InputError, OutputError, SlideError
+from crcjax.errors import InputError, OutputError, SlideError, writing
 from crcjax.slides.deidentify.embedded_metadata import CHECKED
 from crcjax.slides.deidentify.tiff_rewriter import (
     DESCRIPTION,
@@ -113,20 +113,17 @@ def deidentify_slide(path: str | Path, copy: str | Path) -> Report:
     files, vendor = _files(path)
     partial = copy.with_name(f".{copy.name}.{os.getpid()}.partial")
     copied = _copy_dicom if vendor == "dicom" else _copy_tiff
-    try:
-        with _damage_named(path), openslide.OpenSlide(files[0]) as handle:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            made = copied(files, handle, partial)
-            if wrong := _difference(handle, partial) or made.leak:
-                raise UnsafeError(f"the copy was not as it must be ({wrong}), and was removed")
-            report = _report(copy, handle, made)
-            _publish(partial, copy, report)
-    except OSError as error:
-        raise OutputError(
-            f"{copy}: cannot be written ({error.strerror}); free space or choose another --out"
-        ) from error
-    finally:
-        _remove(partial)
+    with writing(copy):
+        try:
+            with _damage_named(path), openslide.OpenSlide(files[0]) as handle:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                made = copied(files, handle, partial)
+                if wrong := _difference(handle, partial) or made.leak:
+                    raise UnsafeError(f"the copy was not as it must be ({wrong}), and was removed")
+                report = _report(copy, handle, made)
+                _publish(partial, copy, report)
+        finally:
+            _remove(partial)
     return report
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64, Int
 
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, writing
 from crcjax.slides.interchange.third_party_h5 import open_h5py
 from crcjax.slides.preprocess.manifest import Outcome
 from crcjax.slides.store.tile_pixels import NO_PIXELS
@@ -35,7 +35,7 @@ def export_store(
     slide_ids, outcomes = tiled_slides(store), []
     if not slide_ids:
         raise InputError(f"{store}: holds no slides; name the --out of crcjax tile or crcjax import")
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for slide_id in slide_ids:
             path = str(store / f"{slide_id}.zarr")
@@ -47,8 +47,6 @@ def export_store(
                 outcome = Outcome(slide_id, path, "failed", str(error))
             outcomes.append(outcome)
             on_slide(outcome)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from error
     return outcomes
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crcjax.errors import OutputError
+from crcjax.errors import writing
 from crcjax.slides.store.locks import file_lock
 
 if TYPE_CHECKING:
@@ -64,13 +64,9 @@ def tiled_in_manifest(store: Path) -> set[str]:
 def note_outcome(store: Path, outcome: Outcome) -> None:
     """Adds a line to STORE/manifest.jsonl. Raises OutputError."""
     line = json.dumps(asdict(outcome) | {"seconds": round(outcome.seconds, 3)}) + "\n"
-    try:
-        # One line after the other, also on a network file system, where appending alone is not atomic.
-        with file_lock(store / ".partial" / ".manifest.lock"), open(store / MANIFEST, "a+b") as manifest:
-            manifest.seek(max(0, manifest.tell() - 1))
-            cut_off = manifest.read(1) not in (b"", b"\n")
-            manifest.write(b"\n" * cut_off + line.encode())
-    except OSError as error:
-        raise OutputError(
-            f"{store}: cannot be written ({error.strerror}); free space or choose another --out"
-        ) from error
+    # One line after the other, also on a network file system, where appending alone is not atomic.
+    lock = file_lock(store / ".partial" / ".manifest.lock")
+    with writing(store), lock, open(store / MANIFEST, "a+b") as manifest:
+        manifest.seek(max(0, manifest.tell() - 1))
+        cut_off = manifest.read(1) not in (b"", b"\n")
+        manifest.write(b"\n" * cut_off + line.encode())

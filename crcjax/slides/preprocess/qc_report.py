@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import crcjax
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, writing
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 from crcjax.slides.tiling.quality_control import ABSENT, GLASS, REASONS, StainLimits
 from crcjax.slides.tiling.quality_control import stain_degrees as tile_degrees
@@ -57,7 +57,7 @@ def write_overview(
     degrees, centre = stain_degrees(stains), _centre(stains)
     synthetic = any(slide.info.synthetic for slide in slides)
     lines = []
-    try:
+    with writing(folder, "ask for permission to write into the store"):
         folder.mkdir(exist_ok=True)
         for slide in slides:
             place, off = places[slide.slide_id] if places else "", tiles_off(slide, centre, limits)
@@ -70,8 +70,6 @@ def write_overview(
         lines.sort(key=lambda line: (VERDICTS.index(line["verdict"]), line["coverage"], line["slide_id"]))
         page = _page(lines, sorted(set(places or ()) - set(tiled)), synthetic, limits)
         (folder / "index.html").write_text(page)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror}); free space or change its rights") from error
     return folder / "index.html"
 
 

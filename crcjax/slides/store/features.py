@@ -6,16 +6,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Float
 
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, writing
 from crcjax.slides.store.tile_store import open_store
-from crcjax.slides.store.zarr_arrays import create_array, first_line, open_array, unreadable, write_group
+from crcjax.slides.store.zarr_arrays import create_array, open_array, unreadable, write_group
 
 # The least that is read. Training reads some regions of many: what lies beside them in their chunks is read in vain.
 _CHUNK_BYTES = 8192
@@ -49,7 +49,9 @@ def write_features(
     shard = min(-(-regions // chunk), _SHARD_CHUNKS) * chunk
     partial, older = (final.with_name(f".{encoder}.{kind}") for kind in (f"partial-{os.getpid()}", "older"))
     values = np.where(opened.mask[..., None], features, features.dtype.type(0))
-    try:
+    remedy = "ask for permission to write into the store"
+    with writing(final, remedy, catch=(OSError, ValueError)), ExitStack() as stack:
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
         final.parent.mkdir(exist_ok=True)
         write_group(final.parent, {})
         shutil.rmtree(partial, ignore_errors=True)
@@ -65,12 +67,6 @@ def write_features(
             final.rename(older)
         partial.rename(final)
         shutil.rmtree(older, ignore_errors=True)
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"{final}: cannot be written ({first_line(error)}); free space, or ask for the rights"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_features(store: str | Path, slide_id: str, encoder: str) -> Float[np.ndarray, "region slot feature"]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
 import crcjax
-from crcjax.errors import BusyError, InputError, OutputError
+from crcjax.errors import BusyError, InputError, writing
 from crcjax.slides.store.locks import slide_lock
 from crcjax.slides.store.tile_pixels import (
     IMPORTED_ALONE,
@@ -150,13 +148,14 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         self._life.enter_context(self._lock)
         try:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
-            folder = self._partial / "pixels"
-            self._pixels = pixel_writer(self._mode, folder, self._plan, self._slide)
-        except (OSError, ValueError) as error:
+            with self._writing():
+                shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial.mkdir(parents=True)
+                folder = self._partial / "pixels"
+                self._pixels = pixel_writer(self._mode, folder, self._plan, self._slide)
+        except BaseException:
             self._life.close()
-            self._fail(error)
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -178,20 +177,16 @@ class StoreWriter:
         self._quality[start:stop] = tiles.quality
         self._reason[start:stop] = tiles.reason
         assert self._pixels is not None
-        try:
+        with self._writing():
             self._pixels.write(start, tiles)
-        except ValueError as error:
-            self._fail(error)
 
     def keep(self, files: Mapping[str, str]) -> None:
         """Small texts beside the arrays, by their names within the slide's folder."""
-        try:
+        with self._writing():
             for name, text in files.items():
                 path = self._partial / name
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(text)
-        except OSError as error:
-            self._fail(error)
 
     def commit(self, about: Mapping[str, object] | None = None) -> dict:
         """Makes the slide appear in the store, whole, replacing an older one; returns its attributes, over which `about` wins."""
@@ -199,7 +194,7 @@ class StoreWriter:
         plan, regions = self._plan, len(self._plan.origin)
         arrays = {"origin": plan.origin, "mask": self._mask, "quality": self._quality, "reason": self._reason}
         arrays |= _small_pictures(plan)
-        try:
+        with self._writing():
             about_pixels = self._pixels.finish()
             for name, values in arrays.items():
                 create_array(self._partial / name, str(values.dtype), values.shape).write(values).result()
@@ -225,17 +220,10 @@ class StoreWriter:
             _sync(self._partial)
             shutil.rmtree(self._final, ignore_errors=True)
             self._partial.rename(self._final)
-        except (OSError, ValueError) as error:
-            self._fail(error)
         return attributes
 
-    def _fail(self, error: Exception) -> NoReturn:
-        # TensorStore tells the system's reason within a sentence of its own.
-        reasons = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS))
-        reason = next((known for known in reasons if known in str(error)), first_line(error))
-        raise OutputError(
-            f"{self._final.parent}: cannot be written ({reason}); free space or choose another --out"
-        ) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self._final.parent, catch=(OSError, ValueError))
 
 
 def _small_pictures(plan: TilePlan) -> dict[str, np.ndarray]:
@@ -285,14 +273,12 @@ def tiled_slides(store: str | Path) -> list[str]:
 
 def remove_partials(store: Path) -> None:
     """Removes what writers that no longer live have left. Raises OutputError if the store cannot be written."""
-    try:
+    with writing(store):
         partials = store / ".partial"
         partials.mkdir(parents=True, exist_ok=True)
         for slide_id in {partial.stem for partial in partials.iterdir()}:
             with suppress(BusyError), slide_lock(store, slide_id):
                 shutil.rmtree(partials / f"{slide_id}.zarr", ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"{store}: cannot be written ({error.strerror}); choose another --out") from error
 
 
 def _sync(folder: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import tifffile
 from jaxtyping import Float32, UInt8
 
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, writing
 from crcjax.slides.synthetic.artefacts import ARTEFACTS, artefact_mask, spoil_picture, spoil_section
 from crcjax.slides.synthetic.tissue_map import MAP_UM, SUBTYPES, Tissue, architecture
 from crcjax.slides.synthetic.tissue_textures import REACH_UM, Ground, draw_stains
@@ -82,19 +82,16 @@ def paint_slide(path: str | Path, spec: SlideSpec, workers: int = 1) -> Path:
     if spec.subtype not in SUBTYPES or not set(spec.artefacts) <= set(ARTEFACTS):
         raise InputError(f"cannot paint {spec.subtype} with {spec.artefacts}: know {SUBTYPES} with {ARTEFACTS}")
     scene, partial = _scene(spec), path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_pyramid(partial, spec, workers)
-        partial.rename(path)
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **_truth_arrays(spec, scene))
-        partial.rename(truth_path(path))
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path, "choose another folder"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_pyramid(partial, spec, workers)
+            partial.rename(path)
+            with open(partial, "wb") as file:
+                np.savez_compressed(file, **_truth_arrays(spec, scene))
+            partial.rename(truth_path(path))
+        finally:
+            partial.unlink(missing_ok=True)
     return path
 
 
