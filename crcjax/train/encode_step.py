@@ -19,10 +19,10 @@ from crcjax.models.mil import MILModel, Params, Statistics, every
 from crcjax.slides.stain.methods import Estimate
 from crcjax.slides.stain.normalisation import StainNormaliser
 
+Encode = Callable[[Params, Bag, Augmentation], tuple[Float32[Array, "batch region slot feature"], Statistics | None]]
 
-def build_encode(
-    graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None
-) -> Callable[[Params, Bag, Augmentation], tuple[Float32[Array, "batch region slot feature"], Statistics | None]]:
+
+def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None) -> Encode:
     """The features of augmented bags; and with config.model.batch_norm_momentum, what batch norms took of them."""
     devices, by_batch = mesh.shape["bag"], bool(config.model.batch_norm_momentum)
     axes = ("data", "bag") if mesh.shape["data"] * devices > 1 else ()

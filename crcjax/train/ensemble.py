@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float32
 from ml_collections import ConfigDict
 
+from crcjax.data.bags import Bag
 from crcjax.errors import InputError
 from crcjax.models.encoders.registry import PublishedEncoder
 from crcjax.models.mil import MILModel, Params
+from crcjax.parallel.mesh import replicated
 from crcjax.runs.train_state import TrainState
-from crcjax.train.step import abstract_state, build_joint_step, joint
+from crcjax.train.step import abstract_state, step_setup, train_step
+
+EnsembleMetrics = dict[str, Float32[Array, " member"]]
 
 
 def check_members(config: ConfigDict) -> None:
@@ -87,11 +93,11 @@ class Ensemble:
 
     def abstract(self, members: int) -> TrainState:
         """The shapes and the layout of the state, for compiling without one."""
-        return joint(self._member, members)
+        return with_member_axis(self._member, members)
 
     def build(self, seeds: tuple[int, ...], config: ConfigDict) -> Callable[..., Any]:
         """The step of all members."""
-        return build_joint_step(self._model, self._optimizer, config, self._mesh, seeds)
+        return build_ensemble_step(self._model, self._optimizer, config, self._mesh, seeds)
 
     def join(self, states: Iterable[TrainState]) -> TrainState:
         """The states of runs as one."""
@@ -121,6 +127,33 @@ class Ensemble:
         # The optimiser has no moments of the encoder, but a place for each of its parameters.
         moments = jax.tree.unflatten(jax.tree.structure(self._whole.moments), jax.tree.leaves(state.moments))
         return replace(state, params=params, moments=moments)
+
+
+def build_ensemble_step(
+    model: MILModel, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh, seeds: Sequence[int]
+) -> Callable[[TrainState, Bag], tuple[TrainState, EnsembleMetrics]]:
+    """`train_step`, jitted and vmapped over ensemble members, one a seed, which all see the same bags."""
+    model.set_attributes(fused=False, raise_if_not_found=False)  # fused attention kernels cannot be vmapped
+    setup = step_setup(model, optimizer, config, mesh)
+    abstract = with_member_axis(abstract_state(model, optimizer, config, mesh), len(seeds))
+    layout = jax.tree.map(lambda value: value.sharding, abstract)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    def step(state: TrainState, bag: Bag) -> tuple[TrainState, EnsembleMetrics]:
+        keys = jax.vmap(jax.random.key)(jnp.array(seeds))
+        return jax.vmap(lambda member, key: train_step(member, bag, key, setup))(state, keys)
+
+    return step
+
+
+def with_member_axis(state: TrainState, members: int) -> TrainState:
+    """The abstract state of an ensemble from that of a member: every device holds its part of each member."""
+
+    def with_axis(value: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(value.sharding.mesh, PartitionSpec(None, *value.sharding.spec))
+        return jax.ShapeDtypeStruct((members, *value.shape), value.dtype, sharding=sharding)
+
+    return jax.tree.map(with_axis, state)
 
 
 def apart(values: Any) -> list[Any]:

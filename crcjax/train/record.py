@@ -23,14 +23,14 @@ from crcjax.predict.forward import Forward
 from crcjax.predict.stored_bags import Evaluation
 from crcjax.runs.checkpoint import Checkpointer, restore_params
 from crcjax.runs.train_state import TrainState
-from crcjax.train.ensemble import apart
+from crcjax.train.ensemble import EnsembleMetrics, apart
 from crcjax.train.evaluate import TaskEvaluation
 from crcjax.train.memory_budget import (
     memory_errors,
 )
 from crcjax.train.optimizer import learning_rate
 from crcjax.train.setup import Plan
-from crcjax.train.step import JointMetrics, Metrics, init_state
+from crcjax.train.step import Metrics, init_state
 
 _OUTSIDE = "That was in an evaluation, not in a step: lower config.data.regions_per_bag, of which it encodes as many, or the model's width"
 
@@ -71,7 +71,7 @@ class Record:
             self._progress = _Progress(start, self._plan.config)
             yield
 
-    def report(self, number: int, metrics: Metrics | JointMetrics, waited_s: float) -> None:
+    def report(self, number: int, metrics: Metrics | EnsembleMetrics, waited_s: float) -> None:
         """A step's metrics. Raises InputError if one is not finite."""
         scalars = [_checked(one, number) for one in (apart(metrics) if self._plan.ensemble else [metrics])]
         shared = {"train/learning_rate": float(self._rate(number - 1)), **self._progress.speed(number, waited_s)}

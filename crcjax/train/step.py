@@ -1,9 +1,12 @@
-"""The training step and the forward passes, as pure functions of the model's split state, compiled once."""
+"""The training step as a pure function: augment → encode → pool → loss → gradients → update.
+
+`train_step` tells the whole story. `build_step` compiles it for a mesh, with the state's sharding and donation stated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -11,70 +14,129 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32, Int, Key
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float32, Key
 from ml_collections import ConfigDict
 
 from crcjax.data.augment import Augmentation, draw_augmentation
 from crcjax.data.bags import Bag
 from crcjax.data.hard_mining import Mining, after_step
 from crcjax.errors import InputError
-from crcjax.models.mil import MILModel, Params, Statistics, every, params_of
+from crcjax.models.mil import MILModel, Params, Prediction, Statistics, params_of
 from crcjax.parallel.mesh import replicated
 from crcjax.parallel.sharding import bag_spec, state_shardings
-from crcjax.runs.train_state import LossScale, TrainState
+from crcjax.runs.train_state import TrainState
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.train.auxiliary_tasks import Tasks
-from crcjax.train.encode_step import build_encode, with_running
+from crcjax.train.encode_step import Encode, build_encode, with_running
+from crcjax.train.gradient_accumulation import Outputs, accumulate_gradients
+from crcjax.train.loss_scale import initial_loss_scale, next_loss_scale, scale_loss, unscale_gradients
 from crcjax.train.losses import bag_losses, supervised_contrastive
 
-_FIRST_SCALE, _STEPS_TO_GROW = 2.0**15, 2000  # as Micikevicius et al. 2018 and their successors have them
-
-
 Metrics = dict[str, Float32[Array, ""]]
-JointMetrics = dict[str, Float32[Array, " member"]]
-Seen = tuple[Array, Array, Array]  # of each bag: its loss, whether it was called rightly, the attention to its regions
 
 
-def abstract_state(
+@dataclass(frozen=True)
+class StepSetup:
+    """The parts of a training step that stay the same while a run trains; see `step_setup`."""
+
+    graph: nnx.GraphDef
+    encode: Encode
+    optimizer: optax.GradientTransformation
+    config: ConfigDict
+    mesh: Mesh
+    normalises_stains: bool
+    tasks: Tasks | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepInputs:
+    """The bags of a step or a micro-batch with their random parameters; every leading axis is the axis of bags."""
+
+    bags: Bag
+    augmentation: Augmentation
+    dropout_keys: Key[Array, " batch"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BatchTotals:
+    """Sums over the whole batch that each micro-batch divides its losses by: bag weights, labelled instances per task."""
+
+    weight: Float32[Array, ""]
+    labelled: Metrics
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BagResults:
+    """Results of each bag: its loss (nats), whether it was misclassified, the attention to its regions."""
+
+    loss: Array
+    misclassified: Array
+    region_attention: Array
+
+
+def train_step(state: TrainState, batch: Bag, key: Key[Array, ""], setup: StepSetup) -> tuple[TrainState, Metrics]:
+    """One optimiser step: augment → encode → pool → loss → gradients → update.
+
+    With config.train.micro_batches above 1, gradients are accumulated over micro-batches. The update equals the full
+    batch's, except for BatchNorm statistics, which with config.model.batch_norm_momentum come from each micro-batch.
+
+    Args:
+      state: the state before the step. Its step number selects the step's random keys.
+      batch: the bags, divided over the mesh.
+      key: the run's key, the same at every step.
+      setup: the parts that stay the same while a run trains.
+
+    Returns:
+      The state after the step, and the step's metrics: `loss`, `NAME_loss` of each task, `accuracy`, `gradient_norm`.
+    """
+    config = setup.config
+    batch = _on_mesh(batch, setup.mesh)
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    # Normalised tiles no longer have the stain that was estimated.
+    stain = None if setup.normalises_stains else batch.stain
+    augmentation = draw_augmentation(augment_key, batch.mask.shape, config.augment, stain)
+    inputs = StepInputs(batch, augmentation, _key_per_bag(dropout_key, len(batch.label)))
+    totals = _batch_totals(inputs, setup.tasks)
+
+    def loss_fn(params: Params, inputs: StepInputs) -> tuple[Array, Outputs]:
+        model = nnx.merge(setup.graph, params)
+        # Regions are augmented inside, a few at a time, so that memory does not hold all augmented pixels.
+        features, batch_statistics = setup.encode(params, inputs.bags, inputs.augmentation)
+        bags = inputs.bags
+        prediction = model.pool(features, bags.mask, bags.position, inputs.dropout_keys, jnp.asarray(bags.label))
+        loss, terms, results = _loss(params, model, features, prediction, inputs, totals, state.step, setup)
+        return scale_loss(loss, state.scaling), Outputs((terms, batch_statistics), results)
+
+    gradients, outputs = accumulate_gradients(loss_fn, state.params, inputs, config.train.micro_batches)
+    (terms, batch_statistics), results = outputs.summed, outputs.per_bag
+    task_weights = setup.tasks.weights_of(state.params) if setup.tasks and setup.tasks.learned else {}
+    state, update_metrics = _update(state, gradients, batch_statistics, setup)
+    state = _remember_hard_bags(state, batch, results, config.data.mine_every)
+    return state, {**terms, **task_weights, "accuracy": (~results.misclassified).mean(), **update_metrics}
+
+
+def step_setup(
     model: MILModel,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     mesh: Mesh,
-    mining: Mining | None = None,
-) -> TrainState:
-    """The shapes and the layout of a state, for compiling without one."""
-    state = jax.eval_shape(partial(_first, optimizer, config.model.dtype), params_of(model), mining)
-    layout = state_shardings(state, mesh, config.mesh.fsdp_min_size)
-    # Every process reads and changes all of what is remembered for mining.
-    layout = replace(layout, mining=jax.tree.map(lambda _: replicated(mesh), state.mining))
-    return jax.tree.map(lambda value, at: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=at), state, layout)
-
-
-def init_state(
-    model: MILModel,
-    optimizer: optax.GradientTransformation,
-    config: ConfigDict,
-    mesh: Mesh,
-    mining: Mining | None = None,
-) -> TrainState:
-    """The state before the first step, each device given its own part. Every process must have the same model."""
-    abstract = abstract_state(model, optimizer, config, mesh, mining)
-    layout = jax.tree.map(lambda value: value.sharding, abstract)
-
-    def place(value: Array | np.ndarray, at: NamedSharding) -> Array:
-        held = np.asarray(value)
-        return jax.make_array_from_callback(held.shape, at, lambda index: held[index])
-
-    given = jax.tree.map(place, (params_of(model), mining), (layout.params, layout.mining))
-    # The step donates its state, and the model keeps its own arrays: so params are copied.
-    return jax.jit(partial(_first, optimizer, config.model.dtype), out_shardings=layout)(*given)
-
-
-def _first(optimizer: optax.GradientTransformation, dtype: str, params: Params, mining: Mining | None) -> TrainState:
-    zero = jnp.zeros((), jnp.int32)
-    scaling = LossScale(jnp.float32(_FIRST_SCALE), zero) if dtype == "float16" else None
-    return TrainState(zero, params, optimizer.init(params), scaling, mining)
+    normaliser: StainNormaliser | None = None,
+    tasks: Tasks | None = None,
+) -> StepSetup:
+    """The setup of `train_step`. Raises InputError for a loss that micro-batches cannot compute."""
+    micro_batches = config.train.micro_batches
+    if micro_batches > 1 and config.train.contrastive_weight:
+        raise InputError(
+            f"config.train.micro_batches {micro_batches}: config.train.contrastive_weight compares all bags of a step with "
+            "each other, which needs them at once; set one of the two to 1 or 0"
+        )
+    graph = nnx.graphdef(model)
+    encode = build_encode(graph, config, mesh, normaliser)
+    return StepSetup(graph, encode, optimizer, config, mesh, normaliser is not None, tasks)
 
 
 def build_step(
@@ -85,160 +147,140 @@ def build_step(
     normaliser: StainNormaliser | None = None,
     tasks: Tasks | None = None,
 ) -> Callable[[TrainState, Bag], tuple[TrainState, Metrics]]:
-    """The jitted step: state and bags to the next state and metrics. The state is donated; `tasks` are those that `model` has.
+    """`train_step`, jitted for a mesh: maps state and bags to the next state and metrics, and donates the state.
 
-    With `config.train.micro_batches` the bags are computed so many parts at a time and their gradients added up: the same
-    step, since every draw and weight is the whole batch's, but for batch norms' statistics, which with
-    config.model.batch_norm_momentum are of one part's bags. Raises InputError for a loss that is no sum over bags.
+    `tasks` are the auxiliary tasks that `model` has heads for. Raises InputError for a loss that micro-batches cannot
+    compute.
     """
-    # The kernels of attention can be divided over bags alone.
+    # Fused attention kernels can be divided over bags only.
     model.set_attributes(fused=mesh.size == mesh.shape["data"], raise_if_not_found=False)
-    following = _build_following(model, optimizer, config, mesh, normaliser, tasks)
+    setup = step_setup(model, optimizer, config, mesh, normaliser, tasks)
     layout = jax.tree.map(lambda value: value.sharding, abstract_state(model, optimizer, config, mesh))
-    layout = replace(layout, mining=replicated(mesh))  # of any mining
+    # One sharding for every array of the mining memory, whose shapes are not known here.
+    layout = replace(layout, mining=replicated(mesh))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     def step(state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
-        return following(jax.random.key(config.seed), state, bag)
+        return train_step(state, bag, jax.random.key(config.seed), setup)
 
     return step
 
 
-def build_joint_step(
-    model: MILModel, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh, seeds: Sequence[int]
-) -> Callable[[TrainState, Bag], tuple[TrainState, JointMetrics]]:
-    """As `build_step`, of as many members as `seeds`, all on the same bags: states and metrics have a leading axis of them."""
-    model.set_attributes(fused=False, raise_if_not_found=False)  # kernels of attention cannot be mapped over members
-    following = _build_following(model, optimizer, config, mesh, None)
-    layout = jax.tree.map(
-        lambda value: value.sharding, joint(abstract_state(model, optimizer, config, mesh), len(seeds))
-    )
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
-    def step(state: TrainState, bag: Bag) -> tuple[TrainState, JointMetrics]:
-        keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-        return jax.vmap(following, in_axes=(0, 0, None))(keys, state, bag)
-
-    return step
-
-
-def joint(state: TrainState, members: int) -> TrainState:
-    """The shapes and the layout of so many members' states as one: every device has its part of each member."""
-
-    def of(value: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        at = NamedSharding(value.sharding.mesh, PartitionSpec(None, *value.sharding.spec))
-        return jax.ShapeDtypeStruct((members, *value.shape), value.dtype, sharding=at)
-
-    return jax.tree.map(of, state)
-
-
-def _build_following(
+def abstract_state(
     model: MILModel,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     mesh: Mesh,
-    normaliser: StainNormaliser | None,
-    tasks: Tasks | None = None,
-) -> Callable[[Key[Array, ""], TrainState, Bag], tuple[TrainState, Metrics]]:
-    """The step as a pure function of the run's key, its state and the bags."""
-    micro_batches = config.train.micro_batches
-    if micro_batches > 1 and config.train.contrastive_weight:
-        raise InputError(
-            f"config.train.micro_batches {micro_batches}: config.train.contrastive_weight compares all bags of a step with "
-            "each other, which needs them at once; set one of the two to 1 or 0"
-        )
-    graph = nnx.graphdef(model)
-    encode = build_encode(graph, config, mesh, normaliser)
-
-    def loss_of(
-        params: Params,
-        bag: Bag,
-        keys: Key[Array, " batch"],
-        turns: Augmentation,
-        state: TrainState,
-        total: Array,
-        tiles: Metrics,
-    ) -> tuple[Array, tuple[Metrics, Seen, Statistics | None]]:
-        """The part of the loss that some bags have, times the loss scale; its parts by name, and what was seen of each bag."""
-        label = jnp.asarray(bag.label)
-        features, statistics = encode(params, bag, turns)
-        whole = nnx.merge(graph, params)
-        prediction = whole.pool(features, bag.mask, bag.position, keys, label)
-        losses = bag_losses(prediction, label, state.step, config.train)
-        loss = (losses * jnp.asarray(bag.weight)).sum() / total
-        if config.train.contrastive_weight:
-            embedding, temperature = jnp.asarray(prediction.embedding), config.train.contrastive_temperature
-            loss += config.train.contrastive_weight * supervised_contrastive(embedding, label, temperature)
-        right = prediction.logits.argmax(axis=-1) == label
-        seen = losses, right, jnp.asarray(prediction.region_attention)
-        objective, parts = loss, {"loss": loss}
-        if tasks:
-            parts |= tasks.losses(whole.tasks(features), bag, turns, tiles)
-            objective = tasks.objective(params, parts, tiles, 1.0 / micro_batches)
-        return objective * (state.scaling.scale if state.scaling else 1.0), (parts, seen, statistics)
-
-    def following(seed: Key[Array, ""], state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
-        bag = jax.tree_util.tree_map_with_path(
-            lambda path, part: jax.lax.with_sharding_constraint(part, NamedSharding(mesh, bag_spec(path))), bag
-        )
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(seed, state.step))
-        batch, regions, slots = bag.mask.shape
-        known = None if normaliser else bag.stain  # normalised tiles no longer have the stain that was estimated
-        drawn = draw_augmentation(augment_key, (batch, regions, slots), config.augment, known)
-        keys = jax.vmap(partial(jax.random.fold_in, dropout_key))(jnp.arange(batch))
-        total = jnp.maximum(jnp.asarray(bag.weight).sum(), 1e-9)
-        tiles = tasks.counted(bag, drawn) if tasks else {}
-        weights = tasks.weights_of(state.params) if tasks and tasks.learned else {}
-        gradient_of = jax.grad(loss_of, has_aux=True)
-
-        def add(sums: tuple, number: Int[Array, ""]) -> tuple[tuple, tuple[Seen, Statistics | None]]:
-            part = jax.tree.map(lambda value: every(value, number, micro_batches, axis=0), (bag, keys, drawn))
-            gradient, (losses, *others) = gradient_of(state.params, *part, state, total, tiles)
-            return jax.tree.map(jnp.add, sums, (gradient, losses)), tuple(others)
-
-        if micro_batches == 1:
-            gradient, (parts, seen, statistics) = gradient_of(state.params, bag, keys, drawn, state, total, tiles)
-        else:
-            names = ("loss", *(f"{name}_loss" for name in tiles))
-            zeros = jax.tree.map(jnp.zeros_like, state.params), dict.fromkeys(names, jnp.zeros(()))
-            (gradient, parts), (by_part, statistics) = jax.lax.scan(add, zeros, jnp.arange(micro_batches))
-            statistics = jax.tree.map(lambda value: value.sum(axis=0), statistics)
-            seen = jax.tree.map(lambda value: jnp.moveaxis(value, 0, 1).reshape(-1, *value.shape[2:]), by_part)
-        losses, right, attention = seen
-        running = partial(with_running, statistics=statistics, share=config.model.batch_norm_momentum)
-        state, metrics = _updated(optimizer, state, gradient, running)
-        if state.mining is not None:
-            found = jnp.asarray(bag.slide), jnp.asarray(bag.region), losses, ~right, attention
-            state = replace(state, mining=after_step(state.mining, state.step, config.data.mine_every, *found))
-        return state, {**parts, **weights, "accuracy": right.mean(), **metrics}
-
-    return following
+    mining: Mining | None = None,
+) -> TrainState:
+    """The shapes, types and shardings of a training state, for compiling and restoring without allocating one."""
+    state = jax.eval_shape(partial(_initial_state, optimizer, config.model.dtype), params_of(model), mining)
+    layout = state_shardings(state, mesh, config.mesh.fsdp_min_size)
+    # Every process reads and changes the whole mining memory.
+    layout = replace(layout, mining=jax.tree.map(lambda _: replicated(mesh), state.mining))
+    return jax.tree.map(
+        lambda value, sharding: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding), state, layout
+    )
 
 
-def _updated(
+def init_state(
+    model: MILModel,
     optimizer: optax.GradientTransformation,
-    state: TrainState,
-    gradient: Params,
-    running: Callable[[Params], Params],
-) -> tuple[TrainState, Metrics]:
-    """The next state and the gradient's norm.
+    config: ConfigDict,
+    mesh: Mesh,
+    mining: Mining | None = None,
+) -> TrainState:
+    """The state before the first step, divided over the mesh. Every process must pass the same model."""
+    abstract = abstract_state(model, optimizer, config, mesh, mining)
+    layout = jax.tree.map(lambda value: value.sharding, abstract)
 
-    In float16 a gradient that is not finite changes nothing but the scale, which is halved; it is doubled after
-    many good steps. The norm is then 0, but where the scale cannot fall further: what is not finite there is no overflow.
+    def place(value: Array | np.ndarray, sharding: NamedSharding) -> Array:
+        on_host = np.asarray(value)
+        return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
+
+    params, mining = jax.tree.map(place, (params_of(model), mining), (layout.params, layout.mining))
+    # Jitted, so that parameters are copied: the step donates its state, and the model keeps its own arrays.
+    return jax.jit(partial(_initial_state, optimizer, config.model.dtype), out_shardings=layout)(params, mining)
+
+
+def _initial_state(
+    optimizer: optax.GradientTransformation, dtype: str, params: Params, mining: Mining | None
+) -> TrainState:
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, optimizer.init(params), initial_loss_scale(dtype), mining)
+
+
+def _on_mesh(batch: Bag, mesh: Mesh) -> Bag:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, part: jax.lax.with_sharding_constraint(part, NamedSharding(mesh, bag_spec(path))), batch
+    )
+
+
+def _key_per_bag(key: Key[Array, ""], bags: int) -> Key[Array, " batch"]:
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(bags))
+
+
+def _batch_totals(inputs: StepInputs, tasks: Tasks | None) -> BatchTotals:
+    weight = jnp.maximum(jnp.asarray(inputs.bags.weight).sum(), 1e-9)
+    return BatchTotals(weight, tasks.counted(inputs.bags, inputs.augmentation) if tasks else {})
+
+
+def _loss(
+    params: Params,
+    model: MILModel,
+    features: Float32[Array, "batch region slot feature"],
+    prediction: Prediction,
+    inputs: StepInputs,
+    totals: BatchTotals,
+    step: Array,
+    setup: StepSetup,
+) -> tuple[Array, Metrics, BagResults]:
+    """These bags' part of the training loss, its terms by name, and the results of each bag."""
+    config, bags = setup.config.train, inputs.bags
+    label = jnp.asarray(bags.label)
+    losses = bag_losses(prediction, label, step, config)
+    loss = (losses * jnp.asarray(bags.weight)).sum() / totals.weight
+    if config.contrastive_weight:
+        embedding = jnp.asarray(prediction.embedding)
+        loss += config.contrastive_weight * supervised_contrastive(embedding, label, config.contrastive_temperature)
+    terms, objective = {"loss": loss}, loss
+    if setup.tasks:
+        terms |= setup.tasks.losses(model.tasks(features), bags, inputs.augmentation, totals.labelled)
+        objective = setup.tasks.objective(params, terms, totals.labelled, 1.0 / config.micro_batches)
+    misclassified = prediction.logits.argmax(axis=-1) != label
+    return objective, terms, BagResults(losses, misclassified, jnp.asarray(prediction.region_attention))
+
+
+def _update(
+    state: TrainState, gradients: Params, batch_statistics: Statistics | None, setup: StepSetup
+) -> tuple[TrainState, Metrics]:
+    """The state after the optimiser's update, and the norm of the gradients.
+
+    In float16, gradients that are not finite leave parameters and optimiser state as they were, and only lower the loss
+    scale. The reported norm is then 0, unless the scale cannot fall further: such gradients are no overflow.
     """
-    scaling = state.scaling
-    if scaling:
-        gradient = jax.tree.map(lambda value: value / scaling.scale, gradient)
-    norm = optax.tree.norm(gradient)
-    updates, moments = optimizer.update(gradient, state.moments, state.params)
-    params = running(optax.apply_updates(state.params, updates))
-    if not scaling:
-        return replace(state, step=state.step + 1, params=params, moments=moments), {"gradient_norm": norm}
-    good = jnp.isfinite(norm)
-    params, moments = jax.tree.map(partial(jnp.where, good), (params, moments), (state.params, state.moments))
-    grows = scaling.good_steps + 1 >= _STEPS_TO_GROW
-    scale = jnp.where(good, scaling.scale * jnp.where(grows, 2.0, 1.0), jnp.maximum(scaling.scale / 2.0, 1.0))
-    following = LossScale(scale, jnp.where(good & ~grows, scaling.good_steps + 1, 0))
-    norm = jnp.where(good | (scaling.scale <= 1.0), norm, 0.0)
-    state = replace(state, step=state.step + 1, params=params, moments=moments, scaling=following)
-    return state, {"gradient_norm": norm, "loss_scale": scaling.scale}
+    loss_scale = state.scaling
+    gradients = unscale_gradients(gradients, loss_scale)
+    norm = optax.tree.norm(gradients)
+    updates, optimizer_state = setup.optimizer.update(gradients, state.moments, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params = with_running(params, batch_statistics, setup.config.model.batch_norm_momentum)
+    state_after = replace(state, step=state.step + 1, params=params, moments=optimizer_state)
+    if not loss_scale:
+        return state_after, {"gradient_norm": norm}
+    finite = jnp.isfinite(norm)
+    params, optimizer_state = jax.tree.map(
+        partial(jnp.where, finite), (params, optimizer_state), (state.params, state.moments)
+    )
+    norm = jnp.where(finite | (loss_scale.scale <= 1.0), norm, 0.0)
+    scaling = next_loss_scale(loss_scale, finite)
+    state_after = replace(state_after, params=params, moments=optimizer_state, scaling=scaling)
+    return state_after, {"gradient_norm": norm, "loss_scale": loss_scale.scale}
+
+
+def _remember_hard_bags(state: TrainState, batch: Bag, results: BagResults, mine_every: int) -> TrainState:
+    if state.mining is None:
+        return state
+    slide, region = jnp.asarray(batch.slide), jnp.asarray(batch.region)
+    observed = slide, region, results.loss, results.misclassified, results.region_attention
+    return replace(state, mining=after_step(state.mining, state.step, mine_every, *observed))

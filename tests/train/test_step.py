@@ -3,7 +3,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from crcjax.config import get_config
 from crcjax.data.bags import Bag
@@ -48,6 +50,38 @@ def test_the_step_learns_without_hidden_transfers(config) -> None:
             losses.append(metrics["loss"])
     assert float(losses[-1]) < 0.6 * float(losses[0])
     assert int(state.step) == 60
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_the_parameters_after_one_step_are_those_of_a_plain_optax_update_of_the_mean_loss(
+    config, micro_batches: int
+) -> None:
+    config.augment.flips, config.augment.stain, config.optimizer.warmup_steps = False, 0.0, 0
+    config.train.micro_batches, config.train.label_smoothing = micro_batches, 0.0
+    mesh, model = device_mesh(), build_model(config.model, 3, 0)
+    bag = replace(_bag(), weight=np.arange(1, 7, dtype=np.float32))
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    graph, params = nnx.graphdef(model), jax.tree.map(np.array, params_of(model))
+
+    @jax.jit
+    def weighted_loss(params):
+        logits = nnx.merge(graph, params)(jnp.asarray(bag.tiles), jnp.asarray(bag.mask)).logits
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, bag.label)
+        return (losses * bag.weight).sum() / bag.weight.sum()
+
+    loss, gradients = jax.value_and_grad(weighted_loss)(params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    expected = optax.apply_updates(params, updates)
+    step = build_step(model, optimizer, config, mesh)
+    state, metrics = step(init_state(model, optimizer, config, mesh), bag)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-5)
+    # Adam's first update is the sign of the gradient, which rounding decides where the gradient is about 0.
+    for value, plain, gradient in zip(*map(jax.tree.leaves, (state.params, expected, gradients)), strict=True):
+        certain = np.abs(gradient) > 1e-5
+        np.testing.assert_allclose(np.asarray(value)[certain], np.asarray(plain)[certain], rtol=0, atol=1e-6)
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (state.params, params)), strict=True)]
+    assert max(moved) > 5e-3
 
 
 def test_the_same_seed_gives_the_same_bits(config) -> None:
