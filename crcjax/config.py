@@ -1,138 +1,226 @@
-"""The whole default config: every field with its unit and the reason for its value. `configs/*.py` only override it."""
+"""The default config: every field with its meaning, its unit and when to change it. `configs/*.py` override parts of it."""
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from crcjax.config_names import Section
+
 
 def get_config() -> ConfigDict:
-    """The default config; locked, so that an unknown field in a config file is an error."""
-    config = ConfigDict()
-    config.seed = 0  # folded by step, slide and purpose; the only source of randomness
+    """Returns the default config. It is locked, so that an unknown field in a config file is an error."""
+    config = Section()
 
-    config.data = data = ConfigDict()
-    data.store = ""  # folder of tile stores, as `crcjax tile --out` wrote it
-    data.cohort = ""  # CSV with slide_id, case_id, subtype and optionally path, site, scanner, split
-    data.features = False  # train on what crcjax embed or import stored for config.model.encoder, unaugmented
-    data.magnifications = ()  # of the store's, that the model sees; (): all, or set by training, all that have features
-    data.unit = "slide"  # what a bag holds: a slide, or all slides of a case, which must have one label anyway
-    data.classes = ("canonical", "immune", "stromal")  # the label scheme; CMS1 to CMS4 by override
-    data.val_fraction = 0.2  # of the cases, for model selection, where the cohort has no split column
-    data.test_fraction = 0.2  # of the cases, never seen by training, where the cohort has no split column
-    data.split_seed = 0  # draws splits and folds; runs of other config.seed share them, so that they make an ensemble
-    data.folds = 0  # of cross-validation, see docs/training.md; 0, the splits above
-    data.fold = 0  # the fold that is test, from 0; training never reads it, and selects on val_fraction of the others
-    data.fold_by = "case"  # or site: all cases of a site in one fold, to see how a model does at a new one
-    data.sampling_seed = (
-        -1
-    )  # draws the bags of every step; -1: config.seed does. Given, runs of several seeds see the same
-    data.regions_per_bag = 32  # regions sampled per bag and step; memory grows with it, evidence per step too
-    data.by_site = False  # the sites of a class take turns, so that no class is learned from its largest site alone
-    data.region_sampling = (
-        "uniform"  # or spread: from as many parts of the tissue as regions, in proportion to its tissue
-    )
-    data.mine_slides = 0.0  # share of bags, at most 0.3, given to slides in proportion to their running loss
-    data.mine_regions = 0.0  # share of a bag, at most 0.3, of a slide called wrongly: its regions of highest attention
-    data.mine_every = 50  # steps by one memory of losses and attention; fewer than are prefetched, and a step may wait
-    data.batch_size = 8  # bags per step, over all devices
-    data.region_buckets = (64, 256, 1024, 4096)  # padded lengths of whole bags; XLA compiles one program each
-    data.read_threads = 4  # threads that read stores ahead of the device, of each worker or of the process itself
-    data.workers = (
-        0  # processes that read; threads alone feed a device until Python's lock, not the disk, holds them up
-    )
-    data.prefetch = 4  # batches held ready in host memory, of each worker or of the process itself
-    data.device_prefetch = 2  # batches held ready on the devices, so that no transfer waits for a step to end
+    # Seed of the model's first weights, augmentation, dropout and sampling. Runs that differ in it alone make an ensemble.
+    config.seed = 0
 
-    config.stain = stain = ConfigDict()
-    stain.method = "none"  # none, macenko, vahadane or reinhard: tiles brought to one stain, on the device
-    stain.reference = "standard"  # the published reference, or the slide_id of a slide in the store
+    config.data = data = Section()
+    # Folder of tile stores that `crcjax tile --out` wrote. Required.
+    data.store = ""
+    # CSV with the columns slide_id, case_id, subtype and, where known, path, site, scanner and split. Required.
+    data.cohort = ""
+    # True trains on the features that `crcjax embed` or `crcjax import` stored for model.encoder, without augmentation.
+    # False trains on pixels.
+    data.features = False
+    # Magnifications of the store that the model sees, such as ("10x", "20x"). () takes all of them; with data.features, all
+    # that have features.
+    data.magnifications = ()
+    # What one bag holds: "slide", or "case" for all slides of a case. Choose "case" where the label belongs to the case.
+    data.unit = "slide"
+    # Names of the classes in the cohort's column subtype. For the consensus molecular subtypes: CMS1,CMS2,CMS3,CMS4.
+    data.classes = ("canonical", "immune", "stromal")
+    # Fraction of the cases used for model selection, where the cohort has no column split, and within cross-validation.
+    data.val_fraction = 0.2
+    # Fraction of the cases that training never reads, where the cohort has no column split.
+    data.test_fraction = 0.2
+    # Seed of splits and folds. Keep it the same in all runs of an ensemble, so that they share their test cases.
+    data.split_seed = 0
+    # Number of cross-validation folds. 0 uses the split above. See docs/training.md.
+    data.folds = 0
+    # Index of the test fold, from 0. Training never reads it. `crcjax crossvalidate` sets it.
+    data.fold = 0
+    # What stays together in one fold: "case", or "site" to estimate performance at a new hospital.
+    data.fold_by = "case"
+    # Seed of the bags of every step. -1 uses `seed`. Set it so that runs of different seeds see the same bags.
+    data.sampling_seed = -1
+    # Regions sampled per bag and step. More regions show more of a slide, and take memory in proportion.
+    data.regions_per_bag = 32
+    # True lets the sites of a class take turns in sampling. Use it where one large site would dominate a class.
+    data.by_site = False
+    # How regions are sampled: "uniform", or "spread" over the tissue, so that a small bag still covers the whole section.
+    data.region_sampling = "uniform"
+    # Fraction of the bags, at most 0.3, given to slides in proportion to their running loss. Raise it where training
+    # neglects hard slides and the labels are reliable.
+    data.mine_slides = 0.0
+    # Fraction of the regions, at most 0.3, that are the regions of highest attention when the slide was last misclassified.
+    data.mine_regions = 0.0
+    # Steps between updates of the losses and attention that mining samples by. Keep it above the number of prefetched
+    # steps, or the loader waits.
+    data.mine_every = 50
+    # Bags per optimiser step, over all devices. Make it a multiple of the devices along mesh.data.
+    data.batch_size = 8
+    # Lengths, in regions, to which whole slides are padded for evaluation and prediction. XLA compiles one program for each.
+    data.region_buckets = (64, 256, 1024, 4096)
+    # Threads that read stores ahead of the device, in each reader process. Raise it where the log's "data wait" is high.
+    data.read_threads = 4
+    # Reader processes. 0 reads in threads of the training process; raise it where Python's interpreter lock, not the disk,
+    # limits reading.
+    data.workers = 0
+    # Batches held ready in host memory, by each reader process.
+    data.prefetch = 4
+    # Batches held ready on the devices, so that no step waits for a transfer.
+    data.device_prefetch = 2
 
-    config.mesh = mesh = ConfigDict()
-    mesh.data = 0  # devices along which the bags of a step are divided; 0: as many as divide data.batch_size
-    mesh.bag = 0  # devices along which a bag's regions are divided; 0: those that data and model leave
-    mesh.model = 1  # devices along which each layer's weights are divided; for encoders that one device cannot hold
-    mesh.fsdp_min_size = (
-        65536  # numbers in a parameter from which it is divided over data, with its moments; 0: none is
-    )
+    config.stain = stain = Section()
+    # Stain normalisation on the device: "none", "macenko", "vahadane" or "reinhard". Use it where scanners or laboratories
+    # differ in colour.
+    stain.method = "none"
+    # The stain that tiles are normalised to: "standard", the published reference, or the slide_id of a slide in the store.
+    stain.reference = "standard"
 
-    config.augment = augment = ConfigDict()
-    augment.flips = True  # flips and right-angle turns: tissue has no up
-    augment.stain = 0.15  # standard deviation of the log gain per colour channel in optical density; scanners differ
-    augment.hed = 0.0  # of the log gain of haematoxylin, eosin and the rest, along the slide's own stains if estimated
-    augment.stain_swap_prob = 0.0  # probability that a slide is given the stains of another one of the batch
-    augment.blur = 0.0  # px, the largest standard deviation of a Gaussian
-    augment.noise = 0.0  # intensities of 255, the largest standard deviation
-    augment.jpeg_min_quality = 0.0  # below 100, the lowest quality of a JPEG that tiles pass through: 70 is 30 to 100
-    augment.jpeg_420 = True  # that JPEG has its colours at half the resolution, as most scanners' have
-    augment.artefacts = (
-        0.0  # share of tiles with a simulated pen, fold, bubble, blur or dust: the artefact task's labels
-    )
-    augment.each = "slide"  # or instance: whose draw each of these is, but for flips and artefacts, always a tile's
+    config.mesh = mesh = Section()
+    # Devices that divide the bags of a step between them. 0 takes as many as divide data.batch_size.
+    mesh.data = 0
+    # Devices that divide the regions of each bag. 0 takes those that `data` and `model` leave. For bags too large for one
+    # device.
+    mesh.bag = 0
+    # Devices that divide the weights of each layer. For encoders too large for one device.
+    mesh.model = 1
+    # Parameters with at least this many numbers are sharded over mesh.data, with their optimiser state. 0 replicates all.
+    mesh.fsdp_min_size = 65536
 
-    config.model = model = ConfigDict()
-    model.encoder = "compact"  # the tile encoder, trained end to end from pixels, or one of docs/encoders.md
-    model.weights = ""  # file of a published encoder's weights, read when training starts
-    model.imported_features = 0  # numbers in each feature of crcjax import; set by training on such, without weights
-    model.frozen = True  # a published encoder stays as it is, and the model learns on its features
-    model.batch_norm_momentum = (
-        0.0  # a step's share, by micro-batches, in a trained encoder's running statistics; 0: the published ones norm
-    )
-    model.encode_regions = 64  # of each bag encoded at a time in training; memory grows with it, not with the bag
-    # What is made again in the backward pass of several such parts, and of blocks of instances in transmil and hierarchical:
-    # all (full), all but matrix products (dots), or none.
+    config.augment = augment = Section()
+    # Flips and rotations by right angles, each tile its own: tissue has no preferred orientation.
+    augment.flips = True
+    # Standard deviation of the log gain of each colour channel in optical density. Raise it for more varied scanners.
+    augment.stain = 0.15
+    # Standard deviation of the log gain of haematoxylin, eosin and the residual, along the slide's own stain vectors where
+    # they were estimated. 0 disables it; 0.05 to 0.2 is usual.
+    augment.hed = 0.0
+    # Probability that a slide takes the stain of another slide of the batch. Raise it where stains differ between sites.
+    augment.stain_swap_prob = 0.0
+    # Largest standard deviation of a Gaussian blur, in px. 0 disables it.
+    augment.blur = 0.0
+    # Largest standard deviation of Gaussian noise, in intensities of 0 to 255. 0 disables it.
+    augment.noise = 0.0
+    # Lowest JPEG quality that tiles are re-encoded with; the quality is sampled from [jpeg_min_quality, 100]. 100 disables
+    # it.
+    augment.jpeg_min_quality = 100.0
+    # Whether that JPEG halves the resolution of its colour channels, as most scanners do.
+    augment.jpeg_420 = True
+    # Fraction of the tiles with a simulated pen mark, fold, bubble, blur or dust. These are the labels of tasks.artefact.
+    augment.artefacts = 0.0
+    # Whether the tiles of a "slide" share the parameters above or each "instance" has its own. Flips and artefacts are
+    # always sampled for each tile.
+    augment.each = "slide"
+
+    config.model = model = Section()
+    # Tile encoder: "compact", trained from pixels, or a published encoder of docs/encoders.md.
+    model.encoder = "compact"
+    # File of the published encoder's weights. Training copies them into the run, so prediction does not need the file.
+    model.weights = ""
+    # Numbers in each imported feature. Training sets it on data.features of `crcjax import`; leave it at 0.
+    model.imported_features = 0
+    # True leaves a published encoder's weights as they are; False fine-tunes them, which needs far more memory.
+    model.frozen = True
+    # Weight of one step's batch statistics in the running statistics of a fine-tuned encoder's batch norms. 0 normalises by
+    # the published statistics. Use 0.1 with many tiles per micro-batch.
+    model.batch_norm_momentum = 0.0
+    # Regions of each bag that are encoded at a time in training. Lower it where memory is short.
+    model.encode_regions = 64
+    # What the backward pass recomputes, in the encoder and in blocks of transmil and hierarchical: "full", all activations;
+    # "dots", all but matrix products; "none", nothing. "none" is fastest and takes the most memory.
     model.remat = "full"
-    model.width = 32  # channels of the encoder's first stage; doubles per stage
-    model.features = 128  # numbers per instance
-    model.mil = "gated_abmil"  # mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil, transmil, hierarchical
-    model.attention = 64  # hidden units of the gated attention (Ilse 2018)
-    model.heads = 4  # attention heads of transmil and hierarchical; features are a multiple of 4 times this
-    model.layers = 1  # attention layers across the regions, of hierarchical
-    model.clam_instances = 8  # first and last instances that CLAM judges (Lu 2021); at most half of the bag
-    # softmax; evidential: Dirichlet evidence with its vacuity (Sensoy 2018); or evidential_density: the same, of which
-    # prediction leaves unusual slides little (docs/uncertainty.md).
+    # Channels of the compact encoder's first stage; each later stage doubles them.
+    model.width = 32
+    # Numbers in an instance's feature after the projection. A multiple of 4 times model.heads.
+    model.features = 128
+    # Multiple-instance aggregator: mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil, transmil or hierarchical. See
+    # docs/models.md.
+    model.mil = "gated_abmil"
+    # Hidden units of the attention (Ilse et al. 2018).
+    model.attention = 64
+    # Attention heads of transmil and hierarchical.
+    model.heads = 4
+    # Attention layers over the regions, in hierarchical.
+    model.layers = 1
+    # Instances of highest and of lowest attention that CLAM's instance loss uses (Lu et al. 2021); at most half of a bag.
+    model.clam_instances = 8
+    # Output: "softmax"; "evidential", Dirichlet evidence with vacuity (Sensoy et al. 2018); or "evidential_density", which
+    # also reduces the evidence of out-of-distribution slides. See docs/uncertainty.md.
     model.head = "softmax"
-    model.dropout = 0.1  # on instance features, in training only
-    model.dtype = (
-        "float32"  # of the computation: float32, bfloat16, or float16 with a scaled loss; the rest stays float32
-    )
+    # Probability of dropping a number of an instance's feature, in training only.
+    model.dropout = 0.1
+    # Precision of the computation: "float32", "bfloat16", or "float16" with loss scaling. Parameters stay float32. Use
+    # "bfloat16" on GPUs.
+    model.dtype = "float32"
 
-    config.train = train = ConfigDict()
-    train.steps = 300  # optimiser steps
-    train.ensemble_size = 1  # runs, of as many seeds, trained together on the same stored features; docs/training.md
-    train.micro_batches = 1  # parts, at least, that a step's bags are computed in; more where memory asks for it
-    train.memory_gib = 0.0  # of each device, that steps may take; 0: nine tenths of it, on CPUs of the machine
-    train.eval_every = 100  # steps between evaluations on the validation cases
-    train.checkpoint_every = 50  # steps between checkpoints; a killed run repeats at most these
-    train.log_every = 10  # steps between lines of metrics
-    train.replica_check_every = (
-        100  # steps between checks of several processes that their copies are the same to the bit; 0, never
-    )
-    train.stall_timeout_s = 900.0  # several processes end where none finishes a step, or a slide of an evaluation
-    train.keep_best = 1  # checkpoints kept for their validation metric, beside the newest
-    train.loss = "cross_entropy"  # or focal; for the evidential heads evidential (squares) or evidential_digamma
-    train.focal_gamma = 2.0  # of the focal loss (Lin 2017); 0 is cross-entropy
-    train.annealing_steps = 100  # steps until the evidential loss weighs its KL term fully
-    train.instance_weight = (
-        0.3  # of the instance loss beside the bag's 1, clam and dsmil; Lu 2021's 0.7 and 0.3 are 0.43
-    )
-    train.class_balance = 1.0  # beta of the effective number (Cui 2019): 1, every class counts alike; 0, by its slides
-    train.contrastive_weight = 0.0  # of the supervised contrastive loss on embeddings (Khosla 2020); 0 leaves it out
-    train.contrastive_temperature = 0.1  # of that loss (Khosla 2020); lower looks at the hardest pairs
-    train.label_smoothing = 0.05  # of cross_entropy and focal; molecular references have errors of their own
+    config.train = train = Section()
+    # Optimiser steps.
+    train.steps = 300
+    # Runs with consecutive seeds that are trained together on the same stored features. See docs/training.md.
+    train.ensemble_size = 1
+    # Gradient accumulation: the micro-batches, at least, that a step's bags are divided into. Training raises the number
+    # where memory is short.
+    train.micro_batches = 1
+    # GiB of each device's memory that a step may take. 0 uses nine tenths of it; on CPUs, nine tenths of the machine's.
+    train.memory_gib = 0.0
+    # Steps between evaluations on the validation cases.
+    train.eval_every = 100
+    # Steps between checkpoints. A killed run repeats at most this many steps.
+    train.checkpoint_every = 50
+    # Steps between reports of training metrics.
+    train.log_every = 10
+    # Steps between bitwise comparisons of the replicas' parameters in a run of several processes. 0 never compares.
+    train.replica_check_every = 100
+    # Seconds without a finished step, or an evaluated slide, after which a run of several processes ends with an error.
+    train.stall_timeout_s = 900.0
+    # Checkpoints kept for their validation metric, beside the newest one.
+    train.keep_best = 1
+    # Loss: "cross_entropy" or "focal" for the softmax head; "evidential" or "evidential_digamma" for the evidential heads.
+    train.loss = "cross_entropy"
+    # Exponent of the focal loss (Lin et al. 2017). 0 is cross-entropy.
+    train.focal_gamma = 2.0
+    # Steps over which the weight of the evidential loss's KL term rises from 0 to 1. A tenth of train.steps is a start.
+    train.annealing_steps = 100
+    # Weight of the instance loss of CLAM and DSMIL relative to the bag's loss; Lu et al. 2021 use 0.43.
+    train.instance_weight = 0.3
+    # Beta of class weighting by effective number (Cui et al. 2019), beside balanced sampling. 1 weighs all classes alike; 0
+    # weighs each by its number of slides.
+    train.class_balance = 1.0
+    # Weight of the supervised contrastive loss on bag embeddings (Khosla et al. 2020). 0 leaves it out; it needs 16 bags or
+    # more per step.
+    train.contrastive_weight = 0.0
+    # Temperature of the contrastive loss. Lower values concentrate on the hardest pairs.
+    train.contrastive_temperature = 0.1
+    # Label smoothing of cross_entropy and focal. Raise it where the reference labels are less reliable.
+    train.label_smoothing = 0.05
 
-    config.tasks = tasks = ConfigDict()  # of every tile, beside the subtype; docs/tasks.md
-    tasks.tissue = 0.0  # weight of telling its tissue, one of tissue_classes, where labels say it; 0 leaves a task out
-    tasks.stain = 0.0  # weight of telling its slide's stain estimate, standardised over the training slides
-    tasks.artefact = 0.0  # weight of telling its artefact, simulated (augment.artefacts) or labelled
-    tasks.weighting = "fixed"  # or learned, from these weights on: homoscedastic uncertainty (Kendall 2018)
-    tasks.labels = ""  # folder with SLIDE_ID.geojson as QuPath writes it, or a painted slide's SLIDE_ID.truth.npz
-    tasks.tissue_classes = ()  # the names of its areas that are told apart
+    # Auxiliary tasks: predictions for every tile beside the bag's subtype. See docs/tasks.md.
+    config.tasks = tasks = Section()
+    # Weight of the loss of predicting a tile's tissue class, where tasks.labels states it. 0 leaves a task out.
+    tasks.tissue = 0.0
+    # Weight of the loss of predicting the slide's stain estimate, standardised over the training slides.
+    tasks.stain = 0.0
+    # Weight of the loss of predicting a tile's artefact, simulated by augment.artefacts or stated in tasks.labels.
+    tasks.artefact = 0.0
+    # "fixed" keeps these weights; "learned" starts from them and learns each task's uncertainty (Kendall et al. 2018).
+    tasks.weighting = "fixed"
+    # Folder with SLIDE_ID.geojson as QuPath exports it, or SLIDE_ID.truth.npz of a synthetic slide.
+    tasks.labels = ""
+    # Names of the labelled areas that tasks.tissue tells apart.
+    tasks.tissue_classes = ()
 
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 1e-3  # peak, AdamW
-    optimizer.warmup_steps = 30  # linear from zero
-    optimizer.final_fraction = 0.01  # of the peak, at the end of the cosine
-    optimizer.weight_decay = 1e-2  # on matrices and kernels, not on biases and scales
-    optimizer.clip_norm = 1.0  # global gradient norm
+    config.optimizer = optimizer = Section()
+    # Highest learning rate of the schedule. Lower it if the loss is not finite or jumps.
+    optimizer.learning_rate = 1e-3
+    # Steps over which the learning rate rises linearly from zero.
+    optimizer.warmup_steps = 30
+    # Learning rate at the last step, as a fraction of the highest.
+    optimizer.final_fraction = 0.01
+    # Decoupled weight decay of matrices and kernels; biases and scales have none.
+    optimizer.weight_decay = 1e-2
+    # Gradients are scaled down to this global norm.
+    optimizer.clip_norm = 1.0
 
     return config.lock()

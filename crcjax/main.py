@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import traceback
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 # jax 0.10 queues collectives on a thread pool as large as the cores and hangs where several CPU devices share few.
@@ -28,6 +31,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from crcjax.config import get_config
+from crcjax.config_names import renamed_argument
 from crcjax.errors import AGAIN_STATUS, CrcjaxError, DeviceMemoryError, InputError, OutputError, StoppedError
 from crcjax.monitor.logs import log
 
@@ -73,8 +77,24 @@ def read_config(arguments: list[str]) -> tuple[ConfigDict, Path]:
     return _read(arguments)[:2]
 
 
-def _read(arguments: list[str]) -> tuple[ConfigDict, Path, tuple[str | None, int | None, int | None], float]:
+def _read(
+    arguments: list[str],
+) -> tuple[ConfigDict, Path, tuple[str | None, int | None, int | None], float]:
+    """As `_parsed`, with one line for each old name of a field that the arguments or the config file use."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read = _parsed(arguments)
+    for warning in caught:
+        if warning.category is FutureWarning:
+            log.warning(f"crcjax: {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return read
+
+
+def _parsed(arguments: list[str]) -> tuple[ConfigDict, Path, tuple[str | None, int | None, int | None], float]:
     known = _fields(get_config())
+    arguments = [_with_tuple(renamed_argument(argument)) for argument in _joined(arguments)]
     for argument in arguments:
         name = argument.split("=")[0]
         if name.startswith("--config."):
@@ -108,6 +128,30 @@ def _read(arguments: list[str]) -> tuple[ConfigDict, Path, tuple[str | None, int
     if missing:
         raise InputError(f"the config file has no {missing[0]}; start it from crcjax.config.get_config()")
     return config, Path(workdir.value), (coordinator.value, processes.value, process.value), wait_s.value
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """--config.FIELD VALUE as one argument, like --config.FIELD=VALUE."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and re.fullmatch(r"--config\.[\w.]+", joined[-1]) and not argument.startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _with_tuple(argument: str) -> str:
+    """--config.FIELD=a,b of a field that holds a tuple, written as Python writes one; absl takes a,b for one text."""
+    name, _, text = argument.partition("=")
+    default: object = get_config()
+    for part in name.removeprefix("--config.").split("."):
+        default = default.get(part) if isinstance(default, ConfigDict) else None
+    if not isinstance(default, tuple) or text.lstrip().startswith(("(", "[")):
+        return argument
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    number = all(isinstance(value, int) for value in default) and all(part.isdecimal() for part in parts)
+    return f"{name}={tuple(int(part) if number and default else part for part in parts)!r}"
 
 
 def _check_known(name: str, known: list[str], prefix: str) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "crcjax"
 # From the ground up: a room imports only from rooms before it. A module belongs to the longest name that it starts with.
 ROOMS = (
-    "errors", "config",
+    "errors", "config_names", "config",
     "slides.wsi", "slides.jobs", "slides.tiling", "slides.deidentify", "slides.synthetic", "slides.store", "slides.stain",
     "slides.preprocess", "slides.interchange",
     "models", "models.encoders", "models.aggregators", "models.mil",
@@ -21,7 +21,7 @@ ROOMS = (
     "demo", "doctor", "main", "cli",
 )  # fmt: skip
 # Rooms that could be used without the ones before them, and stay so.
-IMPORTS_ERRORS_ALONE = ("config", "models", "monitor", "slides.jobs", "slides.wsi")
+IMPORTS_ERRORS_ALONE = ("config_names", "models", "monitor", "slides.jobs", "slides.wsi")
 # Validation reads tables of predictions from any system.
 NEVER_IMPORTED_BY = {"validation": ("models", "parallel", "monitor")}
 

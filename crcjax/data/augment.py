@@ -80,8 +80,8 @@ def draw_augmentation(
         draw_artefacts(spoilt, shape, config.artefacts) if config.artefacts else None,
         jax.random.uniform(blurred, some, maxval=config.blur) if config.blur else None,
         Noise(jax.random.uniform(noise, some, maxval=config.noise), grains) if grains is not None else None,
-        jax.random.uniform(quality, some, minval=100.0 - config.jpeg_min_quality, maxval=100.0)
-        if config.jpeg_min_quality
+        jax.random.uniform(quality, some, minval=config.jpeg_min_quality, maxval=100.0)
+        if config.jpeg_min_quality < 100
         else None,
         bool(config.jpeg_420),
     )
@@ -118,9 +118,9 @@ def augment(
 def _check(config: ConfigDict, stain: Estimate | None) -> None:
     if config.each not in EACH:
         raise InputError(f"config.augment.each {config.each!r}: choose {' or '.join(EACH)}")
-    for name, most in (("stain_swap_prob", 1), ("artefacts", 1), ("jpeg_min_quality", 99)):
-        if not 0 <= config[name] <= most:
-            raise InputError(f"config.augment.{name} {config[name]} is outside 0 to {most}; set it within")
+    for name, least, most in (("stain_swap_prob", 0, 1), ("artefacts", 0, 1), ("jpeg_min_quality", 1, 100)):
+        if not least <= config[name] <= most:
+            raise InputError(f"config.augment.{name} {config[name]} is outside {least} to {most}; set it within")
     if config.stain_swap_prob and not isinstance(stain, StainMatrix):
         raise InputError("config.augment.stain_swap_prob needs the stains as they are; set config.stain.method to none")
 

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 import crcjax
 from crcjax.config import get_config
+from crcjax.config_names import renamed_fields
 from crcjax.data.cohort import Cohort
 from crcjax.errors import InputError, writing
 from crcjax.slides.stain.normalisation import StainNormaliser
@@ -54,7 +56,7 @@ def open_run(path: str | Path) -> Run:
     """Reads a run directory; fields that its version did not have yet are at their defaults. Raises InputError if it is none."""
     path, config = Path(path), get_config()
     try:
-        config.update(_tuples(json.loads((path / "config.json").read_text())))
+        config.update(renamed_fields(_tuples(json.loads((path / "config.json").read_text()))))
         facts = json.loads((path / "run.json").read_text())
         tiling, split_of, stain = TilingParams.from_json(facts["tiling"]), facts["split_of"], facts["stain"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -173,7 +175,7 @@ def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]
             yield prefix + name, value
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: Any) -> Any:
     """JSON has no tuples: the config's lists were such."""
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}

@@ -12,7 +12,15 @@ from crcjax.slides.stain.methods import StainMatrix, fit_macenko, optical_densit
 PIXELS = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 5, 3, 8, 8, 3)).astype(np.uint8))
 SHAPE = PIXELS.shape[:3]
 OFF = {"flips": False, "stain": 0.0}
-ALL = {"flips": True, "stain": 0.1, "hed": 0.2, "exchange": 0.9, "blur": 2.0, "noise": 9.0, "jpeg": 70.0}
+ALL = {
+    "flips": True,
+    "stain": 0.1,
+    "hed": 0.2,
+    "stain_swap_prob": 0.9,
+    "blur": 2.0,
+    "noise": 9.0,
+    "jpeg_min_quality": 30.0,
+}
 
 
 def _config(**fields: object) -> ConfigDict:
@@ -143,7 +151,7 @@ def test_a_draw_is_a_slides_or_each_instances(each: str, draws: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("each", "tile"), ("jpeg_min_quality", 100.0), ("artefacts", 1.5), ("stain_swap_prob", -0.1)]
+    ("field", "value"), [("each", "tile"), ("jpeg_min_quality", 100.5), ("artefacts", 1.5), ("stain_swap_prob", -0.1)]
 )
 def test_values_out_of_range_are_refused_by_the_field(field: str, value: object) -> None:
     with pytest.raises(InputError, match=rf"config\.augment\.{field} "):
