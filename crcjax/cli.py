@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -122,6 +122,12 @@ def tile(
     executor: Annotated[
         Literal["processes", "ray"], typer.Option(help="processes here, or the CPUs of a running Ray cluster")
     ] = "processes",
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace", help="tile slides again even if that deletes their features, which are refused without"
+        ),
+    ] = False,
     shard: Annotated[str | None, typer.Option(help="I/N: only part I, from 1 to N, of the slides (see above)")] = None,
     slide_timeout_s: Annotated[float | None, typer.Option(help="give up a slide that takes longer")] = None,
     slide_memory_gib: Annotated[float | None, typer.Option(help="give up a slide whose worker takes more")] = None,
@@ -151,7 +157,7 @@ def tile(
     if stain:
         from crcjax.slides.stain.normalisation import reference_stain  # loads JAX
 
-        params = replace(params, stain=reference_stain(stain, stain_reference, params, mpp))
+        params = dataclasses.replace(params, stain=reference_stain(stain, stain_reference, params, mpp))
     jobs = [
         TileJob(
             slide.slide_id,
@@ -187,6 +193,7 @@ def tile(
             pixels="none" if no_pixels else pixels,
             executor=executor,
             limits=JobLimits(slide_timeout_s, slide_memory_gib),
+            replace_features=replace,
             on_outcome=show,
         )
     _say_outcomes(outcomes, "tiled", out)

@@ -27,6 +27,7 @@ from crcjax.slides.store.tile_store import (
     remove_partials,
     tiled_slides,
 )
+from crcjax.slides.store.zarr_arrays import store_path
 from crcjax.slides.tiling.plan import SAME_SCALE, Scale, TilePlan, TilingParams, mpp_of, plan_tiles
 from crcjax.slides.tiling.quality_control import QUALITY_NAMES, slide_verdict
 from crcjax.slides.tiling.tissue_segmentation import TissueModel
@@ -62,6 +63,7 @@ def import_files(
     open_h5py()
     found = foreign_files(paths)
     check_slide_ids([(slide_id, files[0]) for slide_id, files in found.items()])
+    store = store_path(store)
     remove_partials(store)
     outcomes = []
     for slide_id, files in found.items():
@@ -106,8 +108,8 @@ def _import_slide(
                 store, outcome.slide_id, tiles, slide, mpp, threads or len(os.sched_getaffinity(0))
             )
     elif slide and there.pixels == NO_PIXELS:
-        remedy = f"delete {there.path} and import again"
-        raise SlideError(tiles.path, "unsupported", "the store has the slide without its pixels", remedy)
+        reason = "the store has the slide without its pixels"
+        raise SlideError(tiles.path, "unsupported", reason, "import it into another --out")
     elif not name:
         _rows_of(there, tiles)
         outcome = replace(outcome, status="already imported")

@@ -16,6 +16,7 @@ from PIL import Image
 import crcjax
 from crcjax.errors import InputError, writing
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
+from crcjax.slides.store.zarr_arrays import store_path
 from crcjax.slides.tiling.quality_control import ABSENT, GLASS, REASONS, StainLimits
 from crcjax.slides.tiling.quality_control import stain_degrees as tile_degrees
 from crcjax.slides.tiling.regions_of_interest import write_area
@@ -48,7 +49,7 @@ def write_overview(
     those that are not in the store are named. Slides whose stain exceeds the `limits` are to be reviewed. Raises InputError if
     the store has none of the slides or one is damaged, OutputError if the page cannot be written.
     """
-    store, tiled = Path(store), tiled_slides(store)
+    store, tiled = store_path(store), tiled_slides(store)
     shown = [slide_id for slide_id in tiled if places is None or slide_id in places]
     if not shown:
         raise InputError(f"{store}: holds none of the slides; name the --out of crcjax tile, and its cohort")

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.jobs.worker_pool import NO_LIMITS, Done, JobFailed, JobLimits, run_jobs
 from crcjax.slides.preprocess.manifest import Outcome, note_outcome, tiled_in_manifest
+from crcjax.slides.store.features import feature_names
 from crcjax.slides.store.locks import slide_lock
 from crcjax.slides.store.tile_pixels import check_mode, shard_regions
 from crcjax.slides.store.tile_store import StoreWriter, TileStore, open_store, remove_partials, tiled_slides
+from crcjax.slides.store.zarr_arrays import UnreadableError, store_path
 from crcjax.slides.tiling.plan import EVERYWHERE, TilePlan, TilingParams, Transform, plan_tiles
 from crcjax.slides.tiling.quality_control import ABSENT, KEPT, REASONS
 from crcjax.slides.tiling.read import Pack, RegionTiles, read_regions
@@ -60,6 +62,7 @@ def tile_slides(
     pixels: str = "jpeg",
     executor: str = "processes",
     limits: JobLimits = NO_LIMITS,
+    replace_features: bool = False,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Tiles slides into a store, the largest first; what is already there with the same content is left as it is.
@@ -67,7 +70,8 @@ def tile_slides(
     `workers` is the number of cores to use (all by default): processes over slides, and threads within a slide when
     there are fewer slides than workers; with the `executor` "ray" CPUs of a cluster, one a slide. A slide that cannot be
     used, or exceeds the `limits`, is an outcome; every outcome is a line of STORE/manifest.jsonl too. Several runs may
-    tile into one store at once, and wait for what another does. Raises InputError if the store holds tiles of other
+    tile into one store at once, and wait for what another does. A slide whose stored features would no longer fit its tiles is
+    refused, unless `replace_features` allows their deletion. Raises InputError if the store holds tiles of other
     parameters, two jobs share a slide id, one cannot name a file or has an impossible mpp, or there is no such executor, OutputError if the store
     cannot be written.
     """
@@ -79,12 +83,13 @@ def tile_slides(
     check_slide_ids([(job.slide_id, job.name) for job in jobs])
     for mpp in {given for job in jobs for given in (job.mpp, job.fallback_mpp)}:
         check_mpp(mpp)
+    store = store_path(store)
     remove_partials(store)
     _check_same_params(store, params)
     noted = tiled_in_manifest(store)
     outcomes: dict[str, Outcome] = {}
     try:
-        tasks = [_TileTask(job, store, params, pixels) for job in _largest_first(jobs)]
+        tasks = [_TileTask(job, store, params, pixels, replace_features) for job in _largest_first(jobs)]
         for done in _run(executor, tasks, workers, limits):
             outcome = _outcome(done)
             outcomes[outcome.slide_id] = outcome
@@ -132,6 +137,7 @@ class _TileTask:
     store: Path
     params: TilingParams
     pixels: str
+    replace_features: bool
     threads: int = 1
 
 
@@ -145,6 +151,8 @@ def _tile_slide(task: _TileTask) -> Outcome:
             if done:
                 outcome = replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()))
                 return judged(outcome, slide.info, done.attributes)
+            if not task.replace_features:
+                _check_without_features(task.store, job)
             plan = plan_tiles(slide, task.params, job.areas)
         stain = _stain_of(slide, plan)
         kept = 0
@@ -218,6 +226,9 @@ def read_ahead(
 def _already_tiled(task: _TileTask, info: SlideInfo) -> TileStore | None:
     try:
         found = open_store(task.store, task.job.slide_id)
+    except UnreadableError as error:
+        reason, _, remedy = str(error).rpartition("; ")
+        raise SlideError(task.job.path, "storage", reason, remedy) from error
     except InputError:
         return None
     same_slide = replace(found.info, path="") == replace(info, path="")
@@ -225,6 +236,14 @@ def _already_tiled(task: _TileTask, info: SlideInfo) -> TileStore | None:
     moved = task.pixels == "none" and found.info.path != info.path
     same_areas = found.attributes.get("areas", "") == task.job.areas.id
     return found if same_slide and same_areas and found.pixels == task.pixels and not moved else None
+
+
+def _check_without_features(store: Path, job: TileJob) -> None:
+    """Raises SlideError if tiling the slide again would delete its features."""
+    if names := feature_names(store, job.slide_id):
+        reason = f"tiling it again would delete its features of {', '.join(names)}"
+        remedy = "choose another --out, or add --replace to delete them"
+        raise SlideError(job.path, "failed", reason, remedy)
 
 
 def check_slide_ids(slides: Sequence[tuple[str, str | Path]]) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from crcjax.errors import InputError, writing
 from crcjax.slides.store.tile_store import open_store
-from crcjax.slides.store.zarr_arrays import create_array, open_array, unreadable, write_group
+from crcjax.slides.store.zarr_arrays import create_array, open_array, store_path, unreadable, write_group
 
 # The least that is read. Training reads some regions of many: what lies beside them in their chunks is read in vain.
 _CHUNK_BYTES = 8192
@@ -111,12 +111,12 @@ def feature_attributes(store: str | Path, slide_id: str, encoder: str) -> dict |
     try:
         return json.loads((folder / "zarr.json").read_text())["attributes"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: damaged ({error}); delete it and make the features again") from error
+        raise unreadable(folder, error, "delete it and make the features again") from error
 
 
 def feature_names(store: str | Path, slide_id: str) -> list[str]:
     """The encoders whose features a slide has, sorted."""
-    folders = (Path(store) / f"{slide_id}.zarr" / "features").glob("*/zarr.json")
+    folders = (store_path(store) / f"{slide_id}.zarr" / "features").glob("*/zarr.json")
     return sorted({_name(path.parent) for path in folders} - {""})
 
 
@@ -148,7 +148,7 @@ def _folder(slide: Path, encoder: str) -> Path:
 
 
 def _found(store: str | Path, slide_id: str, encoder: str) -> Path:
-    folder = _folder(Path(store) / f"{slide_id}.zarr", encoder)
+    folder = _folder(store_path(store) / f"{slide_id}.zarr", encoder)
     older = folder.with_name(f".{encoder}.older")
     if not folder.exists() and not older.exists():
         have = ", ".join(feature_names(store, slide_id)) or "none"

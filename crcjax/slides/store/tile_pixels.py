@@ -28,7 +28,7 @@ MODES = {
     "none": "only a checksum of each tile: pixels are read from the slide file, which must stay where it is",
 }
 NO_PIXELS = "absent"  # the mode of tiles that were imported without their slide
-IMPORTED_ALONE = "was imported without its slide and has no pixels; delete it and run crcjax import with --slides"
+IMPORTED_ALONE = "was imported without its slide and has no pixels; import it with --slides into another --out"
 JPEG_QUALITY = 90
 JPEG_SUBSAMPLING = "444"  # stains are told apart by colour: at equal bytes 4:4:4 errs less than 4:2:0
 _SHARD_TILES = 128  # tiles a shard at most: whole shards are written at once, single tiles are read

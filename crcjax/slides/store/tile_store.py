@@ -28,7 +28,7 @@ from crcjax.slides.store.tile_pixels import (
     pixel_reader,
     pixel_writer,
 )
-from crcjax.slides.store.zarr_arrays import create_array, first_line, open_array, unreadable, write_group
+from crcjax.slides.store.zarr_arrays import create_array, open_array, store_path, unreadable, write_group
 from crcjax.slides.tiling.plan import TilePlan, TilingParams
 from crcjax.slides.tiling.quality_control import QUALITY_NAMES, REASONS, slide_verdict
 from crcjax.slides.tiling.read import Pack, RegionTiles
@@ -37,6 +37,7 @@ from crcjax.slides.wsi.slide import Slide, SlideInfo
 FORMAT_VERSION = 1
 THUMBNAIL_PX = 1024
 _SYNCED_TOGETHER = 16
+_REMEDY = "delete its zarr.json and run crcjax tile again, which replaces its tiles"
 
 
 class TileStore:
@@ -109,7 +110,7 @@ class TileStore:
         try:
             yield
         except ValueError as error:
-            raise unreadable(self.path, error, "delete it and run crcjax tile again") from error
+            raise unreadable(self.path, error, _REMEDY) from error
 
 
 class StoreWriter:
@@ -133,6 +134,7 @@ class StoreWriter:
     ):
         if isinstance(slide, Slide):
             check_mode(pixels)
+        store = store_path(store)
         self._final = store / f"{slide_id}.zarr"
         self._partial = store / ".partial" / self._final.name
         self._lock = nullcontext() if locked else slide_lock(store, slide_id)
@@ -242,20 +244,22 @@ def _rejected(plan: TilePlan, reason: np.ndarray) -> dict[str, int]:
 
 def open_store(store: str | Path, slide_id: str) -> TileStore:
     """One slide of a store. Raises InputError if it is absent, damaged, or of a format this version does not read."""
-    path = Path(store) / f"{slide_id}.zarr"
+    path = store_path(store) / f"{slide_id}.zarr"
     try:
         attributes = json.loads((path / "zarr.json").read_text())["attributes"]
     except FileNotFoundError:
         raise InputError(f"{path}: not in the store; run crcjax tile for this slide") from None
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: damaged ({first_line(error)}); delete it and run crcjax tile again") from error
+        raise unreadable(path, error, "run crcjax tile again, which replaces its tiles") from error
     if attributes.get("format_version") != FORMAT_VERSION:
         found = attributes.get("format_version")
         raise InputError(f"{path}: has store format {found}, this crcjax reads {FORMAT_VERSION}; tile the slide again")
     try:
         return TileStore(path, attributes)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged (zarr.json: {error}); delete it and run crcjax tile again") from error
+        raise InputError(
+            f"{path}: damaged (zarr.json: {error}); run crcjax tile again, which replaces its tiles"
+        ) from error
 
 
 def readable(store: str | Path, slide_id: str) -> TileStore | InputError:
@@ -268,11 +272,12 @@ def readable(store: str | Path, slide_id: str) -> TileStore | InputError:
 
 def tiled_slides(store: str | Path) -> list[str]:
     """The ids of the slides in a store, sorted."""
-    return sorted(path.parent.stem for path in Path(store).glob("*.zarr/zarr.json"))
+    return sorted(path.parent.stem for path in store_path(store).glob("*.zarr/zarr.json"))
 
 
 def remove_partials(store: Path) -> None:
     """Removes what writers that no longer live have left. Raises OutputError if the store cannot be written."""
+    store = store_path(store)
     with writing(store):
         partials = store / ".partial"
         partials.mkdir(parents=True, exist_ok=True)

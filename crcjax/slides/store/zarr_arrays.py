@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,19 @@ import tensorstore as ts
 
 from crcjax.errors import InputError
 
+# The status of a TensorStore error that the data themselves cause; all others are the file system's.
+_DAMAGE = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 _CHECKED: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 _PACKED = [_CHECKED[0], {"name": "zstd", "configuration": {"level": 1}}, _CHECKED[1]]
+
+
+class UnreadableError(InputError):
+    """Data cannot be read for a reason of the file system; nothing shows that they are damaged."""
+
+
+def store_path(path: str | Path) -> Path:
+    """A store's folder as its user names it, `~` expanded."""
+    return Path(path).expanduser()
 
 
 def create_array(
@@ -62,15 +74,29 @@ def first_line(error: Exception) -> str:
 
 
 def unreadable(path: Path, error: Exception, remedy: str) -> InputError:
-    """The error for what was opened and cannot be read any more: it is gone, or it is damaged, whose remedy is given."""
+    """The error for data that cannot be read.
+
+    Args:
+      path: the folder that holds them.
+      error: TensorStore's ValueError, or an OSError.
+      remedy: what to do if the data are damaged. It is not shown if they are gone or the file system refuses to read them.
+    """
     if not path.exists():
-        return InputError(f"{path}: is no longer there; put it back (is its disk mounted?), then start again")
+        return UnreadableError(f"{path}: is no longer there; put it back (is its disk mounted?), then start again")
+    status, colon, _ = str(error).partition(":")
+    of_file_system = isinstance(error, OSError) or (colon and status.isupper() and status not in _DAMAGE)
+    if of_file_system:
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+        return UnreadableError(
+            f"{path}: cannot be read ({reason}); check its permissions and its disk, then start again"
+        )
     return InputError(f"{path}: damaged ({first_line(error)}); {remedy}")
 
 
 def _spec(path: Path) -> dict[str, Any]:
+    # TensorStore refuses paths with `..` in them.
     return {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "kvstore": {"driver": "file", "path": f"{os.path.realpath(path)}/"},
         "fill_missing_data_reads": False,
     }

@@ -31,7 +31,7 @@ def find_slides(paths: Sequence[str | Path]) -> list[Path]:
     first file. Raises InputError for a folder without slides.
     """
     slides: list[Path] = []
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         found = _slides_below(path) if path.is_dir() else [path]
         if not found:
             raise InputError(f"{path}: no slides below this folder; crcjax doctor lists the formats")

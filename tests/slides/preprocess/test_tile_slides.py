@@ -14,10 +14,19 @@ import numpy as np
 import psutil
 import pytest
 
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import InputError, OutputError, SlideError
 from crcjax.slides.jobs.worker_pool import Done, JobFailed, JobLimits, run_jobs
 from crcjax.slides.preprocess.manifest import Outcome, read_manifest
-from crcjax.slides.preprocess.tile_slides import TileJob, _outcome, _TileTask, shard_of, size_of, tile_slides
+from crcjax.slides.preprocess.tile_slides import (
+    TileJob,
+    _outcome,
+    _tile_slide,
+    _TileTask,
+    shard_of,
+    size_of,
+    tile_slides,
+)
+from crcjax.slides.store.features import feature_names, read_features, write_features
 from crcjax.slides.store.locks import slide_lock
 from crcjax.slides.store.tile_store import open_store, tiled_slides
 from crcjax.slides.tiling.plan import TilingParams
@@ -91,7 +100,7 @@ def test_a_fault_of_the_code_is_traced_unless_paths_are_hidden(
 ) -> None:
     path = tmp_path / "John_Doe" / "H12345.vms"
     failed = JobFailed(f"IndexError: of {path}", trace=f"Traceback: {path}")
-    done = Done(_TileTask(TileJob("p1", path, names_path=named), tmp_path, PARAMS, "jpeg"), failed, 1, 0.0, "w")
+    done = Done(_TileTask(TileJob("p1", path, names_path=named), tmp_path, PARAMS, "jpeg", False), failed, 1, 0.0, "w")
     told = _outcome(done).reason + capsys.readouterr().err
     assert all((word in told) == named for word in ("John_Doe", "H12345", "Traceback"))
     assert "IndexError" in told
@@ -407,3 +416,39 @@ def test_mpp_is_for_slides_that_state_none_and_the_cohorts_column_for_those_that
     assert [info.mpp_source for info in infos] == ["vendor", "given", "given"]
     shown = " ".join(_tile("--help").stdout.replace("│", " ").split())
     assert "of slides that state none; the cohort's column mpp overrides" in shown
+
+
+def test_tiling_again_never_deletes_features_unless_asked_to(slides: list[Path], tmp_path: Path) -> None:
+    (job,) = _jobs(slides[:1])
+    assert _tile_slide(_TileTask(job, tmp_path, PARAMS, "none", False)).status == "tiled"
+    mask = open_store(tmp_path, "a").mask
+    write_features(tmp_path, "a", "uni_v1", np.ones((*mask.shape, 4), np.float32), {"encoder": "uni_v1"})
+    assert _tile_slide(_TileTask(job, tmp_path, PARAMS, "none", False)).status == "already tiled"
+    zarr_json = tmp_path / "a.zarr" / "zarr.json"
+    whole = zarr_json.read_text()
+    for content in (whole, "{"):  # other pixels are asked for, or the slide is damaged
+        zarr_json.write_text(content)
+        with pytest.raises(
+            SlideError, match=r"would delete its features of uni_v1; choose another --out, or add --repl"
+        ):
+            _tile_slide(_TileTask(job, tmp_path, PARAMS, "jpeg", False))
+        assert read_features(tmp_path, "a", "uni_v1").any()
+    assert _tile_slide(_TileTask(job, tmp_path, PARAMS, "jpeg", True)).status == "tiled"
+    assert feature_names(tmp_path, "a") == []
+
+
+def test_a_slide_that_cannot_be_read_from_its_store_is_not_replaced(
+    slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = _jobs(slides[:1])
+    _tile_slide(_TileTask(job, tmp_path, PARAMS, "none", False))
+    before = _contents(tmp_path)
+
+    def refuse(path: Path, *arguments: object, **others: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(SlideError, match=r"cannot be read \(Permission denied\); check its permissions") as caught:
+        _tile_slide(_TileTask(job, tmp_path, PARAMS, "jpeg", True))
+    assert caught.value.status == "storage"
+    assert _contents(tmp_path) == before
