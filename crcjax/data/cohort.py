@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from crcjax.data.csv_table import TableRow, is_missing, parse_number, read_table
 from crcjax.errors import InputError
+from crcjax.slides.preprocess.tile_slides import check_slide_ids
 from crcjax.slides.wsi.slide import MPP_RANGE
 
 SPLITS = ("train", "val", "test")
@@ -19,7 +20,10 @@ _KNOWN = (*_REQUIRED, "path", "subtype", "site", "scanner", "split", "mpp")
 
 @dataclass(frozen=True)
 class SlideRow:
-    """One slide; what the table leaves empty is None. `mpp` overrides the file's µm per level-0 px. Further columns are in `extra`."""
+    """One slide of a cohort; cells that the table leaves empty are None.
+
+    `mpp` overrides the µm per level-0 px that the file states. `extra` holds the table's further columns.
+    """
 
     slide_id: str
     case_id: str
@@ -52,73 +56,70 @@ class Cohort:
 def load_cohort(path: str | Path, classes: Sequence[str] | None) -> Cohort:
     """Reads a CSV with slide_id and case_id, and optionally path, subtype, site, scanner, split and mpp.
 
-    Relative paths are relative to the CSV's folder; whether the files exist is not checked. With `classes` None any
-    subtype is one. Raises InputError naming
-    the line: missing or doubled columns, duplicated slides, unknown subtypes or splits, an impossible mpp, a case in two splits or with
-    two subtypes.
+    Column names may differ in case, blanks, underscores and hyphens (`Slide ID`); encodings, delimiters and missing
+    values are read as spreadsheets write them (`read_table`).
+
+    Args:
+      path: the table. Relative slide paths are relative to its folder; whether the files exist is not checked.
+      classes: the valid subtypes; None accepts any subtype.
+
+    Raises:
+      InputError, naming the line: missing, doubled or misspelled columns, duplicated slides, unknown subtypes or splits,
+        an impossible mpp, a case in two splits or with two subtypes.
     """
     path = Path(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or ())
-            lines = [(reader.line_num, line) for line in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as a CSV ({error}); check the path and the encoding") from error
-    _check_columns(path, columns)
-    if not lines:
-        raise InputError(f"{path}: has no rows; write one a slide")
+    table = read_table(path, _KNOWN)
+    _check_columns(path, table.columns)
+    if not table.rows:
+        raise InputError(f"{path}: has no rows; write one for each slide")
     if classes is None:
-        classes = sorted({line["subtype"].strip() for _, line in lines if line.get("subtype")} - {""})
-    rows = [_row(path, number, line, tuple(classes)) for number, line in lines]
-    _check_rows(path, [number for number, _ in lines], rows)
+        stated = {row.cells.get("subtype", "") for row in table.rows}
+        classes = sorted(subtype for subtype in stated if not is_missing(subtype))
+    rows = [_row(path, row, tuple(classes)) for row in table.rows]
+    _check_rows(path, [row.line for row in table.rows], rows)
     return Cohort(tuple(rows), tuple(classes))
 
 
-def _check_columns(path: Path, columns: list[str]) -> None:
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
     for name in _REQUIRED:
         if name not in columns:
             near = difflib.get_close_matches(name, columns, 1)
-            hint = f"; rename {near[0]!r}" if near else "; add it"
-            raise InputError(f"{path}: has no column {name!r}{hint}")
-    doubled = sorted({name for name in columns if columns.count(name) > 1})
-    if doubled:
-        raise InputError(f"{path}: has the column {doubled[0]!r} twice; keep one")
+            hint = f"rename {near[0]!r}" if near else f"add it; its columns are {', '.join(columns) or 'none'}"
+            raise InputError(f"{path}: has no column {name!r}; {hint}")
 
 
-def _row(path: Path, number: int, line: dict, classes: tuple[str, ...]) -> SlideRow:
-    if None in line or None in line.values():
-        raise InputError(f"{path}, line {number}: has another number of fields than the header; quote commas")
-    values = {name: value.strip() or None for name, value in line.items()}
+def _row(path: Path, row: TableRow, classes: tuple[str, ...]) -> SlideRow:
+    where = f"{path}, line {row.line}"
+    values = {name: None if is_missing(text) else text for name, text in row.cells.items() if name in _KNOWN}
     for name in _REQUIRED:
         if values[name] is None:
-            raise InputError(f"{path}, line {number}: {name} is empty; fill it in")
+            raise InputError(f"{where}: {name} is empty; fill it in")
     subtype, split = values.get("subtype"), values.get("split")
     if subtype is not None and subtype not in classes:
         near = difflib.get_close_matches(subtype, classes, 1)
         hint = f"did you mean {near[0]!r}?" if near else "leave it empty if unknown, or set config.data.classes"
-        raise InputError(f"{path}, line {number}: subtype {subtype!r} is none of {', '.join(classes)}; {hint}")
-    if split is not None and split not in SPLITS:
-        raise InputError(f"{path}, line {number}: split {split!r} is none of {', '.join(SPLITS)}; correct it")
-    if "/" in str(values["slide_id"]):
-        raise InputError(f"{path}, line {number}: slide_id {values['slide_id']!r} has a slash; it names a folder")
+        raise InputError(f"{where}: subtype {subtype!r} is none of {', '.join(classes)}; {hint}")
+    if split is not None and split.lower() not in SPLITS:
+        raise InputError(f"{where}: split must be one of {', '.join(SPLITS)}, got {split!r}; correct it")
+    check_slide_ids([(str(values["slide_id"]), where)])
     known: dict[str, Any] = {name: values.get(name) for name in _KNOWN}
-    extra = {name: value or "" for name, value in values.items() if name not in _KNOWN}
-    file = path.parent / known["path"] if known["path"] else None
-    mpp = _mpp(path, number, known["mpp"])
-    return SlideRow(**known | {"path": file, "mpp": mpp}, extra=extra)
+    slide_path = path.parent / known["path"] if known["path"] else None
+    typed = {"path": slide_path, "split": split and split.lower(), "mpp": _mpp(where, known["mpp"])}
+    return SlideRow(**known | typed, extra={name: text for name, text in row.cells.items() if name not in _KNOWN})
 
 
-def _mpp(path: Path, number: int, text: str | None) -> float | None:
+def _mpp(where: str, text: str | None) -> float | None:
+    if text is None:
+        return None
     least, most = MPP_RANGE
     try:
-        mpp = None if text is None else float(text)
-        if mpp is None or least <= mpp <= most:
+        mpp = parse_number(text)
+        if least <= mpp <= most:
             return mpp
     except ValueError:
         pass
     asked = f"a number from {least:g} to {most:g}, the µm per pixel at level 0"
-    raise InputError(f"{path}, line {number}: mpp {text!r} is not {asked}; correct it, or leave it empty")
+    raise InputError(f"{where}: mpp must be {asked}, got {text!r}; correct it, or leave it empty")
 
 
 def _check_rows(path: Path, numbers: list[int], rows: list[SlideRow]) -> None:
