@@ -1,6 +1,6 @@
-"""Augmentation on the device: drawn once for a bag, applied to as many of its regions at a time as fit.
+"""Augmentation on the device: parameters are sampled once a step, and applied to a few regions of the bags at a time.
 
-What the config leaves out is None in what is drawn, and nothing in the compiled program.
+A change that the config switches off is None in the sampled parameters, and absent from the compiled program.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from crcjax.errors import InputError
 from crcjax.slides.stain.methods import Estimate, StainMatrix
 
 EACH = ("slide", "instance")
-# Ruifrok and Johnston 2001: haematoxylin and eosin, and what is neither (at right angles to both).
+_RANGES = {"stain_swap_prob": (0, 1), "artefacts": (0, 1), "jpeg_min_quality": (1, 100)}
+_NO_JPEG = 100  # the value of jpeg_min_quality that disables JPEG compression
+# Ruifrok and Johnston 2001: haematoxylin and eosin. The third direction is at right angles to both.
 _RUIFROK = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]], np.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ColourChange:
-    """Optical densities below the light `before` times `density`, below the light `after`."""
+    """A linear change of optical densities: densities under the light `before`, times `density`, under the light `after`."""
 
     density: Float32[Array, "batch some_region some_slot 3 3"]
     before: Float32[Array, "batch 1 1 3"]
@@ -35,7 +37,7 @@ class ColourChange:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation (intensities) and the key of each tile's own noise."""
+    """Gaussian noise: its standard deviation (8-bit intensities) and the key of each tile's noise."""
 
     deviation: Float32[Array, "batch some_region some_slot"]
     key: Key[Array, "batch region slot"]
@@ -43,156 +45,199 @@ class Noise:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What was drawn: by batch, region and slot; what is a slide's has one region and one slot.
+    """The sampled parameters, by batch, region and slot; those that a whole slide shares have one region and one slot.
 
-    `turns` says whether a tile is mirrored in x, in y, and transposed; `blur` is in px, `quality` of a JPEG.
+    Attributes:
+      flips: whether a tile is mirrored in x, mirrored in y, and transposed.
+      colour: the change of stain and colour.
+      artefacts: the simulated artefact of each tile.
+      blur_px: standard deviation of the Gaussian blur, px.
+      noise: the added noise.
+      jpeg_quality: quality of the JPEG compression, 1 to 100 as libjpeg counts.
+      chroma_subsampled: whether that JPEG stores colours at half the resolution (4:2:0).
     """
 
-    turns: Bool[Array, "batch region slot 3"] | None = None
+    flips: Bool[Array, "batch region slot 3"] | None = None
     colour: ColourChange | None = None
     artefacts: Artefacts | None = None
-    blur: Float32[Array, "batch some_region some_slot"] | None = None
+    blur_px: Float32[Array, "batch some_region some_slot"] | None = None
     noise: Noise | None = None
-    quality: Float32[Array, "batch some_region some_slot"] | None = None
-    subsampled: bool = False
+    jpeg_quality: Float32[Array, "batch some_region some_slot"] | None = None
+    chroma_subsampled: bool = False
 
 
 jax.tree_util.register_dataclass(
-    Augmentation, ["turns", "colour", "artefacts", "blur", "noise", "quality"], ["subsampled"]
+    Augmentation, ["flips", "colour", "artefacts", "blur_px", "noise", "jpeg_quality"], ["chroma_subsampled"]
 )
 
 
-def draw_augmentation(
-    key: Key[Array, ""], shape: tuple[int, int, int], config: ConfigDict, stain: Estimate | None = None
-) -> Augmentation:
-    """The draw for bags of `shape` (batch, region, slot); `config` is config.augment, `stain` each bag's estimate.
+def check_augmentation(config: ConfigDict) -> None:
+    """Checks config.augment against its ranges and against the rest of `config` (the whole config). Raises InputError."""
+    augment = config.augment
+    if augment.each not in EACH:
+        raise InputError(f"config.augment.each must be {' or '.join(EACH)}, got {augment.each!r}")
+    for name, (least, most) in _RANGES.items():
+        if not least <= augment[name] <= most:
+            raise InputError(f"config.augment.{name} must be from {least} to {most}, got {augment[name]}")
+    for name in ("stain", "hed", "blur", "noise"):
+        if not 0 <= augment[name] < np.inf:
+            raise InputError(f"config.augment.{name} must be 0 or more, got {augment[name]}")
+    if augment.stain_swap_prob and config.stain.method != "none":
+        raise InputError(
+            f"config.augment.stain_swap_prob must be 0 if config.stain.method is {config.stain.method!r}: normalised tiles "
+            "have no stains to swap; set one to 0 or none"
+        )
 
-    Raises InputError for an exchange of stains that were not estimated, and for values out of range.
+
+def sample_augmentation(
+    key: Key[Array, ""], bag_shape: tuple[int, int, int], config: ConfigDict, stain: Estimate | None = None
+) -> Augmentation:
+    """Samples the random parameters of one step's augmentation.
+
+    Args:
+      key: one key per step; every parameter gets a key of its own.
+      bag_shape: (batch, region, slot).
+      config: config.augment, already checked (`check_augmentation`).
+      stain: each slide's stain estimate; required for stain swapping.
+
+    Returns:
+      Parameters with the leading axes of `bag_shape`, or (batch, 1, 1) where a whole slide shares one sample.
     """
-    _check(config, stain)
-    turn, colour = jax.random.split(key)
-    spoilt, blurred, noise, quality = (jax.random.fold_in(key, purpose) for purpose in range(4))
-    some = shape if config.each == "instance" else (shape[0], 1, 1)
-    grains = jax.random.split(jax.random.fold_in(noise, 1), shape) if config.noise else None
+    flip_key, colour_key, artefact_key, blur_key, noise_key, jpeg_key = jax.random.split(key, 6)
+    parameter_shape = bag_shape if config.each == "instance" else (bag_shape[0], 1, 1)
+    changes_colour = config.stain or config.hed or config.stain_swap_prob
+    jpeg_min_quality = float(config.jpeg_min_quality)
     return Augmentation(
-        jax.random.bernoulli(turn, 0.5, (*shape, 3)) if config.flips else None,
-        _draw_colour(colour, some, config, stain) if config.stain or config.hed or config.stain_swap_prob else None,
-        draw_artefacts(spoilt, shape, config.artefacts) if config.artefacts else None,
-        jax.random.uniform(blurred, some, maxval=config.blur) if config.blur else None,
-        Noise(jax.random.uniform(noise, some, maxval=config.noise), grains) if grains is not None else None,
-        jax.random.uniform(quality, some, minval=config.jpeg_min_quality, maxval=100.0)
-        if config.jpeg_min_quality < 100
+        flips=jax.random.bernoulli(flip_key, 0.5, (*bag_shape, 3)) if config.flips else None,
+        colour=_sample_colour(colour_key, parameter_shape, config, stain) if changes_colour else None,
+        artefacts=draw_artefacts(artefact_key, bag_shape, config.artefacts) if config.artefacts else None,
+        blur_px=jax.random.uniform(blur_key, parameter_shape, maxval=config.blur) if config.blur else None,
+        noise=_sample_noise(noise_key, bag_shape, parameter_shape, config.noise) if config.noise else None,
+        jpeg_quality=jax.random.uniform(jpeg_key, parameter_shape, minval=jpeg_min_quality, maxval=100.0)
+        if jpeg_min_quality < _NO_JPEG
         else None,
-        bool(config.jpeg_420),
+        chroma_subsampled=bool(config.jpeg_420),
     )
 
 
 def augment(
-    pixels: Num[Array, "batch region slot y x 3"], drawn: Augmentation, first: Int[Array, ""] | int = 0
+    pixels: Num[Array, "batch region slot y x 3"], augmentation: Augmentation, first: Int[Array, ""] | int = 0
 ) -> Num[Array, "batch region slot y x 3"]:
-    """Pixels as another scanner, another cut, might have given them; `first` is the bag's region that they begin at."""
+    """Augmented pixels (8-bit intensities, 0 to 255).
+
+    Args:
+      pixels: consecutive regions of each bag.
+      augmentation: the parameters of whole bags (`sample_augmentation`).
+      first: the index in its bag of the first region of `pixels`.
+    """
     count = pixels.shape[1]
 
-    def of_these(part: Array) -> Array:
-        return part if part.shape[1] == 1 else jax.lax.dynamic_slice_in_dim(part, first, count, axis=1)
+    def of_regions(parameter: Array) -> Array:
+        if parameter.shape[1] == 1:  # shared by the whole slide
+            return parameter
+        return jax.lax.dynamic_slice_in_dim(parameter, first, count, axis=1)
 
-    drawn = jax.tree.map(of_these, drawn)
-    if drawn.turns is not None:
-        pixels = _turned(pixels, drawn.turns[:, :, :, None, None, None])
-    if drawn.colour is not None:
-        pixels = _recoloured(pixels, drawn.colour)
-    light = pixels.astype(jnp.float32)
-    if drawn.artefacts is not None:
-        pixels = light = spoil(light, drawn.artefacts)
-    if drawn.blur is not None:
-        pixels = light = blur(light, drawn.blur)
-    if drawn.noise is not None:
-        grain = jnp.vectorize(lambda key: jax.random.normal(key, light.shape[3:]), signature="()->(y,x,c)")
-        noise = drawn.noise.deviation[..., None, None, None] * grain(drawn.noise.key)
-        pixels = light = jnp.clip(light + noise, 0.0, 255.0)
-    if drawn.quality is not None:
-        pixels = jpeg(light, drawn.quality, drawn.subsampled)
+    augmentation = jax.tree.map(of_regions, augmentation)
+    if augmentation.flips is not None:
+        pixels = _flip(pixels, augmentation.flips[:, :, :, None, None, None])
+    if augmentation.colour is not None:
+        pixels = _change_colour(pixels, augmentation.colour)
+    intensities = pixels.astype(jnp.float32)
+    if augmentation.artefacts is not None:
+        pixels = intensities = spoil(intensities, augmentation.artefacts)
+    if augmentation.blur_px is not None:
+        pixels = intensities = blur(intensities, augmentation.blur_px)
+    if augmentation.noise is not None:
+        pixels = intensities = _add_noise(intensities, augmentation.noise)
+    if augmentation.jpeg_quality is not None:
+        pixels = jpeg(intensities, augmentation.jpeg_quality, augmentation.chroma_subsampled)
     return pixels
 
 
-def _check(config: ConfigDict, stain: Estimate | None) -> None:
-    if config.each not in EACH:
-        raise InputError(f"config.augment.each {config.each!r}: choose {' or '.join(EACH)}")
-    for name, least, most in (("stain_swap_prob", 0, 1), ("artefacts", 0, 1), ("jpeg_min_quality", 1, 100)):
-        if not least <= config[name] <= most:
-            raise InputError(f"config.augment.{name} {config[name]} is outside {least} to {most}; set it within")
-    if config.stain_swap_prob and not isinstance(stain, StainMatrix):
-        raise InputError("config.augment.stain_swap_prob needs the stains as they are; set config.stain.method to none")
+def _sample_noise(
+    key: Key[Array, ""], bag_shape: tuple[int, int, int], parameter_shape: tuple[int, int, int], most: float
+) -> Noise:
+    deviation_key, tile_key = jax.random.split(key)
+    deviation = jax.random.uniform(deviation_key, parameter_shape, maxval=most)
+    return Noise(deviation, jax.random.split(tile_key, bag_shape))
 
 
-def _draw_colour(
-    key: Key[Array, ""], some: tuple[int, int, int], config: ConfigDict, stain: Estimate | None
+def _sample_colour(
+    key: Key[Array, ""], parameter_shape: tuple[int, int, int], config: ConfigDict, stain: Estimate | None
 ) -> ColourChange:
-    """All changes of colour as one matrix: the stains of another bag, then gains of each stain, then of each channel.
+    """Samples all changes of colour as one matrix: another slide's stains, then a gain per stain, then one per channel.
 
-    Gains are exp(N(0, strength^2)); of the channels one draw for all times one for each. Stains are gained along the
-    bag's own directions if they are known (Tellez et al. 2019 use Ruifrok's for all).
+    Gains are exp(N(0, strength²)). A channel's log gain is the sum of one sample that all channels share and one of its
+    own. Stain gains act along the slide's own stain vectors where these are known, else along Ruifrok's, which Tellez et
+    al. 2019 use for all slides.
     """
-    exchange, hed, channel = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2), key
-    batch = some[0]
+    swap_key, hed_key, channel_key = jax.random.split(key, 3)
+    batch = parameter_shape[0]
     if isinstance(stain, StainMatrix):
         vectors, white = jnp.asarray(stain.vectors), jnp.asarray(stain.white)
     else:
         vectors, white = jnp.broadcast_to(_RUIFROK, (batch, 2, 3)), jnp.full((batch, 3), 255.0)
     basis, before = _basis(vectors)[:, None, None], white[:, None, None]
-    after = jnp.broadcast_to(before, (*some, 3))
-    density = jnp.broadcast_to(jnp.eye(3), (*some, 3, 3))
+    after = jnp.broadcast_to(before, (*parameter_shape, 3))
+    density = jnp.broadcast_to(jnp.eye(3), (*parameter_shape, 3, 3))
     if config.stain_swap_prob:
-        assert isinstance(stain, StainMatrix)
-        other, strength = (
-            _other(exchange, some, config.stain_swap_prob, jnp.asarray(stain.reliable)),
-            stain.concentration,
-        )
-        ratio = jnp.asarray(strength)[other] / jnp.asarray(strength)[:, None, None]
-        ratio = jnp.concatenate([ratio, jnp.ones((*some, 1))], axis=-1)
-        after, theirs = white[other], _basis(vectors)[other]
-        density, basis = jnp.linalg.inv(basis) @ (ratio[..., None] * theirs), theirs
+        if not isinstance(stain, StainMatrix):
+            raise TypeError("stain swapping needs each slide's stain matrix; the config was to be checked before")
+        reliable, concentration = jnp.asarray(stain.reliable), jnp.asarray(stain.concentration)
+        donor = _sample_donor(swap_key, parameter_shape, config.stain_swap_prob, reliable)
+        ratio = concentration[donor] / concentration[:, None, None]
+        ratio = jnp.concatenate([ratio, jnp.ones((*parameter_shape, 1))], axis=-1)
+        after, donor_basis = white[donor], _basis(vectors)[donor]
+        density, basis = jnp.linalg.inv(basis) @ (ratio[..., None] * donor_basis), donor_basis
     if config.hed:
-        gain = jnp.exp(config.hed * jax.random.normal(hed, (*some, 3)))
+        gain = jnp.exp(config.hed * jax.random.normal(hed_key, (*parameter_shape, 3)))
         density = density @ (jnp.linalg.inv(basis) @ (gain[..., None] * basis))
     if config.stain:
-        draw = jax.random.normal(channel, (*some, 4)) * config.stain
-        density = density * jnp.exp(draw[..., :1] + draw[..., 1:])[..., None, :]
+        log_gain = jax.random.normal(channel_key, (*parameter_shape, 4)) * config.stain
+        density = density * jnp.exp(log_gain[..., :1] + log_gain[..., 1:])[..., None, :]
     return ColourChange(density, before, after)
 
 
-def _other(
-    key: Key[Array, ""], some: tuple[int, int, int], share: float, reliable: Bool[Array, " batch"]
+def _sample_donor(
+    key: Key[Array, ""], parameter_shape: tuple[int, int, int], probability: float, reliable: Bool[Array, " batch"]
 ) -> Int[Array, "batch some_region some_slot"]:
-    """For each bag the number of another one with probability `share`, if the stains of both are known, else its own."""
-    whether, which = jax.random.split(key)
-    own = jnp.arange(some[0])[:, None, None]
-    other = (own + jax.random.randint(which, some, 1, max(2, some[0]))) % some[0]
-    swapped = jax.random.bernoulli(whether, share, some) & reliable[own] & reliable[other]
-    return jnp.where(swapped, other, own)
+    """Samples the bag whose stains each bag gets: another bag with `probability`, if both stain estimates are reliable."""
+    swap_key, donor_key = jax.random.split(key)
+    batch = parameter_shape[0]
+    itself = jnp.arange(batch)[:, None, None]
+    donor = (itself + jax.random.randint(donor_key, parameter_shape, 1, max(2, batch))) % batch
+    swaps = jax.random.bernoulli(swap_key, probability, parameter_shape) & reliable[itself] & reliable[donor]
+    return jnp.where(swaps, donor, itself)
 
 
 def _basis(vectors: Float32[Array, "*slide 2 3"]) -> Float32[Array, "*slide 3 3"]:
-    """Unit vectors of two stains and of what is at right angles to both."""
+    """Unit vectors of two stains, and a third at right angles to both."""
     rest = jnp.cross(vectors[..., 0, :], vectors[..., 1, :])
     whole = jnp.concatenate([vectors, rest[..., None, :]], axis=-2)
     return whole / jnp.linalg.norm(whole, axis=-1, keepdims=True)
 
 
-def _turned(
-    pixels: Num[Array, "batch region slot y x 3"], turns: Bool[Array, "batch region slot 1 1 1 3"]
+def _flip(
+    pixels: Num[Array, "batch region slot y x 3"], flips: Bool[Array, "batch region slot 1 1 1 3"]
 ) -> Num[Array, "batch region slot y x 3"]:
-    pixels = jnp.where(turns[..., 0], pixels[..., ::-1, :], pixels)
-    pixels = jnp.where(turns[..., 1], pixels[..., ::-1, :, :], pixels)
-    return jnp.where(turns[..., 2], jnp.swapaxes(pixels, -2, -3), pixels)
+    pixels = jnp.where(flips[..., 0], pixels[..., ::-1, :], pixels)
+    pixels = jnp.where(flips[..., 1], pixels[..., ::-1, :, :], pixels)
+    return jnp.where(flips[..., 2], jnp.swapaxes(pixels, -2, -3), pixels)
 
 
-def _recoloured(
+def _change_colour(
     pixels: Num[Array, "batch region slot y x 3"], change: ColourChange
 ) -> Float32[Array, "batch region slot y x 3"]:
-    """Channel by channel, a form that compilers fuse; light above `before` is a negative density."""
+    # Channel by channel, which compilers fuse into one pass. Light above `before` has a negative density.
     before, after = (light[..., None, None, :] + 1.0 for light in (change.before, change.after))
     log = jnp.log((pixels.astype(jnp.float32) + 1.0) / before)
     matrix = change.density[..., None, None, :, :]
     mixed = [sum(log[..., i] * matrix[..., i, j] for i in range(3)) for j in range(3)]
     return jnp.clip(after * jnp.exp(jnp.stack(mixed, axis=-1)) - 1.0, 0.0, 255.0)
+
+
+def _add_noise(
+    intensities: Float32[Array, "batch region slot y x 3"], noise: Noise
+) -> Float32[Array, "batch region slot y x 3"]:
+    sample = jnp.vectorize(lambda key: jax.random.normal(key, intensities.shape[3:]), signature="()->(y,x,c)")
+    return jnp.clip(intensities + noise.deviation[..., None, None, None] * sample(noise.key), 0.0, 255.0)

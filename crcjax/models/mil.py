@@ -22,6 +22,7 @@ from crcjax.models.attention import REMAT
 from crcjax.models.encoders.convnets import Batch, by_batch
 from crcjax.models.encoders.registry import ImportedFeatures, PublishedEncoder, build_encoder
 from crcjax.models.heads import HEADS, TaskHeads
+from crcjax.models.random_keys import Purpose, run_key
 
 Params = dict[str, Any]  # a nested dictionary of arrays, as optax and Orbax take it; nnx.merge gives the model back
 # The number of valid tiles, and times it the mean and variance that batch norms had of them, where the parameters stand.
@@ -230,7 +231,7 @@ def build_model(config: ConfigDict, classes: int, seed: int, factors: tuple[int,
 
     Raises InputError.
     """
-    return MILModel(config, classes, factors, nnx.Rngs(seed))
+    return MILModel(config, classes, factors, nnx.Rngs(run_key(seed, Purpose.INITIALISATION)))
 
 
 def every(value: Array, number: Int[Array, ""] | int, parts: int, axis: int) -> Array:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,6 +20,7 @@ from crcjax.data.tile_labels import UNKNOWN
 from crcjax.errors import InputError
 from crcjax.models.heads import TaskHeads
 from crcjax.models.mil import MILModel, Params
+from crcjax.models.random_keys import Purpose, run_key
 from crcjax.slides.stain.methods import StainMatrix
 
 TASKS = ("tissue", "stain", "artefact")
@@ -177,7 +177,7 @@ def open_tasks(
 
 def add_heads(model: MILModel, tasks: Tasks, seed: int) -> None:
     """Gives a model the heads of its tasks, drawn from `seed`."""
-    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), len(TASKS)))
+    rngs = nnx.Rngs(run_key(seed, Purpose.TASK_HEADS))
     model.tasks = TaskHeads(tasks.outputs, model.norm.num_features, tasks.learned, rngs)
 
 

@@ -20,6 +20,7 @@ from crcjax.data.bags import Bag
 from crcjax.errors import InputError
 from crcjax.models.encoders.registry import PublishedEncoder
 from crcjax.models.mil import MILModel, Params
+from crcjax.models.random_keys import Purpose, run_key
 from crcjax.parallel.mesh import replicated
 from crcjax.runs.train_state import TrainState
 from crcjax.train.step import abstract_state, step_setup, train_step
@@ -140,7 +141,7 @@ def build_ensemble_step(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     def step(state: TrainState, bag: Bag) -> tuple[TrainState, EnsembleMetrics]:
-        keys = jax.vmap(jax.random.key)(jnp.array(seeds))
+        keys = jax.vmap(lambda seed: run_key(seed, Purpose.TRAINING_STEP))(jnp.array(seeds))
         return jax.vmap(lambda member, key: train_step(member, bag, key, setup))(state, keys)
 
     return step

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from crcjax.data.augment import check_augmentation
 from crcjax.data.bags import featured, open_features, open_stores
 from crcjax.data.case_bags import rows_by_unit
 from crcjax.data.cohort import Cohort, load_cohort
@@ -72,6 +73,7 @@ def plan_run(config: ConfigDict, runs: Mapping[int, Path]) -> Plan:
     cohort = _cohort(config)
     check_loss(config.train.loss, config.model.head)
     check_tasks(config)
+    check_augmentation(config)
     stores = open_stores(config.data.store, cohort, not config.data.features, config.data.magnifications)
     tiling = stores[0].params
     config = _with_seen(_with_imported(config, stores), stores)

@@ -18,11 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, Key
 from ml_collections import ConfigDict
 
-from crcjax.data.augment import Augmentation, draw_augmentation
+from crcjax.data.augment import Augmentation, sample_augmentation
 from crcjax.data.bags import Bag
 from crcjax.data.hard_mining import Mining, after_step
 from crcjax.errors import InputError
 from crcjax.models.mil import MILModel, Params, Prediction, Statistics, params_of
+from crcjax.models.random_keys import Purpose, run_key
 from crcjax.parallel.mesh import replicated
 from crcjax.parallel.sharding import bag_spec, state_shardings
 from crcjax.runs.train_state import TrainState
@@ -87,7 +88,7 @@ def train_step(state: TrainState, batch: Bag, key: Key[Array, ""], setup: StepSe
     Args:
       state: the state before the step. Its step number selects the step's random keys.
       batch: the bags, divided over the mesh.
-      key: the run's key, the same at every step.
+      key: the run's key for training steps, the same at every step.
       setup: the parts that stay the same while a run trains.
 
     Returns:
@@ -98,7 +99,7 @@ def train_step(state: TrainState, batch: Bag, key: Key[Array, ""], setup: StepSe
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     # Normalised tiles no longer have the stain that was estimated.
     stain = None if setup.normalises_stains else batch.stain
-    augmentation = draw_augmentation(augment_key, batch.mask.shape, config.augment, stain)
+    augmentation = sample_augmentation(augment_key, batch.mask.shape, config.augment, stain)
     inputs = StepInputs(batch, augmentation, _key_per_bag(dropout_key, len(batch.label)))
     totals = _batch_totals(inputs, setup.tasks)
 
@@ -161,7 +162,7 @@ def build_step(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     def step(state: TrainState, bag: Bag) -> tuple[TrainState, Metrics]:
-        return train_step(state, bag, jax.random.key(config.seed), setup)
+        return train_step(state, bag, run_key(config.seed, Purpose.TRAINING_STEP), setup)
 
     return step
 
