@@ -6,6 +6,7 @@ power. What this cannot see is in the picture itself: writing and pen marks on t
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -14,6 +15,7 @@ import re
 import shutil
 import struct
 import sys
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -42,6 +44,8 @@ from crcjax.slides.deidentify.tiff_rewriter import (
     write_tiff,
 )
 from crcjax.slides.jobs.worker_pool import JobFailed, run_jobs
+from crcjax.slides.wsi.discovery import slide_files
+from crcjax.slides.wsi.slide import open_slide
 
 SAFE = ("aperio", "generic-tiff", "dicom")
 REFUSED = {  # formats by OpenSlide's name, and why a safe copy is not written
@@ -54,6 +58,7 @@ REFUSED = {  # formats by OpenSlide's name, and why a safe copy is not written
     "ventana": "the XML that its tiles' places need holds barcode and operator",
     "zeiss": "the XML that its pixels need holds names and dates",
 }
+_SCAN_ALONE = "export the scan alone as a tiled TIFF"
 _REMEDY = "export it as Aperio SVS or as a tiled TIFF; those can be copied safely"
 
 # Words of the original that a report may repeat; any other could be a name.
@@ -64,8 +69,11 @@ _KNOWN_KEYS = {
     *("LineCameraSkew", "OriginalHeight", "OriginalWidth", "Originalheight", "Parmset", "Rack", "ScanScope ID"),
     *("SessonMode", "Slide", "StripeWidth", "Time", "Time Zone", "Title", "Top", "User"),
 }
-_KEPT_PROPERTIES = ("openslide.mpp-x", "openslide.mpp-y", "openslide.objective-power")
+_MPP_PROPERTIES = ("openslide.mpp-x", "openslide.mpp-y")
 
+_PAGE_NAME = 285  # the tag
+_OVERVIEW_NAME = re.compile(r"(?<![a-z])(label|macro|overview|thumbnail|barcode)", re.IGNORECASE)
+_SAME_MPP = 1e-6  # relative: as fine as the copy's tags state it
 _SEPARATORS = re.compile(rb'[^ -~]+|[|=;<>"]')  # between the pieces of a text
 _TEXT_TYPES = (1, 2, 6, 7)  # TIFF's types of single bytes
 _SHORT, _LONG = 4, 7  # bytes: the shortest piece that is no chance in a few kilobytes of tags, in gigabytes of tiles
@@ -108,17 +116,20 @@ def deidentify_slide(path: str | Path, copy: str | Path) -> Report:
     exists, OutputError if it cannot be written.
     """
     path, copy = Path(path), Path(copy)
-    if copy.exists():
-        raise InputError(f"{copy}: exists, and is not overwritten; choose another --out")
+    with writing(copy):
+        if copy.exists():
+            raise InputError(f"{copy}: exists, and is not overwritten; choose another --out")
     files, vendor = _files(path)
     partial = copy.with_name(f".{copy.name}.{os.getpid()}.partial")
     copied = _copy_dicom if vendor == "dicom" else _copy_tiff
     with writing(copy):
+        if copy.parent.exists() and not copy.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
             with _damage_named(path), openslide.OpenSlide(files[0]) as handle:
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                made = copied(files, handle, partial)
-                if wrong := _difference(handle, partial) or made.leak:
+                made = copied(path, files, handle, partial)
+                if wrong := _difference(handle, partial) or _other_scale(made.scale, partial) or made.leak:
                     raise UnsafeError(f"the copy was not as it must be ({wrong}), and was removed")
                 report = _report(copy, handle, made)
                 _publish(partial, copy, report)
@@ -165,6 +176,7 @@ class _Copied:
     kept: tuple[str, ...]
     removed: tuple[str, ...]
     leak: str
+    scale: _Scale
 
 
 def _publish(partial: Path, copy: Path, report: Report) -> None:
@@ -184,7 +196,12 @@ def _files(path: Path) -> tuple[list[Path], str]:
     """A slide's files and its format. Raises SlideError for a format that is not copied."""
     if not path.exists():
         raise SlideError(path, "missing", "no such file", "check the path")
-    files = sorted(path.glob("*.dcm")) if path.is_dir() else [path]
+    files = slide_files(path) if path.is_dir() else [path]
+    try:
+        for file in files:
+            open(file, "rb").close()
+    except OSError as error:
+        raise SlideError(path, "missing", f"cannot be read ({error.strerror})", "check its permissions") from error
     vendor = openslide.OpenSlide.detect_format(files[0]) if files else None
     if vendor is None:
         raise SlideError(path, "unsupported", "not a slide, or a damaged one", "crcjax doctor lists the formats")
@@ -201,12 +218,26 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except UnsafeError as error:
-        raise SlideError(path, "unsupported", str(error), _REMEDY) from error
+        raise SlideError(path, "unsupported", str(error), error.remedy or _REMEDY) from error
     except (openslide.OpenSlideError, tifffile.TiffFileError, *_DAMAGE) as error:
         raise SlideError(path, "corrupt", f"damaged ({error})", "copy it again") from error
 
 
-def _copy_dicom(files: list[Path], handle: openslide.OpenSlide, partial: Path) -> _Copied:
+@dataclass(frozen=True)
+class _Scale:
+    """What crcjax reads of a slide: its size in px, and µm per px, None where the slide does not state it."""
+
+    size: tuple[int, int]
+    mpp: tuple[float, float] | None
+
+
+def _scale(path: Path) -> _Scale:
+    """Raises SlideError if crcjax cannot open the slide."""
+    with open_slide(path, fallback_mpp=1.0) as slide:
+        return _Scale(slide.info.size, None if slide.info.mpp_source == "given" else slide.info.mpp)
+
+
+def _copy_dicom(path: Path, files: list[Path], handle: openslide.OpenSlide, partial: Path) -> _Copied:
     from crcjax.slides.deidentify.dicom_rewriter import frames_hash, plan_series, write_series  # loads pydicom
 
     series = plan_series(files)
@@ -216,20 +247,26 @@ def _copy_dicom(files: list[Path], handle: openslide.OpenSlide, partial: Path) -
         with open(file, "rb") as written:
             leak = leak or _leak_in_streams(written, series.secrets)
     frames = sum(instance.frames for instance in series.instances)
-    return _Copied(streams, frames, series.kept, series.removed, leak)
+    return _Copied(streams, frames, series.kept, series.removed, leak, _scale(path))
 
 
-def _copy_tiff(files: list[Path], handle: openslide.OpenSlide, partial: Path) -> _Copied:
-    path = files[0]
+def _copy_tiff(path: Path, files: list[Path], handle: openslide.OpenSlide, partial: Path) -> _Copied:
+    scale = _scale(path)
+    if scale.size != handle.dimensions:
+        raise UnsafeError("the scan is not its first image", _SCAN_ALONE)
+    openslide_mpp = tuple(float(handle.properties.get(name, 0)) for name in _MPP_PROPERTIES)
+    # OME-XML states the scale, but names people and places too: only its scale goes into the copy, as TIFF tags.
+    unstated = None if scale.mpp is None or _same_mpp(scale.mpp, openslide_mpp) else scale.mpp
     with tifffile.TiffFile(path) as tiff, open(path, "rb") as source, open(partial, "xb") as out:
-        plans = [plan_page(page, source) for page in _levels(handle, tiff)]
+        levels = _levels(handle, tiff)
+        plans = [plan_page(page, source, None if i else unstated, tiff.byteorder) for i, page in enumerate(levels)]
         removed, secrets = _removals(path, source, tiff, plans)
         streams = write_tiff(source, out, plans, tiff.byteorder, tiff.is_bigtiff)
         out.flush()
         os.fsync(out.fileno())
     tiles = sum(len(plan.page.dataoffsets) for plan in plans)
     kept = tuple(dict.fromkeys(_tag_name(code) for plan in plans for code in sorted(plan.tags)))
-    return _Copied(streams, tiles, kept, removed, _leak(partial, streams, secrets))
+    return _Copied(streams, tiles, kept, removed, _leak(partial, streams, secrets), scale)
 
 
 def _levels(handle: openslide.OpenSlide, tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
@@ -237,6 +274,8 @@ def _levels(handle: openslide.OpenSlide, tiff: tifffile.TiffFile) -> list[tifffi
     generic = handle.properties["openslide.vendor"] == "generic-tiff"
     tiled = [page for page in _pages(tiff) if page.is_tiled]
     kept = [page for page in tiled if not generic or page.index == 0 or page.subfiletype & 1]
+    if generic:
+        _check_scan_comes_first(_pages(tiff), kept)
     sizes = sorted(((page.imagewidth, page.imagelength) for page in kept), reverse=True)
     if sizes != list(handle.level_dimensions):
         raise UnsafeError("its tiled images are not just the levels that OpenSlide finds")
@@ -251,6 +290,29 @@ def _levels(handle: openslide.OpenSlide, tiff: tifffile.TiffFile) -> list[tifffi
             known = "JPEG, JPEG 2000 (Aperio) and deflate are known"
             raise UnsafeError(f"image {page.index} is stored in a way that may hide something; {known}")
     return kept
+
+
+def _check_scan_comes_first(pages: list[tifffile.TiffPage], kept: list[tifffile.TiffPage]) -> None:
+    """Raises UnsafeError if another image than the first may be the scan: the first may then be a macro or label image."""
+    first = pages[0]
+    if _OVERVIEW_NAME.search(f"{_ome_name(first.description)} {first.tags.valueof(_PAGE_NAME, '')}"):
+        raise UnsafeError("its first image is named as a label, macro or overview image is", _SCAN_ALONE)
+    for page in pages:
+        if page in kept:
+            continue
+        if page.is_tiled:
+            raise UnsafeError(f"image {page.index} is tiled as the first is, and either may be the scan", _SCAN_ALONE)
+        if page.imagewidth * page.imagelength > first.imagewidth * first.imagelength:
+            raise UnsafeError(f"image {page.index} is larger than the first, and may be the scan", _SCAN_ALONE)
+
+
+def _ome_name(description: str) -> str:
+    """The first image's name in OME-XML; any other description as it is."""
+    try:
+        image = ElementTree.fromstring(description).find(".//{*}Image")
+    except ElementTree.ParseError:
+        return description
+    return "" if image is None else image.get("Name", "")
 
 
 def _pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
@@ -315,9 +377,13 @@ def _tag_name(code: int) -> str:
 
 
 def _difference(handle: openslide.OpenSlide, copy: Path) -> str:
-    """What OpenSlide sees otherwise in the copy; "" if nothing."""
-    with openslide.OpenSlide(min(copy.iterdir()) if copy.is_dir() else copy) as other:
-        for name in ("openslide.vendor", *_KEPT_PROPERTIES):
+    """The first difference that OpenSlide sees between the original (`handle`) and the copy; "" if there is none."""
+    try:
+        other = openslide.OpenSlide(min(copy.iterdir()) if copy.is_dir() else copy)
+    except openslide.OpenSlideError:
+        return "OpenSlide cannot open it"
+    with other:
+        for name in ("openslide.vendor", "openslide.objective-power"):
             if handle.properties.get(name) != other.properties.get(name):
                 return name
         if other.level_dimensions != handle.level_dimensions:
@@ -328,10 +394,31 @@ def _difference(handle: openslide.OpenSlide, copy: Path) -> str:
             for i in range(_SPOTS):
                 scale = handle.level_downsamples[level] * (i + 0.5) / _SPOTS
                 corner = int(width * scale), int(height * scale)
-                one, two = (each.read_region(corner, level, (_SPOT_PX, _SPOT_PX)) for each in (handle, other))
-                if one.tobytes() != two.tobytes():
+                original = handle.read_region(corner, level, (_SPOT_PX, _SPOT_PX))
+                try:
+                    copied = other.read_region(corner, level, (_SPOT_PX, _SPOT_PX))
+                except openslide.OpenSlideError:
+                    return f"unreadable pixels at {corner} of level {level}"
+                if original.tobytes() != copied.tobytes():
                     return f"other pixels at {corner} of level {level}"
     return ""
+
+
+def _other_scale(scale: _Scale, copy: Path) -> str:
+    """How the size or scale that crcjax reads of the copy differs from the original's; "" if it does not."""
+    try:
+        copied = _scale(copy)
+    except SlideError:
+        return "crcjax cannot open it"
+    if copied.size != scale.size:
+        return "another size"
+    if (copied.mpp is None) != (scale.mpp is None):
+        return "other micrometres per pixel"
+    return "" if scale.mpp is None or _same_mpp(scale.mpp, copied.mpp) else "other micrometres per pixel"
+
+
+def _same_mpp(mpp: Sequence[float], other: Sequence[float] | None) -> bool:
+    return other is not None and bool(np.allclose(mpp, other, rtol=_SAME_MPP, atol=0))
 
 
 def _leak(copy: Path, streams: str, secrets: set[bytes]) -> str:
@@ -375,14 +462,15 @@ def _printable(source: BinaryIO) -> Iterator[bytes]:
 
 
 def _report(copy: Path, handle: openslide.OpenSlide, made: _Copied) -> Report:
-    mpp_x, mpp_y, power = (handle.properties.get(name) for name in _KEPT_PROPERTIES)
+    stated = tuple(map(repr, made.scale.mpp)) if made.scale.mpp else (None, None)
+    mpp_x, mpp_y = (handle.properties.get(name, mpp) for name, mpp in zip(_MPP_PROPERTIES, stated, strict=True))
     return Report(
         copy=copy.name,
         format=handle.properties["openslide.vendor"],
         size=handle.dimensions,
         levels=handle.level_count,
         mpp=(mpp_x, mpp_y),
-        objective_power=power,
+        objective_power=handle.properties.get("openslide.objective-power"),
         tiles=made.tiles,
         streams=made.streams,
         kept=made.kept,

@@ -37,6 +37,8 @@ _NUMBERS = {
     *("XOffsetInSlideCoordinateSystem", "YOffsetInSlideCoordinateSystem", "ZOffsetInSlideCoordinateSystem"),
     *("ColumnPositionInTotalImagePixelMatrix", "RowPositionInTotalImagePixelMatrix", "DimensionIndexValues"),
     *("DimensionIndexPointer", "FunctionalGroupPointer", "ObjectiveLensPower", "ObjectiveLensNumericalAperture"),
+    # A concatenation is an image whose frames are divided among several files.
+    *("InConcatenationNumber", "InConcatenationTotalNumber", "ConcatenationFrameOffsetNumber"),
 }
 _CODES = {
     *("ImageType", "FrameType", "Modality", "PhotometricInterpretation", "DimensionOrganizationType"),
@@ -46,7 +48,10 @@ _CODE_VALUES = {
     *("ORIGINAL", "DERIVED", "PRIMARY", "VOLUME", "NONE", "RESAMPLED", "SM", "TILED_FULL", "TILED_SPARSE", "00", "01"),
     *("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "ISO_10918_1", "ISO_15444_1", "NO"),
 }
-_UIDS = {"SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "DimensionOrganizationUID"}
+_UIDS = {
+    *("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "DimensionOrganizationUID"),
+    *("ConcatenationUID", "SOPInstanceUIDOfConcatenationSource"),
+}
 _SEQUENCES = {
     *("TotalPixelMatrixOriginSequence", "DimensionOrganizationSequence", "DimensionIndexSequence"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PixelMeasuresSequence"),

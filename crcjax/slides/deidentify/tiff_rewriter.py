@@ -23,11 +23,17 @@ _NUMERIC_TYPES = {1: 1, 3: 2, 4: 4, 5: 8, 16: 8}  # TIFF's numbers without sign,
 _MOST_VALUES = 8  # of such a tag: no room for a text
 KEPT_KEYS = ("AppMag", "MPP")  # of the Aperio description
 _MOST_BYTES = 1 << 24  # of any tag, so that a damaged count fills no memory
+_CENTIMETER = 3  # of ResolutionUnit
+_PER_CM_STEPS = 10_000  # resolutions of 0.05 to 20 µm per px fit in 32 bits, to within 1e-7
 _NUMBER = re.compile(r"\d{1,3}(\.\d{1,6})?")
 
 
 class UnsafeError(Exception):
-    """Something that cannot be copied safely; the message says what, and where."""
+    """Something that cannot be copied safely; the message says what, and where. `remedy` is empty for the usual one."""
+
+    def __init__(self, message: str, remedy: str = ""):
+        super().__init__(message)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,21 @@ class PagePlan:
     raw_bytes: int
 
 
-def plan_page(page: tifffile.TiffPage, source: BinaryIO) -> PagePlan:
-    """What is copied of an image of the file `source`. Raises UnsafeError, and ValueError if it is damaged."""
+def plan_page(
+    page: tifffile.TiffPage, source: BinaryIO, mpp: tuple[float, float] | None = None, order: str = "<"
+) -> PagePlan:
+    """Plans the copy of one image.
+
+    Args:
+      page: the image.
+      source: its file, open.
+      mpp: µm per px in x and y to write as the image's resolution, where its own tags do not state it.
+      order: the file's byte order, "<" or ">".
+
+    Raises:
+      UnsafeError: the image carries something that cannot be copied safely.
+      ValueError: the image is damaged.
+    """
     tags: dict[int, tuple[int, int, bytes]] = {}
     for tag in page.tags:
         if tag.code in _NUMERIC_TAGS and tag.dtype in _NUMERIC_TYPES and tag.count <= _MOST_VALUES:
@@ -53,6 +72,8 @@ def plan_page(page: tifffile.TiffPage, source: BinaryIO) -> PagePlan:
         elif tag.code == PROFILE:
             profile = bare_profile(raw_value(source, tag))
             tags[tag.code] = (7, len(profile), profile)
+    if mpp:
+        tags |= _resolution(mpp, order)
     if page.index == 0 and page.description.startswith("Aperio"):
         text = _bare_description(page).encode() + b"\0"
         tags[DESCRIPTION] = (2, len(text), text)
@@ -64,6 +85,12 @@ def plan_page(page: tifffile.TiffPage, source: BinaryIO) -> PagePlan:
         raise ValueError(f"the tiles of image {page.index} overlap")
     samples = page.tilewidth * page.tilelength * (page.samplesperpixel // planes)
     return PagePlan(page, tags, samples * -(-page.bitspersample // 8))
+
+
+def _resolution(mpp: tuple[float, float], order: str) -> dict[int, tuple[int, int, bytes]]:
+    """The tags XResolution, YResolution and ResolutionUnit in pixels per centimetre."""
+    per_cm = [struct.pack(order + "II", round(1e4 / size * _PER_CM_STEPS), _PER_CM_STEPS) for size in mpp]
+    return {282: (5, 1, per_cm[0]), 283: (5, 1, per_cm[1]), 296: (3, 1, struct.pack(order + "H", _CENTIMETER))}
 
 
 def raw_value(source: BinaryIO, tag: tifffile.TiffTag) -> bytes:

@@ -346,6 +346,69 @@ def test_a_tiled_label_or_macro_image_is_refused(picture: np.ndarray, tmp_path: 
             deidentify_slide(tmp_path / f"{name}.svs", tmp_path / "copy.svs")
 
 
+_SCALE = {"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.5, "PhysicalSizeYUnit": "µm"}
+
+
+def _images(path: Path, images: list[tuple[np.ndarray, str, dict]], ome: bool = False) -> Path:
+    """A tiled TIFF of several images; each a picture, a name and tifffile's options."""
+    with tifffile.TiffWriter(path, ome=ome) as tiff:
+        for pixels, name, options in images:
+            about = {"metadata": {"axes": "YXS", "Name": name, **_SCALE}} if ome else {"metadata": None}
+            tiled = {"tile": (240, 240), "compression": "jpeg", "photometric": "rgb"}
+            tiff.write(np.ascontiguousarray(pixels), **about, **tiled | options)
+    return path
+
+
+def test_a_file_whose_first_image_may_not_be_the_scan_is_refused(picture: np.ndarray, tmp_path: Path) -> None:
+    macro = cv2.resize(picture, (400, 320), interpolation=cv2.INTER_AREA)
+    strips = {"tile": None, "rowsperstrip": 16}
+    for number, (images, ome) in enumerate(
+        [
+            ([(macro, "macro", {}), (picture, "scan", {})], True),
+            ([(macro, "a", {}), (picture, "b", {})], True),
+            ([(picture, "", {}), (picture[:, ::-1], "", {})], False),
+            ([(macro, "", {}), (picture, "", strips)], False),
+            ([(macro, "Label Image", {})], True),
+            ([(macro, "", {"description": "slide macro"})], False),
+            ([(macro, "", {"extratags": [(285, 2, 0, "Overview", True)]})], False),
+        ]
+    ):
+        path = _images(tmp_path / (f"{number}.ome.tif" if ome else f"{number}.tif"), images, ome)
+        with pytest.raises(SlideError, match=r"scan|named as a label, macro or overview") as caught:
+            deidentify_slide(path, tmp_path / "copy.tif")
+        assert (caught.value.status, caught.value.remedy) == ("unsupported", "export the scan alone as a tiled TIFF")
+        assert not (tmp_path / "copy.tif").exists()
+
+
+def test_a_small_stripped_image_after_the_scan_stays_behind(picture: np.ndarray, tmp_path: Path) -> None:
+    images = [(picture, "", {}), (picture[::4, ::4], "", {"tile": None, "rowsperstrip": 16})]
+    report = deidentify_slide(_images(tmp_path / "a.tif", images), tmp_path / "copy.tif")
+    assert report.size == (1000, 800)
+    assert "image 1: further image of 250 x 200 px" in report.removed
+
+
+@pytest.mark.parametrize("flavour", [{}, {"bigtiff": True, "byteorder": ">"}])
+def test_a_copy_keeps_the_micrometres_per_pixel_that_only_ome_xml_states(
+    flavour: dict, picture: np.ndarray, tmp_path: Path
+) -> None:
+    scale = {"axes": "YXS", **_SCALE, "PhysicalSizeX": 0.2525, "PhysicalSizeY": 0.2524, "Name": SECRET}
+    original, copy = tmp_path / "a.ome.tif", tmp_path / "copy.tif"
+    options = {"tile": (240, 240), "compression": "jpeg", "photometric": "rgb"} | flavour
+    tifffile.imwrite(original, picture, ome=True, metadata=scale, **options)
+    report = deidentify_slide(original, copy)
+    assert [float(mpp) for mpp in report.mpp] == [0.2525, 0.2524]
+    with open_slide(copy) as slide:
+        assert slide.info.mpp == pytest.approx((0.2525, 0.2524), rel=1e-6)
+    assert not _holds_secret(copy.read_bytes())
+
+
+def test_a_slide_that_states_no_scale_has_a_copy_without_one(picture: np.ndarray, tmp_path: Path) -> None:
+    report = deidentify_slide(_images(tmp_path / "a.tif", [(picture, "", {})]), tmp_path / "copy.tif")
+    assert report.mpp == (None, None)
+    with pytest.raises(SlideError, match="does not state its micrometres"):
+        open_slide(tmp_path / "copy.tif")
+
+
 def test_images_within_images_are_refused(picture: np.ndarray, tmp_path: Path) -> None:
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as tiff:
         options = {"tile": (240, 240), "compression": "jpeg", "photometric": "rgb", "metadata": None}
@@ -408,6 +471,18 @@ def test_nothing_is_overwritten_least_of_all_the_original(labelled: Path, tmp_pa
         with pytest.raises(InputError, match="not overwritten"):
             deidentify_slide(labelled, target)
         assert target.read_bytes() == before
+
+
+def test_an_output_below_a_file_and_an_unreadable_slide_are_named(labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file/a\.svs: cannot be written \(Not a directory\); choose another --out"):
+        deidentify_slide(labelled, tmp_path / "file" / "a.svs")
+    with pytest.raises(OutputError, match=r"cannot be written.*shorten the name"):
+        deidentify_slide(labelled, tmp_path / ("a" * 300))
+    (tmp_path / "loop.svs").symlink_to("loop.svs")
+    with pytest.raises(SlideError) as caught:
+        deidentify_slide(tmp_path / "loop.svs", tmp_path / "copy.svs")
+    assert caught.value.status == "missing"
 
 
 def test_a_full_disk_leaves_no_copy(small_disk: Path, tmp_path: Path) -> None:

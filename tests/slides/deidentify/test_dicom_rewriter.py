@@ -131,6 +131,39 @@ def test_pixels_frames_levels_mpp_and_power_are_the_same(labelled: Path, tmp_pat
     assert (report.format, report.mpp, report.objective_power) == ("dicom", ("0.5", "0.5"), "20")
 
 
+def test_a_concatenation_of_several_files_is_copied_with_the_same_pixels(labelled: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "slide"
+    folder.mkdir()
+    names = sorted(path.name for path in labelled.iterdir())
+    for name in names[1:]:
+        (folder / name).write_bytes((labelled / name).read_bytes())
+    original = pydicom.dcmread(labelled / names[0])
+    frames, source, whole = _frames(labelled / names[0]), original.SOPInstanceUID, generate_uid()
+    for number, (first, last) in enumerate(((0, 5), (5, len(frames))), 1):
+        original.PixelData, original.NumberOfFrames = encapsulate(frames[first:last]), last - first
+        original.SOPInstanceUID = original.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        original.ConcatenationUID, original.SOPInstanceUIDOfConcatenationSource = whole, source
+        original.InConcatenationNumber, original.InConcatenationTotalNumber = number, 2
+        original.ConcatenationFrameOffsetNumber = first
+        original.save_as(folder / f"0-{number}.dcm")
+    report = deidentify_slide(folder, tmp_path / "copy")
+    assert (report.levels, report.size) == (2, (900, 700))
+    with _open(labelled) as one, _open(tmp_path / "copy") as two:
+        size = one.dimensions
+        assert one.read_region((0, 0), 0, size).tobytes() == two.read_region((0, 0), 0, size).tobytes()
+    for path in (tmp_path / "copy").iterdir():
+        written = path.read_bytes()
+        assert not any(uid.encode() in written for uid in (source, whole))
+
+
+def test_files_whose_suffix_is_in_capitals_are_files_of_the_slide(labelled: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "slide"
+    folder.mkdir()
+    for path in labelled.iterdir():
+        (folder / path.with_suffix(".DCM").name).write_bytes(path.read_bytes())
+    assert deidentify_slide(folder, tmp_path / "copy").levels == 2
+
+
 def test_uids_are_new_ones_and_equal_where_they_were_equal(labelled: Path, tmp_path: Path) -> None:
     deidentify_slide(labelled, tmp_path / "copy")
     before, after = (
