@@ -31,6 +31,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from crcjax.config import get_config
+from crcjax.config_check import check_config
 from crcjax.config_names import renamed_argument
 from crcjax.errors import AGAIN_STATUS, CrcjaxError, DeviceMemoryError, InputError, OutputError, StoppedError
 from crcjax.monitor.logs import log
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     several = False
     try:
         config, workdir, given, wait_s = _read(arguments)
+        check_config(config)
         from crcjax.parallel.cluster_env import detect_cluster
         from crcjax.parallel.process_group import process_group  # loads jax, which an error above need not wait for
         from crcjax.runs.run_directory import common_facts

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "crcjax"
 # From the ground up: a room imports only from rooms before it. A module belongs to the longest name that it starts with.
 ROOMS = (
-    "errors", "config_names", "config",
+    "errors", "config_names", "config", "config_check",
     "slides.wsi", "slides.jobs", "slides.tiling", "slides.deidentify", "slides.synthetic", "slides.store", "slides.stain",
     "slides.preprocess", "slides.interchange",
     "models", "models.encoders", "models.aggregators", "models.mil",

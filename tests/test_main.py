@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from crcjax.main import main
+from crcjax.main import main, read_config
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "configs" / "demo.py")
@@ -58,3 +58,42 @@ def test_a_config_file_that_does_not_start_from_the_default_names_what_it_lacks(
 def test_help_documents_the_exit_statuses(capsys) -> None:
     assert main(["--help"]) == 0
     assert "Exit status: 0 trained; 2 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("data.regions_per_bag=0", "config.data.regions_per_bag must be at least 1, got 0; try 32"),
+        ("data.batch_size=0", "config.data.batch_size must be at least 1, got 0; try 8"),
+        ("train.eval_every=0", "config.train.eval_every must be at least 1, got 0; try 100"),
+        ("train.log_every=0", "config.train.log_every must be at least 1, got 0; try 10"),
+        ("train.checkpoint_every=0", "config.train.checkpoint_every must be at least 1, got 0; try 50"),
+        ("model.width=0", "config.model.width must be at least 1, got 0; try 32"),
+        ("model.features=0", "config.model.features must be at least 1, got 0; try 128"),
+        ("model.encode_regions=0", "config.model.encode_regions must be at least 1, got 0; try 64"),
+        ("train.micro_batches=0", "config.train.micro_batches must be at least 1, got 0; try 1"),
+        ("data.region_buckets=()", "config.data.region_buckets must be one or more increasing numbers"),
+        ("seed=-1", "config.seed must be from 0 to 2147483647, got -1; try 0"),
+        ("model.dropout=1.5", "config.model.dropout must be from 0 to below 1, got 1.5; try 0.1"),
+        ("model.mil=max_abmil", "config.model.mil must be one of mean, max, abmil"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line_and_status_2(option: str, message: str, capsys) -> None:
+    given = ["--config.data.store=s", "--config.data.cohort=c", f"--config.{option}"]
+    assert main([f"--config={DEMO}", "--workdir=/x", *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_tuples_are_written_with_commas_or_as_in_python() -> None:
+    for text in ("CMS1,CMS2,CMS3,CMS4", "CMS1, CMS2, CMS3, CMS4", "('CMS1','CMS2','CMS3','CMS4')"):
+        given = [
+            f"--config.data.classes={text}",
+            "--config.data.region_buckets=64,256",
+            "--config.data.magnifications=10x",
+        ]
+        config, _ = read_config([f"--config={DEMO}", "--workdir=/x", *given])
+        assert config.data.classes == ("CMS1", "CMS2", "CMS3", "CMS4")
+        assert config.data.region_buckets == (64, 256)
+        assert config.data.magnifications == ("10x",)

@@ -14,11 +14,8 @@ from jaxtyping import Array, Bool, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
 from crcjax.data.corruptions import Artefacts, blur, draw_artefacts, jpeg, spoil
-from crcjax.errors import InputError
 from crcjax.slides.stain.methods import Estimate, StainMatrix
 
-EACH = ("slide", "instance")
-_RANGES = {"stain_swap_prob": (0, 1), "artefacts": (0, 1), "jpeg_min_quality": (1, 100)}
 _NO_JPEG = 100  # the value of jpeg_min_quality that disables JPEG compression
 # Ruifrok and Johnston 2001: haematoxylin and eosin. The third direction is at right angles to both.
 _RUIFROK = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]], np.float32)
@@ -69,24 +66,6 @@ class Augmentation:
 jax.tree_util.register_dataclass(
     Augmentation, ["flips", "colour", "artefacts", "blur_px", "noise", "jpeg_quality"], ["chroma_subsampled"]
 )
-
-
-def check_augmentation(config: ConfigDict) -> None:
-    """Checks config.augment against its ranges and against the rest of `config` (the whole config). Raises InputError."""
-    augment = config.augment
-    if augment.each not in EACH:
-        raise InputError(f"config.augment.each must be {' or '.join(EACH)}, got {augment.each!r}")
-    for name, (least, most) in _RANGES.items():
-        if not least <= augment[name] <= most:
-            raise InputError(f"config.augment.{name} must be from {least} to {most}, got {augment[name]}")
-    for name in ("stain", "hed", "blur", "noise"):
-        if not 0 <= augment[name] < np.inf:
-            raise InputError(f"config.augment.{name} must be 0 or more, got {augment[name]}")
-    if augment.stain_swap_prob and config.stain.method != "none":
-        raise InputError(
-            f"config.augment.stain_swap_prob must be 0 if config.stain.method is {config.stain.method!r}: normalised tiles "
-            "have no stains to swap; set one to 0 or none"
-        )
 
 
 def sample_augmentation(

@@ -19,9 +19,7 @@ from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
 
-MOST = 0.3  # of what a step sees: more, and it learns the errors of its labels
 _KEPT = 0.7  # of a slide's running loss, when it is seen again
-REGION_DRAWS = ("uniform", "spread")
 
 
 @jax.tree_util.register_dataclass
@@ -49,12 +47,7 @@ class Mining:
 
 
 def start_mining(config: ConfigDict, slides: int) -> Mining | None:
-    """The memory before the first step, by `config` (config.data); None if nothing is mined. Raises InputError."""
-    for name in ("mine_slides", "mine_regions"):
-        if not 0 <= config[name] <= MOST:
-            raise InputError(f"config.data.{name} {config[name]}: choose from 0 to {MOST}")
-    if config.mine_every < 1:
-        raise InputError(f"config.data.mine_every {config.mine_every}: choose 1 or more steps")
+    """The memory before the first step, by `config` (config.data); None if nothing is mined."""
     if not (config.mine_slides or config.mine_regions):
         return None
     regions = max(1, mined_regions(config))  # checkpoints hold no empty arrays

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from crcjax.data.bags import label_of
 from crcjax.data.case_bags import CaseStore
 from crcjax.data.cohort import Cohort
-from crcjax.data.hard_mining import REGION_DRAWS, Board, Memory, mined_regions
+from crcjax.data.hard_mining import Board, Memory, mined_regions
 from crcjax.data.sampling import draw_regions, draw_slides, spread_cells
 from crcjax.errors import InputError
 from crcjax.slides.store.tile_store import TileStore
@@ -55,12 +55,8 @@ class Sampler:
 
 
 def sampler_of(cohort: Cohort, config: ConfigDict, board: Board | None) -> Sampler:
-    """The sampler of training slides. Raises InputError: no subtype, no site where sites take turns, unknown draws."""
+    """The sampler of training slides. Raises InputError: no subtype, no site where sites take turns."""
     data = config.data
-    if data.region_sampling not in REGION_DRAWS:
-        raise InputError(
-            f"config.data.region_sampling {data.region_sampling!r}: choose one of {', '.join(REGION_DRAWS)}"
-        )
     labels = np.array([label_of(row, cohort.classes) for row in cohort.rows])
     seed = config.seed if data.sampling_seed < 0 else data.sampling_seed
     if not data.by_site:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from crcjax.config_check import check_config
 from crcjax.data.bags import open_stores
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.splits import divide
@@ -54,6 +55,7 @@ def crossvalidate(
     Raises InputError before anything is trained: folds, fields of the sweep or stores that are not usable; OutputError if
     `out` cannot be written.
     """
+    check_config(config)
     config, cohort = _with_folds(config), load_cohort(config.data.cohort, config.data.classes)
     points = _points(config, sweep or {})
     if config.data.folds < 2:
@@ -88,9 +90,6 @@ def crossvalidate(
 
 def _with_folds(config: ConfigDict) -> ConfigDict:
     """By site without a number of folds, every site is one: leave one site out."""
-    for name in ("store", "cohort"):
-        if not config.data[name]:
-            raise InputError(f"config.data.{name} is empty; give --config.data.{name}=PATH")
     config = config.copy_and_resolve_references()
     if config.data.fold_by == "site" and not config.data.folds:
         cohort = load_cohort(config.data.cohort, config.data.classes)

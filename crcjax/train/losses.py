@@ -9,18 +9,7 @@ from jax.scipy.special import digamma, gammaln
 from jaxtyping import Array, Float, Float32, Int
 from ml_collections import ConfigDict
 
-from crcjax.errors import InputError
 from crcjax.models.mil import Prediction
-
-LOSSES = ("cross_entropy", "focal", "evidential", "evidential_digamma")
-
-
-def check_loss(loss: str, head: str) -> None:
-    """Raises InputError for an unknown loss (config.train.loss) or one that the head (config.model.head) cannot have."""
-    if loss not in LOSSES:
-        raise InputError(f"config.train.loss {loss!r}: choose one of {', '.join(LOSSES)}")
-    if loss.startswith("evidential") != head.startswith("evidential"):
-        raise InputError(f"config.train.loss {loss!r} does not go with config.model.head {head!r}; change one")
 
 
 def bag_losses(

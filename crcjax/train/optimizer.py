@@ -8,13 +8,9 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from crcjax.errors import InputError
-
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
     """Linear from zero to the peak, then a cosine to `final_fraction` of it at `steps`. Raises InputError."""
-    if config.warmup_steps >= steps:
-        raise InputError(f"optimizer.warmup_steps {config.warmup_steps} is not below train.steps {steps}; lower it")
     peak = config.learning_rate
     return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, steps, peak * config.final_fraction)
 

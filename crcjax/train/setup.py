@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crcjax.data.augment import check_augmentation
+from crcjax.config_check import check_config
 from crcjax.data.bags import featured, open_features, open_stores
 from crcjax.data.case_bags import rows_by_unit
 from crcjax.data.cohort import Cohort, load_cohort
@@ -36,7 +36,6 @@ from crcjax.slides.store.tile_store import TileStore
 from crcjax.slides.tiling.plan import TilingParams
 from crcjax.train.auxiliary_tasks import Tasks, add_heads, check_tasks, open_tasks
 from crcjax.train.ensemble import Ensemble, member_config, with_encoder_of
-from crcjax.train.losses import check_loss
 from crcjax.train.memory_budget import (
     Budget,
     Parts,
@@ -70,10 +69,9 @@ class Plan:
 def plan_run(config: ConfigDict, runs: Mapping[int, Path]) -> Plan:
     (first, run), together = next(iter(runs.items())), config.train.ensemble_size > 1
     config = member_config(config, first) if together else config
-    cohort = _cohort(config)
-    check_loss(config.train.loss, config.model.head)
+    check_config(config)
     check_tasks(config)
-    check_augmentation(config)
+    cohort = _cohort(config)
     stores = open_stores(config.data.store, cohort, not config.data.features, config.data.magnifications)
     tiling = stores[0].params
     config = _with_seen(_with_imported(config, stores), stores)
@@ -124,14 +122,6 @@ def _on_host(model: MILModel) -> MILModel:
 
 def _cohort(config: ConfigDict) -> Cohort:
     """The labelled slides of the training and validation cases."""
-    for name in ("store", "cohort"):
-        if not config.data[name]:
-            raise InputError(f"config.data.{name} is empty; give --config.data.{name}=PATH")
-    if config.data.unit == "case" and (config.stain.method != "none" or config.augment.stain_swap_prob):
-        raise InputError(
-            "config.data.unit case: the slides of a case have several stains, the device is told one a bag; tile them "
-            "with crcjax tile --stain, and set config.stain.method to none and config.augment.stain_swap_prob to 0"
-        )
     cohort = load_cohort(config.data.cohort, config.data.classes)
     cohort = divide(cohort, config.data)
     rows = tuple(row for row in cohort.rows if row.subtype and row.split in ("train", "val"))
@@ -146,8 +136,6 @@ def _with_imported(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDic
     config.model.imported_features = 0
     if not config.data.features:
         return config
-    if config.stain.method != "none":
-        raise InputError("config.data.features were made of tiles as they are; set config.stain.method to none")
     name = config.model.encoder
     if "imported" not in (feature_attributes(config.data.store, stores[0].slide_id, name) or {}):
         if name not in PRETRAINED or not config.model.frozen:

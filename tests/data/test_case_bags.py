@@ -173,8 +173,8 @@ def test_evaluation_is_by_case(pairs: Path, small_config) -> None:
 
 def test_an_unknown_unit_and_stains_of_many_slides_are_refused(pairs: Path, small_config, tmp_path: Path) -> None:
     small_config.stain.method = "macenko"
-    with pytest.raises(InputError, match=r"config\.data\.unit case: .* crcjax tile --stain"):
+    with pytest.raises(InputError, match=r"config\.data\.unit must be slide with .* crcjax tile --stain"):
         train(small_config, tmp_path / "run")
     small_config.stain.method, small_config.data.unit = "none", "patient"
-    with pytest.raises(InputError, match=r"config\.data\.unit 'patient': choose one of slide, case"):
+    with pytest.raises(InputError, match=r"config\.data\.unit must be one of slide, case, got 'patient'"):
         train(small_config, tmp_path / "other")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crcjax.data.cohort import load_cohort
-from crcjax.data.hard_mining import Board, Memory, Mining, after_step, remember, start_mining
+from crcjax.data.hard_mining import Board, Memory, Mining, after_step, remember
 from crcjax.errors import InputError
 from crcjax.train.loop import train
 
@@ -57,13 +57,6 @@ def test_a_loader_waits_for_its_period_and_ends_when_the_run_has(tmp_path: Path)
     folder.rmdir()
     with pytest.raises(InputError, match="training ended before this period"):
         board.memory(9)
-
-
-@pytest.mark.parametrize(("field", "value"), [("mine_slides", 0.31), ("mine_regions", -0.1), ("mine_every", 0)])
-def test_more_than_three_tenths_are_never_mined(small_config, field: str, value: float) -> None:
-    small_config.data[field] = value
-    with pytest.raises(InputError, match=rf"config\.data\.{field} .*: choose"):
-        start_mining(small_config.data, 5)
 
 
 def test_only_training_slides_are_mined_and_their_ids_logged(small_config, tmp_path: Path) -> None:
