@@ -76,7 +76,7 @@ def sample_augmentation(
     Args:
       key: one key per step; every parameter gets a key of its own.
       bag_shape: (batch, region, slot).
-      config: config.augment, already checked (`check_augmentation`).
+      config: config.augment, already checked (`check_config`).
       stain: each slide's stain estimate; required for stain swapping.
 
     Returns:
