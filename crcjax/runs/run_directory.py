@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -34,6 +34,7 @@ _FREE = {
     "train.replica_check_every",
     "train.stall_timeout_s",
 }
+_PATHS = ("data.store", "data.cohort", "model.weights", "tasks.labels")
 _FREE |= {"train.micro_batches", "train.memory_gib", "mesh.data", "mesh.bag", "mesh.model", "mesh.fsdp_min_size"}
 
 
@@ -85,18 +86,15 @@ def start_run(
     split_of = {name: row.split for row in cohort.rows for name in (row.slide_id, row.case_id)}
     if (path / "config.json").exists():
         run = open_run(path)
-        before, now = dict(_leaves(run.config)), dict(_leaves(config))
-        # Batch norms of a part have its statistics.
+        # Batch norms compute their statistics over one micro-batch.
         free = _FREE - {"train.micro_batches"} if config.model.batch_norm_momentum else _FREE
-        differing = [name for name in sorted(before | now) if name not in free and before.get(name) != now.get(name)]
-        if differing:
-            shown = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing[:5])
+        if changed := _changed(_settings(run.config), _settings(config), free):
             raise InputError(
-                f"{path}: was started with another config ({shown}); give another --workdir, or the same values"
+                f"{path}: was started with another config ({changed}); give another --workdir, or the same values"
             )
-        if run.tiling != tiling:
+        if changed := _changed(dict(_leaves(run.tiling.to_json())), dict(_leaves(tiling.to_json()))):
             raise InputError(
-                f"{path}: was started on slides tiled as {run.tiling}, not {tiling}; give another --workdir"
+                f"{path}: was started on slides that were tiled in another way ({changed}); give another --workdir"
             )
         moved = sorted(name for name in run.split_of | split_of if run.split_of.get(name) != split_of.get(name))
         if moved:
@@ -135,7 +133,7 @@ def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
     others = {"the weights": config.model.weights, "the labels": config.tasks.labels}
     return {
         "--workdir": str(path),
-        **{f"config.{name}": repr(value) for name, value in _leaves(config)},
+        **{f"config.{name}": repr(value) for name, value in _settings(config).items()},
         "crcjax": f"{crcjax.__version__}, commit {_commit()}, source {source.hexdigest()[:12]}",
         "Python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
@@ -167,9 +165,21 @@ def _await(file: Path) -> None:
     raise InputError(f"{file}: the main process has written it, but it is not here; share --workdir among all machines")
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _settings(config: ConfigDict) -> dict[str, object]:
+    """Every field by its dotted name; paths are absolute, so that two spellings of one path are equal."""
+    leaves = dict(_leaves(config))
+    return leaves | {name: str(Path(str(leaves[name])).resolve()) for name in _PATHS if leaves[name]}
+
+
+def _changed(before: dict[str, object], now: dict[str, object], free: Set[str] = frozenset()) -> str:
+    """The first five settings that differ, as text; empty if none does."""
+    names = [name for name in sorted(before | now) if name not in free and before.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names[:5])
+
+
+def _leaves(config: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict | dict):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
