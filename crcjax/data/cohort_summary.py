@@ -61,13 +61,16 @@ class CohortSummary:
         return self.table
 
 
-def summarise_cohort(cohort: Cohort, content_hash: Mapping[str, str] | None = None) -> CohortSummary:
+def summarise_cohort(
+    cohort: Cohort, content_hash: Mapping[str, str] | None = None, *, needs_validation: bool = True
+) -> CohortSummary:
     """Counts the cases and slides of a cohort per split, class and site.
 
     Args:
       cohort: all slides of the table, after splits were assigned, with every class that the model will have.
       content_hash: of each slide in the store, by slide id (`content_hashes`); None leaves files unchecked beyond their
         paths.
+      needs_validation: whether a cohort without validation cases is a problem; if the user asked for none, it is a warning.
 
     Returns:
       The summary. Its problems: no labelled slide, no training case, training cases of fewer than two classes, no
@@ -85,14 +88,16 @@ def summarise_cohort(cohort: Cohort, content_hash: Mapping[str, str] | None = No
         if rest := sites[_SHOWN_SITES:]:
             table.append(_counted("site", f"{len(rest)} others", [row for row in rows if row.site in rest], splits))
     table.append(_counted("all", "all", rows, splits))
+    problems, unvalidated = _problems(cohort), _without_validation(cohort)
     warnings = [
+        *(() if needs_validation else unvalidated),
         *_class_warnings(cohort),
         *_site_warnings(cohort, sites),
         *_unused_slides(rows),
         *_cases_in_two_splits(rows),
         *duplicated_slides(rows, content_hash),
     ]
-    return CohortSummary(splits, tuple(table), warnings, _problems(cohort))
+    return CohortSummary(splits, tuple(table), warnings, problems + (unvalidated if needs_validation else []))
 
 
 def duplicated_slides(rows: Iterable[SlideRow], content_hash: Mapping[str, str] | None = None) -> list[str]:
@@ -160,9 +165,9 @@ def _problems(cohort: Cohort) -> list[str]:
     rows = cohort.rows
     if not any(row.subtype for row in rows):
         return ["the cohort has no labelled slide; fill in the column subtype"]
-    train, val = _cases(rows, "train"), _cases(rows, "val")
+    train = _cases(rows, "train")
     splits = sorted({row.split for row in rows if row.split})
-    if not train and not val:
+    if not train and not _cases(rows, "val"):
         stated = f"all labelled cases have split {' or '.join(splits)}" if splits else "no case has a split"
         return [f"no labelled case has split train or val ({stated}); correct the column split, or leave it empty"]
     problems = []
@@ -173,12 +178,16 @@ def _problems(cohort: Cohort) -> list[str]:
         problems.append(
             f"all {len(train)} training cases are {with_training[0]}; training needs cases of two classes or more"
         )
-    if not val:
-        problems.append(
-            "no labelled case has split val, so no checkpoint could be chosen; give some cases split val, or leave the "
-            "column split empty and set config.data.val_fraction"
-        )
     return problems
+
+
+def _without_validation(cohort: Cohort) -> list[str]:
+    if not _cases(cohort.rows, "train") or _cases(cohort.rows, "val"):
+        return []
+    return [
+        "no labelled case has split val, so no checkpoint can be chosen; give some cases split val, or leave the column "
+        "split empty and set config.data.val_fraction"
+    ]
 
 
 def _class_warnings(cohort: Cohort) -> list[str]:

@@ -18,6 +18,7 @@ from crcjax.config_check import check_config
 from crcjax.data.bags import featured, open_features, open_stores
 from crcjax.data.case_bags import rows_by_unit
 from crcjax.data.cohort import Cohort, load_cohort
+from crcjax.data.cohort_summary import content_hashes, summarise_cohort
 from crcjax.data.hard_mining import Mining, start_mining
 from crcjax.data.loader import Feed, open_feed
 from crcjax.data.splits import divide
@@ -71,7 +72,7 @@ def plan_run(config: ConfigDict, runs: Mapping[int, Path]) -> Plan:
     config = member_config(config, first) if together else config
     check_config(config)
     check_tasks(config)
-    cohort = _cohort(config)
+    cohort = training_cohort(config)
     stores = open_stores(config.data.store, cohort, not config.data.features, config.data.magnifications)
     tiling = stores[0].params
     config = _with_seen(_with_imported(config, stores), stores)
@@ -120,14 +121,20 @@ def _on_host(model: MILModel) -> MILModel:
     return model
 
 
-def _cohort(config: ConfigDict) -> Cohort:
-    """The labelled slides of the training and validation cases."""
-    cohort = load_cohort(config.data.cohort, config.data.classes)
-    cohort = divide(cohort, config.data)
-    rows = tuple(row for row in cohort.rows if row.subtype and row.split in ("train", "val"))
-    if not rows:
-        raise InputError(f"{config.data.cohort}: has no labelled slide to train on; fill in the column subtype")
-    return Cohort(rows, cohort.classes)
+def training_cohort(config: ConfigDict) -> Cohort:
+    """The labelled slides of the training and validation cases.
+
+    Logs the cases per split, class and site and what is unusual. Raises InputError where training cannot work.
+    """
+    cohort = divide(load_cohort(config.data.cohort, config.data.classes), config.data)
+    hashes = content_hashes(config.data.store, cohort.rows)
+    summary = summarise_cohort(cohort, hashes, needs_validation=config.data.val_fraction > 0)
+    log.info(str(summary))
+    for warning in summary.warnings:
+        log.warning(f"{config.data.cohort}: {warning}")
+    if summary.problems:
+        raise InputError(f"{config.data.cohort}: {'; '.join(summary.problems)}")
+    return Cohort(tuple(row for row in cohort.rows if row.subtype and row.split in ("train", "val")), cohort.classes)
 
 
 def _with_imported(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
