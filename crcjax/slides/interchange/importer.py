@@ -34,6 +34,8 @@ from crcjax.slides.tiling.tissue_segmentation import TissueModel
 from crcjax.slides.wsi.slide import SlideInfo, check_mpp, open_slide
 
 _POWERS = (1.25, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)  # that scanners are named by
+# TRIDENT rounds the objective to 5, 10, 20, 40, 60 or 80; its ranges of µm per px reach 1.7 times as far.
+_SAME_POWER = 1.8
 _WHITE = 255
 
 
@@ -70,7 +72,8 @@ def import_files(
         begun, outcome = time.monotonic(), Outcome(slide_id, str(files[0]), "imported")
         try:
             tiles = merged([read_foreign(file) for file in files])
-            tiles = replace(tiles, mpp=mpp or tiles.mpp, side=tiles.side or side_px)
+            tiles = replace(tiles, side=tiles.side or side_px)
+            _check_name(tiles, slide_id, {*found, *(slides or ())})
             if slides is not None and slide_id not in slides:
                 remedy = "add it, or import without --slides and --cohort, and so without pixels"
                 raise SlideError(tiles.path, "missing", f"the slides named have no {slide_id}", remedy)
@@ -102,7 +105,7 @@ def _import_slide(
     there = _open_if_there(store, outcome.slide_id)
     if there is None:
         if slide is None:
-            there = _write_alone(store, outcome.slide_id, tiles)
+            there = _write_alone(store, outcome.slide_id, replace(tiles, mpp=mpp[1] or tiles.mpp))
         else:
             there = _write_from_slide(
                 store, outcome.slide_id, tiles, slide, mpp, threads or len(os.sched_getaffinity(0))
@@ -110,9 +113,13 @@ def _import_slide(
     elif slide and there.pixels == NO_PIXELS:
         reason = "the store has the slide without its pixels"
         raise SlideError(tiles.path, "unsupported", reason, "import it into another --out")
-    elif not name:
-        _rows_of(there, tiles)
-        outcome = replace(outcome, status="already imported")
+    else:
+        # Without a content hash, all that the store knows of the slide is what an earlier file stated.
+        if there.info.content_hash:
+            _check_statements(tiles, there.info)
+        if not name:
+            _rows_of(there, tiles)
+            outcome = replace(outcome, status="already imported")
     if name and not _keep_features(store, there, tiles, name):
         outcome = replace(outcome, status="already imported")
     kept, hashed = int(there.mask.sum()), there.info.content_hash
@@ -135,6 +142,36 @@ def _encoder_name(tiles: ForeignTiles, encoder: str | None) -> str | None:
 
 def _open_if_there(store: Path, slide_id: str) -> TileStore | None:
     return open_store(store, slide_id) if slide_id in tiled_slides(store) else None
+
+
+def _check_name(tiles: ForeignTiles, slide_id: str, known: set[str]) -> None:
+    """Raises SlideError if the file says that it is of another slide of this import; slides may have been renamed."""
+    stated = (tiles.slide_name or "").strip()
+    stated = next((name for name in (stated, stated.rpartition(".")[0]) if name in known), slide_id)
+    if stated != slide_id:
+        reason = f"is named after slide {slide_id}, but says that it is of slide {stated}"
+        raise SlideError(tiles.path, "corrupt", reason, "give the file its slide's name, or write it again")
+
+
+def _check_statements(tiles: ForeignTiles, info: SlideInfo) -> None:
+    """Raises SlideError if the file states another size, scale, objective or origin than its slide has.
+
+    A scale that the user gave (`mpp_source`) overrides both, and is not compared.
+    """
+    differences = []
+    if tiles.size and np.abs(np.subtract(tiles.size, info.size)).max() > tiles.size_error_px:
+        stated = f"{'about ' * (tiles.size_error_px > 0)}{tiles.size[0]} x {tiles.size[1]} px"
+        differences.append(f"{stated}, the slide has {info.size[0]} x {info.size[1]}")
+    mpp = sum(info.mpp) / 2
+    if info.mpp_source != "given" and tiles.mpp and abs(tiles.mpp / mpp - 1) > SAME_SCALE:
+        differences.append(f"{tiles.mpp:.4g} µm per pixel, the slide has {mpp:.4g}")
+    elif info.mpp_source != "given" and tiles.power and abs(math.log(tiles.power * mpp / 10)) > math.log(_SAME_POWER):
+        differences.append(f"an objective of {tiles.power:g}x, the slide has {mpp:.4g} µm per pixel")
+    if tiles.synthetic and not info.synthetic:
+        differences.append("that its slide is synthetic, the slide is not")
+    if differences:
+        reason = f"contradicts the slide: it states {'; '.join(differences)}"
+        raise SlideError(tiles.path, "corrupt", reason, "check that the file is this slide's, and write it again")
 
 
 def _placed(tiles: ForeignTiles, info: SlideInfo) -> tuple[Int32[np.ndarray, "tile 2"], float]:
@@ -187,6 +224,7 @@ def _write_from_slide(
 ) -> TileStore:
     with open_slide(path, *mpp) as slide:
         slide.info = info = replace(slide.info, path=os.path.abspath(path))
+        _check_statements(tiles, info)
         origin, side = _placed(tiles, info)
         params = _params_of(store, tiles, side * sum(info.mpp) / 2, side)
         ordered = origin[_row_by_row(origin)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Float, Float64
@@ -16,6 +17,7 @@ from crcjax.errors import InputError, SlideError
 
 SUFFIXES = (".h5", ".hdf5")
 _FEATURES = ("features", "feats", "patch_embeddings")  # CLAM and TRIDENT; STAMP and HistoBistro; STAMP's older ones
+_CLAM_SIZE_ERROR = 0.005  # relative, of level-0 sizes that are computed from another level's
 _HISTORIC_PX, _HISTORIC_UM = 224, 256.0  # of a tile, where STAMP's first files count its own pixels
 
 
@@ -25,7 +27,8 @@ class ForeignTiles:
 
     `corner` (x, y, top-left) and the tiles' `side` are in `unit`: level-0 px (`px`) or micrometres (`um`). `tile_px` is
     the side as the encoder saw it, and `overlap_px` by how much of it neighbours overlap; `mpp` is of level 0, `power` its
-    objective as the tool took it, `size` (width, height) of level 0 in px. `sources` are the files' names and SHA-256.
+    objective as the tool took it, `size` (width, height) of level 0 in px, correct to within `size_error_px`. `slide_name`
+    is the slide that the file says it is of. `sources` are the files' names and SHA-256.
     """
 
     path: Path
@@ -38,6 +41,8 @@ class ForeignTiles:
     mpp: float | None = None
     power: float | None = None
     size: tuple[int, int] | None = None
+    size_error_px: int = 0
+    slide_name: str | None = None
     overlap_px: int = 0
     features: Float[np.ndarray, "tile feature"] | None = None
     encoder: str | None = None
@@ -45,16 +50,42 @@ class ForeignTiles:
 
 
 def foreign_files(paths: Sequence[Path]) -> dict[str, list[Path]]:
-    """The HDF5 files among files and folders by the slide that their names say. Raises InputError for a folder without."""
-    found: dict[str, list[Path]] = {}
+    """The HDF5 files among files and folders, by the slide that their names state.
+
+    Folders are searched to any depth, through links; a file that is reached twice counts once, and hidden files are left
+    out. Raises InputError for a folder without such files, or one that cannot be searched.
+    """
+    files_of: dict[str, list[Path]] = {}
+    seen: set[str] = set()
     for path in paths:
-        below = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        below = list(_files_below(path)) if path.is_dir() else [path]
         if not below:
             raise InputError(f"{path}: no HDF5 files (.h5) in it; name a folder of CLAM, TRIDENT or STAMP")
         for file in below:
-            files = found.setdefault(file.stem.removesuffix("_patches"), [])
-            files += [] if file in files else [file]
-    return found
+            if (target := os.path.realpath(file)) not in seen:
+                seen.add(target)
+                files_of.setdefault(file.stem.removesuffix("_patches"), []).append(file)
+    return files_of
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    def stop(error: OSError) -> NoReturn:
+        raise InputError(
+            f"{error.filename}: the folder cannot be searched ({error.strerror}); check its permissions"
+        ) from error
+
+    searched: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        # A link to a folder above would be followed for ever.
+        searched.add(os.path.realpath(parent))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".") and os.path.realpath(os.path.join(parent, name)) not in searched
+        ]
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+                yield Path(parent, name)
 
 
 def read_foreign(path: Path) -> ForeignTiles:
@@ -98,8 +129,8 @@ def merged(files: Sequence[ForeignTiles]) -> ForeignTiles:
         if not np.array_equal(first.corner, other.corner) or first.unit != other.unit:
             reason = f"has other tiles than {other.path}, of the same slide"
             raise SlideError(first.path, "unsupported", reason, "import one of the two")
-        stated = ("side", "tile_px", "mpp", "power", "size", "encoder")
-        lacking = {name: getattr(other, name) for name in stated if getattr(first, name) is None}
+        stated = ("side", "tile_px", "mpp", "power", "size", "size_error_px", "slide_name", "encoder")
+        lacking = {name: getattr(other, name) for name in stated if getattr(first, name) in (None, 0)}
         first = replace(first, sources=first.sources | other.sources, **lacking)
     return first
 
@@ -125,7 +156,10 @@ def _tiles(path: Path, sha256: str, arrays: dict, attributes: dict, held: str) -
         raise SlideError(path, "unsupported", f"has no coordinates of tiles (it holds {held})", remedy)
     corner, features = _corner(path, arrays["coords"]), _features_of(path, arrays)
     tiles = ForeignTiles(path, "", {path.name: sha256}, corner, features=features)
-    tiles = replace(tiles, synthetic=bool(attributes.get("synthetic", False)))
+    name = attributes.get("name")
+    tiles = replace(
+        tiles, synthetic=bool(attributes.get("synthetic", False)), slide_name=name if isinstance(name, str) else None
+    )
     try:
         if "patch_size_level0" in attributes:
             return _trident(tiles, attributes)
@@ -195,8 +229,12 @@ def _clam(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
     patch, level = _positive(attributes["patch_size"]), attributes.get("level_dim")
     # Levels are rounded to whole pixels: the slide may be larger by less than one of theirs.
     width, height = (round(float(px) * downsample) + math.ceil(downsample) - 1 for px in level or (0, 0))
-    size = (width, height) if level else None
-    return replace(tiles, layout="CLAM", side=patch * downsample, tile_px=int(patch), size=size)
+    tiles = replace(tiles, layout="CLAM", side=patch * downsample, tile_px=int(patch))
+    if not level:
+        return tiles
+    # `downsample` is a mean over both axes, whose rounding differs.
+    error_px = math.ceil(2 * downsample + _CLAM_SIZE_ERROR * max(width, height)) if downsample > 1 else 0
+    return replace(tiles, size=(width, height), size_error_px=error_px)
 
 
 def _stamp(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:

@@ -166,6 +166,48 @@ def test_started_again_it_does_what_is_missing(write_h5: Write, tmp_path: Path) 
     assert import_files([files], store)[1].status == "failed"
 
 
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ({"level0_width": 1400, "level0_height": 1000}, "it states 1400 x 1000 px, the slide has"),
+        ({"level0_mpp": 0.25}, "it states 0.25 µm per pixel, the slide has 0.5"),
+        (
+            {"level0_magnification": 40, "target_magnification": 40},
+            "an objective of 40x, the slide has 0.5 µm per pixel",
+        ),
+        ({"name": "b"}, "is named after slide a, but says that it is of slide b"),
+        ({"name": "b.svs"}, "is named after slide a, but says that it is of slide b"),
+    ],
+)
+def test_a_file_whose_statements_contradict_its_slide_is_refused(
+    stated: dict, words: str, write_h5: Write, slides: dict, tmp_path: Path
+) -> None:
+    path, both = _trident(write_h5, tmp_path / "a.h5", **stated), slides | {"b": slides["a"]}
+    outcome = _only(import_files([path], tmp_path / "store", slides=both, threads=1))
+    assert outcome.status == "corrupt"
+    assert words in outcome.reason
+    assert tiled_slides(tmp_path / "store") == []
+    right = _trident(write_h5, tmp_path / "right" / "a.h5", features=None)
+    assert _only(import_files([right], tmp_path / "store", slides=both, threads=1)).status == "imported"
+    assert words in _only(import_files([path], tmp_path / "store", slides=both, threads=1)).reason
+
+
+def test_statements_that_agree_with_the_slide_or_were_overridden_pass(
+    write_h5: Write, slides: dict, tmp_path: Path
+) -> None:
+    with open_slide(slides["a"]) as slide:
+        width, height = slide.info.size
+    stated = {"level0_width": width, "level0_height": height, "level0_mpp": 0.504, "name": "its name at the scanner"}
+    path = _trident(write_h5, tmp_path / "a.h5", **stated)
+    assert _only(import_files([path], tmp_path / "one", slides=slides, threads=1)).status == "imported"
+    path = _trident(write_h5, tmp_path / "a.h5", level0_mpp=0.25)
+    given = {"slides": slides, "slide_mpp": {"a": 0.5}, "threads": 1}
+    assert _only(import_files([path], tmp_path / "two", **given)).status == "imported"
+    about = {"patch_size": 64, "patch_level": 1, "downsample": [3.99, 4.01], "level_dim": [width // 4, height // 4]}
+    clam = write_h5(tmp_path / "clam" / "a.h5", {"coords": CORNER}, coords=about)
+    assert _only(import_files([clam], tmp_path / "three", slides=slides, threads=1)).status == "imported"
+
+
 def test_a_slide_that_was_not_named_or_came_without_pixels_says_so(
     write_h5: Write, slides: dict, tmp_path: Path
 ) -> None:
@@ -173,7 +215,10 @@ def test_a_slide_that_was_not_named_or_came_without_pixels_says_so(
     assert "the slides named have no b" in _only(import_files([tmp_path / "in"], tmp_path / "s", slides=slides)).reason
     path = _trident(write_h5, tmp_path / "a.h5")
     import_files([path], tmp_path / "s")
-    assert "without its pixels; delete" in _only(import_files([path], tmp_path / "s", slides=slides)).reason
+    assert (
+        "without its pixels; import it into another --out"
+        in _only(import_files([path], tmp_path / "s", slides=slides)).reason
+    )
 
 
 def test_wrong_arguments_are_refused_before_anything_is_written(write_h5: Write, tmp_path: Path) -> None:

@@ -166,3 +166,20 @@ def test_files_go_by_the_slides_of_their_names(write_h5: Write, tmp_path: Path) 
     empty.mkdir()
     with pytest.raises(InputError, match=r"empty: no HDF5 files"):
         foreign_files([empty])
+
+
+def test_folders_are_searched_through_links_without_hidden_files_or_doubles(write_h5: Write, tmp_path: Path) -> None:
+    job, elsewhere = tmp_path / "job", tmp_path / "elsewhere"
+    a = write_h5(job / "A.H5", {"coords": CORNER})
+    write_h5(elsewhere / "b.h5", {"coords": CORNER})
+    (job / "linked").symlink_to(elsewhere)
+    (job / "again.h5").symlink_to(a)
+    (elsewhere / "up").symlink_to(job)
+    (job / "folder.h5").mkdir()
+    (job / "._A.h5").write_bytes(b"written by a Mac")
+    (job / ".trash").mkdir()
+    (job / ".trash" / "c.h5").touch()
+    (job / "gone.h5").symlink_to("nowhere.h5")
+    assert foreign_files([job]) == {"A": [a], "gone": [job / "gone.h5"], "b": [job / "linked" / "b.h5"]}
+    with pytest.raises(SlideError, match="no such file"):
+        read_foreign(job / "gone.h5")
