@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from crcjax.data.cohort import SlideRow, load_cohort
+from crcjax.data.csv_table import column_key
 from crcjax.errors import InputError, writing
 
 _KEY_BYTES = 32
@@ -41,25 +42,49 @@ def pseudonym(key: bytes, identifier: str) -> str:
 
 
 def write_pseudonymous(cohort: str | Path, key: bytes, out: str | Path, keep: Sequence[str] = ()) -> int:
-    """Writes a cohort's CSV with pseudonyms as ids, and returns its rows.
+    """Writes a cohort's CSV with pseudonyms in place of its ids.
 
-    No other columns than subtype, site, scanner and split are taken over, and those of `keep`: never the paths. Raises
-    InputError for an unusable cohort or column, or if `out` exists; OutputError.
+    The new table has the columns subtype, site, scanner and split, and those that `keep` names, whatever their case;
+    never the slides' paths.
+
+    Returns:
+      The number of rows.
+
+    Raises:
+      InputError: the cohort is not usable, has no column that `keep` names, or `out` exists.
+      OutputError: `out` cannot be written.
     """
     out, rows = Path(out), load_cohort(cohort, None).rows
     columns = [field.name for field in fields(SlideRow) if field.name not in ("path", "mpp", "extra")]
-    unknown = [name for name in keep if name not in rows[0].extra]
-    if unknown:
-        raise InputError(f"{cohort}: --keep {unknown[0]}: has no such column; it has {', '.join(rows[0].extra)}")
+    kept = [_further_column(cohort, rows[0], name) for name in keep]
+    kept = [name for name in dict.fromkeys(kept) if name not in columns]
     with writing(out):
         try:
             with open(out, "x", newline="") as file:
                 table = csv.writer(file)
-                table.writerow([*columns, *keep])
+                table.writerow([*columns, *kept])
                 for row in rows:
                     hidden = {name: pseudonym(key, getattr(row, name)) for name in ("slide_id", "case_id")}
                     values = [hidden.get(name) or getattr(row, name) or "" for name in columns]
-                    table.writerow([*values, *(row.extra[name] for name in keep)])
+                    table.writerow([*values, *(_cell(row, name) for name in kept)])
         except FileExistsError:
             raise InputError(f"{out}: exists, and is not overwritten; choose another --out") from None
     return len(rows)
+
+
+def _further_column(cohort: str | Path, row: SlideRow, name: str) -> str:
+    """The column that `--keep name` means, as the table writes it. Raises InputError."""
+    if column_key(name) == "path":
+        raise InputError(f"{cohort}: --keep {name}: paths identify, and are never kept; leave it out")
+    available = [field.name for field in fields(SlideRow) if field.name not in ("path", "extra")] + list(row.extra)
+    for column in available:
+        if column_key(column) == column_key(name):
+            return column
+    further = ", ".join(row.extra) or "none"
+    raise InputError(f"{cohort}: --keep {name}: has no such column; its further columns are: {further}")
+
+
+def _cell(row: SlideRow, column: str) -> str:
+    if column == "mpp":
+        return "" if row.mpp is None else repr(row.mpp)
+    return row.extra[column]

@@ -73,8 +73,15 @@ def test_further_columns_are_kept_only_by_name(tmp_path: Path) -> None:
     cohort = _cohort(tmp_path, [f"{SLIDE},{CASE},,immune,north,train,1957"])
     write_pseudonymous(cohort, KEY, tmp_path / "new.csv", ["born"])
     assert load_cohort(tmp_path / "new.csv", None).rows[0].extra == {"born": "1957"}
-    with pytest.raises(InputError, match="no such column"):
+    with pytest.raises(InputError, match="--keep age: has no such column; its further columns are: born"):
         write_pseudonymous(cohort, KEY, tmp_path / "other.csv", ["age"])
+    with pytest.raises(InputError, match="--keep Path: paths identify, and are never kept"):
+        write_pseudonymous(cohort, KEY, tmp_path / "other.csv", ["Path"])
+    plain = _cohort(tmp_path / "plain", ["a,A,,0.25"], "slide_id,case_id,path,MPP")
+    with pytest.raises(InputError, match="--keep age: has no such column; its further columns are: none"):
+        write_pseudonymous(plain, KEY, tmp_path / "other.csv", ["age"])
+    write_pseudonymous(plain, KEY, tmp_path / "other.csv", ["mpp", "site"])
+    assert load_cohort(tmp_path / "other.csv", None).rows[0].mpp == 0.25
 
 
 def test_a_cohort_is_not_overwritten_and_an_absent_folder_is_named(tmp_path: Path) -> None:
