@@ -212,13 +212,24 @@ def get_config() -> ConfigDict:
     tasks.tissue_classes = ()
 
     config.optimizer = optimizer = Section()
+    # Update rule: "adamw"; "lamb" for batches of hundreds of bags; "lion", with a tenth of adamw's learning rate; "adam"; or
+    # "sgd" with momentum.
+    optimizer.name = "adamw"
+    # Decay of the running mean of gradients. In sgd, the momentum.
+    optimizer.beta1 = 0.9
+    # Decay of the running mean of squared gradients; unused in sgd. Lion's authors use 0.99.
+    optimizer.beta2 = 0.999
+    # Learning rate after the warm-up: "cosine" or "linear" decay to the final fraction, "constant", or "one_cycle", which
+    # rises and falls as a cosine.
+    optimizer.schedule = "cosine"
     # Highest learning rate of the schedule. Lower it if the loss is not finite or jumps.
     optimizer.learning_rate = 1e-3
-    # Steps over which the learning rate rises linearly from zero.
+    # Steps over which the learning rate rises linearly from zero; in one_cycle, as a cosine from a 25th of the highest.
     optimizer.warmup_steps = 30
-    # Learning rate at the last step, as a fraction of the highest.
+    # Learning rate at the last step, as a fraction of the highest; unused in the constant schedule.
     optimizer.final_fraction = 0.01
-    # Decoupled weight decay of matrices and kernels; biases and scales have none.
+    # Weight decay of matrices and kernels; biases and scales have none. In adam and sgd it is added to the gradient, in the
+    # others it is decoupled from it.
     optimizer.weight_decay = 1e-2
     # Gradients are scaled down to this global norm.
     optimizer.clip_norm = 1.0

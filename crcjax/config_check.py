@@ -99,6 +99,8 @@ RANGES: dict[str, Range] = {
     "tasks.tissue": _FROM_ZERO,
     "tasks.stain": _FROM_ZERO,
     "tasks.artefact": _FROM_ZERO,
+    "optimizer.beta1": _BELOW_ONE,
+    "optimizer.beta2": _BELOW_ONE,
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _FROM_ZERO,
     "optimizer.final_fraction": _FRACTION,
@@ -122,6 +124,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "train.loss": ("cross_entropy", "focal", "evidential", "evidential_digamma"),
     "tasks.weighting": ("fixed", "learned"),
+    "optimizer.name": ("adamw", "lamb", "lion", "adam", "sgd"),
+    "optimizer.schedule": ("cosine", "linear", "constant", "one_cycle"),
 }
 
 _REQUIRED = ("data.store", "data.cohort")
@@ -168,6 +172,13 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
         yield (
             f"optimizer.warmup_steps must be below config.train.steps {train.steps}, got {config.optimizer.warmup_steps}; "
             f"try {train.steps // 10}"
+        )
+    if config.optimizer.schedule == "one_cycle" and not (
+        config.optimizer.warmup_steps and config.optimizer.final_fraction
+    ):
+        yield (
+            f"optimizer.warmup_steps and config.optimizer.final_fraction must be above 0 in the one_cycle schedule, got "
+            f"{config.optimizer.warmup_steps} and {config.optimizer.final_fraction}; try {max(1, train.steps // 4)} and 0.01"
         )
     if data.val_fraction + data.test_fraction >= 1:
         yield (

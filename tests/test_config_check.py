@@ -79,6 +79,7 @@ def test_the_choices_are_those_of_the_code() -> None:
     ("fields", "message"),
     [
         ({"optimizer__warmup_steps": 300}, "optimizer.warmup_steps must be below config.train.steps 300, got 300; try 30"),
+        ({"optimizer__schedule": "one_cycle", "optimizer__final_fraction": 0.0}, "optimizer.warmup_steps and config.optimizer"),
         ({"data__val_fraction": 0.5, "data__test_fraction": 0.5}, "data.val_fraction and config.data.test_fraction must sum"),
         ({"data__folds": 1}, "data.folds must be 0 or at least 2, got 1; try 5"),
         ({"data__folds": 3, "data__fold": 3}, "data.fold must be below config.data.folds 3, got 3; try 0"),
