@@ -1,4 +1,4 @@
-"""Which processes a run has, from flags or from what SLURM, Open MPI or Kubernetes say in the environment."""
+"""Detects a run's processes from flags and from the environment variables of SLURM, Open MPI and Kubernetes."""
 
 from __future__ import annotations
 
@@ -8,83 +8,88 @@ from dataclasses import dataclass
 
 from crcjax.errors import InputError
 
-_PORTS = 4096  # from 61440 on: jobs that share a first node rarely share their port
-_FIRST_PORT = 65536 - _PORTS
-_JOBSET_PORT = 61440  # a pod has its ports for itself
+# The port follows from the job's number, so that jobs whose first node is the same rarely share it.
+_FIRST_PORT = 61440
+_PORT_COUNT = 65536 - _FIRST_PORT
+# Each pod has its own network address, so that one port serves all JobSets.
+_JOBSET_PORT = 61440
 
 
 @dataclass(frozen=True)
 class ClusterEnvironment:
-    """This process among its peers; `coordinator` is host:port of process 0, where the others call it.
+    """This process's place among the processes of the run.
 
-    `gpus` are the visible GPUs that are this process's, where several processes share them; None for all.
+    `coordinator` is the HOST:PORT at which the other processes reach process 0. `gpu_indices` are those of the visible GPUs
+    that belong to this process, where several processes share a machine; None if all do.
     """
 
     coordinator: str
-    processes: int
-    process: int
-    gpus: tuple[int, ...] | None = None
+    process_count: int
+    process_index: int
+    gpu_indices: tuple[int, ...] | None = None
 
 
 def detect_cluster(
     environment: Mapping[str, str],
     coordinator: str | None = None,
-    processes: int | None = None,
-    process: int | None = None,
+    process_count: int | None = None,
+    process_index: int | None = None,
 ) -> ClusterEnvironment | None:
-    """The peers that the arguments state, the environment stating what they leave out; None for a single process.
+    """The cluster that the arguments describe, completed from the environment; None for a single process.
 
-    Understood are SLURM's srun, Open MPI's mpirun, and Kubernetes' indexed Jobs and JobSets, which do not say how many
-    they are: `processes` must. Raises InputError: something is missing or impossible.
+    Supported are SLURM's srun, Open MPI's mpirun, and Kubernetes' indexed Jobs and JobSets. Kubernetes does not tell a pod
+    how many pods there are, so that `process_count` must be given. Raises InputError: a value is missing or impossible.
     """
-    if processes == 1:
+    if process_count == 1:
         return None
-    told = _slurm(environment) or _open_mpi(environment) or _kubernetes(environment) or {}
-    coordinator = coordinator or told.get("coordinator")
-    processes = told.get("processes") if processes is None else processes
-    process = told.get("process") if process is None else process
-    if (not told and coordinator is None and processes is None and process is None) or processes == 1:
+    detected = _slurm(environment) or _open_mpi(environment) or _kubernetes(environment) or {}
+    arguments = (coordinator, process_count, process_index)
+    coordinator = coordinator or detected.get("coordinator")
+    process_count = detected.get("process_count") if process_count is None else process_count
+    process_index = detected.get("process_index") if process_index is None else process_index
+    if (not detected and arguments == (None, None, None)) or process_count == 1:
         return None
-    found = {"--coordinator HOST:PORT": coordinator, "--processes N": processes, "--process I": process}
-    if missing := [flag for flag, value in found.items() if value is None]:
-        where = told.get("name", "nothing in the environment")
+    flags = {"--coordinator HOST:PORT": coordinator, "--processes N": process_count, "--process I": process_index}
+    if missing := [flag for flag, value in flags.items() if value is None]:
+        source = detected.get("launcher", "nothing in the environment")
         raise InputError(
-            f"several processes: {where} does not say {' or '.join(missing)}; give it (--processes 1 to run alone)"
+            f"several processes: {source} does not say {' or '.join(missing)}; give it (--processes 1 to run alone)"
         )
     assert coordinator is not None
-    assert processes is not None
-    assert process is not None
-    if not 0 <= process < processes:
-        raise InputError(f"--process {process} is not among the {processes} of --processes; count from 0")
+    assert process_count is not None
+    assert process_index is not None
+    if not 0 <= process_index < process_count:
+        raise InputError(f"--process must be from 0 to {process_count - 1} (--processes - 1), got {process_index}")
     if not re.fullmatch(r".+:\d{1,5}", coordinator):
-        raise InputError(f"--coordinator {coordinator!r}: give it as HOST:PORT, the address of process 0")
-    return ClusterEnvironment(coordinator, processes, process, _gpus(environment, told.get("local")))
+        raise InputError(f"--coordinator must be HOST:PORT, the address of process 0, got {coordinator!r}")
+    return ClusterEnvironment(
+        coordinator, process_count, process_index, _gpu_indices(environment, detected.get("local"))
+    )
 
 
 def _slurm(environment: Mapping[str, str]) -> dict | None:
-    """srun's step; a batch script or salloc's shell has a job, and no step, so that it runs alone."""
+    """The step of srun. A batch script, or the shell of salloc, has a job but no step, and runs as a single process."""
     if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
         return None
-    nodes = environment["SLURM_STEP_NODELIST"]
-    # rack[1-2]n[07-12,14]-ib,m1 begins with rack1n07-ib
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    assert first is not None
-    host = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
-    port = _FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _PORTS
+    # The first name of a node list such as rack[1-2]n[07-12,14]-ib,m1 is rack1n07-ib.
+    first_entry = re.match(r"(?:[^,\[]|\[[^\]]*\])+", environment["SLURM_STEP_NODELIST"])
+    assert first_entry is not None
+    host = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first_entry[0])
+    port = _FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _PORT_COUNT
     return {
-        "name": "SLURM",
+        "launcher": "SLURM",
         "coordinator": f"{host}:{port}",
-        "processes": int(environment["SLURM_STEP_NUM_TASKS"]),
-        "process": int(environment["SLURM_PROCID"]),
-        "local": (int(environment["SLURM_LOCALID"]), _tasks_here(environment)),
+        "process_count": int(environment["SLURM_STEP_NUM_TASKS"]),
+        "process_index": int(environment["SLURM_PROCID"]),
+        "local": (int(environment["SLURM_LOCALID"]), _slurm_tasks_on_node(environment)),
     }
 
 
-def _tasks_here(environment: Mapping[str, str]) -> int:
-    """SLURM_STEP_TASKS_PER_NODE is 2(x3),1 for three nodes of two tasks and one of one."""
+def _slurm_tasks_on_node(environment: Mapping[str, str]) -> int:
+    """From SLURM_STEP_TASKS_PER_NODE, where 2(x3),1 means three nodes of two tasks and one of one."""
     counts: list[int] = []
-    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
-        tasks, _, nodes = part.removesuffix(")").partition("(x")
+    for entry in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        tasks, _, nodes = entry.removesuffix(")").partition("(x")
         counts += [int(tasks)] * int(nodes or 1)
     return counts[int(environment.get("SLURM_NODEID", 0))]
 
@@ -92,44 +97,50 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
 def _open_mpi(environment: Mapping[str, str]) -> dict | None:
     if "OMPI_COMM_WORLD_RANK" not in environment:
         return None
-    told = {
-        "name": "Open MPI",
-        "processes": int(environment["OMPI_COMM_WORLD_SIZE"]),
-        "process": int(environment["OMPI_COMM_WORLD_RANK"]),
+    detected = {
+        "launcher": "Open MPI",
+        "process_count": int(environment["OMPI_COMM_WORLD_SIZE"]),
+        "process_index": int(environment["OMPI_COMM_WORLD_RANK"]),
         "local": (int(environment["OMPI_COMM_WORLD_LOCAL_RANK"]), int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"])),
     }
-    # mpirun's own address, where its first process runs unless a host file says otherwise; Open MPI 5 has no such.
-    # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911
+    # The address of mpirun, such as 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911; Open MPI 5 does not set it. The first
+    # process runs on that machine unless a host file says otherwise.
     uri = re.match(r"(\d+)\.\d+;tcp://([^,:]+)", environment.get("OMPI_MCA_orte_hnp_uri", ""))
     if uri:
-        told["coordinator"] = f"{uri[2]}:{_FIRST_PORT + int(uri[1]) // _PORTS % _PORTS}"
-    return told
+        # The lower bits of the job identifier are zero.
+        detected["coordinator"] = f"{uri[2]}:{_FIRST_PORT + int(uri[1]) // _PORT_COUNT % _PORT_COUNT}"
+    return detected
 
 
 def _kubernetes(environment: Mapping[str, str]) -> dict | None:
-    """An indexed Job's pod knows its index, a JobSet's the name of the first pod by the downward API (docs/distributed.md)."""
+    """A pod of an indexed Job has its index, one of a JobSet also the first pod's name (docs/distributed.md)."""
     if "JOB_COMPLETION_INDEX" not in environment:
         return None
-    told = {"name": "Kubernetes", "process": int(environment["JOB_COMPLETION_INDEX"])}
+    detected = {"launcher": "Kubernetes", "process_index": int(environment["JOB_COMPLETION_INDEX"])}
     if "JOBSET_NAME" in environment and "REPLICATED_JOB_NAME" in environment:
         jobset = environment["JOBSET_NAME"]
-        told["coordinator"] = f"{jobset}-{environment['REPLICATED_JOB_NAME']}-0-0.{jobset}:{_JOBSET_PORT}"
-    return told
+        detected["coordinator"] = f"{jobset}-{environment['REPLICATED_JOB_NAME']}-0-0.{jobset}:{_JOBSET_PORT}"
+    return detected
 
 
-def _gpus(environment: Mapping[str, str], local: tuple[int, int] | None) -> tuple[int, ...] | None:
-    """The visible GPUs divided among the processes of one machine, unless the launcher has done so already."""
+def _gpu_indices(environment: Mapping[str, str], local: tuple[int, int] | None) -> tuple[int, ...] | None:
+    """Divides the visible GPUs among the processes of a machine; None if one process has all, or one each is visible.
+
+    `local` are this process's index on its machine and the number of processes there.
+    """
     if local is None or local[1] == 1:
         return None
-    place, here = local
+    local_index, local_count = local
     if "CUDA_VISIBLE_DEVICES" not in environment:
-        return (place,)  # one each, as jax itself would have it
+        # One each, as jax itself divides them.
+        return (local_index,)
     visible = environment["CUDA_VISIBLE_DEVICES"].split(",")
     if len(visible) == 1:
         return None
-    if len(visible) % here:
+    if len(visible) % local_count:
         raise InputError(
-            f"{len(visible)} GPUs for {here} processes on this machine; start one process for all of them, or one each"
+            f"the GPUs of a machine must divide evenly among its processes, got {len(visible)} GPUs for {local_count} "
+            "processes; start one process for all GPUs, or one for each"
         )
-    share = len(visible) // here
-    return tuple(range(place * share, (place + 1) * share))
+    share = len(visible) // local_count
+    return tuple(range(local_index * share, (local_index + 1) * share))

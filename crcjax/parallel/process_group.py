@@ -1,4 +1,4 @@
-"""A run of several processes: they start together, watch each other, and end together, with words."""
+"""Synchronised start, liveness monitoring and coordinated shutdown, with an error message, of a run's processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,207 +20,237 @@ from jaxtyping import Array, PyTree
 from crcjax.errors import AGAIN_STATUS, DeviceMemoryError, StoppedError
 from crcjax.monitor.logs import log, prefix_lines
 from crcjax.parallel.cluster_env import ClusterEnvironment
-from crcjax.parallel.rendezvous import LOOPBACK, Line, call_roll
-from crcjax.parallel.replica_check import disagreement, local_sums
+from crcjax.parallel.rendezvous import ControlChannel, connect_processes, rendezvous_secret
+from crcjax.parallel.replica_check import first_difference, local_checksums
 
-PEER_STATUS = 4  # of a process that ends because another one did
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_HEARING_S = 0.5  # between looks at the clock, and between words to process 0
-_SILENT_S = 5.0  # a process that was not heard for so long is frozen, or its network is
-_DELIVERY_S = 0.3  # for last words: a closed connection may lose what was not read
-_BLAME_S = 5.0  # for the line to say whose end made a computation fail
+# The exit status of a process that ends because another one failed.
+PEER_STATUS = 4
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_HEARTBEAT_S = 0.5
+# A process without a heartbeat for this long is frozen, or its network is.
+_SILENCE_S = 5.0
+# Time for a last message to be read: closing a connection may discard unread data.
+_DELIVERY_S = 0.3
+# Time for the control channel to name the process whose failure made a computation fail here.
+_ATTRIBUTION_S = 5.0
+_SHOWN_PROCESSES = 8
 
 
 class ProcessGroup:
-    """This process among those of its run; by default it is alone.
+    """This process and its connection to the run's other processes; by default there are none.
 
-    `is_main` is true for process 0, which alone writes the run directory's tables and talks on the terminal.
+    `is_main` is true for process 0, which alone writes the run directory's tables and logs progress on the terminal.
     """
 
-    def __init__(self, process_index: int = 0, line: Line | None = None, stall_timeout_s: float = float("inf")):
+    def __init__(
+        self, process_index: int = 0, channel: ControlChannel | None = None, stall_timeout_s: float = float("inf")
+    ):
         self.process_index, self.is_main = process_index, process_index == 0
-        self._line, self._stall_timeout_s = line, stall_timeout_s
-        self._asked_to_stop = False
-        self._place: tuple[int, str] = (0, "starting")
-        self._since = time.monotonic()
-        self._heard_of: dict[int, tuple[float, int, str]] = {}
-        self._sums: dict[int, dict[int, list[dict[str, int]]]] = {}
+        self._channel, self._stall_timeout_s = channel, stall_timeout_s
+        self._stop_requested = False
+        self._progress: tuple[int, str] = (0, "starting")
+        self._progress_time = time.monotonic()
+        # By process: when its last heartbeat came, and its step and activity then.
+        self._heartbeats: dict[int, tuple[float, int, str]] = {}
+        # By step and process: the checksums of each of its devices.
+        self._checksums: dict[int, dict[int, list[dict[str, int]]]] = {}
         self._finished: set[int] = set()
-        self._ending = threading.Lock()  # taken for good by whoever says this process's last words
+        # Acquired once, and never released, by the thread that reports why this process ends.
+        self._ending = threading.Lock()
         self._comparing = threading.Lock()
 
     def report_progress(self, step: int, activity: str) -> None:
-        """Says where this process is; one that says nothing for `stall_timeout_s` ends all, with words."""
-        self._place, self._since = (step, activity), time.monotonic()
+        """Records what this process is doing; all processes end if one reports nothing for `stall_timeout_s`."""
+        self._progress, self._progress_time = (step, activity), time.monotonic()
 
     def should_stop(self, step: int) -> bool:
-        """Whether the run was asked to stop (SIGTERM or SIGUSR1, to any process) and does so after this step.
+        """Whether the run stops after this step because any process received SIGTERM or SIGUSR1.
 
-        All processes get the same answer; to be asked once a step.
+        Every process calls this once a step and gets the same answer.
         """
-        if self._line is None:
-            return self._asked_to_stop
+        if self._channel is None:
+            return self._stop_requested
         return multihost_utils.reached_preemption_sync_point(step)
 
     def barrier(self, name: str) -> None:
-        """Until all processes are here."""
-        if self._line is not None:
+        """Waits until all processes have reached the barrier of this name."""
+        if self._channel is not None:
             multihost_utils.sync_global_devices(name)
 
     def maximum(self, value: float) -> float:
-        """The largest of the processes' values; all call it together."""
-        return float(np.max(multihost_utils.process_allgather(np.float32(value)))) if self._line else value
+        """The largest of the processes' values; every process must call it."""
+        return float(np.max(multihost_utils.process_allgather(np.float32(value)))) if self._channel else value
 
     def check_replicas(self, step: int, values: PyTree[Array]) -> None:
-        """Has process 0 compare the copies of all devices; if they differ, all processes end soon after, with words."""
-        if self._line is None:
+        """Sends checksums of this process's copies to process 0, which ends all processes soon after if any differ."""
+        if self._channel is None:
             return
-        sums = local_sums(values)
+        checksums = local_checksums(values)
         if self.is_main:
-            self._collect(0, step, sums)
+            self._collect_checksums(0, step, checksums)
         else:
-            self._line.tell({"sums": sums, "step": step})
+            self._channel.send({"checksums": checksums, "step": step})
 
     def start_monitoring(self) -> None:
-        """Starts to listen to the others and to look at the clock."""
-        if self._line is not None:
-            self._line.listen(self._heard)
-            threading.Thread(target=self._look, daemon=True, name="watch").start()
+        """Starts the threads that read the control channel, send heartbeats and detect stalls."""
+        if self._channel is not None:
+            self._channel.subscribe(self._on_message)
+            threading.Thread(target=self._monitor, daemon=True, name="monitor").start()
 
     def finish(self) -> None:
-        """Leaves together with the others, all having done their work."""
-        if self._line is None:
+        """Waits for all processes to finish their work, then disconnects."""
+        if self._channel is None:
             return
-        self.report_progress(self._place[0], "finishing")
+        self.report_progress(self._progress[0], "finishing")
         jax.distributed.shutdown()
-        self._ending.acquire(timeout=_BLAME_S)  # nobody ends any more for another's end
-        self._line.tell({"finished": True})
+        # From here on the end of another process does not end this one.
+        self._ending.acquire(timeout=_ATTRIBUTION_S)
+        self._channel.send({"finished": True})
         time.sleep(_DELIVERY_S)
-        self._line.close()
+        self._channel.close()
 
     def report_failure(self, error: BaseException) -> None:
-        """Tells the others that this process ends; does not return if it ends for another's end, and says whose."""
-        if self._line is None:
+        """Sends the error of this process to the others.
+
+        If the failure of another process caused it, this process ends here with the other's error.
+        """
+        if self._channel is None:
             return
         if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(_BLAME_S)
+            time.sleep(_ATTRIBUTION_S)
         if not self._ending.acquire(blocking=False):
-            time.sleep(60)  # the watch has spoken and is ending this process
-        words = " ".join(str(error).split()) or type(error).__name__
-        # One status of all, so that whoever started them sees it, whichever ends first.
+            # Another thread has reported the cause and is ending this process.
+            time.sleep(60)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        # All processes end with one status, so that the launcher sees the same whichever ends first.
         status = AGAIN_STATUS if isinstance(error, DeviceMemoryError) else PEER_STATUS
         if self.is_main:
-            self._line.tell({"error": f"{self._line.names[0]} ended: {words}", "status": status})
+            self._channel.send({"error": self._failure(0, reason), "status": status})
         else:
-            self._line.tell({"ended": words, "status": status})
+            self._channel.send({"failed": reason, "status": status})
         time.sleep(_DELIVERY_S)
 
     def request_stop(self) -> None:
-        """As a signal does."""
-        self._asked_to_stop = True
+        """Stops the run after its current step, as a signal does."""
+        self._stop_requested = True
 
-    def _heard(self, process: int, message: dict[str, Any] | None) -> None:
-        assert self._line is not None
-        name = self._line.names[process]
+    def _on_message(self, process: int, message: dict[str, Any] | None) -> None:
         if message is None:
             if process not in self._finished:
-                self._end(f"{name} is gone without a word: it was killed, or its machine or its network failed")
+                self._end(f"{self._name(process)} was lost: it was killed, or its machine or its network failed")
         elif "finished" in message:
             self._finished.add(process)
-        elif "ended" in message:
-            self._end(f"{name} ended: {message['ended']}", message["status"])
+        elif "failed" in message:
+            self._end(self._failure(process, message["failed"]), message["status"])
         elif "error" in message:
             self._end(message["error"], message["status"])
-        elif "at" in message:
-            self._heard_of[process] = (time.monotonic(), *message["at"])
-        elif "sums" in message:
-            self._collect(process, message["step"], message["sums"])
+        elif "progress" in message:
+            self._heartbeats[process] = (time.monotonic(), *message["progress"])
+        elif "checksums" in message:
+            self._collect_checksums(process, message["step"], message["checksums"])
 
-    def _collect(self, process: int, step: int, sums: list[dict[str, int]]) -> None:
-        assert self._line is not None
+    def _collect_checksums(self, process: int, step: int, checksums: list[dict[str, int]]) -> None:
+        assert self._channel is not None
         with self._comparing:
-            so_far = self._sums.setdefault(step, {})
-            so_far[process] = sums
-            if len(so_far) < len(self._line.names):
+            by_process = self._checksums.setdefault(step, {})
+            by_process[process] = checksums
+            if len(by_process) < len(self._channel.names):
                 return
-            found = disagreement(self._sums.pop(step))
-        if found:
+            difference = first_difference(self._checksums.pop(step))
+        if difference:
+            differing_process, leaf = difference
             self._end(
-                f"{self._line.names[found[0]]} has another {found[1]} than the other processes after step {step}: its "
+                f"{self._name(differing_process)} has another {leaf} than the other processes after step {step}: its "
                 "memory, device or network is faulty; leave that machine out"
             )
 
-    def _look(self) -> None:
-        assert self._line is not None
+    def _monitor(self) -> None:
+        assert self._channel is not None
         while True:
-            time.sleep(_HEARING_S)
-            idle_s = time.monotonic() - self._since
+            time.sleep(_HEARTBEAT_S)
+            idle_s = time.monotonic() - self._progress_time
             if not self.is_main:
-                self._line.tell({"at": self._place})
-                if idle_s > self._stall_timeout_s + 2 * _SILENT_S:
-                    self._end(f"no step was finished for {idle_s:.0f} s, and {self._line.names[0]} says nothing of it")
+                self._channel.send({"progress": self._progress})
+                # Process 0 knows more of the cause, and reports first if it can.
+                if idle_s > self._stall_timeout_s + 2 * _SILENCE_S:
+                    self._end(f"no step was finished for {idle_s:.0f} s, and {self._name(0)} does not report why")
             elif idle_s > self._stall_timeout_s:
-                self._end(f"no step was finished for {idle_s:.0f} s: {self._whereabouts()}")
+                self._end(f"no step was finished for {idle_s:.0f} s: {self._stragglers()}")
 
-    def _whereabouts(self) -> str:
-        """The processes that the others wait for, as far as can be seen from here."""
-        assert self._line is not None
+    def _stragglers(self) -> str:
+        """The processes that the others wait for: the silent ones, else those not computing, else all."""
         now = time.monotonic()
-        places = {0: (now, *self._place)} | self._heard_of
-        silent = [process for process, (heard, _, _) in places.items() if now - heard > _SILENT_S]
-        busy = [process for process, (_, _, doing) in places.items() if doing != "computing"]
-        told = []
-        for process in silent or busy or sorted(places):
-            heard, step, doing = places[process]
-            silence = f", not heard for {now - heard:.0f} s" if process in silent else ""
-            told.append(f"{self._line.names[process]} is {doing}, step {step}{silence}")
-        return "; ".join(told[:8])
+        progress = {0: (now, *self._progress)} | self._heartbeats
+        silent = [process for process, (heartbeat, _, _) in progress.items() if now - heartbeat > _SILENCE_S]
+        busy = [process for process, (_, _, activity) in progress.items() if activity != "computing"]
+        descriptions = []
+        for process in (silent or busy or sorted(progress))[:_SHOWN_PROCESSES]:
+            heartbeat, step, activity = progress[process]
+            silence = f", no heartbeat for {now - heartbeat:.0f} s" if process in silent else ""
+            descriptions.append(f"{self._name(process)} is {activity}, step {step}{silence}")
+        return "; ".join(descriptions)
 
-    def _end(self, words: str, status: int = PEER_STATUS) -> None:
-        """Ends this process and, as process 0, all others, unless it has begun to end already."""
+    def _end(self, reason: str, status: int = PEER_STATUS) -> None:
+        """Ends this process, and from process 0 all others, unless this process is ending already."""
         if not self._ending.acquire(blocking=False):
             return
-        assert self._line is not None
+        assert self._channel is not None
         if self.is_main:
-            self._line.tell({"error": words, "status": status})
+            self._channel.send({"error": reason, "status": status})
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        log.debug("the main thread is here:\n" + "".join(traceback.format_stack(frame)))
-        log.error(f"crcjax: {words}; started again, the run goes on from its last checkpoint")
+        log.debug("stack of the main thread:\n" + "".join(traceback.format_stack(frame)))
+        log.error(f"crcjax: {reason}; the same command resumes from the last checkpoint")
         time.sleep(_DELIVERY_S)
-        # Not sys.exit: the main thread waits within jax, which would wait for minutes more for the others.
+        # Not sys.exit: the main thread waits inside jax, which would wait for minutes more for the others.
         os._exit(status)
+
+    def _failure(self, process: int, reason: str) -> str:
+        return f"{self._name(process)} failed: {reason}; see its log in RUN/logs/process-{process}.log"
+
+    def _name(self, process: int) -> str:
+        assert self._channel is not None
+        return self._channel.names[process]
 
 
 @contextmanager
 def process_group(
-    cluster: ClusterEnvironment | None, facts: Mapping[str, str], wait_s: float, stall_timeout_s: float
+    cluster: ClusterEnvironment | None, fingerprint: Mapping[str, str], wait_s: float, stall_timeout_s: float
 ) -> Iterator[ProcessGroup]:
-    """Starts jax over all processes, having waited for them and compared their `facts`; alone if `cluster` is None.
+    """Starts jax over all processes, once they have connected and their fingerprints agree.
 
-    SIGTERM and SIGUSR1 then ask the run to stop after a step. An exception within is told to the other processes, which
-    end too. Raises InputError, in every process: one did not come within `wait_s`, or is not of the same facts.
+    Within the block, SIGTERM and SIGUSR1 make `should_stop` true. An exception that leaves the block is sent to the other
+    processes, which end too.
+
+    Args:
+      cluster: this process's place in the run; None for a single process.
+      fingerprint: values by name that must be equal in all processes.
+      wait_s: how long the processes wait for each other.
+      stall_timeout_s: how long a process may report no progress.
+
+    Raises InputError, in every process: one did not connect within `wait_s`, or differs in its fingerprint or secret.
     """
     if cluster is None:
         group = ProcessGroup()
-        with _signals(group.request_stop):
+        with _signal_handlers(group.request_stop):
             yield group
         return
-    prefix_lines(cluster.process, cluster.processes)
-    line = call_roll(cluster, facts, wait_s)
-    group = ProcessGroup(cluster.process, line, stall_timeout_s)
+    prefix_lines(cluster.process_index, cluster.process_count)
+    channel = connect_processes(cluster, fingerprint, wait_s, rendezvous_secret(os.environ))
+    group = ProcessGroup(cluster.process_index, channel, stall_timeout_s)
     group.start_monitoring()
     try:
-        jax.distributed.initialize(
-            line.service,
-            cluster.processes,
-            cluster.process,
-            local_device_ids=cluster.gpus,
-            # SLURM's own would give every process one GPU alone.
-            cluster_detection_method="deactivate",
-            initialization_timeout=max(1, round(wait_s)),
-            coordinator_bind_address=line.service if line.service.rpartition(":")[0] in LOOPBACK else None,
-        )
-        # jax has SIGTERM to itself, and makes all processes agree on the step after which they stop.
+        with channel.jax_port_reservation:
+            jax.distributed.initialize(
+                channel.jax_address,
+                cluster.process_count,
+                cluster.process_index,
+                local_device_ids=cluster.gpu_indices,
+                # jax's own detection of SLURM would give every process one GPU.
+                cluster_detection_method="deactivate",
+                initialization_timeout=max(1, round(wait_s)),
+                coordinator_bind_address=channel.jax_bind_address,
+            )
+        # jax handles SIGTERM, and makes all processes agree on the step after which they stop.
         signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         yield group
     except StoppedError:
@@ -233,10 +263,10 @@ def process_group(
 
 
 @contextmanager
-def _signals(ask: Any) -> Iterator[None]:
-    before = {number: signal.signal(number, lambda *_: ask()) for number in _SIGNALS}
+def _signal_handlers(request_stop: Callable[[], None]) -> Iterator[None]:
+    previous = {number: signal.signal(number, lambda *_: request_stop()) for number in _STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -48,10 +48,10 @@ def test_mpirun_says_all() -> None:
 
 
 def test_a_jobset_says_all_but_how_many() -> None:
-    assert detect_cluster(JOBSET, processes=4) == ClusterEnvironment("epoc-workers-0-0.epoc:61440", 4, 3)
+    assert detect_cluster(JOBSET, process_count=4) == ClusterEnvironment("epoc-workers-0-0.epoc:61440", 4, 3)
     with pytest.raises(InputError, match=r"Kubernetes does not say --processes N.*--processes 1 to run alone"):
         detect_cluster(JOBSET)
-    assert detect_cluster(JOBSET, processes=1) is None
+    assert detect_cluster(JOBSET, process_count=1) is None
 
 
 def test_flags_go_before_the_environment() -> None:
@@ -60,7 +60,7 @@ def test_flags_go_before_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "gpus"), [("0,1,2,3", (2, 3)), ("GPU-1", None), ("0,1", (1,)), ("0,1,2", "3 GPUs for 2 processes")]
+    ("visible", "gpus"), [("0,1,2,3", (2, 3)), ("GPU-1", None), ("0,1", (1,)), ("0,1,2", "got 3 GPUs for 2 processes")]
 )
 def test_processes_of_one_machine_divide_its_visible_gpus(visible: str, gpus) -> None:
     environment = SRUN | {"CUDA_VISIBLE_DEVICES": visible}
@@ -68,7 +68,7 @@ def test_processes_of_one_machine_divide_its_visible_gpus(visible: str, gpus) ->
         with pytest.raises(InputError, match=gpus):
             detect_cluster(environment)
     else:
-        assert detect_cluster(environment).gpus == gpus
+        assert detect_cluster(environment).gpu_indices == gpus
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_processes_of_one_machine_divide_its_visible_gpus(visible: str, gpus) ->
     [
         (("h:1", None, 0), "does not say --processes N"),
         ((None, 2, None), "does not say --coordinator HOST:PORT or --process I"),
-        (("h:1", 2, 2), "--process 2 is not among the 2"),
-        (("h", 2, 1), "give it as HOST:PORT"),
+        (("h:1", 2, 2), "--process must be from 0 to 1 .*, got 2"),
+        (("h", 2, 1), "must be HOST:PORT, the address of process 0, got 'h'"),
     ],
 )
 def test_what_is_missing_or_impossible_is_named(given: tuple, message: str) -> None:

@@ -134,7 +134,7 @@ def test_a_killed_process_is_named_by_the_other_at_once(start) -> None:
     _process(launcher, 1).kill()
     said = _end(launcher, 30)
     (error,) = _errors(said)
-    assert f"[0] crcjax: process 1 ({HOST}) is gone without a word" in error
+    assert f"[0] crcjax: process 1 ({HOST}) was lost: it was killed" in error
     assert launcher.returncode in (128 + signal.SIGKILL, 4)
 
 
@@ -252,5 +252,7 @@ def test_a_process_that_stands_still_is_named_once_the_time_is_over() -> None:
     error = still[0].communicate(timeout=120)[1]
     still[1].kill()
     still[1].communicate()
-    assert re.search(r"no step was finished for \d+ s: process 1 .* is computing, step 7, not heard for \d+ s", error)
+    assert re.search(
+        r"no step was finished for \d+ s: process 1 .* is computing, step 7, no heartbeat for \d+ s", error
+    )
     assert still[0].returncode == 4
