@@ -1,16 +1,17 @@
-"""Several processes of a run on this machine, for trying and testing:
+"""Starts several processes of a run on this machine, for trying and testing:
 
     python launch/local.py --processes 2 [--devices 4] -- --config configs/demo.py --workdir RUN [...]
 
-What follows `--` goes to python -m crcjax.main. `--devices` are CPU devices for each process; without it, the processes
-have what jax finds. Lines begin with the process's index. If one fails, the others are ended, and the exit status is that
-of the first that failed; SIGTERM and SIGINT are passed on.
+The arguments after `--` go to python -m crcjax.main. `--devices` is the number of CPU devices of each process; without it,
+each process has the devices that jax finds. Output lines begin with the process's index. If a process fails, the others
+are ended, and the exit status is that of the first that failed. SIGTERM and SIGINT are passed on.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,7 +19,8 @@ import sys
 import threading
 import time
 
-_GRACE_S = 20.0  # for the others to end by themselves, naming the one that failed
+# Time for the other processes to end by themselves, with the error of the one that failed.
+_GRACE_S = 20.0
 
 
 def main() -> int:
@@ -27,30 +29,32 @@ def main() -> int:
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--devices", type=int)
     parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENTS")
-    given = parser.parse_args()
+    options = parser.parse_args()
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    if given.devices:
-        flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={given.devices}"
+    # One secret per run, by which the processes recognise each other (crcjax/parallel/rendezvous.py).
+    environment["CRCJAX_RENDEZVOUS_SECRET"] = secrets.token_hex(32)
+    if options.devices:
+        flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
         environment |= {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    command = [sys.executable, "-m", "crcjax.main", *given.arguments]
-    command += [f"--coordinator=127.0.0.1:{port}", f"--processes={given.processes}"]
-    running = [_start([*command, f"--process={process}"], environment) for process in range(given.processes)]
+    command = [sys.executable, "-m", "crcjax.main", *options.arguments]
+    command += [f"--coordinator=127.0.0.1:{port}", f"--processes={options.processes}"]
+    processes = [_start([*command, f"--process={index}"], environment) for index in range(options.processes)]
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: _tell(running, signal.SIGTERM))
-    readers = [threading.Thread(target=_forward, args=pair) for pair in enumerate(running)]
+        signal.signal(number, lambda *_: _signal_all(processes, signal.SIGTERM))
+    readers = [threading.Thread(target=_print_output, args=pair) for pair in enumerate(processes)]
     for reader in readers:
         reader.start()
-    status = _first_failure(running)
-    _end(running)
+    status = _first_failure(processes)
+    _end(processes)
     for reader in readers:
         reader.join()
     return status
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    # A session of its own: Ctrl-C comes through here alone.
+    # In a session of its own, a process does not receive Ctrl-C from the terminal; this launcher passes it on.
     return subprocess.Popen(
         command,
         env=environment,
@@ -61,36 +65,36 @@ def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[
     )
 
 
-def _forward(index: int, process: subprocess.Popen[str]) -> None:
+def _print_output(index: int, process: subprocess.Popen[str]) -> None:
     assert process.stdout
     prefix = f"[{index}] "
     for line in process.stdout:
-        # crcjax numbers its own lines; those of the libraries below it come bare.
+        # crcjax prefixes its own lines; the libraries that it uses do not.
         print(line.rstrip("\n") if line.startswith(prefix) else prefix + line.rstrip("\n"), flush=True)
 
 
-def _first_failure(running: list[subprocess.Popen[str]]) -> int:
-    """Waits until one has failed, or all have ended, and returns its status; 128 + the signal that killed it."""
+def _first_failure(processes: list[subprocess.Popen[str]]) -> int:
+    """Waits until one process has failed or all have ended; returns its status (128 + the signal that killed it), or 0."""
     while True:
-        ended = [process.poll() for process in running]
-        for status in ended:
+        statuses = [process.poll() for process in processes]
+        for status in statuses:
             if status:
                 return status if status > 0 else 128 - status
-        if None not in ended:
+        if None not in statuses:
             return 0
         time.sleep(0.05)
 
 
-def _end(running: list[subprocess.Popen[str]]) -> None:
-    for stop in (signal.SIGTERM, signal.SIGKILL):
+def _end(processes: list[subprocess.Popen[str]]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + _GRACE_S
-        while time.monotonic() < deadline and any(process.poll() is None for process in running):
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
             time.sleep(0.05)
-        _tell(running, stop)
+        _signal_all(processes, number)
 
 
-def _tell(running: list[subprocess.Popen[str]], number: signal.Signals) -> None:
-    for process in running:
+def _signal_all(processes: list[subprocess.Popen[str]], number: signal.Signals) -> None:
+    for process in processes:
         if process.poll() is None:
             process.send_signal(number)
 
