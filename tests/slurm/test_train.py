@@ -130,7 +130,11 @@ def test_a_job_that_fails_tells_the_webhook_and_by_mail_and_is_not_repeated(
     ("array", "arguments", "message"),
     [
         ("", ["--config=small.py"], "give --config FILE and --workdir DIR"),
-        ("0", ["--config=small.py", "--workdir=RUN", "--config.data.folds=0"], "an array trains folds; give their number"),
+        (
+            "0",
+            ["--config=small.py", "--workdir=RUN", "--config.data.folds=0"],
+            "an array trains folds; give their number",
+        ),
     ],
 )
 def test_without_a_place_for_the_run_or_folds_for_an_array_the_script_says_so(
