@@ -221,7 +221,12 @@ def overview(
     limits = parse_limits(limit or (), StainLimits)
     rows = load_cohort(cohort, None).rows if cohort else ()
     places = {row.slide_id: ", ".join(filter(None, (row.site, row.scanner))) for row in rows}
-    _say.print(f"{write_overview(store, places if cohort else None, limits)}", markup=False)
+    faults: dict[str, str] = {}
+    page = write_overview(store, places if cohort else None, limits, on_fault=faults.__setitem__)
+    for slide_id, reason in faults.items():
+        _say.print(f"failed: {slide_id}: {reason}", markup=False)
+    _say.print(f"{page}", markup=False)
+    raise typer.Exit(1 if faults else 0)
 
 
 @app.command("import")
@@ -469,6 +474,7 @@ def deidentify(
     """
     from crcjax.data.slide_selection import named_copies
     from crcjax.slides.deidentify.deidentify import Report, deidentify_slides, report_path
+    from crcjax.slides.jobs.usable_cores import usable_cores
     from crcjax.slides.wsi.discovery import find_slides
 
     paths = find_slides(slides)
@@ -476,7 +482,7 @@ def deidentify(
     # Under a pseudonym, what is there is this slide's copy.
     jobs = [(path, copy) for path, copy in copies if not (pseudonym_key and copy.exists())]
     refused = 0
-    for path, copy, result in deidentify_slides(jobs, workers or len(os.sched_getaffinity(0))):
+    for path, copy, result in deidentify_slides(jobs, workers or usable_cores()):
         if not isinstance(result, Report):
             refused += 1
             _say.print(f"refused: {result if isinstance(result, SlideError) else f'{path}: {result}'}", markup=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import tempfile
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from crcjax.slides.jobs.usable_cores import usable_cores
 
 PACKAGES = [
     "crcjax",
@@ -79,7 +80,7 @@ def _openslide() -> Finding:
 
 
 def _machine(folder: Path) -> list[Finding]:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     memory = psutil.virtual_memory().available / 2**30
     free = shutil.disk_usage(folder).free / 2**30
     try:

@@ -10,7 +10,6 @@ from typing import Any
 
 from crcjax.data.csv_table import TableRow, is_missing, parse_number, read_table
 from crcjax.errors import InputError
-from crcjax.slides.preprocess.tile_slides import check_slide_ids
 from crcjax.slides.wsi.slide import MPP_RANGE
 
 SPLITS = ("train", "val", "test")
@@ -101,7 +100,6 @@ def _row(path: Path, row: TableRow, classes: tuple[str, ...]) -> SlideRow:
         raise InputError(f"{where}: subtype {subtype!r} is none of {', '.join(classes)}; {hint}")
     if split is not None and split.lower() not in SPLITS:
         raise InputError(f"{where}: split must be one of {', '.join(SPLITS)}, got {split!r}; correct it")
-    check_slide_ids([(str(values["slide_id"]), where)])
     known: dict[str, Any] = {name: values.get(name) for name in _KNOWN}
     slide_path = path.parent / known["path"] if known["path"] else None
     typed = {"path": slide_path, "split": split and split.lower(), "mpp": _mpp(where, known["mpp"])}

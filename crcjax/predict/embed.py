@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from crcjax.models.encoders.registry import PretrainedEncoder, pretrained_encode
 from crcjax.models.mil import DTYPES
 from crcjax.parallel.mesh import device_mesh, over_data, replicated
 from crcjax.runs.pretrained_weights import load_encoder
+from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.store.features import feature_attributes, write_features
 from crcjax.slides.store.tile_store import TileStore, readable, tiled_slides
 from crcjax.slides.tiling.plan import TilingParams, mpp_of
@@ -208,7 +208,7 @@ def _embed_slide(
     mask = found.mask & slots
     try:
         found.check_slide()
-        parts = list(_encoded(embedder, _tiles(found, mask, threads or len(os.sched_getaffinity(0)))))
+        parts = list(_encoded(embedder, _tiles(found, mask, threads or usable_cores())))
     except InputError as error:
         return Embedded(found.slide_id, "failed", reason=str(error))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from crcjax.models.mil import Prediction
 from crcjax.predict.attribution import Method
 from crcjax.predict.heatmap import LONGEST_PX, overlay, write_heatmap
 from crcjax.predict.predictor import Predictor, SlidePrediction
+from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.preprocess.tile_slides import check_slide_ids
 from crcjax.slides.wsi.discovery import without_names
 from crcjax.slides.wsi.slide import SlideInfo, check_mpp, open_slide
@@ -76,7 +76,7 @@ def predict_slides(
     check_slide_ids([(job.slide_id, job.path) for job in jobs])
     for mpp in {given for job in jobs for given in (job.mpp, job.fallback_mpp)}:
         check_mpp(mpp)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or usable_cores()
     columns = [
         *("slide_id", "case_id", "subtype", *(f"p_{name}" for name in predictor.classes)),
         *("entropy", "expected_entropy", "mutual_information", "vacuity", "set", "calibration"),

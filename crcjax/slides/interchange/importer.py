@@ -14,6 +14,7 @@ from jaxtyping import Int, Int32
 
 from crcjax.errors import BusyError, InputError, SlideError
 from crcjax.slides.interchange.third_party_h5 import ForeignTiles, foreign_files, merged, open_h5py, read_foreign
+from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.preprocess.manifest import Outcome, note_outcome
 from crcjax.slides.preprocess.tile_slides import check_slide_ids, judged, read_ahead
 from crcjax.slides.store.features import feature_attributes, write_features
@@ -107,9 +108,7 @@ def _import_slide(
         if slide is None:
             there = _write_alone(store, outcome.slide_id, replace(tiles, mpp=mpp[1] or tiles.mpp))
         else:
-            there = _write_from_slide(
-                store, outcome.slide_id, tiles, slide, mpp, threads or len(os.sched_getaffinity(0))
-            )
+            there = _write_from_slide(store, outcome.slide_id, tiles, slide, mpp, threads or usable_cores())
     elif slide and there.pixels == NO_PIXELS:
         reason = "the store has the slide without its pixels"
         raise SlideError(tiles.path, "unsupported", reason, "import it into another --out")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import cv2
@@ -41,37 +42,80 @@ Stains = dict[str, Float64[np.ndarray, "stain 3"]]  # haematoxylin's and eosin's
 
 
 def write_overview(
-    store: str | Path, places: Mapping[str, str] | None = None, limits: StainLimits = STAIN_LIMITS
+    store: str | Path,
+    places: Mapping[str, str] | None = None,
+    limits: StainLimits = STAIN_LIMITS,
+    on_fault: Callable[[str, str], None] = lambda slide_id, reason: None,
 ) -> Path:
-    """Writes STORE/overview/index.html, beside it a contact sheet a slide and its tissue as PNG and GeoJSON; returns the page's path.
+    """Writes STORE/overview/index.html and, beside it, each slide's contact sheet and its tissue as PNG and GeoJSON.
 
-    With `places`, slide ids and where they come from (site and scanner), only these slides are shown, by place too, and
-    those that are not in the store are named. Slides whose stain exceeds the `limits` are to be reviewed. Raises InputError if
-    the store has none of the slides or one is damaged, OutputError if the page cannot be written.
+    Args:
+      store: the tile store.
+      places: slide ids and where they come from (site and scanner). With it, only these slides are shown, by place too,
+        and those that are not in the store are named.
+      limits: slides whose stain exceeds them are to be reviewed.
+      on_fault: called with the id of each slide that cannot be shown, and the reason; the others are shown.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      InputError: no slide of the store can be shown.
+      OutputError: the page cannot be written.
     """
     store, tiled = store_path(store), tiled_slides(store)
     shown = [slide_id for slide_id in tiled if places is None or slide_id in places]
     if not shown:
         raise InputError(f"{store}: holds none of the slides; name the --out of crcjax tile, and its cohort")
-    folder, slides = store / "overview", [open_store(store, slide_id) for slide_id in shown]
-    stains = slide_stains(slides)
+    folder, faults = store / "overview", dict[str, str]()
+    slides, stains = _opened(store, shown, faults)
     degrees, centre = stain_degrees(stains), _centre(stains)
     synthetic = any(slide.info.synthetic for slide in slides)
     lines = []
     with writing(folder, "ask for permission to write into the store"):
         folder.mkdir(exist_ok=True)
         for slide in slides:
-            place, off = places[slide.slide_id] if places else "", tiles_off(slide, centre, limits)
-            lines.append(_line(slide, place, degrees.get(slide.slide_id), off, limits))
-            Image.fromarray(contact_sheet(slide)).save(folder / f"{slide.slide_id}.jpg", quality=85)
-            write_area(
-                folder / f"{slide.slide_id}.tissue", slide.thumbnail()[1], slide.info.size, "Tissue", slide.info.corner
-            )
+            try:
+                place, off = places[slide.slide_id] if places else "", tiles_off(slide, centre, limits)
+                line = _line(slide, place, degrees.get(slide.slide_id), off, limits)
+                _write_pictures(slide, folder)
+                lines.append(line)
+            except InputError as error:
+                faults[slide.slide_id] = str(error)
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                faults[slide.slide_id] = (
+                    "its name is too long for the files of its pictures; rename its file, tile it again"
+                )
+        for slide_id, reason in faults.items():
+            on_fault(slide_id, reason)
+        if not lines:
+            raise InputError(f"{store}: none of its slides can be shown ({next(iter(faults.values()))})")
         _stain_picture(stains, places or {}, synthetic).savefig(folder / "stains.png", dpi=110)
         lines.sort(key=lambda line: (VERDICTS.index(line["verdict"]), line["coverage"], line["slide_id"]))
-        page = _page(lines, sorted(set(places or ()) - set(tiled)), synthetic, limits)
+        page = _page(lines, sorted(set(places or ()) - set(tiled)), faults, synthetic, limits)
         (folder / "index.html").write_text(page)
     return folder / "index.html"
+
+
+def _opened(store: Path, slide_ids: Iterable[str], faults: dict[str, str]) -> tuple[list[TileStore], Stains]:
+    """The slides that can be read and their stains; `faults` gets the others with the reason."""
+    slides, stains = [], Stains()
+    for slide_id in slide_ids:
+        try:
+            slide = open_store(store, slide_id)
+            stains |= slide_stains([slide])
+            slides.append(slide)
+        except InputError as error:
+            faults[slide_id] = str(error)
+    return slides, stains
+
+
+def _write_pictures(slide: TileStore, folder: Path) -> None:
+    Image.fromarray(contact_sheet(slide)).save(folder / f"{slide.slide_id}.jpg", quality=85)
+    stem = folder / f"{slide.slide_id}.tissue"
+    write_area(stem, slide.thumbnail()[1], slide.info.size, "Tissue", slide.info.corner)
 
 
 def _line(slide: TileStore, place: str, degrees: float | None, off: float | None, limits: StainLimits) -> dict:
@@ -85,7 +129,7 @@ def _line(slide: TileStore, place: str, degrees: float | None, off: float | None
     return line
 
 
-def _page(lines: list[dict], absent: list[str], synthetic: bool, limits: StainLimits) -> str:
+def _page(lines: list[dict], absent: list[str], faults: Mapping[str, str], synthetic: bool, limits: StainLimits) -> str:
     by_place: dict[str, Counter[str]] = defaultdict(Counter)
     for line in lines:
         by_place[line["place"]][line["verdict"]] += 1
@@ -95,6 +139,7 @@ def _page(lines: list[dict], absent: list[str], synthetic: bool, limits: StainLi
     return environment.get_template("qc_report.html").render(
         lines=lines,
         absent=absent,
+        faults=faults,
         synthetic=synthetic,
         with_stain=any(line["degrees"] is not None for line in lines),
         limits=limits,

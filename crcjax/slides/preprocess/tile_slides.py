@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crcjax.errors import InputError, SlideError
+from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.jobs.worker_pool import NO_LIMITS, Done, JobFailed, JobLimits, run_jobs
 from crcjax.slides.preprocess.manifest import Outcome, note_outcome, tiled_in_manifest
 from crcjax.slides.store.features import feature_names
@@ -24,7 +25,7 @@ from crcjax.slides.tiling.plan import EVERYWHERE, TilePlan, TilingParams, Transf
 from crcjax.slides.tiling.quality_control import ABSENT, KEPT, REASONS
 from crcjax.slides.tiling.read import Pack, RegionTiles, read_regions
 from crcjax.slides.tiling.regions_of_interest import Areas
-from crcjax.slides.wsi.discovery import slide_files, without_names
+from crcjax.slides.wsi.discovery import slide_files, slide_id_fault, without_names
 from crcjax.slides.wsi.slide import Slide, SlideInfo, check_mpp, open_slide
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def tile_slides(
     used, or exceeds the `limits`, is an outcome; every outcome is a line of STORE/manifest.jsonl too. Several runs may
     tile into one store at once, and wait for what another does. A slide whose stored features would no longer fit its tiles is
     refused, unless `replace_features` allows their deletion. Raises InputError if the store holds tiles of other
-    parameters, two jobs share a slide id, one cannot name a file or has an impossible mpp, or there is no such executor, OutputError if the store
+    parameters, two jobs share a slide id, one has an impossible mpp, or there is no such executor, OutputError if the store
     cannot be written.
     """
     check_mode(pixels)
@@ -80,7 +81,7 @@ def tile_slides(
         raise InputError("--stain changes the tiles, which --no-pixels does not keep; set config.stain in training")
     if executor not in EXECUTORS:
         raise InputError(f"executor {executor!r}: choose {' or '.join(EXECUTORS)}")
-    check_slide_ids([(job.slide_id, job.name) for job in jobs])
+    _check_distinct([(job.slide_id, job.name) for job in jobs])
     for mpp in {given for job in jobs for given in (job.mpp, job.fallback_mpp)}:
         check_mpp(mpp)
     store = store_path(store)
@@ -89,7 +90,13 @@ def tile_slides(
     noted = tiled_in_manifest(store)
     outcomes: dict[str, Outcome] = {}
     try:
-        tasks = [_TileTask(job, store, params, pixels, replace_features) for job in _largest_first(jobs)]
+        for job in jobs:
+            if fault := slide_id_fault(job.slide_id):
+                outcomes[job.slide_id] = Outcome(job.slide_id, job.name, "failed", fault)
+                note_outcome(store, outcomes[job.slide_id])
+                on_outcome(outcomes[job.slide_id])
+        usable = [job for job in jobs if job.slide_id not in outcomes]
+        tasks = [_TileTask(job, store, params, pixels, replace_features) for job in _largest_first(usable)]
         for done in _run(executor, tasks, workers, limits):
             outcome = _outcome(done)
             outcomes[outcome.slide_id] = outcome
@@ -108,7 +115,7 @@ def _run(executor: str, tasks: Sequence[_TileTask], workers: int | None, limits:
         from crcjax.slides.jobs.ray_pool import run_jobs_on_ray
 
         return run_jobs_on_ray(_tile_slide, tasks, workers, limits)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or usable_cores()
     processes = max(1, min(workers, len(tasks)))
     tasks = [replace(task, threads=max(1, workers // processes)) for task in tasks]
     return run_jobs(_tile_slide, tasks, processes, limits)
@@ -248,10 +255,15 @@ def _check_without_features(store: Path, job: TileJob) -> None:
 
 def check_slide_ids(slides: Sequence[tuple[str, str | Path]]) -> None:
     """Of slides' ids and names: raises InputError if an id cannot name a file, or two slides share one."""
+    for slide_id, path in slides:
+        if fault := slide_id_fault(slide_id):
+            raise InputError(f"{path}: {fault}")
+    _check_distinct(slides)
+
+
+def _check_distinct(slides: Sequence[tuple[str, str | Path]]) -> None:
     paths: dict[str, str | Path] = {}
     for slide_id, path in slides:
-        if not slide_id or slide_id.startswith(".") or "/" in slide_id:
-            raise InputError(f"{path}: the slide id {slide_id!r} cannot name a file; give it another")
         if slide_id in paths:
             raise InputError(f"{path}: has the slide id {slide_id!r}, as {paths[slide_id]} has; name them in a cohort")
         paths[slide_id] = path
@@ -289,7 +301,7 @@ def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:
     Decided by the jobs' sizes and ids alone, so that the tasks of a SLURM array agree without speaking to each other.
     Raises InputError, also if two jobs share a slide id.
     """
-    check_slide_ids([(job.slide_id, job.name) for job in jobs])
+    _check_distinct([(job.slide_id, job.name) for job in jobs])
     try:
         number, count = map(int, shard.split("/"))
         if not 1 <= number <= count:

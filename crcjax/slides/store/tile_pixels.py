@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import tensorstore as ts
 from jaxtyping import Bool, Int, Int32, UInt8
 
 from crcjax.errors import InputError, SlideError
+from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.store.zarr_arrays import create_array, open_array
 from crcjax.slides.tiling.plan import TilePlan, TilingParams, slide_scale
 from crcjax.slides.tiling.read import Pack, RegionTiles, region_tiles
@@ -334,7 +334,7 @@ def _open_slide(path: str, mpp: float | None, content_hash: str) -> Slide:
 @cache
 def _threads() -> ThreadPoolExecutor:
     """Decode for all readers of this process."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "pixels")
+    return ThreadPoolExecutor(usable_cores(), "pixels")
 
 
 PixelReader = LosslessReader | JpegReader | SlideReader | NoPixels

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import itertools
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ import tifffile
 from jaxtyping import Float32, UInt8
 
 from crcjax.errors import InputError, writing
+from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.synthetic.artefacts import ARTEFACTS, artefact_mask, spoil_picture, spoil_section
 from crcjax.slides.synthetic.tissue_map import MAP_UM, SUBTYPES, Tissue, architecture
 from crcjax.slides.synthetic.tissue_textures import REACH_UM, Ground, draw_stains
@@ -137,7 +137,7 @@ def paint_cohort(
             rows.append([name, name, relative, subtype, site.name, site.scanner, split])
             if not _is_painted(folder / relative, spec):
                 jobs.append((folder / relative, spec))
-    with _pool(workers or len(os.sched_getaffinity(0))) as executor:
+    with _pool(workers or usable_cores()) as executor:
         list(executor.map(_paint_job, jobs))
     with open(folder / "cohort.csv", "w", newline="") as file:
         table = csv.writer(file)

@@ -147,7 +147,8 @@ def slide_scale(info: SlideInfo, params: TilingParams) -> Scale:
         )
     finest = len(present) - 1
     for level, downsample in enumerate(info.level_downsamples):
-        if abs(downsample / present[-1] - 1) <= SAME_SCALE:
+        # The same tolerance as for `present`: whatever passed it finds a level, level 0 at the latest.
+        if 1 - SAME_SCALE <= present[-1] / downsample <= 1 / (1 - SAME_SCALE):
             return Scale(level, downsample, finest, len(wanted) - len(present))
     finer = [level for level, downsample in enumerate(info.level_downsamples) if downsample < present[-1]]
     return Scale(finer[-1], present[-1], finest, len(wanted) - len(present))

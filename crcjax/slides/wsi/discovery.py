@@ -14,6 +14,7 @@ from crcjax.errors import InputError, SlideError
 
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi"}
 _DICOM = ".dcm"
+_LONGEST_ID = 200  # bytes: files named after a slide add up to 25, and file systems allow 255
 _HASHED_BYTES = 1 << 20
 _SHORTEST_NAME = 3  # letters: shorter ones name nobody, and are words
 _INDEX_BYTES = 1 << 20  # of a Hamamatsu or MIRAX index, pages of text
@@ -32,16 +33,24 @@ def find_slides(paths: Sequence[str | Path]) -> list[Path]:
     """
     slides: list[Path] = []
     for path in (Path(path).expanduser() for path in paths):
-        found = _slides_below(path) if path.is_dir() else [path]
+        found = _slides_below(path, set()) if os.path.isdir(path) else [path]
         if not found:
             raise InputError(f"{path}: no slides below this folder; crcjax doctor lists the formats")
         slides += found
     return list(dict.fromkeys(slides))
 
 
-def _slides_below(folder: Path) -> list[Path]:
-    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
-    found = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
+def _slides_below(folder: Path, visited: set[str]) -> list[Path]:
+    # A link to a folder above, or to one that was searched already, adds nothing.
+    if (place := os.path.realpath(folder)) in visited:
+        return []
+    visited.add(place)
+    try:
+        entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
+    except OSError:
+        return [folder]  # opening it says why it cannot be read, so that its slides are not left out silently
+    # A link that leads nowhere counts as well: opening it says so.
+    found = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not os.path.isdir(entry)]
     # The data folder beside a MIRAX file belongs to it.
     mirax = {file.stem for file in found if file.suffix.lower() == ".mrxs"}
     if series := _dicom_series(folder):
@@ -51,21 +60,43 @@ def _slides_below(folder: Path) -> list[Path]:
         else:
             found = [folder]
     for entry in entries:
-        if entry.is_dir() and entry.name not in mirax:
-            found += _slides_below(entry)
+        if os.path.isdir(entry) and entry.name not in mirax:
+            found += _slides_below(entry, visited)
     return found
 
 
 def slide_id_of(path: str | Path) -> str:
     """The file's name without its suffix; for a DICOM folder the folder's name."""
     path = Path(path)
-    return path.name if path.is_dir() else path.stem
+    return path.name if os.path.isdir(path) else path.stem
+
+
+def slide_id_fault(slide_id: str) -> str:
+    """Why a slide id cannot name the slide's files, and what to do; empty if it can."""
+    fault = ""
+    if not slide_id or slide_id.startswith("."):
+        fault = "is empty or begins with a dot"
+    elif bad := sorted({letter for letter in slide_id if letter in "/\\" or not letter.isprintable()}):
+        fault = f"holds {bad[0]!r}"
+    elif len(os.fsencode(slide_id)) > _LONGEST_ID:
+        fault = f"is {len(os.fsencode(slide_id))} bytes long, more than {_LONGEST_ID}"
+    shown = slide_id if len(slide_id) <= 40 else f"{slide_id[:40]}…"
+    return (
+        fault
+        and f"the slide id {shown!r} cannot name a file: it {fault}; rename the file, or give it another slide_id in a cohort"
+    )
 
 
 def first_file(path: Path) -> Path:
     """The file by which a slide is opened. Raises SlideError: `missing`, `corrupt`, `unsupported`."""
-    if not path.exists():
-        raise SlideError(path, "missing", "no such file", "check the path")
+    try:
+        os.stat(path)
+        if os.path.isdir(path):
+            os.listdir(path)
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        remedy = "check its permissions" if isinstance(error, PermissionError) else "check the path"
+        raise SlideError(path, "missing", reason, remedy) from error
     if not path.is_dir():
         _check_readable(path, path)
         if lacking := _lacking_files(path):
@@ -95,17 +126,18 @@ def _check_readable(path: Path, file: Path) -> None:
             if not opened.read(1):
                 raise SlideError(path, "corrupt", "the file is empty", "copy it again")
     except OSError as error:
-        raise SlideError(path, "missing", f"cannot be read ({error.strerror})", "check its permissions") from error
+        remedy = "check its permissions" if isinstance(error, PermissionError) else "check the disk that holds it"
+        raise SlideError(path, "missing", f"cannot be read ({error.strerror})", remedy) from error
 
 
 def slide_files(path: Path) -> list[Path]:
     """All files of a slide that are there: of a DICOM slide those of its series, of MIRAX those of its data folder,
     of Hamamatsu's .vms and .vmu those that the index names.
     """
-    if path.is_dir():
-        return _dicom_files(path)
+    if os.path.isdir(path):
+        return dicom_files(path)
     suffix = path.suffix.lower()
-    if not path.exists():
+    if not os.path.exists(path):
         return []
     if suffix == _DICOM:
         series = _dicom_series(path.parent)
@@ -176,18 +208,19 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _dicom_files(folder: Path) -> list[Path]:
+def dicom_files(folder: Path) -> list[Path]:
+    """The DICOM files of a folder, sorted; their suffix in any case."""
     return sorted(
         entry
         for entry in folder.iterdir()
-        if entry.suffix.lower() == _DICOM and not entry.name.startswith(".") and entry.is_file()
+        if entry.suffix.lower() == _DICOM and not entry.name.startswith(".") and os.path.isfile(entry)
     )
 
 
 def _dicom_series(folder: Path) -> dict[str, list[Path]]:
     """A folder's DICOM files by their SeriesInstanceUID; under "" those that do not say it."""
     series: dict[str, list[Path]] = {}
-    for file in _dicom_files(folder):
+    for file in dicom_files(folder):
         state = file.stat()
         series.setdefault(_series_of(file, state.st_size, state.st_mtime_ns), []).append(file)
     return series

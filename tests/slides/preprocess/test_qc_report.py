@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,4 +102,22 @@ def test_tiles_off_the_cohorts_stain_are_counted(store: Path) -> None:
 
 def test_an_empty_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none of the slides"):
+        write_overview(tmp_path)
+
+
+def test_one_damaged_slide_is_named_and_the_others_are_shown(store: Path, tmp_path: Path) -> None:
+    for name in ("penned", "plain"):
+        shutil.copytree(store / f"{name}.zarr", tmp_path / f"{name}.zarr")
+    (tmp_path / "plain.zarr").rename(tmp_path / ("n" * 245 + ".zarr"))
+    shutil.copytree(store / "plain.zarr", tmp_path / "broken.zarr")
+    (tmp_path / "broken.zarr" / "zarr.json").write_text("{")
+    faults: dict[str, str] = {}
+    text = write_overview(tmp_path, on_fault=faults.__setitem__).read_text()
+    assert set(faults) == {"broken", "n" * 245}
+    assert "run crcjax tile again" in faults["broken"]
+    assert "rename" in faults["n" * 245]
+    assert 'id="penned"' in text
+    assert "Not shown: broken" in text
+    shutil.rmtree(tmp_path / "penned.zarr")
+    with pytest.raises(InputError, match="none of its slides can be shown"):
         write_overview(tmp_path)

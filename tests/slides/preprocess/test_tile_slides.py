@@ -17,11 +17,13 @@ import pytest
 from crcjax.errors import InputError, OutputError, SlideError
 from crcjax.slides.jobs.worker_pool import Done, JobFailed, JobLimits, run_jobs
 from crcjax.slides.preprocess.manifest import Outcome, read_manifest
+from crcjax.slides.preprocess.qc_report import write_overview
 from crcjax.slides.preprocess.tile_slides import (
     TileJob,
     _outcome,
     _tile_slide,
     _TileTask,
+    check_slide_ids,
     shard_of,
     size_of,
     tile_slides,
@@ -233,12 +235,23 @@ def test_a_store_of_other_parameters_is_refused_and_kept(slides: list[Path], tmp
     assert _contents(tmp_path) == before
 
 
-def test_slide_ids_that_clash_or_cannot_name_a_file_are_refused(slides: list[Path], tmp_path: Path) -> None:
+def test_slide_ids_that_clash_are_refused_and_one_that_cannot_name_a_file_is_one_line(
+    slides: list[Path], tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="has the slide id 'x', as"):
         tile_slides([TileJob("x", slides[0]), TileJob("x", slides[1])], tmp_path, PARAMS)
-    for slide_id in ("", ".hidden", "a/b"):
-        with pytest.raises(InputError, match="cannot name a file"):
-            tile_slides([TileJob(slide_id, slides[0])], tmp_path, PARAMS)
+    unusable = ["", ".hidden", "a/b", "a\\b", "a\nb", "x" * 300]
+    for slide_id in unusable:
+        with pytest.raises(InputError, match="rename the file, or give it another slide_id"):
+            check_slide_ids([(slide_id, slides[0])])
+    outcomes = tile_slides(
+        [*(TileJob(slide_id, slides[0]) for slide_id in unusable), TileJob("y" * 200, slides[2])], tmp_path, PARAMS
+    )
+    assert [outcome.status for outcome in outcomes] == ["failed"] * len(unusable) + ["tiled"]
+    assert all("rename" in outcome.reason for outcome in outcomes[:-1])
+    assert "300 bytes long, more than 200" in outcomes[-2].reason
+    assert sorted(read_manifest(tmp_path)) == sorted([*unusable, "y" * 200])
+    assert write_overview(tmp_path).exists()
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_finished(slides: list[Path], small_disk: Path) -> None:

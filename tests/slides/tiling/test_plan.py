@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 
 from crcjax.errors import InputError, SlideError
-from crcjax.slides.tiling.plan import TilingParams, mpp_of, plan_tiles, slide_scale, slot_boxes, thumbnail_px
+from crcjax.slides.tiling.plan import (
+    SAME_SCALE,
+    TilingParams,
+    mpp_of,
+    plan_tiles,
+    slide_scale,
+    slot_boxes,
+    thumbnail_px,
+)
 from crcjax.slides.tiling.quality_control import ABSENT, QualityLimits
 from crcjax.slides.tiling.read import read_regions
-from crcjax.slides.wsi.slide import open_slide
+from crcjax.slides.wsi.slide import SlideInfo, open_slide
 
 Writer = Callable[..., Path]
 ALL = TilingParams(("10x", "20x", "40x"), tile_px=64)
@@ -261,3 +269,18 @@ def test_the_picture_for_tissue_is_of_8_um_and_bounded_for_slides_of_any_size(
     assert (fine.thumbnail[..., 0].size, coarse.thumbnail[..., 0].size) == (94 * 81, pytest.approx(4000, rel=0.02))
     places = [set(map(tuple, plan.origin.tolist())) for plan in (fine, coarse)]
     assert len(places[0] & places[1]) > 0.9 * len(places[0] | places[1])
+
+
+def _info(mpp: float) -> SlideInfo:
+    return SlideInfo("s.svs", "aperio", (1000, 1000), (1.0,), (mpp, mpp), "vendor", None, "", False)
+
+
+@pytest.mark.parametrize("magnification", ["40x", "20x", "10x"])
+def test_every_slide_within_the_tolerance_is_read_at_some_level(magnification: str) -> None:
+    wanted = mpp_of(magnification)
+    for mpp in np.linspace(wanted * 0.97, wanted / (1 - SAME_SCALE), 401):
+        scale = slide_scale(_info(float(mpp)), TilingParams((magnification,)))
+        assert scale.level == 0
+        assert abs(scale.downsample * mpp / wanted - 1) < 0.0205
+    with pytest.raises(SlideError, match="too coarse"):
+        slide_scale(_info(wanted / (1 - SAME_SCALE) + 1e-6), TilingParams((magnification,)))

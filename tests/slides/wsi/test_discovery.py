@@ -12,7 +12,7 @@ from pydicom.uid import UID, JPEGBaseline8Bit, generate_uid
 
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.preprocess.tile_slides import TileJob, size_of
-from crcjax.slides.wsi.discovery import content_hash, find_slides, slide_files, slide_id_of, without_names
+from crcjax.slides.wsi.discovery import content_hash, dicom_files, find_slides, slide_files, slide_id_of, without_names
 from crcjax.slides.wsi.slide import open_slide
 
 SIDE = 256
@@ -188,3 +188,39 @@ def test_all_files_of_a_slide_count_in_its_size_and_its_hash(slide: str, tmp_pat
         (tmp_path / name).write_bytes(bytes(999) + b"1")
         assert content_hash(path) != before
     assert size_of(TileJob("s", tmp_path / "absent.vms")) == 0
+
+
+def test_links_unreadable_and_hidden_entries_neither_stop_a_search_nor_hide_slides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a/deep", "closed", ".hidden"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "s.svs").touch()
+    (tmp_path / "a" / "deep" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a" / "deep")
+    (tmp_path / "gone.svs").symlink_to(tmp_path / "nowhere.svs")
+    (tmp_path / "UPPER.SVS").touch()
+    whole = Path.iterdir
+
+    def iterdir(path: Path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return whole(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    found = find_slides([tmp_path])
+    names = ["UPPER.SVS", "gone.svs", "a/again/s.svs", "closed"]
+    assert found == [tmp_path / name for name in names]
+    monkeypatch.setattr(os, "listdir", lambda path: next(iterdir(Path(path))))
+    for name, reason in {"gone.svs": "no such file; check the path", "closed": r"cannot be read \(Permission"}.items():
+        with pytest.raises(SlideError, match=reason):
+            open_slide(tmp_path / name)
+    with pytest.raises(SlideError, match="File name too long"):
+        open_slide(find_slides(["x" * 300])[0])
+
+
+def test_dicom_suffixes_may_be_in_capitals(tmp_path: Path) -> None:
+    for path in _write_series(tmp_path / "case", "a", 200):
+        path.rename(path.with_suffix(".DCM"))
+    assert find_slides([tmp_path]) == [tmp_path / "case"]
+    assert len(dicom_files(tmp_path / "case")) == 2
