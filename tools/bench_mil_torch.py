@@ -200,8 +200,8 @@ CPU_NOTE = (
     " 14.4 and 15.1; in blocks of 209 queries and all keys 4.9 and 13.3; PyTorch's 3.1 and 11.5. On 100,000, blocks of 20 queries"
     " and all keys took 1,914 s forward. The machine's speed changed by up to 1.7 between rows: compare within one."
     " TransMIL's step on 1,000 is the inverse of the landmarks' matrix: 72 products of 512 x 512 a head and"
-    " layer; computed on as little as eleven sixteenths of them where a bag has no more, and kept turned over for the gradient. It"
-    " convolves by shifted products: 7 x 7 of 1,024 channels take 0.36 s of processor time forward, XLA's grouped convolution"
+    " layer; it was measured as computed on as little as eleven sixteenths of them where a bag has no more; the plain iteration"
+    " that replaced this was not measured. It convolves by shifted products: 7 x 7 of 1,024 channels take 0.36 s of processor time forward, XLA's grouped convolution"
     " 4.1. Its kernels' gradients are products with ones: of a single bag XLA's code takes 4.1 s for the sums of 33 taps over"
     " 10,001 instances, 0.2 for the products; steps of 10,000 took 21 s, of 100,000 235."
 )

@@ -129,11 +129,11 @@ def in_blocks(
     if count <= largest:
         return each(*rows)
     one = remat(each)
-    found = jax.lax.map(lambda some: one(*some), tuple(_split(part, largest) for part in rows))
-    return tuple(_joined(part, count) for part in found)
+    found = jax.lax.map(lambda some: one(*some), tuple(split_blocks(part, largest) for part in rows))
+    return tuple(join_blocks(part, count) for part in found)
 
 
-def _split(part: Shaped[Array, "batch instance ..."], largest: int) -> Shaped[Array, "block batch some ..."]:
+def split_blocks(part: Shaped[Array, "batch instance ..."], largest: int) -> Shaped[Array, "block batch some ..."]:
     """At most `largest` instances a block, filled up with zeros."""
     batch, count = part.shape[:2]
     blocks = -(-count // largest)
@@ -143,110 +143,7 @@ def _split(part: Shaped[Array, "batch instance ..."], largest: int) -> Shaped[Ar
     return jnp.moveaxis(padded.reshape(batch, size, blocks, *part.shape[2:]), 2, 0)
 
 
-def _joined(blocks: Shaped[Array, "block batch some ..."], count: int) -> Shaped[Array, "batch instance ..."]:
-    """What `_split` split."""
+def join_blocks(blocks: Shaped[Array, "block batch some ..."], count: int) -> Shaped[Array, "batch instance ..."]:
+    """The inverse of `split_blocks`."""
     by_instance = jnp.moveaxis(blocks, 0, 2)
     return by_instance.reshape(by_instance.shape[0], -1, *by_instance.shape[3:])[:, :count]
-
-
-def attend_in_tiles(
-    query: Float[Array, "batch row head channel"],
-    key: Float[Array, "batch instance head channel"],
-    value: Float[Array, "batch instance head channel"],
-    mask: Bool[Array, "batch instance"],
-    tile: tuple[int, int],
-) -> Float[Array, "batch row head channel"]:
-    """`attend`, of at most so many queries and keys at a time, whose scores are made again for the gradient.
-
-    FlashAttention (Dao et al. 2022) in two loops. Kept is what grows with the instances, nothing with their pairs.
-    A bag without instances gives zeros. Keys and values come by instance, not by head.
-    """
-    if query.shape[1] <= tile[0] and key.shape[1] <= tile[1]:
-        return attend(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), mask)
-    return _tiled(query, key, value, mask, tile)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _tiled(query: Array, key: Array, value: Array, mask: Array, tile: tuple[int, int]) -> Array:
-    return _tiled_forward(query, key, value, mask, tile)[0]
-
-
-def _tiled_forward(query: Array, key: Array, value: Array, mask: Array, tile: tuple[int, int]) -> tuple[Array, tuple]:
-    """What is seen, and for the gradient what it was made of and each query's logarithm of its sum of weights."""
-    queries, keys, values = _by_head(query, tile[0]), _by_head(key, tile[1]), _by_head(value, tile[1])
-
-    def of_rows(rows: Array) -> tuple[Array, Array]:
-        def add(state: tuple, columns: tuple) -> tuple[tuple, None]:
-            seen, top, total = state
-            key, value, held = columns
-            scores = _scores(rows, key, held)
-            higher = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
-            weights, shrunk = jnp.exp(scores - higher), jnp.exp(top - higher)
-            seen = seen * shrunk + _product("bhqk,bhkc->bhqc", weights.astype(value.dtype), value)
-            return (seen, higher, total * shrunk + weights.sum(axis=-1, keepdims=True)), None
-
-        nothing = jnp.zeros((*rows.shape[:-1], 1), jnp.float32)
-        first = jnp.zeros(rows.shape, jnp.float32), nothing + jnp.finfo(jnp.float32).min, nothing
-        (seen, top, total), _ = jax.lax.scan(add, first, (keys, values, _split(mask, tile[1])))
-        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        return (seen / total).astype(rows.dtype), top + jnp.log(total)
-
-    by_block, log_total = jax.lax.map(of_rows, queries)
-    seen = _by_instance(by_block, query.shape[1])
-    return seen, (queries, keys, values, mask, seen, log_total)
-
-
-def _tiled_backward(tile: tuple[int, int], kept: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
-    queries, keys, values, mask, seen, log_total = kept
-    # Of each query the mean of its weights' gradients, which the softmax takes from them.
-    mean = (gradient.astype(jnp.float32) * seen.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    rows = queries, _by_head(gradient, tile[0]), log_total, _by_head(mean, tile[0])
-    held, scale = _split(mask, tile[1]), queries.shape[-1] ** -0.5
-
-    def of_columns(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        """The gradients of a tile of keys and values take its place, so that they need no memory of their own."""
-        of_queries, keys, values = state
-        key, value = keys[block], values[block]
-
-        def add(state: tuple[Array, Array], row: tuple) -> tuple[tuple[Array, Array], Array]:
-            (of_key, of_value), (query, gradient, log_total, mean, of_query) = state, row
-            weights = jnp.exp(_scores(query, key, held[block]) - log_total)
-            of_value += _product("bhqk,bhqc->bhkc", weights.astype(gradient.dtype), gradient)
-            of_scores = weights * (_product("bhqc,bhkc->bhqk", gradient, value) - mean)
-            of_scores = of_scores.astype(query.dtype)
-            of_key += _product("bhqk,bhqc->bhkc", of_scores, query)
-            return (of_key, of_value), of_query + _product("bhqk,bhkc->bhqc", of_scores, key)
-
-        nothing = jnp.zeros(key.shape, jnp.float32)
-        (of_key, of_value), of_queries = jax.lax.scan(add, (nothing, nothing), (*rows, of_queries))
-        keys = keys.at[block].set((of_key * scale).astype(keys.dtype))
-        return of_queries, keys, values.at[block].set(of_value.astype(values.dtype))
-
-    first = jnp.zeros(queries.shape, jnp.float32), keys, values
-    of_queries, of_keys, of_values = jax.lax.fori_loop(0, len(keys), of_columns, first)
-    of_query = _by_instance(of_queries * scale, seen.shape[1]).astype(queries.dtype)
-    return of_query, _by_instance(of_keys, mask.shape[1]), _by_instance(of_values, mask.shape[1]), None
-
-
-_tiled.defvjp(_tiled_forward, _tiled_backward)
-
-
-def _scores(query: Array, key: Array, held: Array) -> Float32[Array, "batch head row instance"]:
-    scores = _product("bhqc,bhkc->bhqk", query, key) * query.shape[-1] ** -0.5
-    return jnp.where(held[:, None, None], scores, -jnp.inf)
-
-
-def _product(axes: str, one: Array, other: Array) -> Float32[Array, "batch head some other"]:
-    return jnp.einsum(axes, one, other, preferred_element_type=jnp.float32)
-
-
-def _by_head(
-    part: Float[Array, "batch instance head channel"], largest: int
-) -> Float[Array, "block batch head some channel"]:
-    return jnp.swapaxes(_split(part, largest), 2, 3)
-
-
-def _by_instance(
-    blocks: Float[Array, "block batch head some channel"], count: int
-) -> Float[Array, "batch instance head channel"]:
-    return _joined(jnp.swapaxes(blocks, 2, 3), count)

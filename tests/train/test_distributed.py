@@ -40,9 +40,9 @@ def get_config():
 LACKING = """
 import sys
 import jax
-from crcjax.train import loop
+from crcjax.train import setup
 
-fitting_step = loop.fitting_step
+fitting_step = setup.fitting_step
 
 def lacking(*arguments):
     step, budget, parts = fitting_step(*arguments)
@@ -52,7 +52,7 @@ def lacking(*arguments):
         return step(state, bag)
     return run, budget, parts
 
-loop.fitting_step = lacking
+setup.fitting_step = lacking
 """
 HOST = socket.gethostname()
 

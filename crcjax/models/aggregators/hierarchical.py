@@ -16,7 +16,6 @@ from crcjax.models.attention import (
     REMAT,
     AttentionScores,
     Remat,
-    attend_in_tiles,
     attend_on_chip,
     in_blocks,
     kernel,
@@ -24,6 +23,7 @@ from crcjax.models.attention import (
     rotary,
 )
 from crcjax.models.linear import Linear
+from crcjax.models.tiled_attention import attend_in_tiles
 
 _LONGEST = 256.0  # sides of a region: the distance that the slowest rotary angle still tells apart
 # Of each bag, on CPUs: instances that see each other within their regions at a time, pairs of a query and a key whose

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +22,6 @@ _RESIDUAL_KERNEL = 33
 _POSITION_KERNELS = 7, 5, 3
 # Weights of a head that are held at a time; more are made again in the backward pass, block by block.
 _PAIRS, _PAIRS_ELSEWHERE = 2**24, 2**26
-_BATCH = "batch"  # the name of the axis of bags, over which a bag is mapped
 
 
 class TransMIL(nnx.Module):
@@ -52,7 +49,7 @@ class TransMIL(nnx.Module):
         self.classify = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
-        embedding, attention = jax.vmap(self._one, axis_name=_BATCH)(bag.features, bag.mask, bag.position)
+        embedding, attention = jax.vmap(self._one)(bag.features, bag.mask, bag.position)
         return Pooled(self.classify(embedding), embedding, attention[..., None], jnp.zeros(len(embedding)))
 
     def _one(
@@ -124,7 +121,7 @@ class NystromLayer(nnx.Module):
         lands = sizes > 0
         marks = _sums(parts[:, : 2 * width], members, landmark_of) / jnp.maximum(sizes, 1)[:, None]
         query_marks, key_marks = jnp.moveaxis(marks.reshape(landmarks, 2, self.heads, -1), 1, 0)
-        inverse = _pseudo_inverse(_weights(query_marks, key_marks, lands) * lands[:, None], lands)
+        inverse = _pseudo_inverse(_weights(query_marks, key_marks, lands) * lands[:, None])
         # Values are brought to the landmarks first: the weights of all tokens would be as many products, and kept.
         mixed = jnp.swapaxes(_attended(query_marks, key, value, seen, self.remat), 0, 1)
         out = _attended(query, key_marks, jnp.swapaxes(inverse @ mixed, 0, 1), lands, self.remat)
@@ -215,84 +212,20 @@ def _padded(values: Array, kernel: Array) -> Array:
 _convolved.defvjp(lambda values, kernel: (_convolved(values, kernel), (values, kernel)), _convolved_gradients)
 
 
-def _pseudo_inverse(
-    matrix: Float32[Array, "head row column"], lands: Bool[Array, " row"]
-) -> Float32[Array, "head row column"]:
+def _pseudo_inverse(matrix: Float32[Array, "head row column"]) -> Float32[Array, "head row column"]:
     """Moore-Penrose inverse by the iteration of Razavi et al. (2014), as Xiong et al. 2021, equation 11, use it.
 
-    Rows and columns are zero but for the first, which `lands` tells.
+    Rows and columns of zeros, those of landmarks without tokens, stay zero.
     """
     absolute = jnp.abs(matrix)
     # Scaled head by head; the public code takes the largest of the whole batch, so that one bag changes another's result.
     scale = absolute.sum(axis=-1).max(axis=-1) * absolute.sum(axis=-2).max(axis=-1)
     start = jnp.swapaxes(matrix, -1, -2) / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None, None]
-    # Stretches are whole, so that a bag may have little more than half of the landmarks, and its inverse an eighth of the
-    # operations. The bag with the most decides for all: of a choice bag by bag every branch would be computed.
-    sizes = jnp.array(_sizes(len(lands)))
-    return _iterated(matrix, start, jnp.searchsorted(sizes, jax.lax.pmax(lands.sum(), _BATCH)))
+    identity = jnp.eye(matrix.shape[-1])
 
+    def iterate(inverse: Array, _: None) -> tuple[Array, None]:
+        product = matrix @ inverse
+        factor = 13 * identity - product @ (15 * identity - product @ (7 * identity - product))
+        return 0.25 * inverse @ factor, None
 
-def _sizes(landmarks: int) -> list[int]:
-    return [-(-landmarks * sixteenths // 16) for sixteenths in (11, 12, 14, 16)]
-
-
-@jax.custom_vjp
-def _iterated(matrix: Array, inverse: Array, which: Int[Array, ""]) -> Array:
-    """The inverse after all iterations on what lies within `_sizes`[which]."""
-    return _iterations(matrix, inverse, which)[0]
-
-
-def _iterations(matrix: Array, inverse: Array, which: Int[Array, ""]) -> tuple[Array, tuple[Array, ...]]:
-    """Computed and kept turned over, as the gradient needs them: XLA's CPU code is slower where it has to turn first."""
-
-    def iterate(matrix: Array, inverse: Array) -> tuple[Array, tuple[Array, ...]]:
-        identity = jnp.eye(matrix.shape[-1])
-
-        def once(inverse: Array, _: None) -> tuple[Array, tuple[Array, ...]]:
-            product = inverse @ matrix
-            factor = 13 * identity - product @ (15 * identity - product @ (7 * identity - product))
-            return 0.25 * factor @ inverse, (inverse, product, factor)
-
-        return jax.lax.scan(once, inverse, length=_PINV_ITERATIONS)
-
-    found, kept = _within(iterate, which, jnp.swapaxes(matrix, 1, 2), jnp.swapaxes(inverse, 1, 2))
-    return jnp.swapaxes(found, 1, 2), kept
-
-
-def _iterations_kept(matrix: Array, inverse: Array, which: Int[Array, ""]) -> tuple[Array, tuple]:
-    found, kept = _iterations(matrix, inverse, which)
-    return found, (matrix, which, kept)
-
-
-def _iterations_gradient(kept: tuple, of: Array) -> tuple[Array, Array, None]:
-    matrix, which, turned = kept
-
-    def back(matrix: Array, of: Array, *turned: Array) -> tuple[Array, Array]:
-        def once(carry: tuple[Array, Array], kept: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
-            (of, by_matrix), (inverse, product, factor) = carry, kept
-            by_factor = 0.25 * inverse @ of
-            right = by_factor @ product
-            by_product = 7 * right - 15 * by_factor - right @ product
-            by_product = by_product + product @ (7 * by_factor - right - product @ by_factor)
-            return (0.25 * of @ factor + matrix @ by_product, by_matrix + by_product @ inverse), None
-
-        (by_start, by_matrix), _ = jax.lax.scan(once, (of, jnp.zeros_like(of)), turned, reverse=True)
-        return by_matrix, by_start
-
-    return *_within(back, which, jnp.swapaxes(matrix, 1, 2), of, *turned), None
-
-
-def _within(compute: Callable[..., Any], which: Int[Array, ""], *matrices: Array) -> Any:
-    """What `compute` makes of the first rows and columns, `_sizes`[which] of them, zero beyond."""
-    whole = matrices[0].shape[-1]
-
-    def of_size(size: int) -> Callable[..., Any]:
-        def padded(part: Array) -> Array:
-            return jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, whole - size)] * 2)
-
-        return lambda *matrices: jax.tree.map(padded, compute(*(part[..., :size, :size] for part in matrices)))
-
-    return jax.lax.switch(which, [of_size(size) for size in _sizes(whole)], *matrices)
-
-
-_iterated.defvjp(_iterations_kept, _iterations_gradient)
+    return jax.lax.scan(iterate, start, length=_PINV_ITERATIONS)[0]

@@ -19,7 +19,7 @@ from crcjax.errors import InputError
 from crcjax.models.encoders.compact import CompactEncoder
 from crcjax.models.encoders.convnets import BatchNorm, ConvNeXt, ResNet
 from crcjax.models.encoders.swin import Swin
-from crcjax.models.encoders.vit import ViT, linear
+from crcjax.models.encoders.vit import ViT, linear_layer
 
 RGB = tuple[float, float, float]
 IMAGENET: tuple[RGB, RGB] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -183,7 +183,7 @@ class PublishedEncoder(nnx.Module):
         self.name, self.frozen = config.encoder, config.frozen
         encoder = PRETRAINED[config.encoder]
         self.published = encoder.build(dtype=dtype, rngs=rngs)
-        self.project = linear(encoder.features, config.features, dtype=dtype, rngs=rngs)
+        self.project = linear_layer(encoder.features, config.features, dtype=dtype, rngs=rngs)
 
     def __call__(self, pixels: Num[Array, "tile y x 3"]) -> Float[Array, "tile feature"]:
         features = self.published(PRETRAINED[self.name].prepare(pixels))  # type: ignore[operator]
@@ -198,7 +198,7 @@ class ImportedFeatures(nnx.Module):
     """Stands for an encoder whose features were imported and whose weights are not known: projects the features."""
 
     def __init__(self, config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.project = linear(config.imported_features, config.features, dtype=dtype, rngs=rngs)
+        self.project = linear_layer(config.imported_features, config.features, dtype=dtype, rngs=rngs)
 
     def from_stored(self, features: Float[Array, "tile stored"]) -> Float[Array, "tile feature"]:
         """What the model sees of tiles whose features are at hand."""

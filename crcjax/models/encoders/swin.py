@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from crcjax.models.encoders.convnets import BatchNorm, convolution
-from crcjax.models.encoders.vit import MLP, layer_norm, linear, self_attention
+from crcjax.models.encoders.vit import MLP, layer_norm, linear_layer, self_attention
 
 WINDOW = 7  # tokens along a window's side
 _EPSILON = 1e-5
@@ -105,7 +105,7 @@ class _Stage(nnx.Module):
 class _PatchMerging(nnx.Module):
     def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = layer_norm(2 * width, epsilon=_EPSILON, rngs=rngs)
-        self.reduction = linear(2 * width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.reduction = linear_layer(2 * width, width, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, maps: Float[Array, "tile row column feature"]) -> Float[Array, "tile _ _ _"]:
         tiles, rows, columns, width = maps.shape
@@ -134,8 +134,8 @@ class _Block(nnx.Module):
 class _WindowAttention(nnx.Module):
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = heads
-        self.qkv = linear(width, 3 * width, narrow=True, dtype=dtype, rngs=rngs)
-        self.proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.qkv = linear_layer(width, 3 * width, narrow=True, dtype=dtype, rngs=rngs)
+        self.proj = linear_layer(width, width, dtype=dtype, rngs=rngs)
         self.relative_position_bias_table = nnx.Param(jnp.zeros(((2 * WINDOW - 1) ** 2, heads)))
 
     def __call__(

@@ -19,7 +19,7 @@ def layer_norm(width: int, *, epsilon: float = 1e-6, rngs: nnx.Rngs) -> nnx.Laye
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
-def linear(
+def linear_layer(
     inputs: int, outputs: int, *, use_bias: bool = True, narrow: bool = False, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:
     """A layer that multiplies in `dtype` and sums in float32, which its outputs are too, unless `narrow`: then `dtype`."""
@@ -61,8 +61,8 @@ class MLP(nnx.Module):
 
     def __init__(self, width: int, hidden: int, *, swiglu: bool = False, dtype: DTypeLike, rngs: nnx.Rngs):
         self.swiglu = swiglu
-        self.fc1 = linear(width, hidden, narrow=True, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(hidden // 2 if swiglu else hidden, width, dtype=dtype, rngs=rngs)
+        self.fc1 = linear_layer(width, hidden, narrow=True, dtype=dtype, rngs=rngs)
+        self.fc2 = linear_layer(hidden // 2 if swiglu else hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, tokens: Float[Array, "*token feature"], scale: Callable[..., Array] = _unscaled
@@ -97,8 +97,8 @@ def self_attention(
 class _Attention(nnx.Module):
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads, self.dtype, self.fused = heads, dtype, True
-        self.qkv = linear(width, 3 * width, narrow=True, dtype=dtype, rngs=rngs)
-        self.proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.qkv = linear_layer(width, 3 * width, narrow=True, dtype=dtype, rngs=rngs)
+        self.proj = linear_layer(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, tokens: Float[Array, "tile token feature"], scale: Callable[..., Array]
