@@ -30,7 +30,7 @@ from crcjax.monitor.logs import log
 from crcjax.parallel.compilation_cache import use_compilation_cache
 from crcjax.parallel.mesh import device_mesh
 from crcjax.predict.feature_density import check_bags
-from crcjax.runs.pretrained_weights import is_kept, load_published
+from crcjax.runs.pretrained_weights import build_unloaded, is_kept, load_published
 from crcjax.slides.stain.normalisation import StainNormaliser, stain_normaliser
 from crcjax.slides.store.features import FeatureReader, feature_attributes
 from crcjax.slides.store.tile_store import TileStore
@@ -79,7 +79,9 @@ def plan_run(config: ConfigDict, runs: Mapping[int, Path]) -> Plan:
     normaliser = stain_normaliser(config.stain.method, config.stain.reference, config.data.store)
     use_compilation_cache()
     mesh = device_mesh(config)
-    of_seed = partial(build_model, config.model, len(cohort.classes), factors=tiling.factors)
+    published = config.model.encoder in PRETRAINED and not config.model.imported_features
+    build_of = build_unloaded if published else build_model
+    of_seed = partial(build_of, config.model, len(cohort.classes), factors=tiling.factors)
     model = of_seed(config.seed)
     kept = _load_published(model, config, stores)
     optimizer = build_optimizer(config.optimizer, config.train.steps, kept)

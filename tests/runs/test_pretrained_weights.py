@@ -2,16 +2,23 @@ import hashlib
 import pickle
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
+from crcjax.config import get_config
 from crcjax.errors import InputError
-from crcjax.runs.pretrained_weights import load_encoder, read_weights
+from crcjax.models.encoders.convnets import ResNet
+from crcjax.models.encoders.registry import PRETRAINED, PretrainedEncoder
+from crcjax.models.mil import build_model
+from crcjax.runs.pretrained_weights import build_unloaded, load_encoder, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +140,24 @@ def test_a_published_encoder_trains_within_the_model_or_stays_as_it_is(
     for name, value in given.items():
         same = np.array_equal(found[name], value)
         assert same == (frozen or "running" in name), name
+
+
+def test_a_model_to_be_loaded_has_the_sampled_weights_of_its_own_layers_and_shapes_for_the_published_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = PretrainedEncoder(partial(ResNet, depths=(1,), width=8), 32, 1.0, "", resize_px=64, size_px=48)
+    monkeypatch.setitem(PRETRAINED, "small", small)
+    config = get_config().model
+    config.encoder, config.features, config.attention, config.heads = "small", 16, 8, 2
+    unloaded = nnx.to_flat_state(nnx.state(build_unloaded(config, 3, 5, (1, 2))))
+    whole = nnx.to_flat_state(nnx.state(build_model(config, 3, 5, (1, 2))))
+    assert [path for path, _ in unloaded] == [path for path, _ in whole]
+    shapes = 0
+    for (path, leaf), (_, expected) in zip(unloaded, whole, strict=True):
+        if "published" in path:
+            shapes += isinstance(leaf.get_raw_value(), jax.ShapeDtypeStruct)
+            assert leaf.get_raw_value().shape == expected[...].shape
+        else:
+            np.testing.assert_allclose(leaf[...], expected[...], rtol=1e-6, atol=1e-7)
+    assert 0 < shapes < len(whole)
+    assert shapes == sum("published" in path for path, _ in whole)
