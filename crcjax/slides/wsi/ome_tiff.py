@@ -15,20 +15,24 @@ from PIL import ImageCms
 
 _UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
 _ICC_PROFILE = 34675  # the tag
+_ORIENTATION = 274  # the tag
+_SAME_MPP = 0.02  # images of one resolution are scans; a macro or a label is coarser
 _CACHED_BYTES = 64 << 20
 _LARGEST_TILE_PX = 1 << 26  # 200 MB; a strip of a very wide slide stays below it
 
 
+class UnsupportedTiffError(ValueError):
+    """A whole TIFF of a kind that is not read; the message is "REASON; REMEDY"."""
+
+
 class OmeTiff:
-    """An open OME-TIFF of 8-bit RGB, its pyramid in the first image's SubIFDs; it speaks as OpenSlide does."""
+    """An open OME-TIFF of 8-bit RGB, its pyramid in the largest image's SubIFDs; it speaks as OpenSlide does."""
 
     def __init__(self, file: Path):
         """Raises ValueError if the file is damaged, or its pixels are not 8-bit RGB in one page per level."""
         self._tiff = tifffile.TiffFile(file)
         try:
-            first = self._tiff.pages[0]
-            if not isinstance(first, tifffile.TiffPage):
-                raise ValueError("an OME-TIFF without a first page")
+            first, stated = _largest_image(self._tiff)
             below = list(first.pages or ())
             self.pages = [page for page in (first, *below) if isinstance(page, tifffile.TiffPage)]
             for page in self.pages:
@@ -36,9 +40,12 @@ class OmeTiff:
             self.dimensions = (first.imagewidth, first.imagelength)
             self.level_dimensions = tuple((page.imagewidth, page.imagelength) for page in self.pages)
             self.level_downsamples = tuple(self.dimensions[0] / width for width, _ in self.level_dimensions)
-            self.properties = {"openslide.vendor": "ome"} | _stated(first.description)
+            self.properties = {"openslide.vendor": "ome"} | _resolution_tags(first) | stated
             if profile := first.tags.get(_ICC_PROFILE):
                 self.properties["openslide.icc-size"] = str(profile.count)
+        except UnsupportedTiffError:
+            self._tiff.close()
+            raise
         except Exception as error:  # on damaged directories tifffile stumbles in every way
             self._tiff.close()
             raise ValueError(f"an OME-TIFF that cannot be used: {error}") from error
@@ -93,9 +100,8 @@ class OmeTiff:
                     continue
                 a, b = max(x0, column * side_x), min(x1, (column + 1) * side_x)
                 c, d = max(y0, row * side_y), min(y1, (row + 1) * side_y)
-                part = tile[c - row * side_y : d - row * side_y, a - column * side_x : b - column * side_x, :3]
-                pixels[c - top : d - top, a - left : b - left, :3] = part
-                pixels[c - top : d - top, a - left : b - left, 3] = 255
+                part = tile[c - row * side_y : d - row * side_y, a - column * side_x : b - column * side_x]
+                pixels[c - top : d - top, a - left : b - left] = _rgba(part, page)
         return pixels
 
     def _segment(self, level: int, index: int) -> np.ndarray | None:
@@ -130,8 +136,11 @@ class OmeTiff:
 
 def _check(page: tifffile.TiffPage) -> None:
     """Raises ValueError if a level's pixels are of another kind, or its table of tiles is not that of its size."""
-    if page.samplesperpixel < 3 or page.dtype != np.uint8 or page.planarconfig != 1 or page.imagedepth != 1:
-        raise ValueError("its pixels are not 8-bit RGB, as brightfield slides' are")
+    if fault := tiff_fault(page):
+        raise UnsupportedTiffError(fault)
+    if page.samplesperpixel < 3 or page.dtype != np.uint8 or page.imagedepth != 1:
+        kind = f"{page.samplesperpixel} channels of {page.dtype}"
+        raise UnsupportedTiffError(f"its pixels are {kind}, not 8-bit RGB; export the slide as 8-bit RGB")
     rows, columns = page.chunks[:2]
     if not (0 < rows * columns <= _LARGEST_TILE_PX and page.imagewidth > 0 and page.imagelength > 0):
         raise ValueError(f"it states tiles of {columns} x {rows} px")
@@ -140,14 +149,74 @@ def _check(page: tifffile.TiffPage) -> None:
         raise ValueError(f"its size asks for {tiles} tiles, its tables list {len(page.dataoffsets)}")
 
 
-def _stated(description: str) -> dict[str, str]:
-    """What the OME-XML says of the first image: micrometres per pixel and the objective's magnification."""
+def tiff_fault(page: tifffile.TiffPage) -> str:
+    """Why a page's layout is not read, and what to do; empty if it is read."""
+    orientation = page.tags.get(_ORIENTATION)
+    if orientation is not None and orientation.value != 1:
+        reason = f"its orientation tag is {orientation.value}, so that its picture is to be flipped or rotated"
+        return f"{reason}; write it anew with the orientation 1"
+    if page.planarconfig != 1:
+        return "it stores red, green and blue in separate planes; convert it to interleaved RGB"
+    return ""
+
+
+def _largest_image(tiff: tifffile.TiffFile) -> tuple[tifffile.TiffPage, dict[str, str]]:
+    """The first page of the largest image, which is the scan, and what the OME-XML says of it.
+
+    A label or a macro beside it is left out. Raises UnsupportedTiffError if another image is a scan as well.
+    """
+    description = tiff.pages[0].description  # type: ignore[union-attr]
+    images = [series.pages[0] for series in tiff.series] if len(tiff.pages) > 1 else [tiff.pages[0]]
+    pages = [image for image in images if isinstance(image, tifffile.TiffPage)]
+    if len(pages) < len(images):
+        raise ValueError("an OME-TIFF without a first page")
+    areas = [page.imagewidth * page.imagelength for page in pages]
+    largest = areas.index(max(areas))
+    stated = _stated(description, largest)
+    mpp = stated.get("openslide.mpp-x")
+    for index, area in enumerate(areas):
+        other = _stated(description, index).get("openslide.mpp-x") if index != largest else None
+        same = other is not None and mpp is not None and abs(float(other) / float(mpp) - 1) < _SAME_MPP
+        unknown = index != largest and other is None and area * 4 > areas[largest]
+        if same or unknown:
+            sizes = ", ".join(f"{page.imagewidth} x {page.imagelength} px" for page in pages)
+            raise UnsupportedTiffError(
+                f"holds {len(pages)} images ({sizes}), and more than one is a scan; write each into a file of its own"
+            )
+    return pages[largest], stated
+
+
+def _resolution_tags(page: tifffile.TiffPage) -> dict[str, str]:
+    """The resolution tags by OpenSlide's names, without those that state no unit."""
+    unit = {2: "inch", 3: "centimeter"}.get(int(page.tags[296].value) if 296 in page.tags else 0)
+    if unit is None:
+        return {}
+    values = {"X": page.tags.get(282), "Y": page.tags.get(283)}
+    stated = {f"tiff.{axis}Resolution": repr(tag.value[0] / tag.value[1]) for axis, tag in values.items() if tag}
+    return stated | {"tiff.ResolutionUnit": unit}
+
+
+def _rgba(part: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
+    """A decoded part with its alpha, which is opaque where the page has none."""
+    alpha = [index for index, kind in enumerate(page.extrasamples, 3) if kind in (1, 2) and index < part.shape[2]]
+    rgba = np.full((*part.shape[:2], 4), 255, np.uint8)
+    rgba[..., :3] = part[..., :3]
+    if alpha and page.extrasamples[alpha[0] - 3] == 1:  # the colours are multiplied by it already
+        rgba[..., :3] = np.minimum(255, part[..., :3].astype(np.uint16) + 255 - part[..., alpha[0], None])
+    elif alpha:
+        rgba[..., 3] = part[..., alpha[0]]
+    return rgba
+
+
+def _stated(description: str, image: int) -> dict[str, str]:
+    """What the OME-XML says of an image, by its index: micrometres per pixel and the objective's magnification."""
     try:
         root = ElementTree.fromstring(description)
     except ElementTree.ParseError as error:
         raise ValueError(f"its OME-XML is damaged ({error})") from error
     found = {}
-    pixels, objective = root.find(".//{*}Image/{*}Pixels"), root.find(".//{*}Objective")
+    all_pixels, objective = root.findall(".//{*}Image/{*}Pixels"), root.find(".//{*}Objective")
+    pixels = all_pixels[image] if image < len(all_pixels) else None
     for axis in "XY":
         size = None if pixels is None else pixels.get(f"PhysicalSize{axis}")
         unit = "" if pixels is None else pixels.get(f"PhysicalSize{axis}Unit", "")

@@ -11,18 +11,31 @@ from types import TracebackType
 import cv2
 import numpy as np
 import openslide
+import tifffile
 from jaxtyping import UInt8
 from PIL import Image, ImageCms
 
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.wsi.discovery import content_hash, first_file
 from crcjax.slides.wsi.native_jpeg import JpegTiles
-from crcjax.slides.wsi.ome_tiff import OmeTiff
+from crcjax.slides.wsi.ome_tiff import OmeTiff, UnsupportedTiffError, tiff_fault
 
 PAINTED = "synthetic slide painted by crcjax"  # in the description of a painted slide
 MPP_RANGE = (0.05, 20.0)  # finer than optics resolve, coarser than any scanner writes: a unit error
 _SQUARE = 0.02  # as much may a pixel's sides differ: as magnifications that count as the same
 _BLOCK_PX = 2048
+_UNREAD_COMPRESSIONS = (
+    "WEBP",
+    "JPEG2000",
+    "JPEGXL",
+    "JPEGXL_DNG",
+    "JPEGXR",
+    "JPEGXR_NDPI",
+    "ZSTD",
+    "ZSTD_DEPRECATED",
+    "LERC",
+    "PNG",
+)
 # What is wrong with a file is in our errors, which can be kept from naming it; its log names it.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
@@ -208,9 +221,13 @@ def open_slide(path: str | Path, mpp: float | None = None, fallback_mpp: float |
     file = first_file(path)
     try:
         handle = OmeTiff(file) if OmeTiff.holds(file) else openslide.OpenSlide(file)
+    except UnsupportedTiffError as error:
+        raise _unsupported(path, str(error)) from error
     except (openslide.OpenSlideError, ValueError) as error:
         raise _refusal(path, file, error) from error
     try:
+        if handle.properties.get("openslide.vendor") == "generic-tiff" and (fault := _plain_tiff_fault(file)):
+            raise _unsupported(path, fault)
         return Slide(path, file, handle, _info(path, handle, mpp, fallback_mpp))
     except Exception:
         handle.close()
@@ -229,6 +246,8 @@ def _refusal(path: Path, file: Path, error: Exception) -> SlideError:
     with open(file, "rb") as opened:
         magic = opened.read(4)
     kind = ""
+    if magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and (fault := _whole_tiff_fault(file)):
+        return _unsupported(path, fault)
     if magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         kind = "a TIFF that OpenSlide cannot open: damaged, cut off, or not a tiled slide"
     elif not isinstance(error, openslide.OpenSlideUnsupportedFormatError):
@@ -236,6 +255,45 @@ def _refusal(path: Path, file: Path, error: Exception) -> SlideError:
     if kind:
         return SlideError(path, "corrupt", f"{kind} ({error})", "copy it again, or export it as a tiled TIFF")
     return SlideError(path, "unsupported", f"not a slide ({error})", "crcjax doctor lists the formats")
+
+
+def _unsupported(path: Path, fault: str) -> SlideError:
+    reason, _, remedy = fault.rpartition("; ")
+    return SlideError(path, "unsupported", reason, remedy)
+
+
+def _plain_tiff_fault(file: Path) -> str:
+    """Why the layout of a TIFF that OpenSlide opened would be read wrongly, and what to do; empty if it would not."""
+    try:
+        with tifffile.TiffFile(file) as tiff:
+            pages = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
+            if not pages:
+                return ""
+            full = [page for page in pages if page.shape[:2] == pages[0].shape[:2]]
+            if len(full) > 1:
+                return f"holds {len(full)} pages of full size, of which one alone would be read; write each into a file"
+            return tiff_fault(pages[0])
+    except Exception:  # on damaged directories tifffile stumbles in every way; what OpenSlide says of them counts
+        return ""
+
+
+def _whole_tiff_fault(file: Path) -> str:
+    """Why OpenSlide does not open a TIFF that is whole, and what to do; empty for one that is damaged or cut off."""
+    try:
+        with tifffile.TiffFile(file) as tiff:
+            page = tiff.pages[0]
+            assert isinstance(page, tifffile.TiffPage)
+            compression = getattr(page.compression, "name", "")
+            ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
+            if not ends or max(ends) > file.stat().st_size:
+                return ""
+            if compression in _UNREAD_COMPRESSIONS:
+                return f"{compression} tiles are not read; convert it to a TIFF with JPEG tiles"
+            if tiff.byteorder == ">":
+                return "a big-endian TIFF is not read; convert it to a little-endian one"
+            return tiff_fault(page)
+    except Exception:  # on damaged directories tifffile stumbles in every way
+        return ""
 
 
 def _info(path: Path, handle: openslide.OpenSlide | OmeTiff, given: float | None, fallback: float | None) -> SlideInfo:
