@@ -164,11 +164,13 @@ def tile(
             slide.path,
             slide.mpp,
             names_path=not pseudonym_key,
-            areas=areas_of(slide.slide_id, include, exclude),
+            areas=areas_of(slide.slide_id, include, exclude, "" if pseudonym_key else slide.path.name),
             fallback_mpp=mpp,
         )
         for slide in named_slides(slides, cohort, pseudonym_key)
     ]
+    if exclude and jobs and not any(job.areas.exclude or job.areas.fault for job in jobs):
+        raise InputError(f"--exclude {exclude}: no file there belongs to a slide; name them {jobs[0].slide_id}.geojson")
     if shard is not None:
         jobs = shard_of(jobs, shard)
     # The largest come first: by their number alone, the time that is left would be guessed too long.

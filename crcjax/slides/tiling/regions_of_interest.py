@@ -14,10 +14,12 @@ from jaxtyping import Bool, Float64
 from PIL import Image
 
 from crcjax.errors import InputError
+from crcjax.slides.wsi.discovery import SUFFIXES as SLIDE_SUFFIXES
 
 SUFFIXES = (".geojson", ".json", ".png")
 _SAME_SHAPE = 0.02  # of the aspect ratios of a slide and of a mask of it
 _FRACTION_BITS = 4
+_FARTHEST = 2**28  # what lies farther out is far outside of every slide, and would overflow
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,17 @@ class Areas:
         return allowed & ~read_area(self.exclude, shape, size, corner) if self.exclude else allowed
 
 
-def areas_of(slide_id: str, include: Path | None, exclude: Path | None) -> Areas:
-    """The files of a slide's name in two folders of region files, of which `exclude` may lack one; or why there are none.
+def areas_of(slide_id: str, include: Path | None, exclude: Path | None, file_name: str = "") -> Areas:
+    """The region files of a slide in two folders, or why there are none; `exclude` may lack one.
 
-    Raises InputError if there is no such folder.
+    A region file is named after the slide id or the slide's file, as QuPath names images (`s.svs.geojson`); its suffix may
+    be in capitals. Raises InputError if there is no such folder.
     """
     found: dict[str, Path | None] = {}
     for name, folder in (("include", include), ("exclude", exclude)):
         if folder and not folder.is_dir():
             raise InputError(f"--{name} {folder}: name a folder of files such as {slide_id}.geojson or {slide_id}.png")
-        files = [path for suffix in SUFFIXES if folder and (path := folder / f"{slide_id}{suffix}").exists()]
+        files = _region_files(folder, {slide_id, file_name} - {""}) if folder else []
         if len(files) > 1:
             return Areas(fault=f"--{name} {folder}: holds {files[0].name} and {files[1].name}; leave one")
         found[name] = files[0] if files else None
@@ -66,6 +69,16 @@ def areas_of(slide_id: str, include: Path | None, exclude: Path | None) -> Areas
         lacking = f"--include {include}: holds no {slide_id}.geojson or {slide_id}.png"
         return Areas(fault=f"{lacking}; draw it, or leave the slide out")
     return Areas(found["include"], found["exclude"])
+
+
+def _region_files(folder: Path, names: set[str]) -> list[Path]:
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    stems = names | {f"{name}{suffix}" for name in names for suffix in SLIDE_SUFFIXES}
+    return [path for path in files if path.stem in names or _lower_suffix(path.stem) in stems]
+
+
+def _lower_suffix(name: str) -> str:
+    return Path(name).stem + Path(name).suffix.lower()
 
 
 def read_area(
@@ -76,7 +89,7 @@ def read_area(
     GeoJSON polygons are in level-0 px from the `corner` of the scanned part (SlideInfo.corner), as QuPath exports them,
     their holes kept. An image is of the whole slide, whatever its resolution; all that is not black counts. Raises InputError.
     """
-    if path.suffix == ".png":
+    if path.suffix.lower() == ".png":
         return _read_image(path, shape, size)
     return np.logical_or.reduce(list(read_classes(path, shape, size, corner).values()))
 
@@ -90,14 +103,24 @@ def read_classes(
     """
     scale = np.array([shape[1] / size[0], shape[0] / size[1]])
     masks: dict[str, np.ndarray] = {}
-    for name, polygon in _polygons(path):
+    polygons = _polygons(path)
+    if not any(_overlaps(polygon[0] + corner, size) for _, polygon in polygons):
+        raise InputError(
+            f"{path}: holds no area within the slide of {size[0]} x {size[1]} px; export it from this slide's image"
+        )
+    for name, polygon in polygons:
         one = np.zeros(shape, np.uint8)
         for value, ring in zip([1] + [0] * (len(polygon) - 1), polygon, strict=True):
             # A point at x is x pixels from the left edge; OpenCV counts from the first pixel's middle.
-            points = np.rint(((ring + corner) * scale - 0.5) * 2**_FRACTION_BITS).astype(np.int32)
+            points = ((ring + corner) * scale - 0.5) * 2**_FRACTION_BITS
+            points = np.rint(points.clip(-_FARTHEST, _FARTHEST)).astype(np.int32)
             cv2.fillPoly(one, [points], value, shift=_FRACTION_BITS)
         masks[name] = masks.get(name, False) | one.astype(bool)
     return masks
+
+
+def _overlaps(ring: np.ndarray, size: tuple[int, int]) -> bool:
+    return bool((ring.max(axis=0) > 0).all() and (ring.min(axis=0) < size).all())
 
 
 def _read_image(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
@@ -115,25 +138,41 @@ def _read_image(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> np
 
 def _polygons(path: Path) -> list[tuple[str, list[np.ndarray]]]:
     """Every polygon's class and rings, the outer one first."""
+    polygons: list[tuple[str, list[np.ndarray]]] = []
     try:
-        found = json.loads(_bytes_of(path))
-        features = found if isinstance(found, list) else found.get("features", [found])
-        polygons = []
+        document = json.loads(_bytes_of(path))
+        features = document if isinstance(document, list) else document.get("features", [document])
         for feature in features:
-            geometry = feature.get("geometry", feature)
-            many = {"Polygon": lambda held: [held], "MultiPolygon": list}.get(geometry["type"])
-            if many is None:
-                raise InputError(f"{path}: holds a {geometry['type']}; only areas (Polygon, MultiPolygon) are regions")
-            name = ((feature.get("properties") or {}).get("classification") or {}).get("name") or ""
-            polygons += [
-                (name, [np.array(ring, np.float64)[:, :2] for ring in polygon])
-                for polygon in many(geometry["coordinates"])
-            ]
+            name = _class_of(feature)
+            for polygon in _geometry_polygons(path, feature.get("geometry", feature)):
+                rings = [np.array(ring, np.float64)[:, :2] for ring in polygon]
+                if not all(np.isfinite(ring).all() for ring in rings):
+                    raise InputError(f"{path}: holds a coordinate that is not a number; export the regions again")
+                if rings:
+                    polygons.append((name, rings))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{path}: is not GeoJSON ({error}); export it from QuPath as GeoJSON") from error
     if not polygons:
         raise InputError(f"{path}: holds no area; draw one, or leave the file out")
     return polygons
+
+
+def _class_of(feature: dict) -> str:
+    """The class of a feature: QuPath writes an object with a name, other tools its name alone."""
+    classification = (feature.get("properties") or {}).get("classification")
+    return (classification if isinstance(classification, str) else (classification or {}).get("name")) or ""
+
+
+def _geometry_polygons(path: Path, geometry: dict | None) -> list[list]:
+    """The coordinates of a geometry's polygons; a feature without a geometry has none."""
+    if geometry is None:
+        return []
+    kind = geometry["type"]
+    if kind == "GeometryCollection":
+        return [polygon for one in geometry["geometries"] for polygon in _geometry_polygons(path, one)]
+    if kind not in ("Polygon", "MultiPolygon"):
+        raise InputError(f"{path}: holds a {kind}; only areas (Polygon, MultiPolygon) are regions")
+    return [geometry["coordinates"]] if kind == "Polygon" else list(geometry["coordinates"])
 
 
 def _bytes_of(path: Path) -> bytes:

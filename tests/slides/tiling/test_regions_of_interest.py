@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.store.tile_store import StoreWriter, open_store
 from crcjax.slides.tiling.plan import TilingParams, plan_tiles
 from crcjax.slides.tiling.read import read_regions
-from crcjax.slides.tiling.regions_of_interest import Areas, areas_of, read_area, write_area
+from crcjax.slides.tiling.regions_of_interest import Areas, areas_of, read_area, read_classes, write_area
 from crcjax.slides.wsi.slide import open_slide
 
 SHAPE, SIZE = (120, 160), (1600, 1200)
@@ -196,3 +197,39 @@ def test_the_overview_holds_the_tissue_for_qupath(small_slide: Path, tmp_path: P
     for suffix in (".png", ".geojson"):
         found = read_area(folder / f"s.tissue{suffix}", (mask.shape[0], mask.shape[1]), (1500, 1300))
         assert (found == mask).mean() > 0.97
+
+
+@pytest.mark.parametrize("name", ["s2.geojson", "s2.svs.geojson", "s2.GEOJSON", "s2.SVS.GeoJson", "scan 7.ndpi.json"])
+def test_region_files_are_found_under_every_name_that_qupath_gives(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    (tmp_path / "s22.geojson").touch()
+    assert areas_of("s2", None, tmp_path, "scan 7.ndpi").exclude == tmp_path / name
+
+
+def test_every_form_of_geojson_is_read_and_a_misplaced_one_is_named(tmp_path: Path) -> None:
+    path, ring = tmp_path / "s.geojson", [[0, 0], [50, 0], [50, 100], [0, 100], [0, 0]]
+    square = {"type": "Polygon", "coordinates": [ring]}
+
+    def feature(geometry: dict | None, **properties: object) -> dict:
+        return {"type": "Feature", "geometry": geometry, "properties": properties}
+
+    for features in (
+        [feature(square, classification="Tumor"), feature(None)],
+        [feature({"type": "GeometryCollection", "geometries": [square]}, classification={"name": "Tumor"})],
+    ):
+        path.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8-sig")
+        masks = read_classes(path, (10, 10), (100, 100))
+        assert list(masks) == ["Tumor"]
+        assert masks["Tumor"][:, :5].all()
+        assert not masks["Tumor"][:, 6:].any()
+    far = [[x + 20000, y + 20000] for x, y in ring]
+    for coordinates, words in (
+        (far, "no area within the slide of 100 x 100 px"),
+        ([[math.nan, 0], *ring], "not a number"),
+    ):
+        path.write_text(json.dumps(feature({"type": "Polygon", "coordinates": [coordinates]})))
+        with pytest.raises(InputError, match=words):
+            read_area(path, (10, 10), (100, 100))
+    path.write_text(json.dumps(feature(None)))
+    with pytest.raises(InputError, match="holds no area; draw one"):
+        read_area(path, (10, 10), (100, 100))
