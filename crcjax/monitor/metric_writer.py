@@ -1,4 +1,4 @@
-"""A run's numbers: TensorBoard event files and JSON lines, without TensorFlow."""
+"""Writes a run's metrics as TensorBoard event files and JSON lines, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from crcjax.errors import writing
 class MetricWriter:
     """Writes scalars to RUN/tensorboard and RUN/metrics.jsonl; a context manager.
 
-    What a killed run had written of steps after `start`, beyond its last checkpoint, is dropped: the resumed run writes
-    it again. Raises OutputError where the disk is full or may not be written. With `writes` False it writes nothing, as
-    the processes of a run but the main one must.
+    Metrics of steps after `start`, which a killed run wrote after its last checkpoint, are removed: the resumed run writes
+    them again. With `writes` False nothing is written: only process 0 of a run writes. Raises OutputError if the disk is
+    full or writing is not permitted.
     """
 
     def __init__(self, run: Path, start: int = 0, writes: bool = True):
@@ -31,12 +31,15 @@ class MetricWriter:
         path = run / "metrics.jsonl"
         with self._output():
             run.mkdir(parents=True, exist_ok=True)
-            kept = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= start))
+            previous_lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.write_text(
+                "".join(line for line in previous_lines if line.endswith("\n") and json.loads(line)["step"] <= start)
+            )
             self._lines = open(path, "a", buffering=1)  # noqa: SIM115 - closed in __exit__
             self._events = EventFileWriter(str(run / "tensorboard"))
-            if kept:
-                restart = SessionLog(status=SessionLog.START)  # TensorBoard drops what it has of this step and later
+            if previous_lines:
+                # TensorBoard discards the events that it has of this step and later ones.
+                restart = SessionLog(status=SessionLog.START)
                 self._events.add_event(Event(step=start + 1, wall_time=time.time(), session_log=restart))
 
     def __enter__(self) -> MetricWriter:

@@ -1,4 +1,4 @@
-"""XLA programs kept on disk between runs."""
+"""The persistent compilation cache of XLA."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 
 
 def use_compilation_cache() -> None:
-    """XLA's programs are kept between runs, unless the user has set where."""
+    """Stores compiled programs under ~/.cache/crcjax/xla, unless JAX_COMPILATION_CACHE_DIR names another folder."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "crcjax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -20,13 +20,13 @@ AXES = ("data", "bag", "model")
 def device_mesh(config: ConfigDict | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The devices (by default all) along the axes of `config`, the whole config; without one, all along `data`.
 
-    An axis of 0 is chosen: `data` as long as it divides the bags of a step, `bag` what then remains. Devices of one
-    process lie side by side along `model`, then `bag`, whose traffic comes in every layer; `data` crosses hosts once a
-    step. Raises InputError for sizes that do not divide the devices, the bags or the regions.
+    Sizes of 0 are chosen: `data` is the largest that divides the bags of a step, and `bag` has the remaining devices.
+    Devices of one process are neighbours along `model`, then along `bag`, whose traffic comes in every layer; along `data`
+    it crosses hosts once a step. Raises InputError for sizes that do not divide the devices, the bags or the regions.
     """
-    found = jax.devices() if devices is None else devices
-    shape = (len(found), 1, 1) if config is None else _shape(config, len(found))
-    return Mesh(_arranged(found, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = jax.devices() if devices is None else devices
+    shape = (len(devices), 1, 1) if config is None else _shape(config, len(devices))
+    return Mesh(_arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def local_mesh() -> Mesh:
@@ -35,7 +35,7 @@ def local_mesh() -> Mesh:
 
 
 def described(mesh: Mesh) -> str:
-    """The mesh in words, for the log."""
+    """A description of the mesh for the log."""
     return _described(mesh.devices)
 
 
@@ -63,7 +63,7 @@ def over_data(mesh: Mesh) -> NamedSharding:
 def _shape(config: ConfigDict, count: int) -> tuple[int, int, int]:
     sizes, data = config.mesh, config.data
     if min(sizes.data, sizes.bag, sizes.model) < 0 or not sizes.model:
-        raise InputError(f"config.mesh {_words(sizes)}: sizes are at least 1, or 0 for data and bag to be chosen")
+        raise InputError(f"config.mesh {_sizes_text(sizes)}: sizes are at least 1, or 0 for data and bag to be chosen")
     rest = count // sizes.model
     bags = data.batch_size // config.train.micro_batches
     along_data = sizes.data or (rest // sizes.bag if sizes.bag else gcd(rest, bags))
@@ -74,7 +74,9 @@ def _shape(config: ConfigDict, count: int) -> tuple[int, int, int]:
             f"bags a multiple of {rest * config.train.micro_batches}, or regions one of {along_bag}"
         )
     if along_data * along_bag * sizes.model != count:
-        raise InputError(f"config.mesh {_words(sizes)}: does not make {count} devices; set sizes whose product is that")
+        raise InputError(
+            f"config.mesh {_sizes_text(sizes)}: does not make {count} devices; set sizes whose product is that"
+        )
     if data.batch_size % (along_data * config.train.micro_batches):
         raise InputError(
             f"config.data.batch_size {data.batch_size} is no multiple of {along_data} devices along data x config.train.micro_batches "
@@ -88,19 +90,21 @@ def _shape(config: ConfigDict, count: int) -> tuple[int, int, int]:
 
 
 def _arranged(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
-    # Not as jax.make_mesh deals them out, which differs between kinds of devices: the order decides what crosses hosts.
+    # jax.make_mesh orders devices differently on each platform; this order decides which traffic crosses hosts.
     return np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
 
 
 def _described(devices: np.ndarray) -> str:
-    what = ("the slides", "each slide's regions", "each layer's weights")
-    axes = ", ".join(f"{size} x {axis} ({of})" for size, axis, of in zip(devices.shape, AXES, what, strict=True))
+    contents = ("the slides", "each slide's regions", "each layer's weights")
+    axes = ", ".join(
+        f"{size} x {axis} ({content})" for size, axis, content in zip(devices.shape, AXES, contents, strict=True)
+    )
     processes = len({device.process_index for device in devices.flat})
-    words = f"{devices.size} {devices.flat[0].platform} devices of {processes} processes as {axes}"
+    description = f"{devices.size} {devices.flat[0].platform} devices of {processes} processes as {axes}"
     if any(len({device.process_index for device in row.flat}) > 1 for row in devices):
-        words += "; bag x model is more than a process has, so that every layer waits for the network"
-    return words
+        description += "; bag x model exceeds the devices of a process, so that every layer waits for the network"
+    return description
 
 
-def _words(sizes: ConfigDict) -> str:
+def _sizes_text(sizes: ConfigDict) -> str:
     return ", ".join(f"{axis} {sizes[axis]}" for axis in AXES)

@@ -1,4 +1,4 @@
-"""Which device holds what: rules by parameter name, for the optimiser's moments as for the parameters themselves."""
+"""Sharding rules: which device holds which part of the parameters, of their optimiser state and of a bag."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from crcjax.data.bags import WITH_REGIONS
 
-# Axis of the kernel that is divided over `model`: what a layer makes (-1) or what it takes (-2). Of two layers in a row
-# the first makes parts and the second takes them, so that one sum a pair crosses the devices (Shoeybi et al. 2019).
-# Heads, gates and values stand in one kernel one after the other; the partitioner moves what a split does not meet.
+# Axis of the kernel that is sharded over `model`: its outputs (-1) or its inputs (-2). Of two consecutive layers, the first
+# shards its outputs and the second its inputs, so that devices exchange one sum per pair (Shoeybi et al. 2019). A kernel
+# may hold heads, gates and values one after the other; where a shard crosses them, the partitioner moves the values.
 _MODEL_RULES = (
     (r"(attn\.qkv|mlp\.fc1|within\.project|across\.\d+\.project|perceptron\.0|layers\.\d+\.project)\.kernel", -1),
     (r"(attn\.proj|mlp\.fc2|within\.merge|across\.\d+\.merge|perceptron\.1|layers\.\d+\.merge)\.kernel", -2),
@@ -24,28 +24,29 @@ _MODEL_RULES = (
 
 
 def state_shardings(state: Any, mesh: Mesh | AbstractMesh, fsdp_min_size: int) -> Any:
-    """The layout of a state, concrete or abstract: a NamedSharding for every array.
+    """A NamedSharding for every array of a state, concrete or abstract.
 
-    Matrices of layers are divided over `model` by their names; of what has at least `fsdp_min_size` numbers (0: nothing),
-    the longest axis that is left and divides is, over `data`, with its moments (ZeRO, Rajbhandari et al. 2020, stage 3).
+    Kernels are sharded over `model` by their names. Arrays of at least `fsdp_min_size` numbers (0: none) are also sharded
+    over `data`, along the longest remaining axis that divides evenly; so is their optimiser state (ZeRO, Rajbhandari et
+    al. 2020, stage 3).
     """
 
-    def of(path: tuple, value: Any) -> NamedSharding:
+    def sharding_of(path: tuple, value: Any) -> NamedSharding:
         axes: list[str | None] = [None] * value.ndim
         model, data = mesh.shape["model"], mesh.shape["data"]
         name = ".".join(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))
-        split = next((axis for rule, axis in _MODEL_RULES if value.ndim > 1 and re.search(rule, name)), None)
-        if split is not None and value.shape[split] % model == 0:
-            axes[split] = "model"
+        model_axis = next((axis for rule, axis in _MODEL_RULES if value.ndim > 1 and re.search(rule, name)), None)
+        if model_axis is not None and value.shape[model_axis] % model == 0:
+            axes[model_axis] = "model"
         if fsdp_min_size and value.size >= fsdp_min_size:
-            free = [i for i, axis in enumerate(axes) if axis is None and value.shape[i] % data == 0]
-            if free:
-                axes[max(free, key=lambda i: value.shape[i])] = "data"
+            unsharded = [i for i, axis in enumerate(axes) if axis is None and value.shape[i] % data == 0]
+            if unsharded:
+                axes[max(unsharded, key=lambda i: value.shape[i])] = "data"
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    return jax.tree_util.tree_map_with_path(of, state)
+    return jax.tree_util.tree_map_with_path(sharding_of, state)
 
 
 def bag_spec(path: tuple) -> PartitionSpec:
-    """Where the part of a Bag at `path` of the tree lies: bags over `data`, and their regions over `bag`."""
+    """The sharding of the field of a Bag at `path` of its tree: bags over `data`, and their regions over `bag`."""
     return PartitionSpec("data", "bag") if path[0].name in WITH_REGIONS else PartitionSpec("data")
