@@ -1,4 +1,4 @@
-"""Attention: scores that pool instances, and attention between them with positions."""
+"""Attention scores that pool instances, and attention between instances with rotary positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 from crcjax.models.linear import Linear
 
 Remat = Callable[..., Any]
-# How what is computed in parts, one after the other, is made ready for the backward pass. A loop keeps them apart.
+# Rematerialisation policies of config.model.remat, for computations in blocks. prevent_cse is not needed inside a loop.
 REMAT: dict[str, Remat] = {
     "full": partial(jax.checkpoint, prevent_cse=False),
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False),
@@ -25,13 +25,13 @@ REMAT: dict[str, Remat] = {
 
 
 class AttentionScores(nnx.Module):
-    """A score a branch for every instance (Ilse et al. 2018: equation 8, or 9 if `gated`), before the softmax.
+    """One score per branch for every instance (Ilse et al. 2018: equation 8, or 9 if `gated`), before the softmax.
 
     The last layer has no bias, which the softmax would cancel.
     """
 
     def __init__(self, features: int, hidden: int, branches: int, *, gated: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        # Content and gate are one product, so that the features, by far the most to read, are read once.
+        # One product computes content and gate, so that the features, the largest operand, are read once.
         self.gated = gated
         self.hidden = Linear(features, 2 * hidden if gated else hidden, dtype=dtype, rngs=rngs)
         self.score = Linear(hidden, branches, use_bias=False, dtype=dtype, rngs=rngs)
@@ -47,16 +47,16 @@ class AttentionScores(nnx.Module):
 def masked_softmax(
     scores: Float32[Array, "*bag instance branch"], mask: Bool[Array, "*bag instance"]
 ) -> Float32[Array, "*bag instance branch"]:
-    """Softmax over unmasked instances; all zeros, not NaN, for a bag that has none."""
-    held = mask[..., None]
-    weights = jnp.where(held, jax.nn.softmax(jnp.where(held, scores, jnp.finfo(jnp.float32).min), axis=-2), 0.0)
+    """Softmax over unmasked instances; zeros, not NaN, for a bag without any."""
+    unmasked = mask[..., None]
+    weights = jnp.where(unmasked, jax.nn.softmax(jnp.where(unmasked, scores, jnp.finfo(jnp.float32).min), axis=-2), 0.0)
     return weights / jnp.maximum(weights.sum(axis=-2, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
 def rotary(
     values: Float[Array, "*bag instance head channel"], position: Float32[Array, "*bag instance 2"], longest: float
 ) -> Float[Array, "*bag instance head channel"]:
-    """Values turned by their (x, y), so that products of two depend on where they lie to each other alone.
+    """Rotates values by their (x, y), so that the product of two depends on their relative position only.
 
     Rotary position embedding (Su et al. 2021, equation 34) with half of the channels for x and half for y; wavelengths
     run from 2 pi to 2 pi `longest` units of `position`. The channels are a multiple of 4.
@@ -66,8 +66,8 @@ def rotary(
     angle = (position[..., None] * frequency).reshape(*position.shape[:-1], 1, 2 * pairs)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(values.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
-    return turned.astype(values.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    return rotated.astype(values.dtype)
 
 
 def attend(
@@ -99,9 +99,9 @@ def attend_on_chip(
     count: Int[Array, " batch"],
     implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "batch instance head channel"]:
-    """Softmax attention of all instances over the first `count`, at least one, with a kernel that keeps no scores."""
+    """Softmax attention of all instances over the first `count`, at least one, with a kernel that stores no scores."""
     instances = query.shape[1]
-    # cuDNN's gradient wants an even number of them.
+    # cuDNN's gradient needs an even number of instances.
     padding = ((0, 0), (0, -instances % 8), (0, 0), (0, 0))
     query, key, value = (jnp.pad(part, padding) for part in (query, key, value))
     return jax.nn.dot_product_attention(
@@ -120,26 +120,25 @@ def in_blocks(
     *rows: Shaped[Array, "batch instance ..."],
     remat: Remat = REMAT["full"],
 ) -> tuple[Shaped[Array, "batch instance ..."], ...]:
-    """What `each` makes of some instances of every bag, at most `largest` at a time.
+    """Applies `each` to blocks of at most `largest` instances of every bag, one block after the other.
 
-    Of several blocks nothing that it computes is kept but what it returns, and what `remat` says: it is made again in the
-    backward pass.
+    With several blocks, the backward pass recomputes everything except the results and the values that `remat` saves.
     """
     count = rows[0].shape[1]
     if count <= largest:
         return each(*rows)
-    one = remat(each)
-    found = jax.lax.map(lambda some: one(*some), tuple(split_blocks(part, largest) for part in rows))
-    return tuple(join_blocks(part, count) for part in found)
+    each_block = remat(each)
+    results = jax.lax.map(lambda block: each_block(*block), tuple(split_blocks(part, largest) for part in rows))
+    return tuple(join_blocks(part, count) for part in results)
 
 
 def split_blocks(part: Shaped[Array, "batch instance ..."], largest: int) -> Shaped[Array, "block batch some ..."]:
-    """At most `largest` instances a block, filled up with zeros."""
+    """Blocks of at most `largest` instances, padded with zeros."""
     batch, count = part.shape[:2]
     blocks = -(-count // largest)
     size = -(-count // blocks)
     padded = jnp.pad(part, ((0, 0), (0, blocks * size - count), *[(0, 0)] * (part.ndim - 2)))
-    # Every block takes instances from all over the bag, so that where devices share the bag, each has a part of each.
+    # Each block has instances from all over the bag, so that devices that share the bag all work on every block.
     return jnp.moveaxis(padded.reshape(batch, size, blocks, *part.shape[2:]), 2, 0)
 
 

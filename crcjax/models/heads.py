@@ -1,4 +1,4 @@
-"""Heads: a bag's logits to probabilities, and to the doubt that stands behind them."""
+"""Heads: from a bag's logits to class probabilities and their uncertainty."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ Logits = Float32[Array, "batch class"]
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Probabilities, their expected entropy (nats) and, of an evidential head, Dirichlet parameters and vacuity.
+    """Probabilities, their expected entropy in nats and, for an evidential head, Dirichlet parameters and vacuity.
 
-    The entropy is expected over the distributions that the head holds possible: with softmax, one alone.
+    The expected entropy is the aleatoric uncertainty: the mean entropy over the head's distribution of class probabilities,
+    which for softmax is a single point.
     """
 
     probs: Float32[Array, "batch class"]
@@ -27,7 +28,7 @@ class HeadOutput:
 
 
 def softmax_head(logits: Logits) -> HeadOutput:
-    """Softmax, which holds one distribution possible."""
+    """Softmax; the expected entropy is the entropy of its probabilities."""
     probs = jax.nn.softmax(logits)
     return HeadOutput(probs, -xlogy(probs, probs).sum(axis=-1))
 
@@ -35,28 +36,29 @@ def softmax_head(logits: Logits) -> HeadOutput:
 def evidential_head(logits: Logits) -> HeadOutput:
     """Evidence is softplus of the logits (Sensoy et al. 2018, section 3), alpha = evidence + 1.
 
-    Probabilities alpha / sum(alpha), vacuity K / sum(alpha). ReLU, as published, would leave bags without any evidence
-    no gradient.
+    Probabilities alpha / sum(alpha), vacuity K / sum(alpha). The published ReLU would give no gradient to
+    bags without evidence.
     """
     return dirichlet(jax.nn.softplus(logits) + 1.0)
 
 
 def dirichlet(alpha: Float32[Array, "batch class"]) -> HeadOutput:
-    """What a Dirichlet distribution says."""
+    """Probabilities, expected entropy and vacuity of Dirichlet distributions."""
     strength = alpha.sum(axis=-1, keepdims=True)
     probs = alpha / strength
     expected = (probs * (digamma(strength + 1.0) - digamma(alpha + 1.0))).sum(axis=-1)
     return HeadOutput(probs, jnp.asarray(expected), alpha, alpha.shape[-1] / strength[:, 0])
 
 
-BY_DENSITY = "evidential_density"  # evidential in training; prediction weighs its evidence by the bag's density
+# Evidential in training; prediction scales the evidence by the bag's feature density.
+BY_DENSITY = "evidential_density"
 HEADS = {"softmax": softmax_head, "evidential": evidential_head, BY_DENSITY: evidential_head}
 
 
 class TaskHeads(nnx.Module):
-    """A linear head of instances for every task, by name, of so many outputs.
+    """One linear head per auxiliary task, applied to every instance; `outputs` are their sizes by name.
 
-    With `learned`, it holds the log-variances that weigh the losses, the subtype's first.
+    With `learned`, `log_variance` holds the log-variances that weight the losses, the subtype's first.
     """
 
     def __init__(self, outputs: dict[str, int], features: int, learned: bool, rngs: nnx.Rngs):
@@ -65,5 +67,5 @@ class TaskHeads(nnx.Module):
             self.log_variance = nnx.Param(jnp.zeros(1 + len(outputs)))
 
     def __call__(self, features: Float32[Array, "*instance feature"]) -> dict[str, Float32[Array, "*instance output"]]:
-        """What each head says of instances."""
+        """Each head's outputs for every instance."""
         return {name: head(features) for name, head in self.heads.items()}

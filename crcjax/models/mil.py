@@ -1,4 +1,4 @@
-"""The model: a bag of tiles to a prediction."""
+"""The MIL model: from a bag of tiles to a prediction."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from crcjax.models.encoders.registry import ImportedFeatures, PublishedEncoder, 
 from crcjax.models.heads import HEADS, TaskHeads
 from crcjax.models.random_keys import Purpose, run_key
 
-Params = dict[str, Any]  # a nested dictionary of arrays, as optax and Orbax take it; nnx.merge gives the model back
-# The number of valid tiles, and times it the mean and variance that batch norms had of them, where the parameters stand.
+# A nested dictionary of arrays, as optax and Orbax accept it; nnx.merge restores the model.
+Params = dict[str, Any]
+# BatchNorm batch statistics: the number of valid tiles, and that number times their mean and variance, by layer.
 Statistics = tuple[Float32[Array, ""], Params]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def _flat(aggregator: Callable[..., Aggregator], **fixed: Any) -> Callable[..., Aggregator]:
-    """An aggregator that knows nothing of regions and slots."""
+    """An aggregator that does not distinguish regions and slots."""
     return lambda config, classes, factors, **others: aggregator(config, classes, **fixed, **others)
 
 
@@ -51,13 +52,13 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of each bag.
+    """The model's output for each bag.
 
-    Attention sums to one over a bag and is zero where the mask is False; `class_attention` has a map for each branch of
-    the aggregator (one in all, or one a class), the others are their mean. `alpha` and `vacuity` (0 to 1) are the
-    Dirichlet's of an evidential head, None with another. `expected_entropy` (nats) is the mean over the distributions
-    held possible: the Dirichlet's, those of an ensemble's members, of dropout's draws, or softmax's one. `instance_loss`
-    is the aggregator's own, zero without labels.
+    Attention sums to one over a bag and is zero where the mask is False; `class_attention` has one map per branch of the
+    aggregator (one branch, or one per class), and the other maps are their mean. `alpha` and `vacuity` (0 to 1) belong to
+    the Dirichlet distribution of an evidential head, and are None with another head. `expected_entropy` (nats) is the
+    aleatoric uncertainty: the mean entropy over the Dirichlet distribution, the ensemble members or the dropout samples, or
+    that of softmax. `instance_loss` is the aggregator's, zero without labels.
     """
 
     logits: Float32[Array | np.ndarray, "batch class"]
@@ -87,7 +88,7 @@ def combine(members: Sequence[Prediction]) -> Prediction:
 class MILModel(nnx.Module):
     """Tile encoder, aggregator, head. `factors` are the tiles along a region's side, per magnification.
 
-    `tasks` are heads of instances that training may add; no prediction depends on them, nor needs them.
+    `tasks` are the heads of auxiliary tasks that training may add; predictions do not depend on them.
     """
 
     tasks: TaskHeads
@@ -108,11 +109,11 @@ class MILModel(nnx.Module):
         self.aggregator = AGGREGATORS[config.mil](config, classes, factors, dtype=dtype, rngs=rngs)
 
     def encode_stored(self, features: Float[Array, "*instance stored"]) -> Float32[Array, "*instance feature"]:
-        """As `encode`, from what a published encoder gave for the tiles."""
+        """`encode`, from the stored features of a published encoder."""
         lead = features.shape[:-1]
         assert isinstance(self.encoder, PublishedEncoder | ImportedFeatures)
-        found = self.encoder.from_stored(features.reshape(-1, features.shape[-1]))
-        return self.norm(found.astype(jnp.float32)).reshape(*lead, -1)
+        encoded = self.encoder.from_stored(features.reshape(-1, features.shape[-1]))
+        return self.norm(encoded.astype(jnp.float32)).reshape(*lead, -1)
 
     def encode(self, pixels: Num[Array, "*instance y x 3"]) -> Float32[Array, "*instance feature"]:
         """Features of tiles, 8-bit intensities (0 to 255) of any numeric type."""
@@ -137,7 +138,7 @@ class MILModel(nnx.Module):
             raise ValueError(f"the model was built for {self.slots} slots a region, the bag has {slots}")
         instances = features.reshape(batch, regions * slots, width)
         if key is not None and self.dropout:
-            # Drawn bag by bag: a bag in a smaller batch, or on another device, drops the same.
+            # Sampled bag by bag, so that a bag drops the same values in a smaller batch or on another device.
             keep = jax.vmap(partial(jax.random.bernoulli, p=1 - self.dropout, shape=instances.shape[1:]))(key)
             instances = jnp.where(keep, instances / (1 - self.dropout), 0.0)
         if position is None:
@@ -167,9 +168,9 @@ class MILModel(nnx.Module):
     ) -> Float32[Array, "batch region slot feature"]:
         """Features of a bag's tiles, `config.encode_regions` regions at a time.
 
-        `prepare` is given the pixels of some regions and the number of the first, and returns them as the encoder shall
-        see them. Of what the encoder computes, the features alone are kept for the backward pass (or what `config.remat`
-        says), which encodes again: memory grows with the bag by its features only.
+        `prepare(pixels, first)` receives the pixels of some regions and the index of the first, and returns the encoder's
+        input. The backward pass recomputes the encoder (`config.remat` sets what it saves), so that only the features
+        grow in memory with the bag.
         """
         regions = pixels.shape[1]
         size = min(self.encode_regions, regions)
@@ -181,7 +182,8 @@ class MILModel(nnx.Module):
         if size == regions:
             return encode_from(0)
         count = -(-regions // size)
-        starts = jnp.minimum(jnp.arange(count) * size, regions - size)  # the last ones overlap where it does not divide
+        # The last block overlaps the one before if the size does not divide the regions.
+        starts = jnp.minimum(jnp.arange(count) * size, regions - size)
         parts = jax.lax.map(self.remat(encode_from), starts)
         whole = jnp.moveaxis(parts[:-1], 0, 1).reshape(len(pixels), (count - 1) * size, *parts.shape[3:])
         return jnp.concatenate([whole, parts[-1][:, count * size - regions :]], axis=1)
@@ -202,13 +204,14 @@ class MILModel(nnx.Module):
         graph, params = nnx.graphdef(self), params_of(self)
 
         def encode_part(number: Int[Array, ""] | int) -> tuple[Array, Statistics]:
-            model = nnx.merge(graph, params)  # a copy, which holds this part's statistics then
+            # A copy, which then holds this part's batch statistics.
+            model = nnx.merge(graph, params)
             some, valid = (every(value, number, parts, axis=1) for value in (pixels, mask))
             count = jax.lax.psum(valid.sum().astype(jnp.float32), axes)
             by_batch(model, Batch(valid.reshape(-1), count, axes))
             features = model.encode(prepare(some, number))
-            found = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            return features, (count, jax.tree.map(lambda value: count * value, found))
+            batch_statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return features, (count, jax.tree.map(lambda value: count * value, batch_statistics))
 
         if parts == 1:
             return encode_part(0)
@@ -227,7 +230,7 @@ class MILModel(nnx.Module):
 
 
 def build_model(config: ConfigDict, classes: int, seed: int, factors: tuple[int, ...] = (1,)) -> MILModel:
-    """The model of `config` (config.model) with parameters drawn from `seed`, for bags of one tiling (`factors`).
+    """The model of `config` (config.model) with parameters sampled from `seed`, for bags of one tiling (`factors`).
 
     Raises InputError.
     """
@@ -235,7 +238,7 @@ def build_model(config: ConfigDict, classes: int, seed: int, factors: tuple[int,
 
 
 def every(value: Array, number: Int[Array, ""] | int, parts: int, axis: int) -> Array:
-    """Of what stands along an axis every `parts`-th, from `number` on: each device has its share of that, and none moves."""
+    """Every `parts`-th element along an axis, from index `number` on; no element moves between devices that share the axis."""
     split = value.reshape(*value.shape[:axis], -1, parts, *value.shape[axis + 1 :])
     return jax.lax.dynamic_index_in_dim(split, number, axis=axis + 1, keepdims=False)
 

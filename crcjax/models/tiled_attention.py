@@ -18,10 +18,10 @@ def attend_in_tiles(
     mask: Bool[Array, "batch instance"],
     tile: tuple[int, int],
 ) -> Float[Array, "batch row head channel"]:
-    """`attend`, of at most so many queries and keys at a time, whose scores are made again for the gradient.
+    """`attend` in tiles of at most `tile` (queries, keys); the gradient recomputes the scores.
 
-    FlashAttention (Dao et al. 2022) in two loops. Kept is what grows with the instances, nothing with their pairs.
-    A bag without instances gives zeros. Keys and values come by instance, not by head.
+    FlashAttention (Dao et al. 2022) in two loops. The memory grows with the instances, not with their pairs. A bag without
+    unmasked instances gives zeros. The axes of keys and values are instance, head; `attend` has head, instance.
     """
     if query.shape[1] <= tile[0] and key.shape[1] <= tile[1]:
         return attend(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), mask)
@@ -34,7 +34,7 @@ def _tiled(query: Array, key: Array, value: Array, mask: Array, tile: tuple[int,
 
 
 def _tiled_forward(query: Array, key: Array, value: Array, mask: Array, tile: tuple[int, int]) -> tuple[Array, tuple]:
-    """What is seen, and for the gradient what it was made of and each query's logarithm of its sum of weights."""
+    """The attended values and, for the gradient, the inputs and the logarithm of each query's sum of weights."""
     queries, keys, values = _by_head(query, tile[0]), _by_head(key, tile[1]), _by_head(value, tile[1])
 
     def of_rows(rows: Array) -> tuple[Array, Array]:
@@ -58,15 +58,15 @@ def _tiled_forward(query: Array, key: Array, value: Array, mask: Array, tile: tu
     return seen, (queries, keys, values, mask, seen, log_total)
 
 
-def _tiled_backward(tile: tuple[int, int], kept: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
-    queries, keys, values, mask, seen, log_total = kept
-    # Of each query the mean of its weights' gradients, which the softmax takes from them.
+def _tiled_backward(tile: tuple[int, int], residuals: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
+    queries, keys, values, mask, seen, log_total = residuals
+    # For each query, the weighted mean of its weights' gradients, which the softmax's gradient subtracts.
     mean = (gradient.astype(jnp.float32) * seen.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     rows = queries, _by_head(gradient, tile[0]), log_total, _by_head(mean, tile[0])
     held, scale = split_blocks(mask, tile[1]), queries.shape[-1] ** -0.5
 
     def of_columns(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        """The gradients of a tile of keys and values take its place, so that they need no memory of their own."""
+        """The gradients of a tile of keys and values overwrite the tile, so that they need no memory of their own."""
         of_queries, keys, values = state
         key, value = keys[block], values[block]
 

@@ -1,4 +1,4 @@
-"""HierarchicalAttentionMIL: slots see each other within a region, regions across the slide."""
+"""HierarchicalAttentionMIL: self-attention between a region's slots, then between a slide's regions."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ from crcjax.models.attention import (
 from crcjax.models.linear import Linear
 from crcjax.models.tiled_attention import attend_in_tiles
 
-_LONGEST = 256.0  # sides of a region: the distance that the slowest rotary angle still tells apart
-# Of each bag, on CPUs: instances that see each other within their regions at a time, pairs of a query and a key whose
-# scores are computed at once, and the tile of more, which stays in the caches.
+# In sides of a region: the distance up to which the slowest rotary angle distinguishes positions.
+_LONGEST = 256.0
+# Per bag, on CPUs: instances processed at a time; query-key pairs whose scores are computed at once; and, with more pairs,
+# the tile of queries and keys, which stays in the caches.
 _INSTANCES, _PAIRS, _TILE = 2**11, 2**21, (2**8, 2**9)
-# On other devices, of all bags: small blocks would leave them idle.
+# Of all bags, on other devices, which small blocks would leave idle.
 _INSTANCES_ELSEWHERE, _PAIRS_ELSEWHERE = 2**16, 2**25
-_LEAST_QUERIES = 16  # at a time: with fewer, adding up the gradients of all keys would take longest
+# With fewer queries at a time, accumulating the gradients of all keys would dominate the time.
+_LEAST_QUERIES = 16
 
 
 class HierarchicalAttentionMIL(nnx.Module):
     """Self-attention and gated pooling, first over a region's slots, then over the slide's regions.
 
-    Slots carry learned embeddings of their magnification and of their place in the region; regions carry their place on
-    the slide by rotation, so that only distances count. A slide that lacks a magnification has its slots masked. One
-    gated branch a class pools the regions. `factors` are the tiles along a region's side, per magnification.
+    Slots have learned embeddings of their magnification and of their place in the region. Regions have rotary position
+    embeddings, so that only relative positions matter. A slide that lacks a magnification has its slots masked. One gated
+    branch per class pools the regions. `factors` are the tiles along a region's side, per magnification.
     """
 
     def __init__(self, config: ConfigDict, classes: int, factors: tuple[int, ...], *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -68,7 +70,8 @@ class HierarchicalAttentionMIL(nnx.Module):
             regions = block(regions, mask, position)
         attention = masked_softmax(self.pool_regions(regions), mask)
         embeddings = jnp.einsum("brk,brf->bkf", attention, regions.astype(jnp.float32))
-        logits = jnp.einsum("bkk->bk", self.classify(embeddings))  # each branch by its own class's weights alone
+        # Each branch is classified by the weights of its own class alone.
+        logits = jnp.einsum("bkk->bk", self.classify(embeddings))
         by_instance = attention[:, :, None] * slot_attention[..., None]
         by_instance = by_instance.reshape(batch, -1, attention.shape[-1])
         return Pooled(logits, embeddings.mean(axis=1), by_instance, jnp.zeros(batch))
@@ -90,8 +93,8 @@ class HierarchicalAttentionMIL(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm self-attention over unmasked instances and a two-layer perceptron, each added to its input.
 
-    Instances with positions see each other by the device's `kernel`, if it has one, unless `fused` is set to False: where
-    devices share a bag.
+    Between instances with positions, the device's fused attention `kernel` is used if there is one. Set `fused` to False
+    where devices share a bag.
     """
 
     def __init__(self, width: int, heads: int, remat: Remat, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -123,8 +126,8 @@ class Block(nnx.Module):
         rows = (values,) if position is None else (values, position)
         query, key, value = in_blocks(projected, _instances(batch), *rows, remat=self.remat)
         if position is not None and self.fused and (implementation := kernel(query.dtype, query.shape[-1])):
-            held_first = jnp.argsort(~mask, axis=1, stable=True)[..., None, None]
-            key, value = (jnp.take_along_axis(part, held_first, axis=1) for part in (key, value))
+            unmasked_first = jnp.argsort(~mask, axis=1, stable=True)[..., None, None]
+            key, value = (jnp.take_along_axis(part, unmasked_first, axis=1) for part in (key, value))
             seen = attend_on_chip(query, key, value, mask.sum(axis=1), implementation)
         else:
             seen = attend_in_tiles(query, key, value, mask, _tile(batch, count))
@@ -139,7 +142,7 @@ class Block(nnx.Module):
 
 
 def _instances(batch: int) -> int:
-    """Of each bag that are computed at a time."""
+    """The number of instances of each bag that are processed at a time."""
     return _INSTANCES if jax.default_backend() == "cpu" else max(_INSTANCES, _INSTANCES_ELSEWHERE // batch)
 
 

@@ -20,17 +20,17 @@ from crcjax.models.linear import Linear
 _PINV_ITERATIONS = 6
 _RESIDUAL_KERNEL = 33
 _POSITION_KERNELS = 7, 5, 3
-# Weights of a head that are held at a time; more are made again in the backward pass, block by block.
+# Attention weights of a head computed at a time, on CPUs and elsewhere; the backward pass recomputes larger ones by block.
 _PAIRS, _PAIRS_ELSEWHERE = 2**24, 2**26
 
 
 class TransMIL(nnx.Module):
     """Two Nyström attention layers around a convolutional position encoding.
 
-    Instances are put in the order of the tissue (row, column) before they fill the square, so that the order in the
-    store does not matter; what the square lacks is filled with the first instances, as published. Padding is masked
-    everywhere. Attention is the class token's over the instances in the last layer, mean over heads, by the matrices
-    that the layer really multiplies; it may be negative there, and is then counted as zero.
+    Instances are sorted by their position in the tissue (row, column) before they fill the square, so that their order in
+    the store does not matter. The first instances, repeated, fill the rest of the square, as published. Padding is masked
+    everywhere. The attention is that of the class token over the instances in the last layer, averaged over heads and
+    computed from the layer's own matrices; negative values count as zero.
     """
 
     def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -72,7 +72,10 @@ class TransMIL(nnx.Module):
         seen = jnp.concatenate([jnp.ones(1, bool), held])
         tokens, _ = self.layers[0](tokens, seen)
         square = jnp.zeros((largest, largest, tokens.shape[-1]), tokens.dtype)
-        at = (jnp.where(held, row, largest), jnp.where(held, column, largest))  # beyond the square is dropped
+        at = (
+            jnp.where(held, row, largest),
+            jnp.where(held, column, largest),
+        )
         square = square.at[at].set(tokens[1:], mode="drop")
         encoded = square + self._encoded(square)
         tokens = tokens.at[1:].set(jnp.where(held[:, None], encoded.at[at].get(mode="fill", fill_value=0), 0))
@@ -112,7 +115,7 @@ class NystromLayer(nnx.Module):
         landmarks = min(self.landmarks, count)
         parts = jnp.where(seen[:, None], self.project(self.norm(tokens)).astype(jnp.float32), 0.0)
         query, key, value = jnp.moveaxis(parts.reshape(count, 3, self.heads, -1), 1, 0)
-        # Landmarks are means of equal stretches of what is seen, however long the padding is.
+        # Landmarks are means of equal stretches of the unmasked tokens, whatever the length of the padding.
         stretch = jnp.maximum(-(-seen.sum() // landmarks), 1)
         first, offset = jnp.arange(landmarks) * stretch, jnp.arange(-(-count // landmarks))
         members = jnp.where(offset < stretch, first[:, None] + offset, count)
@@ -122,7 +125,7 @@ class NystromLayer(nnx.Module):
         marks = _sums(parts[:, : 2 * width], members, landmark_of) / jnp.maximum(sizes, 1)[:, None]
         query_marks, key_marks = jnp.moveaxis(marks.reshape(landmarks, 2, self.heads, -1), 1, 0)
         inverse = _pseudo_inverse(_weights(query_marks, key_marks, lands) * lands[:, None])
-        # Values are brought to the landmarks first: the weights of all tokens would be as many products, and kept.
+        # The values are aggregated to the landmarks first: the product of the weights would be a large matrix to store.
         mixed = jnp.swapaxes(_attended(query_marks, key, value, seen, self.remat), 0, 1)
         out = _attended(query, key_marks, jnp.swapaxes(inverse @ mixed, 0, 1), lands, self.remat)
         out = out + self._residual(value)
@@ -141,7 +144,7 @@ class NystromLayer(nnx.Module):
 def _weights(
     query: Float32[Array, "row head channel"], key: Float32[Array, "column head channel"], held: Bool[Array, " column"]
 ) -> Float32[Array, "head row column"]:
-    """Softmax over the columns that are held, at least one."""
+    """Softmax over the unmasked columns, at least one."""
     scores = jnp.einsum("rhc,khc->hrk", query, key) * query.shape[-1] ** -0.5
     return jax.nn.softmax(jnp.where(held, scores, jnp.finfo(jnp.float32).min))
 
@@ -153,7 +156,7 @@ def _attended(
     held: Bool[Array, " column"],
     remat: Remat,
 ) -> Float32[Array, "row head channel"]:
-    """Values by those weights, in blocks of rows where the weights are too large to be kept."""
+    """Attention over the unmasked columns, in blocks of rows where storing all weights would take too much memory."""
     key, value = (jnp.swapaxes(part, 0, 1)[None] for part in (key, value))
     largest = max(1, (_PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE) // len(held))
     return in_blocks(lambda some: (attend(some, key, value, held[None]),), largest, query[None], remat=remat)[0][0]
@@ -165,12 +168,12 @@ def _sums(
     members: Int[Array, "landmark member"],
     landmark_of: Int[Array, " token"],
 ) -> Float32[Array, "landmark channel"]:
-    """Of each landmark's members, tokens beyond the last being none. The gradient is a choice of rows too: no sum in any order."""
+    """The sum of each landmark's tokens. The gradient gathers rows too, so that no order of summation affects it."""
     return values.at[members].get(mode="fill", fill_value=0).sum(axis=1)
 
 
-def _sums_gradient(landmark_of: Int[Array, " token"], of: Array) -> tuple[Array, None, None]:
-    return of.at[landmark_of].get(mode="fill", fill_value=0), None, None
+def _sums_gradient(landmark_of: Int[Array, " token"], gradient: Array) -> tuple[Array, None, None]:
+    return gradient.at[landmark_of].get(mode="fill", fill_value=0), None, None
 
 
 _sums.defvjp(lambda values, members, landmark_of: (_sums(values, members, landmark_of), landmark_of), _sums_gradient)
@@ -182,8 +185,8 @@ def _convolved(
 ) -> Float32[Array, "*place channel"]:
     """Convolution of each channel with its own kernel of odd sides, zero beyond the edge.
 
-    A sum of shifted products: XLA divides those among devices rightly, where gradients of its own grouped convolutions
-    came out wrong, and on CPUs it is faster. Of the plain sum every shifted copy would be kept for the backward pass.
+    A sum of shifted products: XLA partitions it correctly, whereas the gradients of its grouped convolutions were wrong on
+    several devices, and it is faster on CPUs. The gradient of its own avoids storing every shifted copy.
     """
     padded, total = _padded(values, kernel), jnp.zeros_like(values)
     for at in np.ndindex(*kernel.shape[:-1]):
@@ -192,8 +195,8 @@ def _convolved(
     return total
 
 
-def _convolved_gradients(kept: tuple[Array, Array], of: Array) -> tuple[Array, Array]:
-    values, kernel = kept
+def _convolved_gradients(residuals: tuple[Array, Array], of: Array) -> tuple[Array, Array]:
+    values, kernel = residuals
     padded, taps = _padded(values, kernel), kernel.shape[:-1]
 
     def by_tap(at: Int[Array, " axis"]) -> Float32[Array, " channel"]:
