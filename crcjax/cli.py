@@ -88,17 +88,20 @@ def tile(
     tile_px: Annotated[int, typer.Option(help="side of a tile in pixels")] = 256,
     mpp: Mpp = None,
     tissue_method: Annotated[
-        Literal["robust", "otsu", "entropy"], typer.Option(help="how tissue is found (see slides/tissue.py)")
+        Literal["robust", "otsu", "entropy"], typer.Option(help="method of tissue segmentation (docs/slides.md)")
     ] = "robust",
     include: Annotated[
-        Path | None, typer.Option(help="folder of SLIDE_ID.geojson (QuPath) or SLIDE_ID.png: tile only these areas")
+        Path | None,
+        typer.Option(help="folder of SLIDE_ID.geojson (QuPath) or SLIDE_ID.png: tile only these areas of each slide"),
     ] = None,
-    exclude: Annotated[Path | None, typer.Option(help="such a folder: leave these areas out")] = None,
-    icc: Annotated[bool, typer.Option("--icc", help="turn colours to sRGB by each slide's ICC profile")] = False,
+    exclude: Annotated[
+        Path | None, typer.Option(help="a folder of the same form: tile everything but these areas")
+    ] = None,
+    icc: Annotated[bool, typer.Option("--icc", help="convert colours to sRGB by each slide's ICC profile")] = False,
     stain: Annotated[
         Literal["macenko", "vahadane", "reinhard"] | None,
         typer.Option(
-            help="keep tiles with one reference's stain; config.stain does so in training, and can be changed"
+            help="stain normalisation of the stored tiles; config.stain normalises in training instead and can be changed"
         ),
     ] = None,
     stain_reference: Annotated[
@@ -109,7 +112,10 @@ def tile(
         typer.Option(help="JPEG streams (the slide's own if grids agree), or the bits as read, 7 times larger"),
     ] = "jpeg",
     no_pixels: Annotated[
-        bool, typer.Option("--no-pixels", help="keep no tiles: training reads them from the slide, which must not move")
+        bool,
+        typer.Option(
+            "--no-pixels", help="store no pixels: training reads them from the slide file, which must stay where it is"
+        ),
     ] = False,
     limit: Annotated[
         list[str] | None,
@@ -125,21 +131,24 @@ def tile(
     replace: Annotated[
         bool,
         typer.Option(
-            "--replace", help="tile slides again even if that deletes their features, which are refused without"
+            "--replace",
+            help="tile slides again even if that deletes their stored features; without it such a slide is refused",
         ),
     ] = False,
     shard: Annotated[str | None, typer.Option(help="I/N: only part I, from 1 to N, of the slides (see above)")] = None,
-    slide_timeout_s: Annotated[float | None, typer.Option(help="give up a slide that takes longer")] = None,
-    slide_memory_gib: Annotated[float | None, typer.Option(help="give up a slide whose worker takes more")] = None,
+    slide_timeout_s: Annotated[float | None, typer.Option(help="fail a slide that takes longer")] = None,
+    slide_memory_gib: Annotated[
+        float | None, typer.Option(help="fail a slide whose worker process uses more memory")
+    ] = None,
     pseudonym_key: PseudonymKey = None,
 ) -> None:
-    """Cuts slides into tiles, in a store that training reads. Started again, it does what is missing.
+    """Cuts slides into tiles and stores them for training. Started again, it tiles only the slides that are missing.
 
     Several runs may share a store, such as those of a SLURM array:
 
     sbatch --array=1-16 --wrap 'crcjax tile SLIDES --out STORE --shard $SLURM_ARRAY_TASK_ID/16'
 
-    STORE/manifest.jsonl has every slide's outcome.
+    STORE/manifest.jsonl lists the outcome of every slide.
     """
     from crcjax.data.slide_selection import named_slides
     from crcjax.slides.jobs.worker_pool import JobLimits
@@ -215,7 +224,7 @@ def overview(
         ),
     ] = None,
 ) -> None:
-    """Writes STORE/overview/index.html: every slide's contact sheet, quality and verdict."""
+    """Writes STORE/overview/index.html: the contact sheet, quality scores and QC status of every slide."""
     from crcjax.data.cohort import load_cohort
     from crcjax.slides.preprocess.qc_report import write_overview
     from crcjax.slides.tiling.quality_control import StainLimits, parse_limits
