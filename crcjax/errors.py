@@ -62,6 +62,10 @@ class StoppedError(CrcjaxError):
     """A signal asked the run to stop; what is done is saved, and the same command goes on from there."""
 
 
+class DivergedError(CrcjaxError):
+    """The loss of a run became infinite or undefined: its last checkpoint is finite, but training on gives no result."""
+
+
 class DeviceMemoryError(CrcjaxError):
     """A device's memory ran out within a step; the same command goes on from the last checkpoint, in smaller parts than
     the `parts` that were tried.

@@ -8,21 +8,37 @@ Several processes find each other by SLURM's, Open MPI's or Kubernetes' variable
     --wait_s S                                           how long they wait for each other at start, 300 seconds
 
 Exit status: 0 trained; 2 the config, cohort, store, run directory or set of processes is not usable; 3 the output cannot
-be written; 4 another process of the run failed, was lost or stood still; 85 stopped by SIGTERM or SIGUSR1, with
-everything saved, or a device of several processes ran out of memory: the same command goes on from there, or in smaller
-parts from the last checkpoint.
+be written; 4 another process of the run failed, was lost or stood still; 5 the loss became infinite or undefined; 85
+stopped by SIGTERM, SIGUSR1 or Ctrl-C, with everything saved, or a device of several processes ran out of memory: the same
+command goes on from there, or in smaller parts from the last checkpoint; 130 interrupted by Ctrl-C before the first step,
+or by a second Ctrl-C: the same command goes on from the last checkpoint.
 """
 
+# ruff: noqa: E402 - signals and the environment are set before the packages load
 from __future__ import annotations
 
 import difflib
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+
+_INTERRUPTED = (
+    "crcjax: interrupted; the same command goes on from the run's last checkpoint, or starts anew without one"
+)
+
+
+def _end_while_loading(*_: object) -> None:
+    os.write(2, f"{_INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
+if __name__ == "__main__":  # while packages load: KeyboardInterrupt in the import of jaxlib crashes the process
+    signal.signal(signal.SIGINT, _end_while_loading)
 
 # jax 0.10 queues collectives on a thread pool as large as the cores and hangs where several CPU devices share few.
 os.environ.setdefault("PJRT_NPROC", "16")
@@ -33,10 +49,19 @@ from ml_collections import ConfigDict, config_flags
 from crcjax.config import get_config
 from crcjax.config_check import check_config
 from crcjax.config_names import renamed_argument
-from crcjax.errors import AGAIN_STATUS, CrcjaxError, DeviceMemoryError, InputError, OutputError, StoppedError
+from crcjax.errors import (
+    AGAIN_STATUS,
+    CrcjaxError,
+    DeviceMemoryError,
+    DivergedError,
+    InputError,
+    OutputError,
+    StoppedError,
+)
 from crcjax.monitor.logs import log
 
-STATUS = {InputError: 2, OutputError: 3, StoppedError: AGAIN_STATUS, DeviceMemoryError: AGAIN_STATUS}
+STATUS = {InputError: 2, OutputError: 3, StoppedError: AGAIN_STATUS, DeviceMemoryError: AGAIN_STATUS, DivergedError: 5}
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells report it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         from crcjax.runs.run_directory import common_facts
         from crcjax.train.loop import train
 
+        if signal.getsignal(signal.SIGINT) is _end_while_loading:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         cluster = detect_cluster(os.environ, *given)
         several = cluster is not None
         facts = common_facts(config, workdir) if cluster else {}
@@ -63,7 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     except CrcjaxError as error:
         log.error(f"crcjax: {error}")
         status = STATUS.get(type(error), 1)
-    except (Exception, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        log.error(_INTERRUPTED)
+        status = INTERRUPTED_STATUS
+    except Exception:
         if not several:
             raise
         traceback.print_exc()

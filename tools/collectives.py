@@ -25,10 +25,9 @@ from record import RESULTS, record
 sys.path.append(str(Path(__file__).parents[1] / "configs"))
 from epoc import get_config
 
-from crcjax.data.bags import Bag
+from crcjax.data.bags import Bag, bag_spec
 from crcjax.models.mil import build_model
 from crcjax.parallel.mesh import device_mesh
-from crcjax.parallel.sharding import bag_spec
 from crcjax.slides.stain.normalisation import stain_normaliser
 from crcjax.train.auxiliary_tasks import add_heads, open_tasks
 from crcjax.train.optimizer import build_optimizer

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Float32, Int, Num
 from ml_collections import ConfigDict
 
@@ -42,8 +43,27 @@ class Bag:
     tile_labels: Int[Any, "batch region slot 2"] | None = None  # tissue and artefact (data.labels), if tasks need them
 
 
-# The parts of a bag that have the axis of regions.
-WITH_REGIONS = ("tiles", "mask", "position", "region", "tile_labels")
+_WITH_REGIONS = ("tiles", "mask", "position", "region", "tile_labels")  # the parts of a bag with an axis of regions
+
+
+def bag_spec(path: tuple) -> PartitionSpec:
+    """How the part of a Bag at `path` of the tree is divided: bags over `data`, and their regions over `bag`."""
+    return PartitionSpec("data", "bag") if path[0].name in _WITH_REGIONS else PartitionSpec("data")
+
+
+@dataclass(frozen=True)
+class StoredSlides:
+    """The slides of a cohort, row by row: their open stores, and the readers of their features (empty: pixels are read)."""
+
+    cohort: Cohort
+    stores: list[TileStore]
+    features: list[FeatureReader]
+
+    def split(self, name: str) -> StoredSlides:
+        """The slides of one split."""
+        rows = [i for i, row in enumerate(self.cohort.rows) if row.split == name]
+        features = [self.features[i] for i in rows] if self.features else []
+        return StoredSlides(self.cohort.split(name), [self.stores[i] for i in rows], features)
 
 
 def read_bag(
@@ -108,6 +128,17 @@ def _kept(size: int) -> list[np.ndarray]:
 def _lent(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array of what its memory held before."""
     return np.asarray(_Lent(math.prod(shape) * dtype.itemsize)).view(dtype).reshape(shape)
+
+
+def open_slides(
+    store: str, cohort: Cohort, magnifications: Collection[str] = (), encoder: str | None = None
+) -> StoredSlides:
+    """Opens the stores of a cohort's slides, and their features by `encoder` if one is given.
+
+    Raises InputError as `open_stores` and `open_features`.
+    """
+    stores = open_stores(store, cohort, encoder is None, magnifications) if cohort.rows else []
+    return StoredSlides(cohort, stores, open_features(stores, encoder, magnifications) if encoder and stores else [])
 
 
 def open_stores(

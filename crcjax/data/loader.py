@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32, Int8
 from ml_collections import ConfigDict
 
-from crcjax.data.bags import WITH_REGIONS, Bag, open_features, open_stores, read_bag, slide_stains
+from crcjax.data.bags import Bag, StoredSlides, bag_spec, open_slides, read_bag, slide_stains
 from crcjax.data.case_bags import CaseFeatures, CaseStore, by_unit
 from crcjax.data.cohort import Cohort
 from crcjax.data.hard_mining import Board
@@ -41,33 +42,38 @@ def train_batches(
     normaliser: StainNormaliser | None = None,
     board: Board | None = None,
 ) -> Batches:
-    """The bags of every step from `start_step` to config.train.steps, of a new feed (`open_feed`)."""
-    return open_feed(cohort, config, mesh, normaliser).batches(start_step, board)
+    """The batches of every step from `start_step` to config.train.steps, of stores that this opens."""
+    return open_feed(training_slides(cohort, config), config, mesh, normaliser).batches(start_step, board)
 
 
-def open_feed(cohort: Cohort, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None = None) -> Feed:
-    """What training reads: every step's bags on the mesh, slides over `data`, regions over `bag`.
+def training_slides(cohort: Cohort, config: ConfigDict) -> StoredSlides:
+    """Opens the slides of a cohort as `config` (the whole config) says that training reads them."""
+    data = config.data
+    return open_slides(data.store, cohort, data.magnifications, config.model.encoder if data.features else None)
 
-    What a step sees depends on seed, step and what is laid on the `board` alone, so a resumed run reads what it would have
-    read, whatever the workers.
-    Each process reads only what its devices hold. Raises InputError, here or later: an empty split, slides that are not
-    tiled, stores that are damaged or gone, bags that the devices do not divide.
+
+def open_feed(slides: StoredSlides, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None = None) -> Feed:
+    """The source of every step's batch on the mesh, slides over `data`, regions over `bag`.
+
+    A batch depends only on the seed, the step and the memory published on the `board`: a resumed run reads the same
+    batches as an undisturbed one, whatever its workers. Each process reads only what its devices hold.
+
+    Raises InputError, here or while reading: an empty split, stores that are damaged or gone, bags that the devices do
+    not divide.
     """
+    cohort, data = slides.cohort, config.data
     if not cohort.rows:
         raise InputError("the cohort has no training slides; give it a split column with train, or lower the fractions")
-    data = config.data
     for field, axis in (("batch_size", "data"), ("regions_per_bag", "bag")):
         if data[field] % mesh.shape[axis]:
             raise InputError(
-                f"config.data.{field} {data[field]} is no multiple of the {mesh.shape[axis]} devices along {axis}; set it so"
+                f"config.data.{field} must be a multiple of the {mesh.shape[axis]} devices along {axis}, got {data[field]}"
             )
-    slides = open_stores(data.store, cohort, not data.features, data.magnifications)
-    of_slides = open_features(slides, config.model.encoder, data.magnifications) if data.features else []
-    cohort, stores, features = by_unit(data.unit, cohort, slides, of_slides)
-    stains = slide_stains(slides, config, normaliser) if data.unit == "slide" else []  # a case has several
+    cohort, stores, features = by_unit(data.unit, cohort, slides.stores, slides.features)
+    # The slides of a case have several stains.
+    stains = slide_stains(slides.stores, config, normaliser) if data.unit == "slide" else []
     sampler = sampler_of(cohort, config, None)
     shape = data.batch_size, data.regions_per_bag
-    blocks = local_blocks(mesh, shape)
     reader = _Reader(
         stores,
         features,
@@ -76,7 +82,7 @@ def open_feed(cohort: Cohort, config: ConfigDict, mesh: Mesh, normaliser: StainN
         sampler,
         slide_weights(sampler.labels, config.train.class_balance),
         shape,
-        blocks,
+        local_blocks(mesh, shape),
     )
     return Feed(reader, mesh, data, config.train.steps)
 
@@ -102,47 +108,71 @@ class Feed:
             read = read.mp_prefetch(
                 grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
             )
-        placed = read.map(lambda parts: self._whole(parts, jax.make_array_from_callback))
+        placed = read.map(self._place)
         return Batches(iter(ThreadPrefetchIterDataset(placed, prefetch_buffer_size=config.device_prefetch)))
 
     def shapes(self) -> Bag:
-        """Shapes and layout of a step's bags, to compile for; one step's are read for it, and none put on a device."""
+        """The shapes, types and shardings of a step's batch, for compiling. No tile is read."""
+        reader = self.reader
+        bags, regions = reader.shape
+        params = reader.stores[0].params
+        instances = (bags, regions, params.slots)
+        tile = (reader.features[0].width,) if reader.features else (params.tile_px, params.tile_px, 3)
 
-        def abstract(shape: tuple[int, ...], sharding: NamedSharding, held: Callable, dtype: np.dtype) -> Any:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype)
 
-        return self._whole(self.reader(0), abstract)
+        bag = Bag(
+            tiles=abstract((*instances, *tile), reader.features[0].dtype if reader.features else np.uint8),
+            mask=abstract(instances, np.bool_),
+            position=abstract((bags, regions, 2), np.float32),
+            label=abstract((bags,), np.int32),
+            weight=abstract((bags,), np.float32),
+            region=abstract((bags, regions), np.int32),
+            slide=abstract((bags,), np.int32),
+            stain=jax.tree.map(lambda leaf: abstract((bags, *leaf.shape), leaf.dtype), reader.stains[0])
+            if reader.stains
+            else None,
+            tile_labels=abstract((*instances, 2), np.int8) if reader.tile_labels else None,
+        )
+        return jax.tree_util.tree_map_with_path(
+            lambda path, part: part.update(sharding=NamedSharding(self.mesh, bag_spec(path))), bag
+        )
 
-    def _whole(self, parts: list[Bag], make: Callable[..., Any]) -> Bag:
-        """The global bag, made by `make`, whose blocks of this process are `parts`."""
-        shape, blocks = self.reader.shape, self.reader.blocks
+    def _place(self, blocks: list[Bag]) -> Bag:
+        """The global batch on the devices, from the blocks that this process has read."""
+        shape, places = self.reader.shape, self.reader.blocks
 
-        def whole(path: tuple[jax.tree_util.GetAttrKey, ...], *leaves: np.ndarray) -> Any:
-            axes = 2 if path[0].name in WITH_REGIONS else 1
-            sharding = NamedSharding(self.mesh, PartitionSpec(*("data", "bag")[:axes]))
-            where = {
-                tuple((places.start, places.stop) for places in block[:axes]): leaf
-                for block, leaf in zip(blocks, leaves, strict=True)
+        def place(path: tuple[jax.tree_util.GetAttrKey, ...], *leaves: np.ndarray) -> jax.Array:
+            spec = bag_spec(path)
+            axes = len(spec)
+            leaf_at = {
+                tuple((span.start, span.stop) for span in block[:axes]): leaf
+                for block, leaf in zip(places, leaves, strict=True)
             }
 
-            def held(index: tuple[slice, ...] | None) -> np.ndarray:
+            def leaf_of(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None
-                return where[tuple(part.indices(size)[:2] for part, size in zip(index, shape[:axes], strict=False))]
+                return leaf_at[tuple(part.indices(size)[:2] for part, size in zip(index, shape[:axes], strict=False))]
 
-            return make((*shape[:axes], *leaves[0].shape[axes:]), sharding, held, dtype=leaves[0].dtype)
+            whole = (*shape[:axes], *leaves[0].shape[axes:])
+            return jax.make_array_from_callback(whole, NamedSharding(self.mesh, spec), leaf_of, dtype=leaves[0].dtype)
 
-        return jax.tree_util.tree_map_with_path(whole, *parts)
+        return jax.tree_util.tree_map_with_path(place, *blocks)
 
 
 class Batches:
-    """Bags on the devices, made ready ahead of the step; an iterator, to be closed.
+    """An iterator over batches on the devices, read ahead of the step; to be closed.
 
-    `waited_s` are the seconds in which a step could have run but for its bags.
+    `waited_s` is the time in seconds in which no step ran because its batch was not ready.
     """
 
     def __init__(self, bags: DatasetIterator[Bag]):
         self._bags = bags
         self._running: jax.Array | None = None
+        self._running_ended: Future[float] | None = None
+        # Notes when the running step ends, while the main thread waits for the next batch.
+        self._watcher = ThreadPoolExecutor(1, "step-end")
         self.waited_s = 0.0
 
     def __iter__(self) -> Batches:
@@ -150,23 +180,35 @@ class Batches:
 
     def __next__(self) -> Bag:
         start = time.perf_counter()
+        idle = self._running is None or self._running.is_ready()  # type: ignore[attr-defined]  # every array has it
         bag = next(self._bags)
-        if self._running is None or self._running.is_ready():  # type: ignore[attr-defined]  # of every array that is
+        if idle:
             self.waited_s += time.perf_counter() - start
+        elif self._running_ended and self._running_ended.done():
+            self.waited_s += max(0.0, time.perf_counter() - max(start, self._running_ended.result()))
         return bag
 
     def follow(self, result: jax.Array) -> None:
-        """Tells of the step that was started last by one of its results, and waits for the step before it.
+        """Registers the step that was started last, by one of its results, and waits for the step before it.
 
-        One step runs and one is queued: more would only hold their bags in the devices' memory.
+        One step runs and one is queued: more would only keep their batches in the devices' memory.
         """
         if self._running is not None:
             self._running.block_until_ready()
         self._running = result
+        self._running_ended = self._watcher.submit(_end_of, result)
 
     def close(self) -> None:
         """Ends the threads and workers that read ahead."""
+        self._watcher.shutdown(wait=False)
         self._bags.close()
+
+
+def _end_of(result: Any) -> float:
+    """The time at which a result is ready, or its computation has failed, which the main thread learns by itself."""
+    with suppress(jax.errors.JaxRuntimeError):
+        result.block_until_ready()
+    return time.perf_counter()
 
 
 def local_blocks(mesh: Mesh, shape: tuple[int, int]) -> list[Block]:

@@ -60,7 +60,7 @@ class Miner:
 
     def _publish(self, period: int, memory: Memory) -> None:
         assert self.board
-        memory = jax.tree.map(np.asarray, memory)
+        memory = jax.device_get(memory)
         self.board.publish(period, memory)
         first, ids = period * self.every, [row.slide_id for row in self._cohort.rows]
         steps = range(first, min(first + self.every, self._config.train.steps))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -41,13 +42,19 @@ def described(mesh: Mesh) -> str:
 
 def on_local_mesh(values: PyTree[Array], mesh: Mesh, local: Mesh) -> PyTree[Array]:
     """Values of the whole mesh, copied whole to every device of this process; all processes call it together."""
-    whole = jax.jit(lambda values: values, out_shardings=replicated(mesh))(values)
+    whole = _replicate(mesh)(values)
 
     def copied(leaf: Array) -> Array:
         copies = [shard.data for shard in leaf.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, replicated(local), copies)
 
     return jax.tree.map(copied, whole)
+
+
+@lru_cache(maxsize=8)
+def _replicate(mesh: Mesh) -> Callable[[PyTree[Array]], PyTree[Array]]:
+    """One jitted function a mesh: a new one would be compiled at every call."""
+    return jax.jit(lambda values: values, out_shardings=replicated(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

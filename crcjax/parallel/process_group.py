@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,7 +79,10 @@ class ProcessGroup:
 
     def maximum(self, value: float) -> float:
         """The largest of the processes' values; every process must call it."""
-        return float(np.max(multihost_utils.process_allgather(np.float32(value)))) if self._channel else value
+        if not self._channel:
+            return value
+        with jax.transfer_guard("allow"):  # JAX converts to device arrays and back implicitly
+            return float(np.max(multihost_utils.process_allgather(np.float32(value))))
 
     def check_replicas(self, step: int, values: PyTree[Array]) -> None:
         """Sends checksums of this process's copies to process 0, which ends all processes soon after if any differ."""
@@ -133,6 +136,16 @@ class ProcessGroup:
     def request_stop(self) -> None:
         """Stops the run after its current step, as a signal does."""
         self._stop_requested = True
+
+    def interrupt(self) -> None:
+        """Handles Ctrl-C: the run stops after the step; before the first step, or if it comes again, it stops at once.
+
+        Raises KeyboardInterrupt to stop at once.
+        """
+        before_first_step = self._progress[0] == 0
+        if before_first_step or self._stop_requested:
+            raise KeyboardInterrupt
+        self.request_stop()
 
     def _on_message(self, process: int, message: dict[str, Any] | None) -> None:
         if message is None:
@@ -218,7 +231,7 @@ def process_group(
 ) -> Iterator[ProcessGroup]:
     """Starts jax over all processes, once they have connected and their fingerprints agree.
 
-    Within the block, SIGTERM and SIGUSR1 make `should_stop` true. An exception that leaves the block is sent to the other
+    Within the block, SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) make `should_stop` true. An exception that leaves the block is sent to the other
     processes, which end too.
 
     Args:
@@ -231,7 +244,7 @@ def process_group(
     """
     if cluster is None:
         group = ProcessGroup()
-        with _signal_handlers(group.request_stop):
+        with _signal_handlers(group):
             yield group
         return
     prefix_lines(cluster.process_index, cluster.process_count)
@@ -251,7 +264,8 @@ def process_group(
                 coordinator_bind_address=channel.jax_bind_address,
             )
         # jax handles SIGTERM, and makes all processes agree on the step after which they stop.
-        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        for number in (signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         yield group
     except StoppedError:
         group.finish()
@@ -263,8 +277,9 @@ def process_group(
 
 
 @contextmanager
-def _signal_handlers(request_stop: Callable[[], None]) -> Iterator[None]:
-    previous = {number: signal.signal(number, lambda *_: request_stop()) for number in _STOP_SIGNALS}
+def _signal_handlers(group: ProcessGroup) -> Iterator[None]:
+    previous = {number: signal.signal(number, lambda *_: group.request_stop()) for number in _STOP_SIGNALS}
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: group.interrupt())
     try:
         yield
     finally:

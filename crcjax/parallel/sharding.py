@@ -8,8 +8,6 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from crcjax.data.bags import WITH_REGIONS
-
 # Axis of the kernel that is sharded over `model`: its outputs (-1) or its inputs (-2). Of two consecutive layers, the first
 # shards its outputs and the second its inputs, so that devices exchange one sum per pair (Shoeybi et al. 2019). A kernel
 # may hold heads, gates and values one after the other; where a shard crosses them, the partitioner moves the values.
@@ -45,8 +43,3 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh, fsdp_min_size: int) -
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(sharding_of, state)
-
-
-def bag_spec(path: tuple) -> PartitionSpec:
-    """The sharding of the field of a Bag at `path` of its tree: bags over `data`, and their regions over `bag`."""
-    return PartitionSpec("data", "bag") if path[0].name in WITH_REGIONS else PartitionSpec("data")

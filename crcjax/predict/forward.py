@@ -39,7 +39,7 @@ class Forward:
         self.chunk = -(-chunk // devices) * devices
         self._buckets = sorted(buckets)
         self.normaliser, self.stored = normaliser, stored
-        self._over_data = over_data(mesh)
+        self._over_data, self._replicated = over_data(mesh), replicated(mesh)
 
         def encode(params: Params, tiles: Array, stain: Estimate | None) -> Array:
             model = nnx.merge(graph, params)
@@ -62,7 +62,9 @@ class Forward:
         `tiles` are pixels, or with `stored`, what a published encoder gave for them.
         """
         padding = [(0, self.chunk - len(tiles)), *[(0, 0)] * (tiles.ndim - 1)]
-        return self._encode(params, jax.device_put(np.pad(tiles, padding), self._over_data), stain)
+        return self._encode(
+            params, jax.device_put(np.pad(tiles, padding), self._over_data), jax.device_put(stain, self._replicated)
+        )
 
     def pool(
         self,
@@ -74,9 +76,8 @@ class Forward:
     ) -> Prediction:
         """The prediction for one bag, as arrays of the host without its padding; with a key, with dropout."""
         regions = len(mask)
-        result = jax.device_get(
-            self._pool(params, *self.padded(features, mask, position), None if key is None else key[None])
-        )
+        bag = jax.device_put(self.padded(features, mask, position), self._replicated)
+        result = jax.device_get(self._pool(params, *bag, None if key is None else key[None]))
         return replace(
             result,
             region_attention=result.region_attention[:, :regions],
@@ -113,4 +114,4 @@ class Forward:
         self, params: Params, chunks: Iterable[Num[np.ndarray, "region slot *tile"]], stain: Estimate | None = None
     ) -> Float32[np.ndarray, "region slot feature"]:
         """One bag's features from its regions, `chunk` at a time."""
-        return np.concatenate([np.asarray(self.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks])
+        return np.concatenate([jax.device_get(self.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, UInt8
 
+from crcjax.data.bags import open_slides
 from crcjax.data.cohort import Cohort
 from crcjax.errors import InputError
 from crcjax.predict.attribution import Method
@@ -144,7 +145,9 @@ def _fault(runs: Sequence[Run], store: Path, slide_id: str) -> str:
 def _evaluation(run: Run, member: Member, store: Path, cohort: Cohort) -> Evaluation:
     config = run.config
     imported, encoder = config.model.imported_features, config.model.encoder
-    found = Evaluation(str(store), cohort, member.forward, encoder, config.data.unit, config.data.magnifications)
+    read_features = encoder if member.forward.stored else None
+    slides = open_slides(str(store), cohort, config.data.magnifications, read_features)
+    found = Evaluation(slides, member.forward, config.data.unit)
     if found.slides[0].params != run.tiling:
         raise InputError(
             f"{store}: its slides were tiled in another way than those of {run.path}; tile them so, or predict the slides "

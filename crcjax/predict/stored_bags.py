@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float32, Int, Num
 
-from crcjax.data.bags import label_of, open_features, open_stores
+from crcjax.data.bags import StoredSlides, label_of
 from crcjax.data.case_bags import CaseStore, by_unit
-from crcjax.data.cohort import Cohort
 from crcjax.models.mil import Params, Prediction
+from crcjax.predict.evaluation_metrics import validation_metrics
 from crcjax.predict.feature_density import Summaries, summary
 from crcjax.predict.forward import Forward
 from crcjax.slides.store.tile_store import TileStore
+
+T = TypeVar("T")
+# The features, mask and positions of one bag.
+PooledBag = tuple[
+    Float32[np.ndarray, "region slot feature"], Bool[np.ndarray, "region slot"], Float32[np.ndarray, "region 2"]
+]
 
 
 class Evaluation:
@@ -26,23 +38,24 @@ class Evaluation:
 
     def __init__(
         self,
-        store: str,
-        cohort: Cohort,
+        slides: StoredSlides,
         forward: Forward,
-        encoder: str,
         unit: str,
-        magnifications: Collection[str] = (),
     ):
-        self.slides = slides = open_stores(store, cohort, not forward.stored, magnifications) if cohort.rows else []
-        self.bag_of = [cohort.cases.index(row.case_id) for row in cohort.rows] if unit == "case" else range(len(slides))
+        cohort = slides.cohort
+        self.slides = slides.stores
+        self.bag_of = (
+            [cohort.cases.index(row.case_id) for row in cohort.rows] if unit == "case" else range(len(self.slides))
+        )
         self._classes = len(cohort.classes)
-        of_slides = open_features(slides, encoder, magnifications) if forward.stored and slides else []
-        cohort, self.stores, features = by_unit(unit, cohort, slides, of_slides)
+        cohort, self.stores, features = by_unit(unit, cohort, slides.stores, slides.features)
         self._cohort = cohort
         self._forward = forward
         self._readers = [reader.read for reader in features] or [store.read_pixels for store in self.stores]
         normaliser = forward.normaliser
-        self._stains = [normaliser.of_store(store) for store in slides] if normaliser else [None] * len(self.stores)
+        self._stains = (
+            [normaliser.of_store(store) for store in self.slides] if normaliser else [None] * len(self.stores)
+        )
 
     def metrics(self, params: Params, each: Callable[[], None] = lambda: None) -> dict[str, float] | None:
         """`loss` (nats) and `balanced_accuracy` over the slides or cases; None for an empty split.
@@ -52,16 +65,11 @@ class Evaluation:
         if not self.stores:
             return None
         probs = np.zeros((len(self.stores), self._classes), np.float32)
-        for index in range(jax.process_index(), len(self.stores), jax.process_count()):
-            each()
-            probs[index] = self.prediction(params, index).probs[0]
-        if jax.process_count() > 1:
-            probs = multihost_utils.process_allgather(probs).sum(axis=0)  # each row is of one process, zero elsewhere
-        labels, called = self.labels, probs.argmax(axis=1)
-        return {
-            "loss": float(-np.log(np.maximum(probs[np.arange(len(probs)), labels], 1e-12)).mean()),
-            "balanced_accuracy": _balanced_accuracy(labels, called),
-        }
+        for index, bag in self._bags(params, each):
+            probs[index] = self._forward.pool(params, *bag).probs[0]
+        # Each row is of one process, and zero in the others.
+        collection = jax.device_get(validation_metrics(*jax.device_put((_sum_over_processes(probs), self.labels))))
+        return {name: float(value) for name, value in collection.compute().items()}
 
     def prediction(self, params: Params, index: int) -> Prediction:
         """What the model says of one slide or case, in the order of the cohort. Raises InputError if it is damaged."""
@@ -70,39 +78,61 @@ class Evaluation:
     def summaries(self, params: Params, each: Callable[[], None] = lambda: None) -> Summaries:
         """What the density of every slide or case is of. `params` and `each` are as in `metrics`."""
         found = np.zeros((len(self.stores), 2, params["norm"]["bias"].size), np.float32)
-        for index in range(jax.process_index(), len(self.stores), jax.process_count()):
-            each()
-            found[index] = summary(*self.bag(params, index)[:2])
-        if jax.process_count() > 1:
-            found = multihost_utils.process_allgather(found).sum(axis=0)
-        return found.astype(np.float64)
+        for index, bag in self._bags(params, each):
+            found[index] = summary(*bag[:2])
+        return _sum_over_processes(found).astype(np.float64)
 
     @property
     def labels(self) -> Int[np.ndarray, " bag"]:
         """The class of every slide or case."""
-        return np.array([label_of(row, self._cohort.classes) for row in self._cohort.rows])
+        return np.array([label_of(row, self._cohort.classes) for row in self._cohort.rows], np.int32)
 
-    def bag(
-        self, params: Params, index: int
-    ) -> tuple[
-        Float32[np.ndarray, "region slot feature"], Bool[np.ndarray, "region slot"], Float32[np.ndarray, "region 2"]
-    ]:
+    def bag(self, params: Params, index: int) -> PooledBag:
         """The features, mask and positions of one slide or case, as `Forward.pool` takes them. Raises InputError if it is damaged."""
-        store, read, stain = self.stores[index], self._readers[index], self._stains[index]
-        features = self._forward.features(params, self._chunks(len(store.mask), read), stain)
-        return features, store.mask, _position(store)
+        with closing(read_ahead(self._reads(index))) as chunks:
+            return self._encoded(params, index, chunks)
 
-    def _chunks(
-        self, regions: int, read: Callable[[Sequence[int]], np.ndarray]
-    ) -> Iterator[Num[np.ndarray, "region slot *tile"]]:
-        for start in range(0, regions, self._forward.chunk):
-            yield read(range(regions)[start : start + self._forward.chunk])
+    def _bags(self, params: Params, each: Callable[[], None]) -> Iterator[tuple[int, PooledBag]]:
+        """This process's share of the bags, encoded; the next chunks are read while the device encodes one."""
+        indices = range(jax.process_index(), len(self.stores), jax.process_count())
+        with closing(read_ahead(read for index in indices for read in self._reads(index))) as chunks:
+            for index in indices:
+                each()
+                yield index, self._encoded(params, index, islice(chunks, len(list(self._reads(index)))))
+
+    def _encoded(self, params: Params, index: int, chunks: Iterable[np.ndarray]) -> PooledBag:
+        store = self.stores[index]
+        return self._forward.features(params, chunks, self._stains[index]), store.mask, _position(store)
+
+    def _reads(self, index: int) -> Iterator[Callable[[], Num[np.ndarray, "region slot *tile"]]]:
+        """The reading of one bag, in chunks of regions."""
+        regions, chunk = range(len(self.stores[index].mask)), self._forward.chunk
+        for start in range(0, len(regions), chunk):
+            yield partial(self._readers[index], regions[start : start + chunk])
+
+
+def read_ahead(reads: Iterable[Callable[[], T]], ahead: int = 2) -> Generator[T]:
+    """The results of `reads` in their order, at most `ahead` of them read in a thread before they are asked for."""
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        pending: deque[Future[T]] = deque()
+        try:
+            for read in reads:
+                pending.append(thread.submit(read))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _sum_over_processes(values: np.ndarray) -> np.ndarray:
+    if jax.process_count() == 1:
+        return values
+    with jax.transfer_guard("allow"):  # JAX converts to device arrays and back implicitly
+        return multihost_utils.process_allgather(values).sum(axis=0)
 
 
 def _position(store: TileStore | CaseStore) -> Float32[np.ndarray, "region 2"]:
     return (store.origin / store.region_px).astype(np.float32)
-
-
-def _balanced_accuracy(labels: Int[np.ndarray, " bag"], predicted: Int[np.ndarray, " bag"]) -> float:
-    """The mean recall of the classes that have a bag; the others are left out without a warning."""
-    return float(np.mean([np.mean(predicted[labels == label] == label) for label in np.unique(labels)]))

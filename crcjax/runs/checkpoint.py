@@ -47,7 +47,11 @@ class Checkpointer:
 
         Raises OutputError if this or the save before it cannot be written.
         """
-        with writing(self._folder, "choose another --workdir", catch=(OSError, ValueError)), _unwarned():
+        with (
+            writing(self._folder, "choose another --workdir", catch=(OSError, ValueError)),
+            _unwarned(),
+            jax.transfer_guard("allow"),  # Orbax copies to the host in its own ways
+        ):
             self._manager.save(int(state.step), args=ocp.args.PyTreeSave(vars(state)), metrics=metrics)
 
     def close(self) -> None:

@@ -18,7 +18,8 @@ from crcjax.errors import InputError
 from crcjax.predict.predict_slides import write_table
 from crcjax.predict.predict_store import predict_stored
 from crcjax.runs.checkpoint import best_metrics, rank
-from crcjax.train.loop import train, train_members
+from crcjax.train.ensemble import train_members
+from crcjax.train.loop import train
 
 # What decides which cases a run sees: swept, it would be chosen by other cases.
 _FIXED = {"seed", "data.store", "data.cohort", "data.classes", "data.val_fraction", "data.test_fraction"}

@@ -1,8 +1,9 @@
-"""An ensemble's members as one state, so that one step trains them all: runs that differ in their seed, on the same bags."""
+"""Ensembles: runs that differ in their seed only, trained by one vmapped step on the same bags."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -17,15 +19,89 @@ from jaxtyping import Array, Float32
 from ml_collections import ConfigDict
 
 from crcjax.data.bags import Bag
-from crcjax.errors import InputError
+from crcjax.errors import InputError, StoppedError
 from crcjax.models.encoders.registry import PublishedEncoder
-from crcjax.models.mil import MILModel, Params
+from crcjax.models.mil import MILModel, Params, build_model
 from crcjax.models.random_keys import Purpose, run_key
+from crcjax.monitor.logs import log
 from crcjax.parallel.mesh import replicated
+from crcjax.parallel.process_group import ProcessGroup
+from crcjax.runs.checkpoint import newest_step
 from crcjax.runs.train_state import TrainState
+from crcjax.train.memory_budget import fitting_step, memory_of_step, train_in_smaller_parts
+from crcjax.train.metrics import IntervalMetrics
+from crcjax.train.record import Progress, Record, Validation, checked, due_after, log_plan, start_directory
+from crcjax.train.setup import model_of_seed, on_host, plan_run
 from crcjax.train.step import abstract_state, step_setup, train_step
 
 EnsembleMetrics = dict[str, Float32[Array, " member"]]
+
+
+def train_members(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGroup | None = None) -> None:
+    """Trains runs that differ in their seed only, config.train.ensemble_size at a time in one step, on the same bags.
+
+    Each member has an ordinary run directory and matches training it alone with that directory's config, up to rounding.
+
+    Args:
+      config: the config of all runs.
+      runs: the run directories by seed.
+      group: this process.
+
+    Raises as `crcjax.train.loop.train`, and InputError for runs that cannot be trained in one step.
+    """
+    check_members(config)
+    for part in side_by_side(runs, config.train.ensemble_size, newest_step):
+        first_run = next(iter(part.values()))
+        train_in_smaller_parts(first_run, partial(_train_members, config, part, group or ProcessGroup()))
+
+
+def _train_members(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGroup) -> None:
+    """As the loop of a single run, without mining and other processes, which ensembles do not have."""
+    seeds = tuple(runs)
+    plan = plan_run(member_config(config, seeds[0]))
+    config = plan.config
+    of_seed = partial(model_of_seed, config, plan.data)
+    classes, factors = len(plan.data.cohort.classes), plan.data.tiling.factors
+    abstract_model = partial(build_model, config.model, classes, seeds[0], factors)
+    ensemble = Ensemble(abstract_model, plan.optimizer, config, plan.mesh)
+    shapes, run = plan.data.feed.shapes(), runs[seeds[0]]
+    build = partial(ensemble.build, seeds)
+    step, budget, parts = fitting_step(build, config, plan.mesh, ensemble.abstract(len(seeds)), shapes, run)
+    models = [plan.model, *(on_host(with_encoder_of(plan.model, of_seed(seed))) for seed in seeds[1:])]
+    for seed, path in runs.items():
+        start_directory(path, plan, member_config(config, seed), parts, group)
+    validation = Validation(plan, group)
+    records = [Record(plan, path, group, validation, path.name) for path in runs.values()]
+    state = ensemble.join(record.restored(model) for record, model in zip(records, models, strict=True))
+    start = int(np.max(state.step))
+    batches, metrics, progress = plan.data.feed.batches(start), IntervalMetrics(), Progress(start, config)
+    with memory_of_step(parts), ExitStack() as stack:
+        for record in records:
+            stack.enter_context(record.opened(start))
+        stack.enter_context(closing(batches))
+        log_plan(plan, state.params, budget, parts)
+        with jax.transfer_guard("disallow"):
+            for number, batch in enumerate(batches, start + 1):
+                group.report_progress(number, "computing")
+                state, step_metrics = step(state, batch)
+                metrics.add(step_metrics)
+                batches.follow(step_metrics["loss"])
+                stops = group.should_stop(number)
+                due = due_after(number, config.train, stops)
+                if due.report:
+                    scalars = [checked(member, number) for member in apart(metrics.compute())]
+                    speed = progress.speed(number, batches.waited_s)
+                    for record, member in zip(records, scalars, strict=True):
+                        record.write(number, member, speed)
+                    log.info(progress.line(number, [member["loss"] for member in scalars], speed))
+                if due.checkpoint:
+                    for record, member_state in zip(records, ensemble.split(state), strict=True):
+                        record.save(number, member_state, due.evaluation)
+                if stops and number < config.train.steps:
+                    raise StoppedError(f"{run.parent}: stopped at step {number}; the same command goes on")
+                group.report_progress(number + 1, "reading its bags")
+        for record, model in zip(records, models, strict=True):
+            record.finish(model)
 
 
 def check_members(config: ConfigDict) -> None:

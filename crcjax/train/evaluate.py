@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from crcjax.data.augment import Augmentation
-from crcjax.data.bags import Bag, open_features, open_stores, read_bag, slide_stains
+from crcjax.data.bags import Bag, StoredSlides, read_bag, slide_stains
 from crcjax.data.case_bags import by_unit
-from crcjax.data.cohort import Cohort
 from crcjax.data.corruptions import draw_artefacts
 from crcjax.data.tile_labels import bag_labels
 from crcjax.models.mil import MILModel, Params
@@ -31,19 +30,23 @@ class TaskEvaluation:
     """
 
     def __init__(
-        self, tasks: Tasks, model: MILModel, config: ConfigDict, cohort: Cohort, normaliser: StainNormaliser | None
+        self,
+        tasks: Tasks,
+        model: MILModel,
+        config: ConfigDict,
+        slides: StoredSlides,
+        normaliser: StainNormaliser | None,
     ):
         data, stored = config.data, config.data.features
-        slides = open_stores(data.store, cohort, not stored, data.magnifications) if cohort.rows else []
-        features = open_features(slides, config.model.encoder, data.magnifications) if stored and slides else []
-        _, self._stores, self._features = by_unit(data.unit, cohort, slides, features)
-        self._stains = slide_stains(slides, config, normaliser) if data.unit == "slide" else []
+        _, self._stores, self._features = by_unit(data.unit, slides.cohort, slides.stores, slides.features)
+        self._stains = slide_stains(slides.stores, config, normaliser) if data.unit == "slide" else []
         self._labels = bag_labels(self._stores, config.tasks)
         self._regions, self._tasks = data.regions_per_bag, tasks
         graph = nnx.graphdef(model)
 
         @jax.jit
-        def counts(params: Params, bag: Bag, key: Key[Array, ""]) -> dict[str, Array]:
+        def counts(params: Params, bag: Bag, index: Int[Array, ""]) -> dict[str, Array]:
+            key = jax.random.key(index)  # the same at every evaluation
             share = config.augment.artefacts if "artefact" in tasks.weights else 0.0
             drawn = Augmentation(artefacts=draw_artefacts(key, bag.mask.shape, share) if share else None)
             model, tiles = nnx.merge(graph, params), jnp.asarray(bag.tiles)
@@ -69,7 +72,7 @@ class TaskEvaluation:
         sums = {name: np.zeros(size) for name, size in sizes.items()}
         for index in range(jax.process_index(), len(self._stores), jax.process_count()):
             each()
-            found = jax.device_get(self._counts(params, self._bag(index), jax.random.key(index)))
+            found = jax.device_get(self._counts(params, *jax.device_put((self._bag(index), np.int32(index)))))
             sums = {name: sums[name] + found[name] for name in sums}
         if jax.process_count() > 1:
             sums = {name: multihost_utils.process_allgather(value).sum(axis=0) for name, value in sums.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 from crcjax.data.bags import Bag
 from crcjax.errors import CrcjaxError, DeviceMemoryError, InputError, writing
+from crcjax.monitor.logs import log
 from crcjax.runs.train_state import TrainState
 
 _USABLE = 0.9  # of a device: the rest is lost between allocations, and to buffers of the communication
@@ -171,10 +173,42 @@ def more_parts(run: Path, tried: int) -> int:
     return larger[0]
 
 
+def train_in_smaller_parts(run: Path, train: Callable[[], None]) -> None:
+    """Calls `train`, and again with half the micro-batch whenever the memory of a device did not suffice for a step.
+
+    Training then resumes from the run's last checkpoint: a step donates its state, and a copy of it would take the memory
+    that lacks. Raises DeviceMemoryError where several processes have to be started again for that.
+    """
+    while True:
+        try:
+            return train()
+        except DeviceMemoryError as error:
+            message = f"{run}: {error} Steps are computed in {more_parts(run, error.parts)} parts from now on"
+            if jax.process_count() > 1:  # the other processes wait within the step
+                raise DeviceMemoryError(f"{message}; give the same command again", error.parts) from error
+            log.info(message)
+        gc.collect()  # frees what the frames of the failed step held
+
+
 def _kept(run: Path) -> Parts:
+    """The parts of the run's last start; one part for a new run, and where memory.json is damaged, which is set aside."""
+    path = run / _NOTE
     try:
-        return Parts(**json.loads((run / _NOTE).read_text()))
-    except (OSError, ValueError, TypeError):
+        parts = Parts(**json.loads(path.read_text()))
+        if not (isinstance(parts.count, int) and parts.count >= 1 and all(isinstance(n, int) for n in parts.possible)):
+            raise ValueError("count must be an integer from 1, possible a list of integers")
+        return parts
+    except FileNotFoundError:
+        return Parts(1, (1,))
+    except (ValueError, TypeError) as error:
+        aside = path.with_name(f"{_NOTE}.damaged")
+        log.warning(
+            f"{path}: is damaged ({str(error).partition(chr(10))[0]}); renamed to {aside.name}, and the number of "
+            "micro-batches is chosen anew"
+        )
+        if jax.process_index() == 0:
+            with writing(aside, "choose another --workdir"):
+                path.replace(aside)
         return Parts(1, (1,))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crcjax.config_check import check_config
-from crcjax.data.bags import featured, open_features, open_stores
+from crcjax.data.bags import StoredSlides, featured, open_features, open_stores
 from crcjax.data.case_bags import rows_by_unit
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.cohort_summary import content_hashes, summarise_cohort
@@ -36,7 +36,6 @@ from crcjax.slides.store.features import FeatureReader, feature_attributes
 from crcjax.slides.store.tile_store import TileStore
 from crcjax.slides.tiling.plan import TilingParams
 from crcjax.train.auxiliary_tasks import Tasks, add_heads, check_tasks, open_tasks
-from crcjax.train.ensemble import Ensemble, member_config, with_encoder_of
 from crcjax.train.memory_budget import (
     Budget,
     Parts,
@@ -47,80 +46,99 @@ from crcjax.train.step import abstract_state, build_step
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is settled before anything is written; `ensemble` if several runs are trained together."""
+class RunData:
+    """The slides of a run, opened once: by training, validation and the tasks that learn from tiles."""
 
-    config: ConfigDict
     cohort: Cohort
+    slides: StoredSlides
     tiling: TilingParams
     normaliser: StainNormaliser | None
-    mesh: Mesh
-    models: tuple[MILModel, ...]  # one a run
-    optimizer: optax.GradientTransformation
     feed: Feed
-    bags_of: Cohort
-    mining: Mining | None
+    # The training slides, or with config.data.unit "case" the first slide of each training case.
+    training_units: Cohort
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is settled before a run's first file is written. The model's parameters are on the host."""
+
+    config: ConfigDict
+    mesh: Mesh
+    data: RunData
+    model: MILModel
+    optimizer: optax.GradientTransformation
     tasks: Tasks | None
-    ensemble: Ensemble | None
-    step: jax.stages.Compiled
-    budget: Budget
-    parts: Parts
+    mining: Mining | None
 
 
-def plan_run(config: ConfigDict, runs: Mapping[int, Path]) -> Plan:
-    (first, run), together = next(iter(runs.items())), config.train.ensemble_size > 1
-    config = member_config(config, first) if together else config
+def plan_run(config: ConfigDict) -> Plan:
+    """Checks the config against the cohort, the store and the devices, and builds all parts of a run but its step.
+
+    Raises InputError; nothing is written.
+    """
     check_config(config)
     check_tasks(config)
     cohort = training_cohort(config)
     stores = open_stores(config.data.store, cohort, not config.data.features, config.data.magnifications)
-    tiling = stores[0].params
     config = _with_seen(_with_imported(config, stores), stores)
-    normaliser = stain_normaliser(config.stain.method, config.stain.reference, config.data.store)
     use_compilation_cache()
     mesh = device_mesh(config)
-    published = config.model.encoder in PRETRAINED and not config.model.imported_features
-    build_of = build_unloaded if published else build_model
-    of_seed = partial(build_of, config.model, len(cohort.classes), factors=tiling.factors)
-    model = of_seed(config.seed)
-    kept = _load_published(model, config, stores)
-    optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
-    training = cohort.split("train")
-    bags_of = rows_by_unit(config.data.unit, training)
-    if config.model.head == BY_DENSITY:
-        check_bags(len(bags_of.rows), len(rows_by_unit(config.data.unit, cohort.split("val")).rows))
-    mining = start_mining(config.data, len(bags_of.rows))
-    feed = open_feed(training, config, mesh, normaliser)
-    tasks = open_tasks(config, feed.reader.tile_labels, feed.reader.stains)
+    data = _run_data(config, cohort, stores, mesh)
+    model = model_of_seed(config, data, config.seed)
+    is_frozen = _load_published(model, config, data.slides)
+    tasks = open_tasks(config, data.feed.reader.tile_labels, data.feed.reader.stains)
     if tasks:
         add_heads(model, tasks, config.seed)
-    build = partial(build_step, model, optimizer, mesh=mesh, normaliser=normaliser, tasks=tasks)
-    abstract = abstract_state(model, optimizer, config, mesh, mining)
-    ensemble = Ensemble(partial(of_seed, first), optimizer, config, mesh) if together else None
-    if ensemble:
-        build, abstract = partial(ensemble.build, tuple(runs)), ensemble.abstract(len(runs))
-    compiled = fitting_step(build, config, mesh, abstract, feed.shapes(), run)
-    models = tuple(_on_host(model if seed == first else with_encoder_of(model, of_seed(seed))) for seed in runs)
-    of_data = feed, bags_of, mining, tasks
-    return Plan(config, cohort, tiling, normaliser, mesh, models, optimizer, *of_data, ensemble, *compiled)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, is_frozen)
+    mining = start_mining(config.data, len(data.training_units.rows))
+    return Plan(config, mesh, data, on_host(model), optimizer, tasks, mining)
 
 
-def _load_published(model: MILModel, config: ConfigDict, stores: Sequence[TileStore]) -> Callable | None:
-    """Reads a published encoder's weights into the model; which parameters then stay as they are."""
+def model_of_seed(config: ConfigDict, data: RunData, seed: int) -> MILModel:
+    """The model with parameters sampled from a seed, except those of a published encoder, which are loaded afterwards."""
+    published = config.model.encoder in PRETRAINED and not config.model.imported_features
+    build = build_unloaded if published else build_model
+    return build(config.model, len(data.cohort.classes), seed, data.tiling.factors)
+
+
+def fit_step(plan: Plan, run: Path) -> tuple[jax.stages.Compiled, Budget, Parts]:
+    """The step compiled for a batch of the plan, in as many micro-batches as fit the devices. Raises InputError."""
+    model, optimizer, config, mesh = plan.model, plan.optimizer, plan.config, plan.mesh
+    build = partial(build_step, model, optimizer, mesh=mesh, normaliser=plan.data.normaliser, tasks=plan.tasks)
+    state = abstract_state(model, optimizer, config, mesh, plan.mining)
+    return fitting_step(build, config, mesh, state, plan.data.feed.shapes(), run)
+
+
+def on_host(model: MILModel) -> MILModel:
+    """The model with its parameters on the host, so that the training state is their only copy on the devices."""
+    # Copied: NumPy's view of an array of a CPU would keep it there.
+    nnx.update(model, jax.tree.map(np.array, nnx.state(model)))
+    return model
+
+
+def _run_data(config: ConfigDict, cohort: Cohort, stores: list[TileStore], mesh: Mesh) -> RunData:
+    magnifications = config.data.magnifications
+    for store in stores:  # again, since features may have narrowed them
+        store.see(magnifications)
+    features = open_features(stores, config.model.encoder, magnifications) if config.data.features else []
+    slides = StoredSlides(cohort, stores, features)
+    normaliser = stain_normaliser(config.stain.method, config.stain.reference, config.data.store)
+    training_units = rows_by_unit(config.data.unit, cohort.split("train"))
+    if config.model.head == BY_DENSITY:
+        check_bags(len(training_units.rows), len(rows_by_unit(config.data.unit, cohort.split("val")).rows))
+    feed = open_feed(slides.split("train"), config, mesh, normaliser)
+    return RunData(cohort, slides, stores[0].params, normaliser, feed, training_units)
+
+
+def _load_published(model: MILModel, config: ConfigDict, slides: StoredSlides) -> Callable | None:
+    """Reads a published encoder's weights into the model, and returns which parameters are frozen."""
     if config.model.encoder not in PRETRAINED or config.model.imported_features:
         return None
     sha256 = load_published(model, config.model)
     log.info(f"{config.model.weights}: SHA-256 {sha256}")
     if config.data.features:
-        _check_features(config, stores, sha256)
+        _check_features(config, slides.features[0], sha256)
     return partial(is_kept, config.model.frozen)
-
-
-def _on_host(model: MILModel) -> MILModel:
-    """The model, its parameters off the devices: of these the run's state alone has a copy."""
-    # Copied: NumPy's view of an array of a CPU would keep it there.
-    nnx.update(model, jax.tree.map(np.array, nnx.state(model)))
-    return model
 
 
 def training_cohort(config: ConfigDict) -> Cohort:
@@ -169,9 +187,8 @@ def _with_seen(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
     return config
 
 
-def _check_features(config: ConfigDict, stores: Sequence[TileStore], sha256: str) -> None:
+def _check_features(config: ConfigDict, found: FeatureReader, sha256: str) -> None:
     """Prediction computes features with the run's weights: those that it was trained on must be the same."""
-    found = open_features(stores, config.model.encoder, config.data.magnifications)[0]
     if found.attributes.get("weights_sha256") != sha256:
         raise InputError(f"{found.path}: was made with other weights than {config.model.weights}; embed with these")
 

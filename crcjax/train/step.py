@@ -19,13 +19,13 @@ from jaxtyping import Array, Float32, Key
 from ml_collections import ConfigDict
 
 from crcjax.data.augment import Augmentation, sample_augmentation
-from crcjax.data.bags import Bag
+from crcjax.data.bags import Bag, bag_spec
 from crcjax.data.hard_mining import Mining, after_step
 from crcjax.errors import InputError
 from crcjax.models.mil import MILModel, Params, Prediction, Statistics, params_of
 from crcjax.models.random_keys import Purpose, run_key
 from crcjax.parallel.mesh import replicated
-from crcjax.parallel.sharding import bag_spec, state_shardings
+from crcjax.parallel.sharding import state_shardings
 from crcjax.runs.train_state import TrainState
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.train.auxiliary_tasks import Tasks

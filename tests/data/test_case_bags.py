@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crcjax.data.bags import open_stores
+from crcjax.data.bags import open_slides, open_stores
 from crcjax.data.case_bags import by_unit, side_by_side
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import train_batches
@@ -160,7 +160,7 @@ def test_evaluation_is_by_case(pairs: Path, small_config) -> None:
     model = build_model(small_config.model, 3, 0)
     forward = Forward(model, (64,), 4, local_mesh())
     cohort = _train(small_config)
-    found = Evaluation(small_config.data.store, cohort, forward, "compact", "case").metrics(params_of(model))
+    found = Evaluation(open_slides(small_config.data.store, cohort), forward, "case").metrics(params_of(model))
     cases, stores, _ = by_unit("case", cohort, open_stores(small_config.data.store, cohort), [])
     losses = []
     for row, store in zip(cases.rows, stores, strict=True):

@@ -3,7 +3,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +17,11 @@ import pytest
 
 from crcjax.data.bags import Bag, open_stores
 from crcjax.data.cohort import Cohort, load_cohort
-from crcjax.data.loader import Batches, open_feed, train_batches
+from crcjax.data.loader import Batches, _end_of, open_feed, train_batches, training_slides
 from crcjax.errors import InputError
 from crcjax.parallel.mesh import device_mesh
 from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
-from crcjax.slides.store.tile_store import open_store
+from crcjax.slides.store.tile_store import TileStore, open_store
 from crcjax.slides.tiling.plan import TilingParams
 
 # Two processes of two devices, between which either the slides or the regions are divided. What each reads is counted.
@@ -86,9 +88,16 @@ def test_a_resumed_stream_goes_on_as_the_first_one_whatever_the_threads_and_work
         assert all((a == b).all() for a, b in zip(whole[start:], rest, strict=True))
 
 
-def test_the_shapes_of_a_feed_are_those_of_its_bags(painted: Path, small_config) -> None:
-    feed = open_feed(_cohort(painted, small_config).split("train"), small_config, device_mesh())
-    for shape, part in zip(jax.tree.leaves(feed.shapes()), jax.tree.leaves(next(feed.batches(0))), strict=True):
+def test_the_shapes_of_a_feed_are_those_of_its_bags(
+    painted: Path, small_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort = _cohort(painted, small_config).split("train")
+    small_config.augment.stain_swap_prob = 0.1  # so that bags hold stains
+    feed = open_feed(training_slides(cohort, small_config), small_config, device_mesh())
+    with monkeypatch.context() as patched:
+        patched.setattr(TileStore, "read_pixels", None)  # shapes come without reading
+        shapes = feed.shapes()
+    for shape, part in zip(jax.tree.leaves(shapes), jax.tree.leaves(next(feed.batches(0))), strict=True):
         assert (shape.shape, shape.dtype, shape.sharding) == (part.shape, part.dtype, part.sharding)
 
 
@@ -209,3 +218,32 @@ def test_only_what_a_step_could_have_run_in_counts_as_waiting() -> None:
     result.block_until_ready()
     next(batches)
     assert batches.waited_s >= before + 0.1
+
+
+def test_of_a_wait_only_the_part_after_the_running_step_ended_counts() -> None:
+    class Step:
+        """A result that is ready once the bag's reading says so."""
+
+        ready = threading.Event()
+
+        def is_ready(self) -> bool:
+            return self.ready.is_set()
+
+        def block_until_ready(self) -> None:
+            self.ready.wait()
+
+    def read(_: int) -> Bag:
+        one = np.ones((1, 1, 1), np.float32)
+        time.sleep(0.3)
+        Step.ready.set()
+        time.sleep(0.2)
+        return Bag(one, one > 0, one.repeat(2, -1), np.zeros(1, np.int32), one[0, 0])
+
+    batches = Batches(iter(grain.MapDataset.range(1).map(read).to_iter_dataset(grain.ReadOptions(0, 0))))
+    batches._running = Step()
+    batches._running_ended = ThreadPoolExecutor(1).submit(
+        _end_of, Step()
+    )  # as `follow`, which takes JAX's arrays alone
+    start = time.perf_counter()
+    next(batches)
+    assert 0.18 <= batches.waited_s <= time.perf_counter() - start - 0.25

@@ -1,11 +1,12 @@
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from crcjax.config import get_config
 from crcjax.errors import InputError
-from crcjax.parallel.mesh import _shape, device_mesh, local_mesh, replicated
+from crcjax.parallel.mesh import _replicate, _shape, device_mesh, local_mesh, on_local_mesh, replicated
 
 
 @pytest.mark.parametrize(
@@ -88,3 +89,12 @@ def test_the_local_mesh_has_this_processes_devices_along_data() -> None:
     assert local_mesh().shape == {"data": jax.local_device_count(), "bag": 1, "model": 1}
     assert replicated(device_mesh()).is_fully_replicated
     assert np.size(device_mesh().devices) == jax.device_count()
+
+
+def test_values_are_copied_to_the_local_mesh_by_one_program_however_often() -> None:
+    mesh = device_mesh()
+    _replicate.cache_clear()
+    for number in range(3):
+        copied = on_local_mesh({"a": jnp.full(4, number)}, mesh, local_mesh())
+        np.testing.assert_array_equal(copied["a"], np.full(4, number))
+    assert _replicate(mesh)._cache_size() == 1

@@ -309,7 +309,7 @@ def test_each_task_is_learned_and_the_run_predicts_slides(small_config, painted:
     found = next(line for line in _metrics(run) if "val/loss" in line)
     print({name: round(value, 3) for name, value in found.items() if name.startswith("val/")})
     assert found["val/tissue_balanced_accuracy"] > 1.8 * found["val/tissue_constant"]
-    assert found["val/artefact_balanced_accuracy"] > 1.8 * found["val/artefact_constant"]
+    assert found["val/artefact_balanced_accuracy"] > 1.5 * found["val/artefact_constant"]
     assert found["val/stain_error"] < 0.9 * found["val/stain_constant"]
 
     model = build_model(small_config.model, 3, 0)

@@ -47,7 +47,7 @@ from crcjax.models.mil import build_model
 from crcjax.train.memory_budget import Parts, keep_parts
 from crcjax.parallel.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
-from crcjax.parallel.sharding import bag_spec
+from crcjax.data.bags import bag_spec
 from crcjax.train.step import build_step, init_state
 
 build = partial(convnets.ResNet, depths=(), width=8)

@@ -33,8 +33,8 @@ from crcjax.slides.store.features import write_features
 from crcjax.slides.store.tile_store import open_store, tiled_slides
 from crcjax.slides.wsi.slide import open_slide
 from crcjax.train.crossvalidate import crossvalidate
-from crcjax.train.ensemble import side_by_side
-from crcjax.train.loop import train, train_members
+from crcjax.train.ensemble import side_by_side, train_members
+from crcjax.train.loop import train
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import init_state
 
@@ -168,7 +168,7 @@ class _StopsAfter3(ProcessGroup):
 
 def test_members_stopped_and_started_again_equal_those_that_were_not(config, tmp_path: Path) -> None:
     train(config, tmp_path / "undisturbed")
-    with pytest.raises(StoppedError, match="step 3 is saved"):
+    with pytest.raises(StoppedError, match="stopped at step 3; the same command goes on"):
         train(config, tmp_path / "stopped", _StopsAfter3())
     train(config, tmp_path / "stopped")
     expected = [_state(tmp_path / "undisturbed" / f"seed-{seed}") for seed in (5, 6)]

@@ -21,7 +21,7 @@ from crcjax.data.bags import Bag
 from crcjax.models.mil import build_model
 from crcjax.parallel.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
-from crcjax.parallel.sharding import bag_spec
+from crcjax.data.bags import bag_spec
 from crcjax.train.step import build_step, init_state
 from crcjax.train.auxiliary_tasks import add_heads, open_tasks
 
@@ -104,7 +104,7 @@ from crcjax.data.bags import Bag
 from crcjax.models.mil import build_model
 from crcjax.parallel.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
-from crcjax.parallel.sharding import bag_spec
+from crcjax.data.bags import bag_spec
 from crcjax.train.step import abstract_state, build_step
 
 for kind in sys.argv[1:]:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crcjax.data.cohort import load_cohort
-from crcjax.errors import InputError
+from crcjax.errors import DivergedError, InputError, StoppedError
 from crcjax.models.mil import build_model
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.predict.feature_density import load_density, summary
@@ -104,7 +105,7 @@ def test_a_run_of_an_older_version_has_the_defaults_of_fields_that_came_later(ru
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(small_config, tmp_path: Path) -> None:
     small_config.optimizer.learning_rate = 1e30
-    with pytest.raises(InputError, match="the loss is not finite at step"):
+    with pytest.raises(DivergedError, match="the loss is not finite at step"):
         train(small_config, tmp_path)
 
 
@@ -112,6 +113,70 @@ def test_missing_paths_are_named(small_config, tmp_path: Path) -> None:
     small_config.data.store = ""
     with pytest.raises(InputError, match=r"config\.data\.store is empty"):
         train(small_config, tmp_path)
+
+
+def _reported(run: Path) -> dict[int, dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "train/loss" in line}
+
+
+def test_reports_hold_the_mean_over_the_steps_since_the_last_report_after_a_resume_too(
+    small_config, tmp_path: Path
+) -> None:
+    small_config.train.eval_every = small_config.train.checkpoint_every = 6
+    train(small_config, tmp_path / "each")
+    each = _reported(tmp_path / "each")
+    small_config.train.log_every = 3
+    train(small_config, tmp_path / "third")
+
+    class StopsAfter4(ProcessGroup):
+        def should_stop(self, step: int) -> bool:
+            return step == 4
+
+    with pytest.raises(StoppedError, match="stopped at step 4; the same command goes on"):
+        train(small_config, tmp_path / "stopped", StopsAfter4())
+    train(small_config, tmp_path / "stopped")
+    for name, intervals in {"third": [(1, 2, 3), (4, 5, 6)], "stopped": [(1, 2, 3), (4,), (5, 6)]}.items():
+        reported = _reported(tmp_path / name)
+        assert list(reported) == [steps[-1] for steps in intervals]
+        for steps in intervals:
+            for metric in ("train/loss", "train/accuracy", "train/gradient_norm"):
+                mean = np.mean([each[step][metric] for step in steps])
+                assert reported[steps[-1]][metric] == pytest.approx(mean, rel=1e-5)
+    log = (tmp_path / "third" / "logs" / "process-0.log").read_text()
+    assert re.search(r"\| norm/scale +\| \(16,\) +\| float32 \| 16 ", log)
+
+
+@pytest.mark.multiprocess
+def test_ctrl_c_saves_and_stops_after_the_step_and_before_the_first_step_ends_with_one_line(
+    painted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small.py").write_text(SMALL)
+    command = [sys.executable, "-m", "crcjax.main", "--config", str(tmp_path / "small.py"), "--workdir", str(tmp_path)]
+    command += [f"--config.data.store={painted / 'store'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
+    command += ["--config.train.steps=100000", "--config.train.eval_every=100000"]
+
+    def started() -> subprocess.Popen:
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    process = started()
+    while "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text():  # while packages load
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    lines = process.communicate(timeout=120)[1].splitlines()
+    assert (process.returncode, len(lines)) == (130, 1)
+    assert lines[0].startswith("crcjax: interrupted; the same command goes on")
+
+    process = started()
+    while not process.stderr.readline().startswith("step "):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    lines = process.communicate(timeout=120)[1].splitlines()
+    stopped = re.fullmatch(rf"crcjax: {tmp_path}: stopped at step (\d+); the same command goes on", lines[-1])
+    assert process.returncode == 85
+    assert stopped
+    assert all(line.startswith("step ") for line in lines[:-1])
+    assert (tmp_path / "checkpoints" / stopped[1]).is_dir()
 
 
 @pytest.mark.multiprocess

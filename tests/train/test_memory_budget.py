@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from crcjax.data.cohort import load_cohort
-from crcjax.data.loader import open_feed
+from crcjax.data.loader import open_feed, training_slides
 from crcjax.errors import InputError
 from crcjax.models.mil import build_model
 from crcjax.parallel.mesh import device_mesh
 from crcjax.train.loop import train
-from crcjax.train.memory_budget import Budget, fitting_step, keep_parts, more_parts
+from crcjax.train.memory_budget import Budget, Parts, _kept, fitting_step, keep_parts, more_parts
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step
 
@@ -35,9 +35,9 @@ config.train.checkpoint_every, config.optimizer.warmup_steps = 2, 2
 MEASURED = (
     CONFIG
     + """
-from crcjax.train import loop
+from crcjax.train import loop, setup
 config.train.steps, config.optimizer.warmup_steps = 1, 0  # no more bags are read meanwhile
-fitting_step = loop.fitting_step
+fitting_step = setup.fitting_step
 
 def peak():
     # Not getrusage's: that one begins with the peak of the process that started this one.
@@ -56,15 +56,15 @@ def watched(*arguments):
         os._exit(0)
     return run, budget, parts
 
-loop.fitting_step = watched
+setup.fitting_step = watched
 loop.train(config, Path(sys.argv[2]))
 """
 )
 LIMITED = (
     CONFIG
     + """
-from crcjax.train import loop
-fitting_step = loop.fitting_step
+from crcjax.train import loop, setup
+fitting_step = setup.fitting_step
 
 def limited(*arguments):
     step, budget, parts = fitting_step(*arguments)
@@ -78,7 +78,7 @@ def limited(*arguments):
     return run, budget, parts
 
 if sys.argv[3] == "limited":
-    loop.fitting_step = limited
+    setup.fitting_step = limited
 loop.train(config, Path(sys.argv[2]))
 """
 )
@@ -125,7 +125,7 @@ def _fitted(config, run: Path) -> tuple[Budget, int]:
     cohort = load_cohort(config.data.cohort, config.data.classes).split("train")
     model = build_model(config.model, 3, 0)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
-    bag = open_feed(cohort, config, mesh).shapes()
+    bag = open_feed(training_slides(cohort, config), config, mesh).shapes()
     state = abstract_state(model, optimizer, config, mesh)
     _, budget, parts = fitting_step(partial(build_step, model, optimizer, mesh=mesh), config, mesh, state, bag, run)
     run.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ def _fitted(config, run: Path) -> tuple[Budget, int]:
 def test_the_fewest_parts_that_fit_are_chosen_and_a_step_that_cannot_fit_is_refused_before_anything_is_written(
     small_config, tmp_path: Path
 ) -> None:
-    small_config.data.device_prefetch = 0
+    small_config.data.device_prefetch = 1
     whole, count = _fitted(small_config, tmp_path)
     assert count == 1
     assert whole.total == whole.parameters + whole.optimizer + whole.bags + whole.temporary + whole.program
@@ -157,6 +157,21 @@ def test_parts_are_kept_by_the_run_and_made_smaller_until_bags_come_one_by_one(s
     assert more_parts(tmp_path, 2) == 4  # another process, of the same step
     with pytest.raises(InputError, match="4 parts, and there can be no more; lower"):
         more_parts(tmp_path, 4)
+
+
+@pytest.mark.parametrize("text", ["", '{"count": 2', '{"count": "2", "possible": [1]}', "[1]"])
+def test_a_damaged_memory_json_is_set_aside_with_one_line(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "memory.json").write_text(text)
+    assert _kept(tmp_path) == Parts(1, (1,))
+    assert (tmp_path / "memory.json.damaged").read_text() == text
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{tmp_path / 'memory.json'}: is damaged (")
+    assert "renamed to memory.json.damaged" in lines[0]
+    assert _kept(tmp_path) == Parts(1, (1,))
+    assert not capsys.readouterr().err
 
 
 def test_memory_that_does_not_suffice_outside_of_a_step_is_not_taken_for_the_steps(

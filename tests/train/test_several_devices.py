@@ -26,7 +26,7 @@ from crcjax.models.aggregators import hierarchical
 from crcjax.models.mil import build_model
 from crcjax.parallel.mesh import described, device_mesh
 from crcjax.train.optimizer import build_optimizer
-from crcjax.parallel.sharding import bag_spec
+from crcjax.data.bags import bag_spec
 from crcjax.train.step import build_step, init_state
 
 config = get_config()
@@ -91,6 +91,7 @@ from crcjax.data.cohort import load_cohort
 from crcjax.models.mil import build_model
 from crcjax.runs.checkpoint import Checkpointer
 from crcjax.predict.stored_bags import Evaluation
+from crcjax.data.bags import open_slides
 from crcjax.parallel.mesh import device_mesh, local_mesh, on_local_mesh
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import init_state
@@ -105,7 +106,7 @@ checkpoints = Checkpointer(Path(folder), 1)
 checkpoints.save(state, None)
 checkpoints.close()
 cohort = load_cohort(painted + "/cohort.csv", config.data.classes).split("train")
-evaluation = Evaluation(painted + "/store", cohort, Forward(model, (64, 128), 8, local_mesh()), "compact", "slide")
+evaluation = Evaluation(open_slides(painted + "/store", cohort), Forward(model, (64, 128), 8, local_mesh()), "slide")
 Path(folder, process + ".json").write_text(json.dumps(evaluation.metrics(on_local_mesh(state.params, mesh, local_mesh()))))
 """
 
@@ -171,6 +172,7 @@ def test_a_state_saved_by_two_processes_is_restored_by_one_and_both_evaluate_as_
     import jax
 
     from crcjax.config import get_config
+    from crcjax.data.bags import open_slides
     from crcjax.data.cohort import load_cohort
     from crcjax.models.mil import build_model, params_of
     from crcjax.parallel.mesh import device_mesh, local_mesh
@@ -191,7 +193,7 @@ def test_a_state_saved_by_two_processes_is_restored_by_one_and_both_evaluate_as_
         np.testing.assert_array_equal(one, two)
     cohort = load_cohort(painted / "cohort.csv", config.data.classes).split("train")
     forward = Forward(drawn, (64, 128), 8, local_mesh())
-    expected = Evaluation(str(painted / "store"), cohort, forward, "compact", "slide").metrics(state.params)
+    expected = Evaluation(open_slides(str(painted / "store"), cohort), forward, "slide").metrics(state.params)
     found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     assert found[0] == found[1]
     assert found[0] == pytest.approx(expected, rel=1e-5)
