@@ -18,8 +18,7 @@ import crcjax
 from crcjax.errors import InputError, writing
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 from crcjax.slides.store.zarr_arrays import store_path
-from crcjax.slides.tiling.quality_control import ABSENT, GLASS, REASONS, StainLimits
-from crcjax.slides.tiling.quality_control import stain_degrees as tile_degrees
+from crcjax.slides.tiling.quality_control import ABSENT, GLASS, REASONS, StainLimits, tile_stain_degrees
 from crcjax.slides.tiling.regions_of_interest import write_area
 from crcjax.slides.tiling.tissue_segmentation import ink, optical_density
 
@@ -230,7 +229,7 @@ def tiles_off(
     scored = slide.mask & slide.quality.any(axis=-1)
     if centre is None or "blue" not in slide.attributes["quality"] or not scored.any():
         return None  # no cohort, a store from before these scores, or tiles that nobody judged
-    return float((tile_degrees(slide.quality[scored], centre) > limits.max_tile_degrees).mean())
+    return float((tile_stain_degrees(slide.quality[scored], centre) > limits.max_tile_degrees).mean())
 
 
 def _centre(stains: Stains) -> Float64[np.ndarray, "stain 3"] | None:

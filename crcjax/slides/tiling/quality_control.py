@@ -180,7 +180,7 @@ def score_tiles(
     are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider than a nucleus, half
     the least and half the mean in each, over that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
     `stain`: the mean optical density of the stained pixels, the three channels' sum; `red` and `blue`: these channels'
-    shares of it, 0 without a stained pixel, which `stain_degrees` compares with a cohort's stains. `dust`: the part of
+    shares of it, 0 without a stained pixel, which `tile_stain_degrees` compares with a cohort's stains. `dust`: the part of
     `bubble` that is grey. `pale`: the fraction that is hardly stained, and not bluish, as mucin is.
     """
     return score_digests([digest(tile, mpp) for tile in tiles], model)
@@ -254,7 +254,7 @@ def score_digests(digests: Sequence[Digest], model: TissueModel) -> Float32[np.n
     ).astype(np.float32, copy=False)
 
 
-def stain_degrees(
+def tile_stain_degrees(
     scores: Float32[np.ndarray, "*tile score"], stains: Float[np.ndarray, "2 3"]
 ) -> Float64[np.ndarray, "*tile"]:
     """How far each tile's mean optical density is from every mixture of two stains, an angle in degrees; nan without tissue.

@@ -21,7 +21,7 @@ from crcjax.slides.tiling.quality_control import (
     parse_limits,
     score_tiles,
     slide_verdict,
-    stain_degrees,
+    tile_stain_degrees,
 )
 from crcjax.slides.tiling.read import read_regions, region_tiles
 from crcjax.slides.tiling.tissue_segmentation import TissueModel, tissue_model
@@ -228,7 +228,7 @@ def test_stain_is_the_optical_density_of_the_tissue() -> None:
 def test_the_distance_of_a_colour_from_all_mixtures_of_two_stains(colour: tuple[int, ...], degrees: float) -> None:
     share = np.array(colour) / sum(colour)
     scores = np.stack([_scores(stain=1.0, red=share[0], blue=share[2]), _scores(stain=0.0, red=0.0, blue=0.0)])
-    np.testing.assert_allclose(stain_degrees(scores, np.eye(3)[:2]), [degrees, np.nan], atol=0.02)
+    np.testing.assert_allclose(tile_stain_degrees(scores, np.eye(3)[:2]), [degrees, np.nan], atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,8 @@ def test_a_tiles_colour_is_a_mixture_of_its_own_sites_stains_and_of_no_foreign_o
             np.array([site.haematoxylin, site.eosin]),
         )
         degrees = [
-            stain_degrees(scores, stains / np.linalg.norm(stains, axis=1, keepdims=True)) for stains in (own, foreign)
+            tile_stain_degrees(scores, stains / np.linalg.norm(stains, axis=1, keepdims=True))
+            for stains in (own, foreign)
         ]
         assert degrees[0].max() < 3
         assert degrees[1].min() > 10
