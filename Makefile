@@ -1,4 +1,4 @@
-# make demo, make test, make lint, make bench: each sets up what it needs; a second call sets up nothing again.
+# make demo, make test, make test-system, make lint, make bench: each sets up what it needs; a second call sets up nothing again.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +7,21 @@ READY := $(VENV)/.ready
 # Several CPU devices in one process starve jax 0.10's thread pool on few cores and hang; 16 threads do not.
 export PJRT_NPROC ?= 16
 
-.PHONY: demo test lint bench clean
+# Worker processes of the tests; each takes up to 4 GiB.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup --durations 25 -rs
+
+.PHONY: demo test test-system lint bench clean
 
 demo: $(READY)
 	$(BIN)/crcjax demo --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not system"
+
+# What starts servers, compares with PyTorch, or takes minutes by nature; parts that are absent are skipped by name.
+test-system: $(READY)
+	$(PYTEST) -m system
 
 lint: $(READY)
 	$(BIN)/ruff check .

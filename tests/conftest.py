@@ -1,10 +1,45 @@
 """Fixtures of all tests. jaxtyping's run-time check of signatures is switched on in pyproject.toml."""
 
+import gc
+import importlib.metadata
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Compiling takes most of the tests' time, and many tests and processes compile the same programs. They are kept on disk, for
+# this version of jax, and every process that a test starts inherits the folder.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "crcjax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / f"tests-jax-{importlib.metadata.version('jax')}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Markers and fixtures of the tests that `make test-system` runs and `make test` leaves out.
+_SYSTEM_MARKERS = {"slow", "slurm", "ray", "torch"}
+_TORCH_FIXTURES = {"twins", "torch"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the system tests, and keeps the tests of a module, and all that start servers, on one worker."""
+    for item in items:
+        if _TORCH_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("torch")
+        markers = {marker.name for marker in item.iter_markers()}
+        if markers & _SYSTEM_MARKERS:
+            item.add_marker("system")
+        group = "servers" if markers & {"slurm", "ray"} else item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_of_programs() -> Iterator[None]:
+    """Frees the compiled programs of a module, which would otherwise fill several GiB; the disk keeps them."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def _required(part: str) -> bool:

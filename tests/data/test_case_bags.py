@@ -97,6 +97,7 @@ def test_training_draws_cases_and_takes_regions_of_all_their_slides(pairs: Path,
     assert from_both > 6
 
 
+@pytest.mark.slow
 def test_a_run_by_case_predicts_every_slide_of_a_case_alike_and_is_validated(
     pairs: Path, small_config, tmp_path: Path
 ) -> None:

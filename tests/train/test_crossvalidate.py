@@ -72,6 +72,7 @@ def test_each_case_is_predicted_by_runs_that_never_saw_it_and_the_table_is_valid
     assert rows[0]["model"] == predictor.model_id
 
 
+@pytest.mark.slow
 def test_a_sweep_chooses_in_each_fold_by_inner_validation_alone_and_goes_on_when_started_again(
     config, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_without_folds_nothing_is_trained(config, tmp_path: Path) -> None:
         crossvalidate(config, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_by_site_without_a_number_each_site_is_left_out_once(config, tmp_path: Path) -> None:
     config.data.folds, config.data.fold_by = 0, "site"
     config.train.steps, config.train.eval_every = 2, 2

@@ -100,6 +100,7 @@ def _errors(said: str) -> list[str]:
     return [line for line in said.splitlines() if re.match(r"\[\d\] crcjax: ", line)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_evaluate_and_save_as_one_and_only_the_main_one_talks(
     start, tmp_path: Path, painted: Path
 ) -> None:

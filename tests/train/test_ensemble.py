@@ -154,6 +154,7 @@ assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(together))
 """
 
 
+@pytest.mark.slow
 def test_on_four_devices_members_equal_those_trained_alone_and_lie_as_they_do() -> None:
     settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PJRT_NPROC": "16"}
     subprocess.run(
@@ -166,6 +167,7 @@ class _StopsAfter3(ProcessGroup):
         return step == 3
 
 
+@pytest.mark.slow
 def test_members_stopped_and_started_again_equal_those_that_were_not(config, tmp_path: Path) -> None:
     train(config, tmp_path / "undisturbed")
     with pytest.raises(StoppedError, match="stopped at step 3; the same command goes on"):
@@ -190,6 +192,7 @@ def test_runs_train_together_only_from_the_same_step_and_no_more_than_asked() ->
     assert all(runs[seed] == run for group in groups for seed, run in group.items())
 
 
+@pytest.mark.slow
 def test_a_fold_of_a_cross_validation_trains_its_seeds_together(config, tmp_path: Path) -> None:
     config.data.folds, config.data.val_fraction = 2, 0.4
     config.train.steps = config.train.eval_every = 3

@@ -82,6 +82,7 @@ print("found", json.dumps(found))
 LAYOUTS = {"pixels": [(1, 1, 2)], "pixels with tasks": [(2, 2, 1)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted({*AGGREGATORS, *LAYOUTS}))
 def test_any_layout_gives_the_gradients_of_one_device(kind: str) -> None:
     layouts = LAYOUTS.get(kind, [(2, 2, 1)])
@@ -124,6 +125,7 @@ for kind in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_gradients_of_a_bfloat16_computation_are_added_up_over_devices_in_float32(tmp_path: Path) -> None:
     kinds = ("clam_mb", "hierarchical", "transmil")
     # As the partitioner leaves it: CPUs have no sums in bfloat16, and convert what was asked for.

@@ -179,6 +179,7 @@ def test_ctrl_c_saves_and_stops_after_the_step_and_before_the_first_step_ends_wi
     assert (tmp_path / "checkpoints" / stopped[1]).is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_and_restarted_run_that_mines_equals_an_undisturbed_one_bit_for_bit_whatever_its_threads(
     painted: Path, tmp_path: Path
@@ -232,6 +233,7 @@ def test_the_evidential_head_trains_with_its_loss_and_predicts_with_vacuity(
     np.testing.assert_allclose(found.probs, found.alpha / found.alpha.sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_evidence_by_density_falls_beyond_what_validation_slides_are(
     small_config, painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -535,6 +535,7 @@ def _torch_weights(params: dict) -> dict[str, np.ndarray]:
     return weights
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("factors", [(1,), (1, 2, 4)])
 def test_hierarchical_equals_the_twin_in_pytorch_that_its_speed_is_compared_with(
     factors: tuple[int, ...], required: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch
@@ -561,6 +562,7 @@ def test_hierarchical_equals_the_twin_in_pytorch_that_its_speed_is_compared_with
     np.testing.assert_allclose(nnx.jit(lambda model: model(bag).logits)(model), truth, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_real_slides_features_go_through_every_model(name: str, real_data: Path) -> None:

@@ -310,6 +310,7 @@ def test_two_runs_on_one_store_at_once_share_the_work(
     assert _statuses(tmp_path) == [("a", "tiled"), ("b", "tiled"), ("c", "tiled")]  # none of them twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_at_any_moment_and_run_again_it_gives_the_same_bytes(
     seed: int, slides: list[Path], undisturbed: dict[str, bytes], tmp_path: Path

@@ -9,7 +9,7 @@ from PIL import Image
 
 from crcjax.slides.stain.methods import BETA, STANDARD, fit_macenko, fit_reinhard, normalise
 
-pytestmark = pytest.mark.real_data
+pytestmark = [pytest.mark.real_data, pytest.mark.torch]
 WHITE = np.full(3, 239.0, np.float32)  # OD = -ln((I + 1) / 240), as torchstain has it
 
 

@@ -329,6 +329,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in tiles.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("artefact", SCORE_OF)
 def test_each_artefact_of_the_painter_stands_out(artefact: str, painted: dict[str, np.ndarray]) -> None:
     clean = ~np.any([painted[name] for name in SCORE_OF], axis=0)
