@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
-# jax 0.10 queues collectives on a thread pool as large as the cores and hangs where several CPU devices share few.
-os.environ.setdefault("PJRT_NPROC", "16")
-
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 
+from crcjax import __version__
+from crcjax.environment import check_platform
 from crcjax.errors import CrcjaxError, InputError, OutputError, SlideError
+from crcjax.progress import progress_bar
 
 if TYPE_CHECKING:
     from crcjax.predict.attribution import Method
     from crcjax.slides.preprocess.manifest import Outcome
 
-HELP = """Molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
+HELP = """Predicts the molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
+
+A first result: crcjax demo --out runs/demo. Your own slides: tile, train, predict, validate. In Python: docs/python.md.
 
 Exit status: 0 everything was done; 1 the run finished, but slides were refused or failed, each named with its reason
 (doctor: something is wrong); 2 wrong arguments, cohort, store or run directory, and nothing was done; 3 stopped because
-the output cannot be written, with what was finished kept.
-
-Training: python -m crcjax.main --config FILE --workdir RUN, with the same statuses.
+the output cannot be written; finished results are kept. crcjax train --help lists those of training.
 """
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _say = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -62,9 +53,25 @@ PseudonymKey = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"crcjax {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Runs the command; errors that a user can act on are one line."""
     try:
+        check_platform()
         app()
     except InputError as error:
         _stop(error, 2)
@@ -345,6 +352,18 @@ def embed(
     raise typer.Exit(1 if failed else 0)
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    add_help_option=False,
+    options_metavar="--config FILE --workdir RUN [--config.FIELD=VALUE ...]",
+)
+def train(context: typer.Context) -> None:
+    """Trains a run, or resumes it; the same as python -m crcjax.main."""
+    from crcjax.main import main as train_run
+
+    raise typer.Exit(train_run(context.args))
+
+
 @app.command()
 def predict(
     slides: Slides = None,
@@ -525,13 +544,19 @@ def pseudonyms(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder of the demo")],
-    seed: Annotated[int, typer.Option(help="of the painted cohort and of training")] = 0,
+    out: Annotated[Path, typer.Option(help="folder of the demo, new or to be resumed")],
+    seed: Annotated[int, typer.Option(help="decides the synthetic cohort and the model's initial parameters")] = 0,
+    size: Annotated[
+        Literal["full", "small"], typer.Option(help="small: fewer and smaller slides and steps, less accurate")
+    ] = "full",
 ) -> None:
-    """Paints a small synthetic cohort and takes it from slide files to the report."""
+    """Paints a small synthetic cohort and takes it from slide files to the report.
+
+    A demo that was killed resumes: the same command does only what is missing.
+    """
     from crcjax.demo import run_demo
 
-    run_demo(out, seed, _say.print)
+    run_demo(out, seed, size, console=_say)
 
 
 @app.command()
@@ -594,10 +619,7 @@ def _say_outcomes(outcomes: Sequence[Outcome], done: str, out: Path) -> NoReturn
 
 
 def _progress(*texts: str) -> Progress:
-    """A bar with `texts` of the task, or else how many of its parts are done."""
-    parts: list[ProgressColumn] = [TextColumn(text) for text in texts] or [MofNCompleteColumn()]
-    columns = (TextColumn("{task.description}"), BarColumn(), *parts, TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=_say)
+    return progress_bar(_say, *texts)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Training from the command line:
 
-    python -m crcjax.main --config configs/demo.py --workdir RUN [--config.FIELD=VALUE ...]
+    crcjax train --config configs/demo.py --workdir RUN [--config.FIELD=VALUE ...]
+
+`python -m crcjax.main` is the same command.
 
 Several processes find each other by SLURM's, Open MPI's or Kubernetes' variables, or by flags (docs/distributed.md):
 
@@ -40,15 +42,13 @@ def _end_while_loading(*_: object) -> None:
 if __name__ == "__main__":  # while packages load: KeyboardInterrupt in the import of jaxlib crashes the process
     signal.signal(signal.SIGINT, _end_while_loading)
 
-# jax 0.10 queues collectives on a thread pool as large as the cores and hangs where several CPU devices share few.
-os.environ.setdefault("PJRT_NPROC", "16")
-
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from crcjax.config import get_config
 from crcjax.config_check import check_config
 from crcjax.config_names import renamed_argument
+from crcjax.environment import check_platform
 from crcjax.errors import (
     AGAIN_STATUS,
     CrcjaxError,
@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     several = False
     try:
+        check_platform()
         config, workdir, given, wait_s = _read(arguments)
         check_config(config)
         from crcjax.parallel.cluster_env import detect_cluster

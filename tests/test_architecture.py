@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "crcjax"
 # From the ground up: a room imports only from rooms before it. A module belongs to the longest name that it starts with.
 ROOMS = (
-    "errors", "config_names", "config", "config_check",
+    "errors", "environment", "progress", "config_names", "config", "config_check",
     "slides.wsi", "slides.jobs", "slides.tiling", "slides.deidentify", "slides.synthetic", "slides.store", "slides.stain",
     "slides.preprocess", "slides.interchange",
     "models", "models.encoders", "models.aggregators", "models.mil",
     "monitor", "data", "parallel", "validation", "runs", "predict", "train",
-    "demo", "doctor", "main", "cli",
+    "demo", "doctor", "main", "api", "cli",
 )  # fmt: skip
 # Rooms that could be used without the ones before them, and stay so.
 IMPORTS_ERRORS_ALONE = ("config_names", "models", "monitor", "slides.jobs", "slides.wsi")

@@ -45,6 +45,34 @@ def test_help_is_quick_and_documents_the_exit_statuses() -> None:
         assert words in shown
 
 
+def test_the_version_and_the_training_command_answer_as_their_counterparts_do(tmp_path: Path) -> None:
+    import crcjax
+
+    assert _crcjax("--version").stdout.strip() == f"crcjax {crcjax.__version__}"
+    shown = _crcjax("train", "--help").stdout
+    assert all(
+        words in shown for words in ("--config configs/demo.py", "--coordinator", "Exit status", "--workdir RUN")
+    )
+    module = [sys.executable, "-m", "crcjax.main"]
+    wrong = ["--config", "configs/demo.py", "--config.train.step=3", "--workdir", str(tmp_path)]
+    ours, other = _crcjax("train", *wrong), subprocess.run([*module, *wrong], capture_output=True, text=True)
+    assert ours.returncode == other.returncode == 2
+    assert ours.stderr == other.stderr
+    assert "did you mean --config.train.steps?" in ours.stderr
+
+
+def test_every_command_answers_help_without_the_extras() -> None:
+    code = (
+        "import sys\nfor name in ('h5py', 'ray', 'pandas', 'anndata', 'torch'): sys.modules[name] = None\n"
+        "from typer.testing import CliRunner\nfrom crcjax.cli import app\n"
+        "for command in [c.name or c.callback.__name__ for c in app.registered_commands]:\n"
+        "    done = CliRunner().invoke(app, [command, '--help'])\n"
+        "    assert done.exit_code == 0 and len(done.output) > 100, (command, done.output)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_tiling_names_each_bad_slide_finishes_the_good_one_and_exits_1(slides: Path, tmp_path: Path) -> None:
     absent = slides / "absent.svs"
     done = _crcjax("tile", slides, absent, "--out", tmp_path, "--mag", "10x", "--tile-px", 64)

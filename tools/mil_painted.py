@@ -159,6 +159,7 @@ def rows_of(seed: int, folder: Path) -> Iterator[dict]:
     table = paint_cohort(folder, CASES, seed=seed)
     strange = paint_strange(folder / "strange", seed)
     config = demo_config()
+    config.optimizer.learning_rate, config.train.steps = 1e-3, 400
     config.seed, config.data.store, config.data.cohort = seed, str(folder / "store"), str(table)
     config.model.mil, config.data.regions_per_bag = "mean", 4
     cohort = load_cohort(table, config.data.classes)
@@ -192,6 +193,7 @@ def rows_of(seed: int, folder: Path) -> Iterator[dict]:
     )
     for mil, head in MODELS:
         config = demo_config()
+        config.optimizer.learning_rate, config.train.steps = 1e-3, 400
         config.model.mil, config.model.head = mil, head
         config.train.loss = "cross_entropy" if head == "softmax" else "evidential"
         graph, params = fitted(config, learned, seed)

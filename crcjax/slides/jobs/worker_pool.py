@@ -54,6 +54,10 @@ class JobLimits:
 
 
 NO_LIMITS = JobLimits()
+NO_MAIN_GUARD = (
+    "a worker process runs this script again from its start; put the script's calls under `if __name__ == '__main__':`"
+)
+_NO_MAIN_GUARD_STATUS = 87
 
 
 class JobFailed(CrcjaxError):
@@ -126,6 +130,15 @@ class Answer:
     worker: str
 
 
+def check_main_guard() -> None:
+    """Ends a worker process that is about to start workers of its own, because it is importing a script without a main guard.
+
+    The process that started it then raises InputError with NO_MAIN_GUARD, in place of a traceback of every worker.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_NO_MAIN_GUARD_STATUS)
+
+
 class Schedule:
     """Which job is next, and which are put off."""
 
@@ -175,6 +188,7 @@ class Worker:
     def begin(self, job: Any) -> Connection:
         """Gives it a job; the connection is ready when there is an answer, if no limit is exceeded before."""
         if self._process is None:
+            check_main_guard()
             context: Any = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([self._function.__module__, __name__, "numpy.ma"])  # np.median loads it
             pipe, other = context.Pipe()
@@ -223,6 +237,8 @@ class Worker:
             self._process.join()
             status = self._process.exitcode
             self.end()
+        if status == _NO_MAIN_GUARD_STATUS:
+            raise InputError(NO_MAIN_GUARD) from None
         # A slide that crashes its reader would do so again; SIGKILL and SIGTERM come from elsewhere.
         killed = status in (-signal.SIGKILL, -signal.SIGTERM)
         return JobFailed(f"its worker died (exit status {status}); run the command again"), killed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from jaxtyping import Float32, UInt8
 
 from crcjax.errors import InputError, writing
 from crcjax.slides.jobs.usable_cores import usable_cores
+from crcjax.slides.jobs.worker_pool import check_main_guard, run_jobs
 from crcjax.slides.synthetic.artefacts import ARTEFACTS, artefact_mask, spoil_picture, spoil_section
 from crcjax.slides.synthetic.tissue_map import MAP_UM, SUBTYPES, Tissue, architecture
 from crcjax.slides.synthetic.tissue_textures import REACH_UM, Ground, draw_stains
@@ -118,11 +119,12 @@ def paint_cohort(
     size_px: tuple[int, int] = (3072, 2560),
     mpp: float = 0.5,
     workers: int | None = None,
+    on_slide: Callable[[], None] = lambda: None,
 ) -> Path:
     """Paints one slide a case, `cases` of each split (such as train 60, val 15, test 30), and their cohort.csv.
 
     Subtypes and sites are balanced within each split and independent of each other. Slides that are there already are
-    kept. Returns the CSV's path.
+    kept. `on_slide` is called for every slide that is painted. Returns the CSV's path.
     """
     folder = Path(folder)
     rng = np.random.default_rng([seed, 5])
@@ -137,9 +139,11 @@ def paint_cohort(
             rows.append([name, name, relative, subtype, site.name, site.scanner, split])
             if not _is_painted(folder / relative, spec):
                 jobs.append((folder / relative, spec))
-    with _pool(workers or usable_cores()) as executor:
-        list(executor.map(_paint_job, jobs))
-    with open(folder / "cohort.csv", "w", newline="") as file:
+    for done in run_jobs(_paint_job, jobs, workers or usable_cores()):
+        if isinstance(done.result, Exception):
+            raise done.result
+        on_slide()
+    with writing(folder), open(folder / "cohort.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["slide_id", "case_id", "path", "subtype", "site", "scanner", "split"])
         table.writerows(rows)
@@ -152,6 +156,7 @@ def _is_painted(path: Path, spec: SlideSpec) -> bool:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
+    check_main_guard()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     # OpenCV's own threads would only compete with the other workers.

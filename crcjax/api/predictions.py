@@ -1,0 +1,271 @@
+"""Prediction, calibration and validation by the Python API."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crcjax.api.display import Picture, Table, heading
+from crcjax.api.runs import Run
+from crcjax.api.stores import Store
+from crcjax.data.cohort import Cohort, SlideRow, load_cohort
+from crcjax.data.slide_selection import named_slides
+from crcjax.errors import InputError
+from crcjax.progress import progress_bar
+from crcjax.slides.store.tile_store import tiled_slides
+from crcjax.validation.calibration import Calibration, load_calibration
+from crcjax.validation.calibration import calibrate as _calibrate
+from crcjax.validation.predictions_table import load_predictions
+from crcjax.validation.report import validate as _validate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AnyPath = str | PathLike[str]
+
+
+def predict(
+    run: Run | AnyPath | Iterable[Run | AnyPath],
+    slides_or_store: Store | AnyPath | Iterable[AnyPath],
+    out: AnyPath | None = None,
+    *,
+    cohort: AnyPath | None = None,
+    calibration: CalibrationFile | AnyPath | None = None,
+) -> Predictions:
+    """Predicts the subtype of slides.
+
+    Args:
+      run: a trained run, or several that differ by their seed and predict as an ensemble.
+      slides_or_store: slide files, folders to search, a cohort CSV, or a tile store.
+      out: the folder of predictions.csv, heatmaps/ and attention/; by default a new temporary folder, `Predictions.path`.
+      cohort: CSV that names the cases and sites of the slides; with it only its slides are predicted.
+      calibration: the result of `calibrate`, or its file.
+
+    Returns:
+      The predictions. A slide that cannot be predicted does not stop the others: its row has the status and the reason.
+
+    Raises:
+      InputError: the run or the calibration is not usable, or there are no slides.
+      OutputError: the folder cannot be written.
+    """
+    runs = [run] if isinstance(run, Run | str | PathLike) else list(run)
+    members = [member for one in runs for member in (one if isinstance(one, Run) else Run(one)).members]
+    folder = Path(tempfile.mkdtemp(prefix="crcjax-predictions-") if out is None else out)
+    fitted = None if calibration is None else Path(calibration)
+    table = None if cohort is None else Path(cohort)
+    store = _store_path(slides_or_store)
+    if store is not None:
+        _predict_store(members, store, folder, table, fitted)
+    else:
+        assert not isinstance(slides_or_store, Store)
+        _predict_slides(members, slides_or_store, folder, table, fitted)
+    return Predictions(folder)
+
+
+def calibrate(
+    predictions: Predictions | AnyPath,
+    cohort: AnyPath,
+    out: AnyPath | None = None,
+    *,
+    method: str = "lac",
+    error: float = 0.1,
+    by_site: bool = False,
+) -> CalibrationFile:
+    """Fits a temperature and conformal sets on the validation cases of a run.
+
+    Args:
+      predictions: predictions of the run's validation slides.
+      cohort: CSV with the reference subtypes.
+      out: the file; by default calibration.json beside predictions.csv.
+      method: "lac" for the smallest sets, "aps" for sets that grow with the uncertainty.
+      error: how often a set may miss the true subtype.
+      by_site: fits a threshold for each site with enough cases.
+
+    Raises:
+      InputError: there are no validation cases, or an argument is out of range.
+    """
+    table = _predictions_csv(predictions)
+    path = table.parent / "calibration.json" if out is None else Path(out)
+    fitted = _calibrate(table, Path(cohort), path, method=method, error=error, by_site=by_site)
+    return CalibrationFile(path, fitted)
+
+
+def validate(
+    predictions: Predictions | AnyPath, cohort: AnyPath, out: AnyPath, *, truth: AnyPath | None = None
+) -> Report:
+    """Compares predictions with reference subtypes; cases that the run was trained or chosen on are left out.
+
+    Args:
+      predictions: the predictions.
+      cohort: CSV with slide_id, case_id and subtype.
+      out: the folder of metrics.json and report.html.
+      truth: the folder of synthetic slides with their ground truth.
+
+    Raises:
+      InputError: no held-out case has both a prediction and a reference subtype.
+      OutputError: the folder cannot be written.
+    """
+    _validate(_predictions_csv(predictions), Path(cohort), Path(out), None if truth is None else Path(truth))
+    return Report(out)
+
+
+class Predictions:
+    """The folder of predictions.csv, with the heatmaps beside it."""
+
+    def __init__(self, path: AnyPath):
+        path = Path(path)
+        self.path = path.parent if path.suffix == ".csv" else path
+        self.csv = self.path / "predictions.csv"
+        self._table = load_predictions(self.csv)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The subtypes."""
+        return self._table.classes
+
+    @property
+    def rows(self) -> Table:
+        """The rows of predictions.csv: numbers as float, empty fields as None."""
+        return Table({name: _value(name, text) for name, text in row.items()} for row in self._table.rows)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The rows as a DataFrame. Raises InputError without the extra `notebook`."""
+        return self.rows.to_pandas()
+
+    def heatmap(self, slide_id: str) -> Picture:
+        """The slide with the attention of its regions. Raises InputError if there is none."""
+        path = self.path / "heatmaps" / f"{slide_id}.png"
+        try:
+            return Picture(path.read_bytes(), f"{slide_id}: heatmap")
+        except OSError as error:
+            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.png"))[:5]) or "none"
+            raise InputError(f"{path}: there is no heatmap of {slide_id!r}; there are: {known}") from error
+
+    def __len__(self) -> int:
+        return len(self._table.rows)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.csv)
+
+    def __repr__(self) -> str:
+        return f"Predictions({str(self.path)!r}, {len(self)} slides)"
+
+    def _repr_html_(self) -> str:
+        shown = ("slide_id", "case_id", "subtype", *(f"p_{name}" for name in self.classes), "set", "status", "reason")
+        table = Table({name: row.get(name) for name in shown} for row in self.rows)
+        return heading(f"{len(self)} predictions in {self.csv}; research use only") + table._repr_html_()
+
+
+class CalibrationFile:
+    """A fitted calibration and its file: a temperature, and the thresholds of the conformal sets."""
+
+    def __init__(self, path: Path, values: Calibration):
+        self.path, self.values = path, values
+        self.temperature = values.temperature
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __repr__(self) -> str:
+        return f"CalibrationFile({str(self.path)!r}, temperature {self.temperature:.3f})"
+
+    def _repr_html_(self) -> str:
+        values = self.values
+        rows = [
+            {"site": site or "all", "cases": values.cases.get(site), "threshold": threshold}
+            for site, threshold in values.thresholds.items()
+        ]
+        return heading(f"Temperature {self.temperature:.3f}; sets miss {values.error:.0%}") + Table(rows)._repr_html_()
+
+
+class Report:
+    """The folder of metrics.json and report.html."""
+
+    def __init__(self, path: AnyPath):
+        self.path = Path(path)
+        self.html = self.path / "report.html"
+        self.metrics: dict[str, Any] = json.loads((self.path / "metrics.json").read_text())
+
+    @property
+    def statistics(self) -> Table:
+        """One row for each statistic: value and 95 % interval."""
+        rows = []
+        for name, found in self.metrics["statistics"].items():
+            if isinstance(found, dict) and "value" in found:
+                rows.append({"statistic": name} | {k: found.get(k) for k in ("value", "ci_low", "ci_high", "n")})
+            elif isinstance(found, int | float):
+                rows.append({"statistic": name, "value": found})
+        return Table(rows)
+
+    def __repr__(self) -> str:
+        accuracy = self.metrics["statistics"]["balanced_accuracy"]["value"]
+        return f"Report({str(self.html)!r}, balanced accuracy {accuracy:.3f})"
+
+    def _repr_html_(self) -> str:
+        stamp = "Synthetic slides: no evidence about patients. " if self.metrics["synthetic"] else ""
+        link = (
+            f'<p>{stamp}The whole report: <a href="{html.escape(str(self.html))}">{html.escape(str(self.html))}</a></p>'
+        )
+        return heading("Validation") + link + self.statistics._repr_html_()
+
+
+def _predict_slides(
+    members: list[Path],
+    slides: AnyPath | Iterable[AnyPath],
+    out: Path,
+    cohort: Path | None,
+    calibration: Path | None,
+) -> None:
+    from crcjax.predict.predict_slides import PredictJob, predict_slides
+    from crcjax.predict.predictor import Predictor
+
+    paths: list[Path] | None = [Path(slides)] if isinstance(slides, str | PathLike) else [Path(path) for path in slides]
+    if paths and len(paths) == 1 and paths[0].suffix.lower() == ".csv":
+        cohort = paths[0]
+        paths = None
+    selected = named_slides(paths, cohort)
+    sites = {row.slide_id: row.site for row in load_cohort(cohort, None).rows} if cohort else {}
+    jobs = [PredictJob(s.slide_id, s.case_id, s.path, s.mpp, sites.get(s.slide_id)) for s in selected]
+    predictor = Predictor(*members)
+    fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
+    with progress_bar(quiet=True) as bar:
+        task = bar.add_task("predict", total=len(jobs))
+        predict_slides(predictor, jobs, out, calibration=fitted, on_row=lambda row: bar.advance(task))
+
+
+def _predict_store(members: list[Path], store: Path, out: Path, cohort: Path | None, calibration: Path | None) -> None:
+    from crcjax.predict.predict_slides import write_table
+    from crcjax.predict.predict_store import predict_stored
+
+    slides = tuple(SlideRow(slide_id, slide_id) for slide_id in tiled_slides(store))
+    chosen = load_cohort(cohort, None) if cohort else Cohort(slides, ())
+    write_table(out / "predictions.csv", predict_stored(members, store, chosen, calibration, out=out))
+
+
+def _store_path(slides_or_store: Store | AnyPath | Iterable[AnyPath]) -> Path | None:
+    if isinstance(slides_or_store, Store):
+        return slides_or_store.path
+    if isinstance(slides_or_store, str | PathLike) and tiled_slides(Path(slides_or_store)):
+        return Path(slides_or_store)
+    return None
+
+
+def _predictions_csv(predictions: Predictions | AnyPath) -> Path:
+    if isinstance(predictions, Predictions):
+        return predictions.csv
+    path = Path(predictions)
+    return path / "predictions.csv" if path.is_dir() else path
+
+
+def _value(name: str, text: str | None) -> Any:
+    if not text:
+        return None
+    if name.startswith("p_") or name in ("entropy", "expected_entropy", "mutual_information", "vacuity", "seconds"):
+        return float(text)
+    return int(text) if name == "regions" and text.isdigit() else text

@@ -1,0 +1,182 @@
+"""Training by the Python API."""
+
+from __future__ import annotations
+
+import difflib
+import html
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from crcjax.api.display import Picture, Table, heading
+from crcjax.config import get_config
+from crcjax.config_check import check_config
+from crcjax.errors import InputError
+from crcjax.main import read_config
+
+if TYPE_CHECKING:
+    from crcjax.api.stores import Store
+
+AnyPath = str | PathLike[str]
+
+
+def train(
+    store: Store | AnyPath,
+    cohort: AnyPath,
+    run: AnyPath,
+    *,
+    config: ConfigDict | AnyPath | None = None,
+    **overrides: Any,
+) -> Run:
+    """Trains a model, or resumes the run from its newest checkpoint.
+
+    JAX's options and absl's flags are as before afterwards.
+
+    Args:
+      store: the tile store.
+      cohort: CSV with slide_id, case_id and subtype, and optionally site, scanner and split.
+      run: the run's directory, new or to be resumed.
+      config: a config file, or a ConfigDict of `crcjax.config.get_config`; by default the default config.
+      **overrides: config fields by name, such as steps=200 or batch_size=4. Where two sections have a field of that name,
+        give the section too: data__features=True, model__features=64.
+
+    Returns:
+      The trained run.
+
+    Raises:
+      InputError: the config, the cohort, the store or the run directory is not usable.
+      OutputError: the run directory cannot be written.
+    """
+    from crcjax.train.loop import train as train_run
+
+    settings = _config(config)
+    for name, value in overrides.items():
+        _override(settings, name, value)
+    settings.data.store, settings.data.cohort = os.fspath(store), os.fspath(cohort)
+    check_config(settings)
+    with _restored_options():
+        train_run(settings, Path(run))
+    return Run(run)
+
+
+class Run:
+    """The directory of a training run, with its metrics."""
+
+    def __init__(self, path: AnyPath):
+        self.path = Path(path)
+        if not (self.path / "config.json").exists() and not list(self.path.glob("seed-*/config.json")):
+            raise InputError(f"{self.path}: holds no training run; give the directory that crcjax train wrote")
+
+    @property
+    def members(self) -> list[Path]:
+        """The run directories that predict together: this one, or those of an ensemble."""
+        return sorted(self.path.glob("seed-*")) or [self.path]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The config that the run was trained with."""
+        return json.loads((self.members[0] / "config.json").read_text())
+
+    @property
+    def history(self) -> Table:
+        """One row for each reported step: train/loss, val/balanced_accuracy and the like; of an ensemble's first member."""
+        path = self.members[0] / "metrics.jsonl"
+        rows: dict[int, dict[str, Any]] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            values = json.loads(line)
+            rows.setdefault(values["step"], {}).update(values)
+        return Table(rows[step] for step in sorted(rows))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The newest value of every metric."""
+        newest: dict[str, float] = {}
+        for row in self.history:
+            newest |= row
+        return newest
+
+    def plot(self) -> Picture:
+        """Training and validation loss, and the validation metric, by step."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 3), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for axes, names in ((left, ("train/loss", "val/loss")), (right, ("val/balanced_accuracy",))):
+            for name in names:
+                points = [(row["step"], row[name]) for row in self.history if name in row]
+                axes.plot([step for step, _ in points], [value for _, value in points], ".-", label=name)
+            axes.set_xlabel("step")
+            axes.legend()
+        return Picture.of_figure(figure, f"{self.path.name}: history")
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, step {self.metrics.get('step', 0)})"
+
+    def _repr_html_(self) -> str:
+        import base64
+
+        metrics = Table({"metric": name, "newest value": value} for name, value in self.metrics.items())
+        picture = base64.b64encode(self.plot().png).decode()
+        image = f'<img alt="{html.escape(str(self.path))}" src="data:image/png;base64,{picture}">'
+        return heading(f"Run {self.path}") + image + metrics._repr_html_()
+
+
+def _config(config: ConfigDict | AnyPath | None) -> ConfigDict:
+    if config is None:
+        return get_config()
+    if isinstance(config, ConfigDict):
+        return config.copy_and_resolve_references()
+    return read_config([f"--config={os.fspath(config)}", "--workdir=unused"])[0]
+
+
+def _override(config: ConfigDict, name: str, value: Any) -> None:
+    """Sets a field by FIELD or SECTION__FIELD. Raises InputError."""
+    fields = {"seed": (config, "seed")}
+    for section_name, section in config.items():
+        if isinstance(section, ConfigDict):
+            fields |= {f"{section_name}__{field}": (section, field) for field in section}
+    matches = [full for full in fields if name in (full, full.split("__")[-1])]
+    if not matches:
+        short = {full.split("__")[-1]: full for full in fields}
+        near = difflib.get_close_matches(name, [*fields, *short], 1, 0)[0]
+        raise InputError(f"{name}: is no config field; did you mean {near}?")
+    if len(matches) > 1:
+        raise InputError(f"{name}: several sections have this field; give {' or '.join(matches)}")
+    section, field = fields[matches[0]]
+    old = section[field]
+    if isinstance(old, bool) != isinstance(value, bool):
+        raise InputError(f"{name} must be {type(old).__name__}, got {value!r}")
+    try:
+        section[field] = tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must be {type(old).__name__}, got {value!r}") from error
+
+
+@contextmanager
+def _restored_options() -> Iterator[None]:
+    """Restores JAX's options and absl's flags, which a notebook may use for something else."""
+    before, parsed = dict(jax.config.values), flags.FLAGS.is_parsed()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if jax.config.values[name] != value:
+                jax.config.update(name, value)
+                if name == "jax_compilation_cache_dir":
+                    from jax.experimental.compilation_cache import compilation_cache
+
+                    compilation_cache.reset_cache()
+        if flags.FLAGS.is_parsed() and not parsed:
+            flags.FLAGS.unparse_flags()
