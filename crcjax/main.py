@@ -4,10 +4,10 @@
 
 `python -m crcjax.main` is the same command.
 
-Several processes find each other by SLURM's, Open MPI's or Kubernetes' variables, or by flags (docs/distributed.md):
+Several processes find each other by the variables of SLURM, Open MPI or Kubernetes, or by flags (docs/distributed.md):
 
-    --coordinator HOST:PORT --processes N --process I    process 0's address, how many there are, which this one is
-    --wait_s S                                           how long they wait for each other at start, 300 seconds
+    --coordinator HOST:PORT --processes N --process I    address of process 0, number of processes, index of this one
+    --wait_s S                                           seconds that processes wait for each other at the start (300)
 
 Exit status: 0 trained; 2 the config, cohort, store, run directory or set of processes is not usable; 3 the output cannot
 be written; 4 another process of the run failed, was lost or stood still; 5 the loss became infinite or undefined; 85
@@ -65,7 +65,7 @@ INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells report it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains as the arguments (by default the command line's) say and returns the exit status."""
+    """Trains by the arguments, by default those of the command line, and returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments:
         print(__doc__)
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_config(arguments: list[str]) -> tuple[ConfigDict, Path]:
-    """The config and the directory that arguments of the command line give. Raises InputError."""
+    """Returns the config and the run directory that the arguments of a command line state. Raises InputError."""
     return _read(arguments)[:2]
 
 
@@ -151,7 +151,9 @@ def _parsed(arguments: list[str]) -> tuple[ConfigDict, Path, tuple[str | None, i
         reason = " ".join(str(error.args[0] if error.args else error).split())
         raise InputError(f"the command line or the config file is wrong: {type(error).__name__}: {reason}") from error
     if len(rest) > 1:
-        raise InputError(f"what is {rest[1]!r}? Arguments are --config, --workdir and --config.FIELD=VALUE; see --help")
+        raise InputError(
+            f"arguments must be --config, --workdir and --config.FIELD=VALUE, got {rest[1]!r}; see --help for all"
+        )
     if config is None or not workdir.value:
         raise InputError("give --config FILE and --workdir DIR")
     given = _fields(config)

@@ -18,7 +18,7 @@ DEMO = str(ROOT / "configs" / "demo.py")
         ([f"--config={DEMO}", "--workdir=/x", "--config.train.steps=many"], "train.steps"),
         ([f"--config={DEMO}"], "give --config FILE and --workdir DIR"),
         (["--config=absent.py", "--workdir=/x"], "absent.py"),
-        ([f"--config={DEMO}", "--workdir=/x", "extra"], "what is 'extra'"),
+        ([f"--config={DEMO}", "--workdir=/x", "extra"], "got 'extra'"),
         ([f"--config={DEMO}", "--workdir=/x", "--config.data.store=/none"], "config.data.cohort is empty"),
     ],
 )

@@ -24,7 +24,7 @@ from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.slides.tiling.plan import TilingParams
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "openslide-bin")
-# How fast a run is fed, what it reports and how it is spread over devices do not change its numbers but by rounding.
+# Fields that a resumed run may change: reading speed, reports and the layout of devices change its numbers by rounding alone.
 _FREE = {
     "data.read_threads",
     "data.workers",
@@ -121,7 +121,7 @@ def start_run(
 
 
 def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
-    """What must be the same in all processes of a run: config, run directory, code, packages, cohort file and store."""
+    """Returns what must be equal in all processes of a run: config, run directory, code, packages, cohort file and store."""
     source = sha256()
     for file in sorted(Path(crcjax.__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
@@ -144,25 +144,27 @@ def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    """Of a file, or of the files of a folder."""
+    """A hash of a file, or of all files of a folder; "absent" if one cannot be read."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    found = sha256()
+    digest = sha256()
     for file in files:
         try:
             with open(file, "rb") as opened:
-                found.update(file.name.encode() + file_digest(opened, "sha256").digest())
+                digest.update(file.name.encode() + file_digest(opened, "sha256").digest())
         except OSError:
             return "absent"
-    return found.hexdigest()[:12]
+    return digest.hexdigest()[:12]
 
 
 def _await(file: Path) -> None:
-    """Network file systems show a new file to other machines after some seconds."""
+    """Waits up to 30 s for a file of another machine: network file systems show it with a delay. Raises InputError."""
     for _ in range(300):
         if file.exists():
             return
         time.sleep(0.1)
-    raise InputError(f"{file}: the main process has written it, but it is not here; share --workdir among all machines")
+    raise InputError(
+        f"{file} must be visible to all processes, but only process 0 sees it; try a --workdir that all machines share"
+    )
 
 
 def _settings(config: ConfigDict) -> dict[str, object]:
@@ -186,7 +188,7 @@ def _leaves(config: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has no tuples: the config's lists were such."""
+    """A JSON value with tuples in place of lists: JSON has no tuples, and the config has no lists."""
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(value) if isinstance(value, list) else value

@@ -49,22 +49,26 @@ def crossvalidate(
 ) -> None:
     """Trains every fold, seed and point of the sweep, and predicts each case by runs that never saw it.
 
-    With config.train.ensemble_size above 1, as many seeds of a fold are trained together at a time. Runs lie in
-    OUT/fold-F[/sweep-P]/seed-S and are gone on with when started again. For each fold, the point of the sweep is chosen
-    whose runs are best on the fold's inner validation cases; its runs, one a seed, are an ensemble. Writes OUT/runs.csv, a
-    line a run, and OUT/predictions.csv, every labelled slide of the folds as `crcjax predict` would say, with its fold.
-    Raises InputError before anything is trained: folds, fields of the sweep or stores that are not usable; OutputError if
-    `out` cannot be written.
+    With config.train.ensemble_size above 1, that many seeds of a fold are trained together. The runs are written to
+    OUT/fold-F[/sweep-P]/seed-S and are resumed when the command is given again. In each fold, the point of the sweep is
+    selected whose runs are best on the fold's inner validation cases; its runs, one per seed, form an ensemble. Writes
+    OUT/runs.csv, one line per run, and OUT/predictions.csv, with one line per labelled slide of the folds as in
+    `crcjax predict`, and its fold. Raises InputError before training if the folds, the swept fields or the store are not
+    usable, and OutputError if `out` cannot be written.
     """
     check_config(config)
     config, cohort = _with_folds(config), load_cohort(config.data.cohort, config.data.classes)
     points = _points(config, sweep or {})
     if config.data.folds < 2:
-        raise InputError(f"config.data.folds {config.data.folds}: give 2 or more, or set config.data.fold_by to site")
+        raise InputError(
+            f"config.data.folds must be at least 2, got {config.data.folds}; try 5, or set config.data.fold_by to site"
+        )
     for fold in range(config.data.folds):
         divided = divide(cohort, _of_fold(config, fold).data)
     if len(points) > 1 and not divided.split("val").rows:
-        raise InputError("config.data.val_fraction leaves no validation cases to choose by; raise it")
+        raise InputError(
+            "config.data.val_fraction must leave validation cases to select a point of the sweep by; raise it"
+        )
     labelled = [row for row in divided.rows if row.split]
     open_stores(config.data.store, Cohort(tuple(labelled), cohort.classes), pixels=not config.data.features)
     runs: list[Trained] = []
@@ -117,16 +121,17 @@ def _parsed(config: ConfigDict, name: str, text: str) -> object:
         default = default.get(part) if isinstance(default, ConfigDict) else None
     if name in _FIXED or not isinstance(default, bool | int | float | str):
         raise InputError(
-            f"--sweep {name}: is no field that can be swept; give a number, a text or a truth of the config"
+            f"--sweep {name} must name a number, text or true/false field of the config that does not decide the split; try "
+            "--sweep optimizer.learning_rate=1e-3,3e-4"
         )
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
-            raise InputError(f"--sweep {name}: {text!r} is neither true nor false")
+            raise InputError(f"--sweep {name} must be true or false, got {text!r}")
         return text.lower() == "true"
     try:
         return type(default)(text)
     except ValueError:
-        raise InputError(f"--sweep {name}: {text!r} is no {type(default).__name__}") from None
+        raise InputError(f"--sweep {name} must be of type {type(default).__name__}, got {text!r}") from None
 
 
 def _train(config: ConfigDict, fold: int, point: Point, members: Sequence[tuple[int, Path]]) -> list[Trained]:

@@ -1,4 +1,4 @@
-"""Everything that is settled before a training run writes its first file."""
+"""The plan of a training run: everything that is checked, read and compiled before the run writes its first file."""
 
 from __future__ import annotations
 
