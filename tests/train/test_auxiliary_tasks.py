@@ -302,14 +302,14 @@ def test_each_task_is_learned_and_the_run_predicts_slides(small_config, painted:
     }
     changes |= {"tasks.tissue": 1.0, "tasks.stain": 1.0, "tasks.artefact": 1.0, "tasks.labels": str(painted / "slides")}
     changes |= {"tasks.tissue_classes": PAINTED, "optimizer.learning_rate": 5e-3, "optimizer.warmup_steps": 10}
-    changes |= {"train.steps": 200, "train.eval_every": 200, "train.checkpoint_every": 200, "train.log_every": 100}
+    changes |= {"train.steps": 300, "train.eval_every": 300, "train.checkpoint_every": 300, "train.log_every": 100}
     _set(small_config, changes)
     run = tmp_path / "run"
     train(small_config, run)
     found = next(line for line in _metrics(run) if "val/loss" in line)
     print({name: round(value, 3) for name, value in found.items() if name.startswith("val/")})
     assert found["val/tissue_balanced_accuracy"] > 1.8 * found["val/tissue_constant"]
-    assert found["val/artefact_balanced_accuracy"] > 1.5 * found["val/artefact_constant"]
+    assert found["val/artefact_balanced_accuracy"] > 1.8 * found["val/artefact_constant"]
     assert found["val/stain_error"] < 0.9 * found["val/stain_constant"]
 
     model = build_model(small_config.model, 3, 0)
