@@ -1,4 +1,4 @@
-"""Which files of a disk are slides, and which files are one slide's."""
+"""Finds the slides on a disk and the files that belong to each."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", "
 _DICOM = ".dcm"
 _LONGEST_ID = 200  # bytes: files named after a slide add up to 25, and file systems allow 255
 _HASHED_BYTES = 1 << 20
-_SHORTEST_NAME = 3  # letters: shorter ones name nobody, and are words
+_SHORTEST_NAME = 3  # letters: shorter ones name nobody and are ordinary words
 _INDEX_BYTES = 1 << 20  # of a Hamamatsu or MIRAX index, pages of text
-_PARTS = {  # the lines of an index that name a file which must be there; of several focal planes the first alone is read
+# The lines of an index that name a required file. Of several focal planes only the first is read.
+_PARTS = {
     ".mrxs": r"INDEXFILE|FILE_\d+",
     ".vms": r"MapFile|MacroImage|ImageFile(\(0\)|\((0,)?\d+,\d+\))?",
     ".vmu": r"MapFile|MacroImage|ImageFile",
@@ -26,17 +27,17 @@ _PARTS = {  # the lines of an index that name a file which must be there; of sev
 
 
 def find_slides(paths: Sequence[str | Path]) -> list[Path]:
-    """The slides among files and folders: files as given, whether they exist or not, and every slide below a folder.
+    """Lists the slides of files and folders: the given files, whether they exist or not, and every slide below a folder.
 
-    A folder that holds the DICOM files of one series, and no other slide, is that slide; else a series is named by its
-    first file. Raises InputError for a folder without slides.
+    A folder with the DICOM files of one series and no other slide is one slide. Otherwise a series is named by its first
+    file. Raises InputError for a folder without slides.
     """
     slides: list[Path] = []
     for path in (Path(path).expanduser() for path in paths):
-        found = _slides_below(path, set()) if os.path.isdir(path) else [path]
-        if not found:
+        path_slides = _slides_below(path, set()) if os.path.isdir(path) else [path]
+        if not path_slides:
             raise InputError(f"{path}: no slides below this folder; crcjax doctor lists the formats")
-        slides += found
+        slides += path_slides
     return list(dict.fromkeys(slides))
 
 
@@ -48,21 +49,22 @@ def _slides_below(folder: Path, visited: set[str]) -> list[Path]:
     try:
         entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
     except OSError:
-        return [folder]  # opening it says why it cannot be read, so that its slides are not left out silently
-    # A link that leads nowhere counts as well: opening it says so.
-    found = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not os.path.isdir(entry)]
+        # Opening the folder later reports why it cannot be read. Its slides are not left out silently.
+        return [folder]
+    # A broken link counts as a slide: opening it reports the fault.
+    slides = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not os.path.isdir(entry)]
     # The data folder beside a MIRAX file belongs to it.
-    mirax = {file.stem for file in found if file.suffix.lower() == ".mrxs"}
+    mirax = {file.stem for file in slides if file.suffix.lower() == ".mrxs"}
     if series := _dicom_series(folder):
         unnamed = series.pop("", [])
-        if found or len(series) > 1:
-            found = sorted([*found, *(files[0] for files in series.values()), *unnamed])
+        if slides or len(series) > 1:
+            slides = sorted([*slides, *(files[0] for files in series.values()), *unnamed])
         else:
-            found = [folder]
+            slides = [folder]
     for entry in entries:
         if os.path.isdir(entry) and entry.name not in mirax:
-            found += _slides_below(entry, visited)
-    return found
+            slides += _slides_below(entry, visited)
+    return slides
 
 
 def slide_id_of(path: str | Path) -> str:
@@ -88,7 +90,7 @@ def slide_id_fault(slide_id: str) -> str:
 
 
 def first_file(path: Path) -> Path:
-    """The file by which a slide is opened. Raises SlideError: `missing`, `corrupt`, `unsupported`."""
+    """Returns the file by which a slide is opened. Raises SlideError: `missing`, `corrupt`, `unsupported`."""
     try:
         os.stat(path)
         if os.path.isdir(path):
@@ -131,8 +133,10 @@ def _check_readable(path: Path, file: Path) -> None:
 
 
 def slide_files(path: Path) -> list[Path]:
-    """All files of a slide that are there: of a DICOM slide those of its series, of MIRAX those of its data folder,
-    of Hamamatsu's .vms and .vmu those that the index names.
+    """Lists all files of a slide that exist.
+
+    A DICOM slide has the files of its series, MIRAX those of its data folder, and .vms and .vmu (Hamamatsu) those that
+    the index names.
     """
     if os.path.isdir(path):
         return dicom_files(path)
@@ -151,7 +155,7 @@ def slide_files(path: Path) -> list[Path]:
 
 
 def _lacking_files(path: Path) -> list[str]:
-    """Names of the files that a slide needs and that are not there."""
+    """Names the files that a slide needs and that do not exist."""
     suffix = path.suffix.lower()
     index, names = path, []
     if suffix == ".mrxs":
@@ -163,7 +167,7 @@ def _lacking_files(path: Path) -> list[str]:
 
 
 def _index_lines(index: Path) -> list[tuple[str, str]]:
-    """What an index file says, as (key, value), whatever its sections."""
+    """Reads the (key, value) pairs of an index file, in all sections."""
     with open(index, "rb") as opened:
         lines = opened.read(_INDEX_BYTES).decode("utf-8", "replace").splitlines()
     pairs = [line.partition("=") for line in lines]
@@ -171,9 +175,9 @@ def _index_lines(index: Path) -> list[tuple[str, str]]:
 
 
 def without_names(text: str, path: Path) -> str:
-    """A library's words about a slide without what may name a person: its path, its folders' and its files' names.
+    """Removes from a library's message what may name a person: the slide's path and the names of its folders and files.
 
-    What follows a path may be another file's name, and is left out too.
+    The text after a path may be the name of another file and is removed too.
     """
     paths = {path, path.absolute(), path.resolve()}
     folders = {f"{parent}/" for known in paths for parent in known.parents} - {"./", "//"}
@@ -190,9 +194,9 @@ def without_names(text: str, path: Path) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 over the name-free content: of each of the slide's files its size, first and last MiB and 16 blocks of 64 KiB between.
+    """SHA-256 over size, first and last MiB and 16 blocks of 64 KiB between, of each of the slide's files; names do not count.
 
-    Cheap for gigabytes; a change of single bytes elsewhere goes unseen (the store's own checksums guard the tiles).
+    It is fast for gigabytes. It does not detect a change of single bytes elsewhere; the store's checksums protect the tiles.
     """
     digest = hashlib.sha256()
     for file in slide_files(path):
@@ -209,7 +213,7 @@ def content_hash(path: Path) -> str:
 
 
 def dicom_files(folder: Path) -> list[Path]:
-    """The DICOM files of a folder, sorted; their suffix in any case."""
+    """Lists the DICOM files of a folder, sorted. The suffix may be in capitals."""
     return sorted(
         entry
         for entry in folder.iterdir()
@@ -218,7 +222,7 @@ def dicom_files(folder: Path) -> list[Path]:
 
 
 def _dicom_series(folder: Path) -> dict[str, list[Path]]:
-    """A folder's DICOM files by their SeriesInstanceUID; under "" those that do not say it."""
+    """A folder's DICOM files by their SeriesInstanceUID; files that do not state it are under ""."""
     series: dict[str, list[Path]] = {}
     for file in dicom_files(folder):
         state = file.stat()
@@ -226,14 +230,17 @@ def _dicom_series(folder: Path) -> dict[str, list[Path]]:
     return series
 
 
-@lru_cache(1 << 16)  # each slide of a folder of many asks for all of its files
+# Each slide of a folder asks for all files of the folder.
+@lru_cache(1 << 16)
 def _series_of(file: Path, size: int, changed_ns: int) -> str:
-    from pydicom import dcmread  # takes a quarter of a second, and most slides are not DICOM
+    # Imported here: it takes a quarter of a second, and most slides are not DICOM.
+    from pydicom import dcmread
 
     tag = 0x0020000E  # SeriesInstanceUID
     try:
-        found = dcmread(file, stop_before_pixels=True, specific_tags=[tag]).get_item(tag)
-    except Exception:  # on damaged files pydicom stumbles in every way; unreadable ones are named when opened
+        element = dcmread(file, stop_before_pixels=True, specific_tags=[tag]).get_item(tag)
+    except Exception:  # pydicom raises errors of many types for damaged files; opening the file reports it
         return ""
-    value = found.value if found else b""  # as it was read: converting it, pydicom warns of values too long
+    # The raw value: when pydicom converts it, it warns of values that are too long.
+    value = element.value if element else b""
     return (value or b"").decode("latin-1").strip("\0 ") if isinstance(value, bytes | None) else str(value)

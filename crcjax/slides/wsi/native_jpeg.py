@@ -19,20 +19,20 @@ _CACHED_BYTES = 96 << 20  # of decoded tiles, a slide
 
 
 class JpegTiles:
-    """A TIFF slide's own JPEG tiles, decoded without OpenSlide: the same pixels at several times the speed."""
+    """The native JPEG tiles of a TIFF slide, decoded without OpenSlide: the same pixels at several times the speed."""
 
     def __init__(self, file: Path, pages: dict[int, tifffile.TiffPage]):
         self.pages = pages
         self._file = os.open(file, os.O_RDONLY)
         self._file_bytes = os.fstat(self._file).st_size
         self.close = weakref.finalize(self, os.close, self._file)  # closes it once, when called or forgotten
-        # Tiles of which a part was wanted, and how many of their pixels were not yet.
+        # Tiles that were read in part, and the number of their pixels that were not read yet.
         self._cache: OrderedDict[tuple[int, int, int], tuple[np.ndarray, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
     def of(cls, file: Path, handle: openslide.OpenSlide | OmeTiff) -> JpegTiles | None:
-        """None where the pixels might differ from OpenSlide's: other formats, compressions and colour spaces."""
+        """Opens the tiles of a slide; None where pixels might differ from OpenSlide's: other formats, compressions, colour spaces."""
         if isinstance(handle, OmeTiff):
             levels = {level: page for level, page in enumerate(handle.pages) if page.is_tiled and _is_plain_jpeg(page)}
             return cls(file, levels) if levels else None
@@ -41,7 +41,7 @@ class JpegTiles:
         try:
             with tifffile.TiffFile(file) as tiff:
                 tiled = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
-        except Exception:  # on damaged directories tifffile stumbles in every way; what OpenSlide says of them counts
+        except Exception:  # tifffile raises errors of many types for damaged directories; OpenSlide's error counts
             return None
         pages = {}
         for level, (width, height) in enumerate(handle.level_dimensions):
@@ -51,13 +51,13 @@ class JpegTiles:
         return cls(file, pages) if pages else None
 
     def stream_of(self, level: int, x: int, y: int, side: int) -> bytes | None:
-        """The stream of the tile that is this square, wholly within the level; None if there is none."""
+        """Returns the native JPEG tile that covers exactly this square within the level; None if there is none."""
         page = self.pages[level]
-        own = page.tilewidth == page.tilelength == side and self._holds(page, x, y)
-        return self._stream(level, y // side, x // side) if own else None
+        is_native = page.tilewidth == page.tilelength == side and self._holds(page, x, y)
+        return self._stream(level, y // side, x // side) if is_native else None
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray | None:
-        """Pixels at (x, y) of the level's own grid; None if a tile was not recorded, which OpenSlide knows to fill."""
+        """Reads pixels at (x, y), in px of the level; None if the scanner did not record a tile, which OpenSlide fills."""
         page = self.pages[level]
         side_x, side_y = page.tilewidth, page.tilelength
         if (width, height) == (side_x, side_y) and self._holds(page, x, y):
@@ -78,9 +78,9 @@ class JpegTiles:
 
     @staticmethod
     def shrunk(stream: bytes, side: int, shrink: int) -> np.ndarray:
-        """The picture of a stream of `stream_of`, 1, 2, 4 or 8 times smaller.
+        """Decodes a stream of `stream_of` at 1, 1/2, 1/4 or 1/8 of its size.
 
-        Shrunk before the cosine transform: every bit is decoded, so damage is found, but few pixels are computed. Raises ValueError.
+        The decoder shrinks before the cosine transform: it reads every bit, so it finds damage, but computes few pixels. Raises ValueError.
         """
         if simplejpeg.decode_jpeg_header(stream)[:2] != (side, side):
             raise ValueError(f"the tile is not {side} pixels square")
@@ -97,7 +97,7 @@ class JpegTiles:
         return on_grid and 0 <= x <= page.imagewidth - page.tilewidth and 0 <= y <= page.imagelength - page.tilelength
 
     def _shared(self, level: int, row: int, column: int, wanted: int) -> np.ndarray | None:
-        """A tile of which `wanted` pixels are needed; kept until others, as those below it, needed the rest."""
+        """Decodes a tile and caches it until all of its pixels were read; `wanted` pixels are read now."""
         key, page = (level, row, column), self.pages[level]
         with self._lock:
             tile, rest = self._cache.pop(key, (None, 0))
@@ -116,7 +116,7 @@ class JpegTiles:
         stream = self._stream(level, row, column)
         if stream is None:
             return None
-        # A cut or damaged stream is an error, as in OpenSlide; libjpeg alone would warn, and go on in grey.
+        # A cut or damaged stream is an error, as in OpenSlide; libjpeg alone would warn and fill the rest with grey.
         tile = simplejpeg.decode_jpeg(stream, "RGB", strict=True)
         page = self.pages[level]
         if tile.shape != (page.tilelength, page.tilewidth, 3):
@@ -124,7 +124,7 @@ class JpegTiles:
         return tile
 
     def _stream(self, level: int, row: int, column: int) -> bytes | None:
-        """A tile's JPEG stream with the page's tables and colour space in it; None if it is not recorded."""
+        """A tile's JPEG stream with the page's tables and colour space in it; None if the scanner did not record it."""
         page = self.pages[level]
         index = row * -(-page.imagewidth // page.tilewidth) + column
         if index >= min(len(page.dataoffsets), len(page.databytecounts)):
@@ -142,7 +142,7 @@ class JpegTiles:
         return start + _ADOBE + bytes([transform]) + stream[2:]
 
 
-# The marker that tells a JPEG decoder whether three components are RGB (0) or YCbCr (1): TIFF says so in a tag instead.
+# The marker that tells a JPEG decoder whether three components are RGB (0) or YCbCr (1): TIFF states it in a tag instead.
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 _TRANSFORMS: dict[int, int] = {tifffile.PHOTOMETRIC.RGB: 0, tifffile.PHOTOMETRIC.YCBCR: 1}
 

@@ -1,4 +1,4 @@
-"""Plain pyramidal OME-TIFF slides, of which OpenSlide sees neither the pyramid nor the micrometres per pixel."""
+"""Plain pyramidal OME-TIFF slides. OpenSlide reads neither their pyramid nor their micrometres per pixel."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from jaxtyping import UInt8
 from PIL import ImageCms
 
 _UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
-_ICC_PROFILE = 34675  # the tag
-_ORIENTATION = 274  # the tag
-_SAME_MPP = 0.02  # images of one resolution are scans; a macro or a label is coarser
+_ICC_PROFILE = 34675  # TIFF tag
+_ORIENTATION = 274  # TIFF tag
+_SAME_MPP = 0.02  # relative: images of one resolution are scans; a macro or a label is coarser
 _CACHED_BYTES = 64 << 20
 _LARGEST_TILE_PX = 1 << 26  # 200 MB; a strip of a very wide slide stays below it
 
 
 class UnsupportedTiffError(ValueError):
-    """A whole TIFF of a kind that is not read; the message is "REASON; REMEDY"."""
+    """An undamaged TIFF of a layout that is not supported; the message is "REASON; REMEDY"."""
 
 
 class OmeTiff:
-    """An open OME-TIFF of 8-bit RGB, its pyramid in the largest image's SubIFDs; it speaks as OpenSlide does."""
+    """An open OME-TIFF of 8-bit RGB, its pyramid in the largest image's SubIFDs; it has the interface of OpenSlide."""
 
     def __init__(self, file: Path):
         """Raises ValueError if the file is damaged, or its pixels are not 8-bit RGB in one page per level."""
@@ -46,7 +46,7 @@ class OmeTiff:
         except UnsupportedTiffError:
             self._tiff.close()
             raise
-        except Exception as error:  # on damaged directories tifffile stumbles in every way
+        except Exception as error:  # tifffile raises errors of many types for damaged directories
             self._tiff.close()
             raise ValueError(f"an OME-TIFF that cannot be used: {error}") from error
         self._lock, self._cache = threading.Lock(), OrderedDict[tuple[int, int], np.ndarray]()
@@ -60,7 +60,7 @@ class OmeTiff:
         try:
             with tifffile.TiffFile(file) as tiff:
                 return bool(tiff.is_ome)
-        except Exception:  # on damaged directories tifffile stumbles in every way; what OpenSlide says of them counts
+        except Exception:  # tifffile raises errors of many types for damaged directories; OpenSlide's error counts
             return False
 
     def close(self) -> None:
@@ -69,20 +69,20 @@ class OmeTiff:
 
     @property
     def color_profile(self) -> ImageCms.ImageCmsProfile:
-        """The first image's, read when asked for. Raises ValueError if it is damaged, or there is none."""
+        """The colour profile of the first image, read on request. Raises ValueError if it is damaged or missing."""
         try:
             with self._lock:
                 return ImageCms.ImageCmsProfile(io.BytesIO(self.pages[0].tags[_ICC_PROFILE].value))
-        except Exception as error:  # on damaged tags tifffile stumbles in every way
+        except Exception as error:  # tifffile raises errors of many types for damaged tags
             raise ValueError(str(error)) from error
 
     def get_best_level_for_downsample(self, downsample: float) -> int:
         """The coarsest level that is at least as fine."""
-        fine = [level for level, held in enumerate(self.level_downsamples) if held <= downsample]
+        fine = [level for level, value in enumerate(self.level_downsamples) if value <= downsample]
         return fine[-1] if fine else 0
 
     def read_region(self, corner: tuple[int, int], level: int, size: tuple[int, int]) -> UInt8[np.ndarray, "y x 4"]:
-        """RGBA of a rectangle as OpenSlide gives it: the corner in level-0 px, transparent outside the slide.
+        """Reads RGBA of a rectangle as OpenSlide does: the corner is in level-0 px; pixels outside the slide are transparent.
 
         Raises ValueError or OSError if the file is damaged there.
         """
@@ -105,7 +105,7 @@ class OmeTiff:
         return pixels
 
     def _segment(self, level: int, index: int) -> np.ndarray | None:
-        """A decoded tile or strip; None if it was not recorded."""
+        """A decoded tile or strip; None if the scanner did not record it."""
         page = self.pages[level]
         if index >= min(len(page.dataoffsets), len(page.databytecounts)):
             raise ValueError(f"tile {index} is not in the file's table of tiles")
@@ -135,7 +135,7 @@ class OmeTiff:
 
 
 def _check(page: tifffile.TiffPage) -> None:
-    """Raises ValueError if a level's pixels are of another kind, or its table of tiles is not that of its size."""
+    """Raises ValueError if a level's pixels are not 8-bit RGB, or its table of tiles does not fit its size."""
     if fault := tiff_fault(page):
         raise UnsupportedTiffError(fault)
     if page.samplesperpixel < 3 or page.dtype != np.uint8 or page.imagedepth != 1:
@@ -161,7 +161,7 @@ def tiff_fault(page: tifffile.TiffPage) -> str:
 
 
 def _largest_image(tiff: tifffile.TiffFile) -> tuple[tifffile.TiffPage, dict[str, str]]:
-    """The first page of the largest image, which is the scan, and what the OME-XML says of it.
+    """The first page of the largest image, which is the scan, and its properties in the OME-XML.
 
     A label or a macro beside it is left out. Raises UnsupportedTiffError if another image is a scan as well.
     """
@@ -197,11 +197,11 @@ def _resolution_tags(page: tifffile.TiffPage) -> dict[str, str]:
 
 
 def _rgba(part: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
-    """A decoded part with its alpha, which is opaque where the page has none."""
+    """Adds alpha to a decoded part: the page's, or opaque."""
     alpha = [index for index, kind in enumerate(page.extrasamples, 3) if kind in (1, 2) and index < part.shape[2]]
     rgba = np.full((*part.shape[:2], 4), 255, np.uint8)
     rgba[..., :3] = part[..., :3]
-    if alpha and page.extrasamples[alpha[0] - 3] == 1:  # the colours are multiplied by it already
+    if alpha and page.extrasamples[alpha[0] - 3] == 1:  # the colours are already multiplied by alpha
         rgba[..., :3] = np.minimum(255, part[..., :3].astype(np.uint16) + 255 - part[..., alpha[0], None])
     elif alpha:
         rgba[..., 3] = part[..., alpha[0]]
@@ -209,19 +209,19 @@ def _rgba(part: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
 
 
 def _stated(description: str, image: int) -> dict[str, str]:
-    """What the OME-XML says of an image, by its index: micrometres per pixel and the objective's magnification."""
+    """Reads from the OME-XML, for an image by its index: micrometres per pixel and the objective's magnification."""
     try:
         root = ElementTree.fromstring(description)
     except ElementTree.ParseError as error:
         raise ValueError(f"its OME-XML is damaged ({error})") from error
-    found = {}
+    properties = {}
     all_pixels, objective = root.findall(".//{*}Image/{*}Pixels"), root.find(".//{*}Objective")
     pixels = all_pixels[image] if image < len(all_pixels) else None
     for axis in "XY":
         size = None if pixels is None else pixels.get(f"PhysicalSize{axis}")
         unit = "" if pixels is None else pixels.get(f"PhysicalSize{axis}Unit", "")
         if size and unit in _UM:
-            found[f"openslide.mpp-{axis.lower()}"] = repr(float(size) * _UM[unit])
+            properties[f"openslide.mpp-{axis.lower()}"] = repr(float(size) * _UM[unit])
     if objective is not None and (power := objective.get("NominalMagnification")):
-        found["openslide.objective-power"] = power
-    return found
+        properties["openslide.objective-power"] = power
+    return properties

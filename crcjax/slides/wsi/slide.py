@@ -1,4 +1,4 @@
-"""Slide files opened: what they are (`SlideInfo`) and their pixels (`Slide.read`)."""
+"""Opens slide files: their properties (`SlideInfo`) and their pixels (`Slide.read`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from crcjax.slides.wsi.ome_tiff import OmeTiff, UnsupportedTiffError, tiff_fault
 
 PAINTED = "synthetic slide painted by crcjax"  # in the description of a painted slide
 MPP_RANGE = (0.05, 20.0)  # finer than optics resolve, coarser than any scanner writes: a unit error
-_SQUARE = 0.02  # as much may a pixel's sides differ: as magnifications that count as the same
+_SQUARE = 0.02  # a pixel's sides may differ by 2 %, as magnifications that count as the same
 _BLOCK_PX = 2048
 _UNREAD_COMPRESSIONS = (
     "WEBP",
@@ -36,19 +36,19 @@ _UNREAD_COMPRESSIONS = (
     "LERC",
     "PNG",
 )
-# What is wrong with a file is in our errors, which can be kept from naming it; its log names it.
+# crcjax's errors state what is wrong with a file and can omit its name; tifffile's log names it.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What a slide file says of itself.
+    """The properties that a slide file states.
 
-    `size` is (width, height) of level 0; `mpp` micrometres per level-0 pixel in (x, y), which differ by 2 % at most, from
-    `mpp_source`: `vendor` (the scanner's property), `tiff` (the resolution tag), `objective` (10 µm over its power: a
-    guess) or `given`. `synthetic` slides say that the painter made them; `has_icc` those that hold a colour profile.
-    `corner` is that of the scanned part (level-0 px), where the file states one: QuPath shows that part alone, and counts
-    from its corner.
+    `size` is (width, height) of level 0; `mpp` micrometres per level-0 pixel in (x, y), which differ by at most 2 %.
+    `mpp_source` is its source: `vendor` (the scanner's property), `tiff` (the resolution tag), `objective` (10 µm over its power: a
+    guess) or `given`. `synthetic` slides state that crcjax painted them; `has_icc` is true of slides with a colour
+    profile. `corner` is the top-left corner of the scanned part (level-0 px), where the file states one: QuPath shows only
+    that part and counts from its corner.
     """
 
     path: str
@@ -65,7 +65,7 @@ class SlideInfo:
 
     @property
     def warning(self) -> str:
-        """What a user should know of a slide that is used; empty if there is nothing."""
+        """A warning for the user of this slide; empty if there is none."""
         if self.mpp_source != "objective":
             return ""
         return f"{self.mpp[0]:g} µm per pixel is guessed from the objective power {self.objective_power:g}; give --mpp"
@@ -105,7 +105,7 @@ class Slide:
             self._jpeg.close()
 
     def apply_icc(self) -> None:
-        """From now on pixels are sRGB by the file's ICC profile; a slide without one is taken to be sRGB already.
+        """Converts all further pixels to sRGB by the file's ICC profile; a slide without a profile is assumed to be sRGB.
 
         Raises SlideError (`corrupt`) if the profile is damaged.
         """
@@ -120,9 +120,9 @@ class Slide:
             raise SlideError(self._path, "corrupt", reason, "copy it again, or tile without --icc") from error
 
     def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> UInt8[np.ndarray, "y x 3"]:
-        """Pixels of a rectangle: (x, y) its top-left corner in level-0 px, width and height in px of `level`.
+        """Reads a rectangle: (x, y) is its top-left corner in level-0 px, width and height are in px of `level`.
 
-        Outside the slide and where the scanner recorded nothing it is white. On levels above 0 the corner is rounded
+        Pixels are white outside the slide and where the scanner recorded nothing. On levels above 0 the corner is rounded
         to a whole pixel of the level. Raises SlideError (`corrupt`) if the file is damaged there.
         """
         pixels = self._read(x, y, width, height, level)
@@ -143,9 +143,9 @@ class Slide:
         return _over_white(rgba)
 
     def jpeg_stream(self, level: int, x: int, y: int, side: int) -> bytes | None:
-        """The file's own JPEG stream of the square at (x, y), in px of `level`, if there is one of just that square.
+        """Returns the native JPEG tile of the square at (x, y), in px of `level`; None if no tile covers exactly that square.
 
-        It stands alone, and decodes to what `read` gives there. Raises SlideError (`corrupt`).
+        It is a complete JPEG stream and decodes to the pixels that `read` returns. Raises SlideError (`corrupt`).
         """
         if not self._jpeg or level not in self._jpeg.pages or self._to_srgb is not None:
             return None
@@ -157,9 +157,9 @@ class Slide:
     def shrunk_stream(
         self, stream: bytes, level: int, x: int, y: int, side: int, shrink: int
     ) -> UInt8[np.ndarray, "y x 3"]:
-        """The picture of what `jpeg_stream` gave for the same square, 1, 2, 4 or 8 times smaller, at less than a whole decode.
+        """Decodes a stream of `jpeg_stream` at 1, 1/2, 1/4 or 1/8 of its size, faster than a whole decode.
 
-        It differs from area means of the whole picture by what JPEG's cosines differ from steps. Raises SlideError (`corrupt`).
+        The result differs slightly from area means of the whole picture, because JPEG shrinks by its cosines. Raises SlideError (`corrupt`).
         """
         try:
             return JpegTiles.shrunk(stream, side, shrink)
@@ -171,9 +171,9 @@ class Slide:
         return SlideError(self._path, "corrupt", where, "copy or scan it again")
 
     def thumbnail(self, max_px: int) -> UInt8[np.ndarray, "y x 3"]:
-        """The whole slide, its longer side `max_px` (or its own size if smaller), by area means.
+        """Reads the whole slide by area means; its longer side is `max_px`, or the slide's if that is smaller.
 
-        Read in blocks from the nearest finer level, so that memory does not grow with the slide.
+        It reads blocks of the nearest finer level, so that memory does not grow with the slide.
         """
         width, height = self.info.size
         scale = max(1.0, max(width, height) / max_px)
@@ -210,9 +210,9 @@ def _edges(source: int, target: int) -> list[tuple[tuple[int, int], tuple[int, i
 
 
 def open_slide(path: str | Path, mpp: float | None = None, fallback_mpp: float | None = None) -> Slide:
-    """Opens a slide file, or a folder of one DICOM series, of which any file will do too; `mpp` (µm per level-0 px) overrides what the file says.
+    """Opens a slide file, or a DICOM series by its folder or any of its files.
 
-    `fallback_mpp` is for a file that states none, or an impossible one. Raises SlideError: `missing`, `corrupt`,
+    `mpp` (µm per level-0 px) overrides the file's. `fallback_mpp` is used if the file states none or an impossible one. Raises SlideError: `missing`, `corrupt`,
     `unsupported`, `mpp_missing`; InputError if an mpp that is given is out of range.
     """
     path = Path(path)
@@ -263,7 +263,7 @@ def _unsupported(path: Path, fault: str) -> SlideError:
 
 
 def _plain_tiff_fault(file: Path) -> str:
-    """Why the layout of a TIFF that OpenSlide opened would be read wrongly, and what to do; empty if it would not."""
+    """Why OpenSlide would misread the layout of a TIFF that it opened, and what to do; empty if it reads it correctly."""
     try:
         with tifffile.TiffFile(file) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
@@ -273,12 +273,12 @@ def _plain_tiff_fault(file: Path) -> str:
             if len(full) > 1:
                 return f"holds {len(full)} pages of full size, of which one alone would be read; write each into a file"
             return tiff_fault(pages[0])
-    except Exception:  # on damaged directories tifffile stumbles in every way; what OpenSlide says of them counts
+    except Exception:  # tifffile raises errors of many types for damaged directories; OpenSlide's error counts
         return ""
 
 
 def _whole_tiff_fault(file: Path) -> str:
-    """Why OpenSlide does not open a TIFF that is whole, and what to do; empty for one that is damaged or cut off."""
+    """Why OpenSlide does not open an undamaged TIFF, and what to do; empty for one that is damaged or cut off."""
     try:
         with tifffile.TiffFile(file) as tiff:
             page = tiff.pages[0]
@@ -292,7 +292,7 @@ def _whole_tiff_fault(file: Path) -> str:
             if tiff.byteorder == ">":
                 return "a big-endian TIFF is not read; convert it to a little-endian one"
             return tiff_fault(page)
-    except Exception:  # on damaged directories tifffile stumbles in every way
+    except Exception:  # tifffile raises errors of many types for damaged directories
         return ""
 
 
@@ -322,7 +322,7 @@ def _info(path: Path, handle: openslide.OpenSlide | OmeTiff, given: float | None
 def _mpp(
     path: Path, properties: Mapping[str, str], vendor: str, power: float | None, fallback: float | None
 ) -> tuple[tuple[float, float], str]:
-    """Micrometres per pixel and where they are from: the best source that says something possible."""
+    """Micrometres per pixel and their source: the first source that states a possible value."""
     stated = [_number(properties, f"openslide.mpp-{axis}") for axis in "xy"]
     tiff = [_number(properties, f"tiff.{axis}Resolution") for axis in "XY"]
     unit_um = {"centimeter": 1e4, "inch": 25400.0}.get(properties.get("tiff.ResolutionUnit", ""), 0.0)
