@@ -18,7 +18,7 @@ from crcjax.slides.synthetic.painter import SITES, SlideSpec, paint_slide
 from crcjax.slides.synthetic.tissue_map import SUBTYPES, Tissue
 from crcjax.slides.synthetic.truth import Truth, load_truth, truth_path
 from crcjax.slides.tiling.plan import TilingParams, mpp_of, plan_tiles
-from crcjax.slides.tiling.quality_control import QUALITY_NAMES, QualityLimits, judge, score_tiles
+from crcjax.slides.tiling.quality_control import QUALITY_NAMES, QualityLimits, score_tiles, tile_reasons
 from crcjax.slides.tiling.read import region_tiles
 from crcjax.slides.tiling.tissue_segmentation import TissueModel, tissue_model
 from crcjax.slides.wsi.slide import open_slide
@@ -121,7 +121,7 @@ def score(paths: list[Path], magnification: str, mostly_pale: bool = False) -> t
 
 
 def row(measure: str, tiles: Tiles, artefact: str, seconds: float) -> dict:
-    rejected = judge(tiles.scores, QualityLimits()) > 0
+    rejected = tile_reasons(tiles.scores, QualityLimits()) > 0
     spoilt, smooth = tiles.spoilt[artefact] >= QUARTER, tiles.clean & tiles.smooth
     return {
         "measure": measure,

@@ -20,7 +20,7 @@ from crcjax.slides.store.tile_pixels import JPEG_QUALITY, JPEG_SUBSAMPLING, shar
 from crcjax.slides.store.tile_store import StoreWriter, open_store
 from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
 from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
-from crcjax.slides.tiling.read import Pack, RegionTiles, own_square, read_regions
+from crcjax.slides.tiling.read import Pack, RegionTiles, native_square, read_regions
 from crcjax.slides.wsi.slide import Slide, open_slide
 
 SIZE_PX = (10240, 8192)
@@ -50,7 +50,7 @@ def _packed(
         return tiles
 
     def packed_at(place: tuple[int, int]) -> object:
-        square = own_square(slide, plan, *place) if pack.stream else None
+        square = native_square(slide, plan, *place) if pack.stream else None
         if square and pack.stream and (stream := slide.jpeg_stream(*square)):
             return pack.stream(stream)
         return pack.pixels(tiles.pixels[place[0] - start, place[1]])

@@ -22,7 +22,7 @@ from crcjax.slides.store.tile_pixels import shard_regions
 from crcjax.slides.store.tile_store import StoreWriter
 from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
 from crcjax.slides.tiling.plan import TilingParams, plan_tiles, slot_boxes
-from crcjax.slides.tiling.read import own_square, read_regions
+from crcjax.slides.tiling.read import native_square, read_regions
 from crcjax.slides.wsi.slide import open_slide
 
 SIZE_PX = (16384, 12288)
@@ -150,7 +150,7 @@ def _stages(path: Path, folder: Path) -> list[Row]:
             now = spent("open, thumbnail, tissue", now)
             shards = range(0, len(plan.origin), step := shard_regions(plan.params))
             for region in range(len(plan.origin)):
-                if stream := slide.jpeg_stream(*(square := own_square(slide, plan, region, 0))):
+                if stream := slide.jpeg_stream(*(square := native_square(slide, plan, region, 0))):
                     slide.shrunk_stream(stream, *square, 2)
             now = spent("decode", now)
             with StoreWriter(folder / "stages", path.stem, slide, plan, "jpeg") as writer:
@@ -182,7 +182,7 @@ def _decodes(path: Path) -> list[Row]:
     }
     with open_slide(path) as slide:
         plan = plan_tiles(slide, TilingParams(("20x",)))
-        squares = (own_square(slide, plan, i, 0) for i in range(0, len(plan.origin), len(plan.origin) // 400))
+        squares = (native_square(slide, plan, i, 0) for i in range(0, len(plan.origin), len(plan.origin) // 400))
         streams = [stream for square in squares if square and (stream := slide.jpeg_stream(*square))]
     seconds = dict.fromkeys(ways, np.inf)
     for _ in range(8):

@@ -25,10 +25,10 @@ from crcjax.slides.jobs.worker_pool import (
 def run_jobs_on_ray(
     function: Callable[[Any], Any], jobs: Iterable[Any], processes: int | None, limits: JobLimits = NO_LIMITS
 ) -> Iterator[Done]:
-    """As `run_jobs`, with at most `processes` CPUs of the running cluster (all by default).
+    """Like `run_jobs`, with at most `processes` CPUs of the running cluster (all by default).
 
-    Its machines need crcjax, and must see slides and store under the same paths. The cluster is the one that this process
-    has joined, else RAY_ADDRESS's, else this machine's. Raises InputError if there is none.
+    Its machines need crcjax and must have slides and store under the same paths. The cluster is the one that this process
+    has joined, else the one at RAY_ADDRESS, else this machine's. Raises InputError if there is none.
     """
     ray = _imported()
     with _joined(ray):
@@ -63,7 +63,7 @@ def run_jobs_on_ray(
 
 
 class _RayWorker:
-    """Holds one CPU of the cluster; the work is done by a process beside it, which can be watched and ended."""
+    """Reserves one CPU of the cluster; a separate process does the work, so that it can be watched and ended."""
 
     def __init__(self, function: Callable[[Any], Any], limits: JobLimits):
         self._worker = Worker(function, limits)

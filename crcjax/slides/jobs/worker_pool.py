@@ -1,4 +1,4 @@
-"""A function mapped over jobs in worker processes (`run_jobs`): limits, retries, and workers that may die."""
+"""Maps a function over jobs in worker processes (`run_jobs`), with limits, retries and replacement of dead workers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ import psutil
 
 from crcjax.errors import BusyError, CrcjaxError, InputError, SlideError
 
-WATCH_S = 0.1  # between two looks at a worker that has limits
+WATCH_S = 0.1  # seconds between two checks of a worker that has limits
 _BUSY_S = 0.5
-# What a disk or a network file system answers when it is ill, not when the file is.
+# Errors of a failing disk or network file system, not of a bad file.
 _STORAGE_FAULTS = (
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.ENOTCONN, errno.EPIPE),
     *(errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH),
@@ -35,10 +35,10 @@ _STORAGE_FAULTS = (
 
 @dataclass(frozen=True)
 class JobLimits:
-    """What a job may take: `timeout_s` seconds, and `memory_gib` GiB resident in its worker, else it is given up.
+    """A job is given up after `timeout_s` seconds, or when its worker has more than `memory_gib` GiB resident.
 
-    After a fault of storage, or if its worker was killed from outside, a job is done again, `attempts` times in all:
-    `backoff_s` seconds later, then twice as long. Raises InputError.
+    After a storage error, or if its worker was killed from outside, a job is retried, up to `attempts` attempts in all:
+    the first retry waits `backoff_s` seconds, each further one twice as long. Raises InputError.
     """
 
     timeout_s: float | None = None
@@ -61,9 +61,10 @@ _NO_MAIN_GUARD_STATUS = 87
 
 
 class JobFailed(CrcjaxError):
-    """A job ended without an answer: `status` is `timeout`, `memory`, `storage` or, of dead workers and code, `failed`.
+    """A job ended without a result.
 
-    `trace` is the traceback of a fault of the code. It may name the job's files.
+    `status` is `timeout`, `memory`, `storage`, or `failed` for a dead worker or a bug. `trace` is the traceback of a bug; it
+    may name the job's files.
     """
 
     def __init__(self, message: str, status: str = "failed", trace: str = ""):
@@ -74,7 +75,7 @@ class JobFailed(CrcjaxError):
 
 @dataclass(frozen=True)
 class Done:
-    """A job and its result: what the function returned, or a CrcjaxError. `seconds` are the last attempt's."""
+    """A job and its result: the function's return value, or a CrcjaxError. `seconds` is the duration of the last attempt."""
 
     job: Any
     result: Any
@@ -86,11 +87,11 @@ class Done:
 def run_jobs(
     function: Callable[[Any], Any], jobs: Iterable[Any], processes: int, limits: JobLimits = NO_LIMITS
 ) -> Iterator[Done]:
-    """Yields what is done as it comes, from at most `processes` worker processes that do job after job, in order.
+    """Yields results as they arrive, from at most `processes` worker processes that take the jobs in order.
 
-    A result may be a CrcjaxError that `function` raised, or JobFailed: a worker that dies or exceeds its limits loses its
-    own job alone, and another takes its place. What raises BusyError is put off until it does not. Jobs, results and
-    `function` (a module's own) are pickled. Workers end with the process that started them.
+    A result may be a CrcjaxError that `function` raised, or JobFailed. A worker that dies or exceeds its limits loses only
+    its current job, and a new worker replaces it. A job that raises BusyError is postponed until it does not. Jobs, results
+    and `function` (defined at module level) are pickled. Workers end with the process that started them.
     """
     schedule = Schedule(jobs, limits)
     idle = [Worker(function, limits) for _ in range(processes)]
@@ -122,7 +123,7 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one attempt; `again` if another may end better."""
+    """The result of one attempt; `again` is true if a retry may succeed."""
 
     result: Any
     again: bool
@@ -140,7 +141,7 @@ def check_main_guard() -> None:
 
 
 class Schedule:
-    """Which job is next, and which are put off."""
+    """Decides which job is next and which are postponed."""
 
     def __init__(self, jobs: Iterable[Any], limits: JobLimits):
         self._waiting = deque(Ticket(job, 1) for job in jobs)
@@ -153,7 +154,7 @@ class Schedule:
 
     @property
     def wait_s(self) -> float | None:
-        """Seconds until the first job that was put off is due; None if there is none."""
+        """Seconds until the first postponed job is due; None if there is none."""
         return max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
 
     def next(self) -> Ticket | None:
@@ -162,23 +163,23 @@ class Schedule:
         return self._waiting.popleft() if self._waiting else None
 
     def settle(self, ticket: Ticket, answer: Answer) -> Done | None:
-        """What is done with; None if the job is put off."""
+        """The job and its final result; None if the job is postponed."""
         attempt, limits = ticket.attempt, self._limits
         if isinstance(answer.result, BusyError):
-            self._put_off(ticket, _BUSY_S)
+            self._postpone(ticket, _BUSY_S)
         elif answer.again and attempt < limits.attempts:
-            self._put_off(Ticket(ticket.job, attempt + 1), limits.backoff_s * 2 ** (attempt - 1))
+            self._postpone(Ticket(ticket.job, attempt + 1), limits.backoff_s * 2 ** (attempt - 1))
         else:
             return Done(ticket.job, answer.result, attempt, answer.seconds, answer.worker)
         return None
 
-    def _put_off(self, ticket: Ticket, seconds: float) -> None:
+    def _postpone(self, ticket: Ticket, seconds: float) -> None:
         self._count += 1  # tickets have no order of their own
         heapq.heappush(self._later, (time.monotonic() + seconds, self._count, ticket))
 
 
 class Worker:
-    """A process that does one job after the other, watched from here; started when needed, replaced when dead."""
+    """A process that does one job after the other. It is watched from here, started when needed and replaced when dead."""
 
     def __init__(self, function: Callable[[Any], Any], limits: JobLimits):
         self._function, self._limits = function, limits
@@ -186,7 +187,7 @@ class Worker:
         self._began = 0.0
 
     def begin(self, job: Any) -> Connection:
-        """Gives it a job; the connection is ready when there is an answer, if no limit is exceeded before."""
+        """Starts a job; the returned connection is ready when the answer is, unless a limit is exceeded first."""
         if self._process is None:
             check_main_guard()
             context: Any = multiprocessing.get_context("forkserver")
@@ -197,13 +198,13 @@ class Worker:
             self._process.start()
             other.close()
         self._began = time.monotonic()
-        # One that died meanwhile is met by `answer`, as the end of its pipe.
+        # If the worker died meanwhile, `answer` finds the end of its pipe.
         with suppress(BrokenPipeError):
             self._pipe.send(job)
         return self._pipe
 
     def answer(self) -> Answer | None:
-        """What became of the job; None if it goes on, within its limits."""
+        """The result of the job; None while it runs within its limits."""
         seconds, limits = time.monotonic() - self._began, self._limits
         name = f"{socket.gethostname()}:{self._process.pid}"
         if self._pipe.poll():
@@ -218,7 +219,7 @@ class Worker:
             self.end()
         else:
             return None
-        # What one job left behind is not to count against the next.
+        # Memory that one job did not free must not count against the next.
         if self._process and limits.memory_gib and self._memory_gib() > limits.memory_gib / 2:
             self.end()
         return Answer(result, again, seconds, name)
@@ -253,7 +254,7 @@ class Worker:
 def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
     # Processes and threads over slides fill the cores; OpenCV's own threads would only compete.
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
@@ -280,9 +281,9 @@ def _attempt(function: Callable[[Any], Any], job: Any) -> tuple[Any, bool]:
 
 
 def is_storage_fault(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is one of the file system's or the network's that may pass.
+    """Whether an error or its cause is a file system or network error that may pass.
 
-    Libraries in C tell the system's reason in the midst of their own words.
+    C libraries embed the system's message in their own.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
@@ -297,5 +298,5 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    # A run that was killed is started again: its orphans must not tile beside it.
+    # Its user starts a killed run again: orphaned workers must not tile at the same time.
     os._exit(1)

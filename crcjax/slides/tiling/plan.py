@@ -1,4 +1,4 @@
-"""Which regions of a slide to read (`plan_tiles`) and their tiles at every magnification (`read_regions`)."""
+"""Plans which regions of a slide to read (`plan_tiles`) and at which magnifications (`TilingParams`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
 from crcjax.errors import InputError, SlideError
-from crcjax.slides.tiling.quality_control import (
-    QualityLimits,
-)
+from crcjax.slides.tiling.quality_control import QualityLimits
 from crcjax.slides.tiling.regions_of_interest import Areas
 from crcjax.slides.tiling.tissue_segmentation import (
     METHODS,
@@ -42,12 +40,12 @@ def mpp_of(magnification: str) -> float:
 
 @dataclass(frozen=True)
 class TilingParams:
-    """Everything that decides which tiles a slide gives.
+    """The parameters that decide which tiles a slide gives.
 
-    `magnifications` are kept from coarse to fine and differ by powers of two; a region is one tile of the first.
-    `quality` limits a tile's share of tissue and the scores of its pixels. `tissue` is the method that finds tissue, one of
-    tissue.METHODS; with `icc` colours are turned to sRGB by the slide's ICC profile. With `stain`, a StainNormaliser as its
-    `to_json` gives it, kept tiles are brought to its reference once they were judged.
+    `magnifications` are ordered from coarse to fine and differ by powers of two; a region is one tile of the first.
+    `quality` limits a tile's share of tissue and the scores of its pixels. `tissue` is the method of tissue segmentation, one
+    of tissue_segmentation.METHODS. With `icc`, colours are converted to sRGB by the slide's ICC profile. `stain` is a
+    StainNormaliser's `to_json`: kept tiles are normalised to its reference after quality control.
     Raises InputError.
     """
 
@@ -83,17 +81,17 @@ class TilingParams:
         return sum(factor**2 for factor in self.factors)
 
     def slots_of(self, magnifications: Collection[str]) -> Bool[np.ndarray, " slot"]:
-        """Which slots are of those magnifications; with none given, all."""
+        """Masks the slots of these magnifications; all slots if none is given."""
         shown = [not magnifications or name in magnifications for name in self.magnifications]
         return np.repeat(shown, np.square(self.factors))
 
     def to_json(self) -> dict:
-        """Plain values, as stores and runs keep them."""
+        """Plain values for stores and runs."""
         return asdict(self) | {"magnifications": list(self.magnifications)}
 
     @classmethod
     def from_json(cls, values: dict) -> TilingParams:
-        """The inverse of `to_json`, and of how stores had it before `min_tissue` was one of the limits."""
+        """The inverse of `to_json`; it also reads older stores, where `min_tissue` was not one of the limits."""
         values = dict(values)
         before = {name: values.pop(name) for name in ("min_tissue",) if name in values}
         magnifications, quality = tuple(values["magnifications"]), QualityLimits(**before | values["quality"])
@@ -102,7 +100,7 @@ class TilingParams:
 
 @dataclass(frozen=True)
 class Scale:
-    """How a slide is read: `level` and the level-0 px per tile pixel at the finest magnification that it has.
+    """How a slide is read: the `level`, and level-0 px per tile pixel at the finest magnification of the slide.
 
     `missing` magnifications (the last ones) are finer than the slide and stay masked.
     """
@@ -115,7 +113,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """The regions of a slide that hold tissue, row by row.
+    """The regions of a slide with tissue, row by row.
 
     `origin` and the region's side `region_px` are in level-0 px; `rejected` counts the slide's other tiles by reason.
     `thumbnail` is the picture in which `tissue_mask` was found (`thumbnail_px`).
@@ -134,7 +132,7 @@ class TilePlan:
 
 
 def slide_scale(info: SlideInfo, params: TilingParams) -> Scale:
-    """The level to read and the step. Raises SlideError (`too_coarse`) if the slide has none of the magnifications."""
+    """Chooses the level to read and its scale. Raises SlideError (`too_coarse`) if the slide has none of the magnifications."""
     mpp = (info.mpp[0] + info.mpp[1]) / 2
     wanted = [mpp_of(magnification) / mpp for magnification in params.magnifications]
     present = [scale for scale in wanted if scale >= 1 - SAME_SCALE]
@@ -147,7 +145,7 @@ def slide_scale(info: SlideInfo, params: TilingParams) -> Scale:
         )
     finest = len(present) - 1
     for level, downsample in enumerate(info.level_downsamples):
-        # The same tolerance as for `present`: whatever passed it finds a level, level 0 at the latest.
+        # The same tolerance as for `present`, so that some level always fits, level 0 at the latest.
         if 1 - SAME_SCALE <= present[-1] / downsample <= 1 / (1 - SAME_SCALE):
             return Scale(level, downsample, finest, len(wanted) - len(present))
     finer = [level for level, downsample in enumerate(info.level_downsamples) if downsample < present[-1]]
@@ -155,7 +153,7 @@ def slide_scale(info: SlideInfo, params: TilingParams) -> Scale:
 
 
 def slot_boxes(params: TilingParams) -> Float32[np.ndarray, "slot 3"]:
-    """For every slot (x, y, side) as fractions of the region's side; coarse to fine, row-major within each."""
+    """(x, y, side) of every slot as fractions of the region's side; coarse to fine, row-major within each."""
     boxes = [
         (column / factor, row / factor, 1 / factor)
         for factor in params.factors
@@ -166,7 +164,7 @@ def slot_boxes(params: TilingParams) -> Float32[np.ndarray, "slot 3"]:
 
 
 def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) -> TilePlan:
-    """The regions with tissue, within the areas that may be tiled, from a thumbnail (`thumbnail_px`).
+    """Finds the regions with tissue, within the areas that may be tiled, on a thumbnail (`thumbnail_px`).
 
     Raises SlideError: `too_coarse`, `no_tissue`, `unsupported` (not a brightfield picture), `corrupt`; InputError if a
     region file is not usable.
@@ -189,20 +187,22 @@ def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) ->
     enough = fraction >= params.quality.min_tissue
     present = sum(factor**2 for factor in params.factors[: scale.finest + 1])
     enough[:, :, present:] = False  # finer than the slide
-    kept = enough.any(axis=-1)
-    if not kept.any():
+    has_tissue = enough.any(axis=-1)
+    if not has_tissue.any():
         raise SlideError(
             info.path, "no_tissue", "no stained tissue was found", "look at the slide; leave it out if empty"
         )
-    row, column = np.nonzero(kept)
+    row, column = np.nonzero(has_tissue)
     origin = np.rint(np.stack([column, row], axis=1) * region_px).astype(np.int32)
     rejected = {"glass": int((fraction[:, :, :present] < params.quality.min_tissue).sum())}
-    return TilePlan(params, scale, region_px, model, origin, enough[kept], thumbnail, mask, rejected, areas.id)
+    return TilePlan(params, scale, region_px, model, origin, enough[has_tissue], thumbnail, mask, rejected, areas.id)
 
 
 def thumbnail_px(info: SlideInfo) -> int:
-    """The longer side of the picture in which tissue is found: of 8 µm per pixel, and of a slide so large that it would
-    exceed MOST_THUMBNAIL_PX as much coarser as that asks for, so that memory does not grow with the slide.
+    """The longer side, in px, of the picture for tissue segmentation.
+
+    The picture has 8 µm per pixel, or coarser ones if it would exceed MOST_THUMBNAIL_PX, so that memory does not grow with
+    the slide.
     """
     width, height = (side * info.mpp[0] / THUMBNAIL_UM_PER_PX for side in info.size)
     return max(1, round(max(width, height) * min(1.0, (MOST_THUMBNAIL_PX / (width * height)) ** 0.5)))
@@ -211,7 +211,7 @@ def thumbnail_px(info: SlideInfo) -> int:
 def _tile_fractions(
     mask: np.ndarray, region: float, rows: int, columns: int, params: TilingParams
 ) -> Float32[np.ndarray, "row column slot"]:
-    """Tissue fraction of every tile, by an integral image; what lies outside the slide counts as glass."""
+    """Tissue fraction of every tile, by an integral image; the area outside the slide counts as background."""
     height, width = mask.shape
     integral = cv2.integral(mask.astype(np.uint8))
 

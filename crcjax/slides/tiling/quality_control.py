@@ -1,4 +1,4 @@
-"""Scores of a tile's pixels, and the limits that decide whether a model may see it."""
+"""Scores the pixels of tiles, and limits the tiles that a model may see."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ QUALITY_NAMES = (
     "dust",
     "pale",
 )
-# A pixel of the pictures that are judged, whatever the tile's magnification; the third, of half the second's, gives colours.
+# A pixel of the pictures that are scored, at any magnification of the tile. Colours come from a third picture of half the second's side.
 _DETAIL_UM, _FOCUS_UM = 1.0, 2.0
-_CELL_PX = 8  # of the second picture: focus and bubbles are judged in cells of 16 µm, a nucleus and its surroundings
+_CELL_PX = 8  # of the second picture: focus and bubbles are scored in cells of 16 µm, a nucleus and its surroundings
 _MOST_CELLS = 16  # along a side
-_ROUNDING = 2.0  # Laplacian energy that rounding to whole intensities gives a smooth picture: 20 / 12, and some more
+_ROUNDING = 2.0  # Laplacian energy that rounding to whole intensities gives a smooth picture: 20 / 12 and a margin
 # Laplacian energies below which JPEG's noise, not the tissue, decides their ratio; at 2 and at 4 µm per pixel.
 _NOISE_FINE, _NOISE_COARSE = 10.0, 30.0
 _BLURRED, _VEILED = 0.25, 0.8  # focus of a blurred cell; density of a veiled one over the slide's
@@ -46,14 +46,14 @@ _PATCHES, _DENSEST = 16, 6  # of 16 x 16 patches the sixth densest is the fold's
 
 @dataclass(frozen=True)
 class QualityLimits:
-    """The scores (see `score_tiles`) that a tile may have, and what a slide needs to be accepted; tuned on painted and
-    looked at on real slides.
+    """Limits on the scores of a tile (see `score_tiles`) and of a slide, tuned on synthetic slides and checked by eye on
+    real ones.
 
-    `min_tissue` is the least fraction of a tile within the tissue, lumina counted, for it to be read and scored at all.
-    `min_coverage` is the fraction of the tissue's tiles that must be kept for a slide not to be rejected;
-    `good_coverage` spares it a review, unless its median `stain` is outside the tiles' limits or one kind of fault takes
-    more than `max_fault` of its tiles. Raises InputError for a limit that is no number from 0 up, or `min_tissue` outside
-    0 to 1 or 0.
+    `min_tissue` is the least fraction of a tile that must lie within the tissue, lumina counted; tiles below it are not read.
+    A slide is rejected if less than `min_coverage` of its tissue tiles were kept. It needs a review if less than
+    `good_coverage` were kept, if its median `stain` is outside the tiles' limits, or if one kind of fault has more than
+    `max_fault` of its tiles. Raises InputError for a limit that is not a number from 0 up, and for `min_tissue` that is 0
+    or above 1.
     """
 
     min_tissue: float = 0.25
@@ -82,10 +82,11 @@ class QualityLimits:
 
 @dataclass(frozen=True)
 class StainLimits:
-    """How far stains may be from the cohort's, in degrees: a slide's two from the cohort's medians, and a tile's colour from
-    every mixture of these, which lie closer.
+    """How far stains may be from the cohort's, in degrees.
 
-    Painted tiles are 1 from their own site's, up to 8 from other sites', and 15 from a stain of none. Raises InputError for
+    `max_stain_degrees` is for a slide's two stains against the cohort's medians. `max_tile_degrees` is for a tile's colour
+    against every mixture of these medians. Synthetic tiles are 1 degree from their own site's stains, up to 8 from other
+    sites', and 15 from a stain of no site. Raises InputError for
     an angle outside 0 to 180.
     """
 
@@ -103,7 +104,7 @@ Limits = TypeVar("Limits", QualityLimits, StainLimits)
 
 
 def parse_limits(texts: Sequence[str], kind: type[Limits]) -> Limits:
-    """Limits from texts such as max_pen=0.2, the others at their defaults. Raises InputError."""
+    """Parses limits such as max_pen=0.2; the others have their defaults. Raises InputError."""
     values = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -122,14 +123,14 @@ REASONS = ("kept", "glass", "absent", "pen", "bubble", "fold", "blood", "blurred
 KEPT, GLASS, ABSENT = range(3)
 
 
-def judge(scores: Float32[np.ndarray, "*tile score"], limits: QualityLimits) -> UInt8[np.ndarray, "*tile"]:
-    """The fault of every tile as an index into REASONS, of several the first below; 0 if it has none."""
+def tile_reasons(scores: Float32[np.ndarray, "*tile score"], limits: QualityLimits) -> UInt8[np.ndarray, "*tile"]:
+    """The fault of every tile as an index into REASONS, the first below if it has several; 0 if it has none."""
     score = dict(zip(QUALITY_NAMES, np.moveaxis(scores, -1, 0), strict=True))
     faults = {
         "pen": score["pen"] > limits.max_pen,
-        "glass": score["tissue"] < limits.min_stained,  # which all that lies under ink would be too
+        "glass": score["tissue"] < limits.min_stained,  # after pen: everything under ink would be glass too
         "bubble": score["bubble"] > limits.max_bubble,
-        "blood": score["blood"] > limits.max_blood,  # which is as dense as a fold
+        "blood": score["blood"] > limits.max_blood,  # before fold: blood is as dense as a fold
         "fold": score["fold"] > limits.max_fold,
         "blurred": (score["focus"] < limits.min_focus) | (score["sharpness"] < limits.min_sharpness),
         "pale": (score["pale"] > limits.max_pale) | (score["stain"] < limits.min_stain),
@@ -144,10 +145,10 @@ def slide_verdict(
     reason: UInt8[np.ndarray, "region slot"],
     limits: QualityLimits,
 ) -> dict:
-    """`verdict` (accept, review or reject), its `reasons`, and what it rests on, over the tiles that hold tissue.
+    """The QC result of a slide from its tiles with tissue: `verdict` (accept, review or reject), `reasons` and numbers.
 
-    `coverage`: the fraction of them that was kept. `faults`: the fraction that was not, by reason. Medians are over all
-    of them, kept or not, and 0 if there are none.
+    `coverage` is the fraction of these tiles that was kept, `faults` the fractions that were not, by reason. Medians are
+    over all of these tiles, kept or not, and 0 if there are none.
     """
     tissue = (reason != GLASS) & (reason != ABSENT)
     count = max(1, int(tissue.sum()))
@@ -163,20 +164,20 @@ def slide_verdict(
     if not limits.min_stain <= stain <= limits.max_stain:
         reasons.append(f"the median density of the stain is {stain:.2f}")
     verdict = "reject" if coverage < limits.min_coverage else "review" if reasons else "accept"
-    found = {f"median_{name}": median for name, median in zip(named, medians, strict=True)}
-    return {"verdict": verdict, "reasons": reasons, "coverage": coverage, "faults": faults, **found}
+    median_of = {f"median_{name}": median for name, median in zip(named, medians, strict=True)}
+    return {"verdict": verdict, "reasons": reasons, "coverage": coverage, "faults": faults, **median_of}
 
 
 def score_tiles(
     tiles: Sequence[UInt8[np.ndarray, "y x 3"]], model: TissueModel, mpp: float = 0.5
 ) -> Float32[np.ndarray, "tile score"]:
-    """The scores named in QUALITY_NAMES, of square tiles of one size, of `mpp` µm per pixel.
+    """Scores square tiles of one size and `mpp` µm per pixel; the columns are QUALITY_NAMES.
 
     `tissue`: the stained fraction of the tile. `sharpness`: the variance of the Laplacian over the variance of the green
     channel, so that pale and dense tissue compare; about 0.5 to 3 in focus, towards 0 when blurred, 0 on a tile of one
     colour. `focus`: the energy of detail of 2 µm over that of 4 µm, a weighted mean over 48 µm, and of these the mean in the least
-    sharp quarter of the tissue; smooth mucin and stroma lack both alike, as does what is blurred by more than 5 µm, which
-    `sharpness` tells. `pen`: the fraction under ink. `bubble`: the fraction that is grey, as rims of bubbles and debris
+    sharp quarter of the tissue. Smooth mucin and stroma lack both details, and so does tissue blurred by more than 5 µm,
+    which `sharpness` detects. `pen`: the fraction under ink. `bubble`: the fraction that is grey, as rims of bubbles and debris
     are, or blurred and veiled, as bubbles are within. `fold`: the stain in the densest patches wider than a nucleus, half
     the least and half the mean in each, over that of the slide's tissue; 2 where tissue lies double. `blood`: the fraction of red cells.
     `stain`: the mean optical density of the stained pixels, the three channels' sum; `red` and `blue`: these channels'
@@ -187,7 +188,7 @@ def score_tiles(
 
 
 class Digest(NamedTuple):
-    """What a tile is judged by: its green at 2 µm per pixel, its colours at 4, and its `sharpness`."""
+    """The data from which a tile is scored: green at 2 µm per pixel, colours at 4, and `sharpness`."""
 
     green: UInt8[np.ndarray, "y x"]
     coloured: UInt8[np.ndarray, "half_y half_x 3"]
@@ -195,10 +196,10 @@ class Digest(NamedTuple):
 
 
 def digest(tile: UInt8[np.ndarray, "y x 3"], mpp: float) -> Digest:
-    """Of a tile of `mpp` µm per pixel; a few kB, so that those of many tiles stay in the cache."""
+    """Digests a tile of `mpp` µm per pixel into a few kB, so that the digests of many tiles stay in the CPU's cache."""
     cells = min(max(2, round(len(tile) * mpp / _FOCUS_UM / _CELL_PX)), _MOST_CELLS)
     side, half = cells * _CELL_PX, cells * _CELL_PX // 2
-    detail = _shrunk(tile, judged_shrink(len(tile), mpp))
+    detail = _shrunk(tile, scoring_shrink(len(tile), mpp))
     green = cv2.extractChannel(detail, 1)
     small = cv2.resize(detail, (side, side), interpolation=cv2.INTER_AREA)
     return Digest(
@@ -209,13 +210,13 @@ def digest(tile: UInt8[np.ndarray, "y x 3"], mpp: float) -> Digest:
 
 
 def score_digests(digests: Sequence[Digest], model: TissueModel) -> Float32[np.ndarray, "tile score"]:
-    """The scores of `score_tiles`, of tiles of one size and magnification."""
+    """Computes the scores of `score_tiles` from digests of tiles of one size and magnification."""
     count, half = len(digests), len(digests[0].coloured)
     cells = 2 * half // _CELL_PX
-    # One below the other: on pictures this small NumPy's calls would take longer than its arithmetic.
-    green = np.concatenate([found.green for found in digests])
-    coloured = np.concatenate([found.coloured for found in digests])
-    sharpness = np.array([found.sharpness for found in digests], np.float32)
+    # The pictures are stacked: on pictures this small NumPy's calls would take longer than its arithmetic.
+    green = np.concatenate([tile.green for tile in digests])
+    coloured = np.concatenate([tile.coloured for tile in digests])
+    sharpness = np.array([tile.sharpness for tile in digests], np.float32)
     density = optical_density(coloured, model.white)
     total, excess, clear = density.sum(axis=0), excess_green(density), ~ink(density)
     stained = (excess > model.threshold) & clear
@@ -224,10 +225,10 @@ def score_digests(digests: Sequence[Digest], model: TissueModel) -> Float32[np.n
     faint = (total > _BARE) & (total < _FAINT) & (red < _BLUISH * absorbed) & clear
     focus, tissue = _cell_focus(green, coloured, cells), _cell_means(stained, cells) > 0.3
     veiled = (focus < _BLURRED) & tissue & (_cell_means(total, cells) < _VEILED * model.density)
-    judged = np.sort(np.where(tissue | ~tissue.any(axis=1, keepdims=True), focus, np.inf))
+    ascending_focus = np.sort(np.where(tissue | ~tissue.any(axis=1, keepdims=True), focus, np.inf))
     quarter = np.where(tissue.any(axis=1), tissue.sum(axis=1), cells**2)[:, None] // 4 + 1
-    least_sharp = np.where(np.arange(cells**2) < quarter, judged, 0).sum(axis=1) / quarter[:, 0]
-    # Both double in a fold; dense epithelium and keratin exceed the slide's density alone.
+    least_sharp = np.where(np.arange(cells**2) < quarter, ascending_focus, 0).sum(axis=1) / quarter[:, 0]
+    # A fold doubles both; dense epithelium and keratin exceed only the slide's density.
     layers = _least_and_mean(np.minimum(total / model.density, excess / model.excess), half)
     patches = cv2.resize(layers, (_PATCHES, count * _PATCHES), interpolation=cv2.INTER_NEAREST).reshape(count, -1)
 
@@ -257,10 +258,10 @@ def score_digests(digests: Sequence[Digest], model: TissueModel) -> Float32[np.n
 def tile_stain_degrees(
     scores: Float32[np.ndarray, "*tile score"], stains: Float[np.ndarray, "2 3"]
 ) -> Float64[np.ndarray, "*tile"]:
-    """How far each tile's mean optical density is from every mixture of two stains, an angle in degrees; nan without tissue.
+    """The angle of each tile's mean optical density to the nearest mixture of two stains, in degrees; nan without tissue.
 
-    `stains`: the unit vectors of haematoxylin and eosin, such as the cohort's. One tile may hold too little of one stain
-    for vectors of its own, but whatever it holds of both lies between them.
+    `stains` are the unit vectors of haematoxylin and eosin, such as the cohort's. A tile may have too little of one stain to
+    estimate its own vectors, but its mixture of both lies between them.
     """
     stain, red, blue = (scores[..., QUALITY_NAMES.index(name)] for name in ("stain", "red", "blue"))
     colour = np.stack([red, 1.0 - red - blue, blue], axis=-1).astype(np.float64)
@@ -271,8 +272,8 @@ def tile_stain_degrees(
     return np.where(stain > 0, np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))), np.nan)
 
 
-def judged_shrink(tile_px: int, mpp: float) -> int:
-    """By how much a tile may be shrunk, in halves, before it is scored: to 1 µm per pixel or nearly so."""
+def scoring_shrink(tile_px: int, mpp: float) -> int:
+    """The power of two by which a tile may be shrunk before it is scored, to about 1 µm per pixel."""
     shrink = 1
     while mpp * 2 * shrink < _DETAIL_UM * 1.02 and tile_px // shrink >= 32:
         shrink *= 2
@@ -280,7 +281,7 @@ def judged_shrink(tile_px: int, mpp: float) -> int:
 
 
 def _shrunk(tile: np.ndarray, shrink: int) -> np.ndarray:
-    """The tile by area means, as many times smaller."""
+    """Shrinks a tile by area means."""
     # Halving twice is twice as fast as shrinking to a quarter.
     while shrink > 1:
         tile = cv2.resize(tile, (len(tile) // 2, len(tile) // 2), interpolation=cv2.INTER_AREA)
@@ -297,24 +298,25 @@ def _sharpness(green: np.ndarray) -> float:
 def _cell_focus(green: np.ndarray, coloured: np.ndarray, cells: int) -> Float32[np.ndarray, "tile cell"]:
     energy = [_cell_means(_laplacians(picture) ** 2, cells) for picture in (green, coloured[..., 1])]
     focus = ((energy[0] + _NOISE_FINE) / (energy[1] + _NOISE_COARSE)).reshape(-1, cells, cells)
-    for of_tile in focus:  # what is out of focus is larger than a cell; one smooth cell amid sharp ones is not
+    # An area out of focus is larger than a cell; one smooth cell between sharp ones is not out of focus.
+    for of_tile in focus:
         cv2.GaussianBlur(of_tile, (3, 3), 0, dst=of_tile, borderType=cv2.BORDER_REPLICATE)
     return focus.reshape(-1, cells**2)
 
 
 def _laplacians(pictures: np.ndarray) -> np.ndarray:
-    """Of square pictures one below the other, each as if it were alone."""
-    found = np.empty(pictures.shape, np.float32)
+    """Laplacians of stacked square pictures, each computed separately."""
+    laplacians = np.empty(pictures.shape, np.float32)
     pictures, side = pictures.astype(np.float32), pictures.shape[1]  # cv2 takes twice as long on bytes
     for top in range(0, len(pictures), side):
-        cv2.Laplacian(pictures[top : top + side], cv2.CV_32F, dst=found[top : top + side])
-    return found
+        cv2.Laplacian(pictures[top : top + side], cv2.CV_32F, dst=laplacians[top : top + side])
+    return laplacians
 
 
 def _least_and_mean(pictures: np.ndarray, side: int) -> np.ndarray:
-    """Half the least and half the mean within `_FOLD`, of pictures one below the other, each as if it were alone.
+    """Half the least and half the mean within `_FOLD`, of stacked pictures, each computed separately.
 
-    The least alone is that of the gaps in loose tissue, whether it is folded or not; the mean alone that of crowded nuclei.
+    The least alone would score the gaps in loose tissue, folded or not; the mean alone would score crowded nuclei.
     """
     apart = np.full((len(pictures) // side, side + len(_FOLD) // 2, side), np.inf, np.float32)
     apart[:, :side] = pictures.reshape(-1, side, side)

@@ -17,16 +17,16 @@ from crcjax.errors import InputError
 from crcjax.slides.wsi.discovery import SUFFIXES as SLIDE_SUFFIXES
 
 SUFFIXES = (".geojson", ".json", ".png")
-_SAME_SHAPE = 0.02  # of the aspect ratios of a slide and of a mask of it
+_SAME_SHAPE = 0.02  # tolerance between the aspect ratios of a slide and its mask
 _FRACTION_BITS = 4
-_FARTHEST = 2**28  # what lies farther out is far outside of every slide, and would overflow
+_FARTHEST = 2**28  # points farther out are outside every slide and would overflow
 
 
 @dataclass(frozen=True)
 class Areas:
-    """Region files of one slide: tiles are sought within `include` only, and outside `exclude`.
+    """Region files of one slide: only tiles within `include` and outside `exclude` are read.
 
-    With a `fault`, why they cannot be used, all that asks for them raises it as InputError.
+    `fault` says why the files cannot be used; every use of them then raises it as InputError.
     """
 
     include: Path | None = None
@@ -35,7 +35,7 @@ class Areas:
 
     @property
     def id(self) -> str:
-        """SHA-256 over the files' content, empty without any. Raises InputError."""
+        """SHA-256 over the files' content; empty without files. Raises InputError."""
         if self.fault:
             raise InputError(self.fault)
         if not self.include and not self.exclude:
@@ -46,29 +46,29 @@ class Areas:
     def mask(
         self, shape: tuple[int, int], size: tuple[int, int], corner: tuple[int, int] = (0, 0)
     ) -> Bool[np.ndarray, "y x"]:
-        """What may be tiled, as `read_area` has it. Raises InputError."""
+        """The part of the slide that may be tiled, in the form of `read_area`. Raises InputError."""
         allowed = read_area(self.include, shape, size, corner) if self.include else np.ones(shape, bool)
         return allowed & ~read_area(self.exclude, shape, size, corner) if self.exclude else allowed
 
 
 def areas_of(slide_id: str, include: Path | None, exclude: Path | None, file_name: str = "") -> Areas:
-    """The region files of a slide in two folders, or why there are none; `exclude` may lack one.
+    """Finds the region files of a slide in two folders, or states the fault; `exclude` need not have one.
 
     A region file is named after the slide id or the slide's file, as QuPath names images (`s.svs.geojson`); its suffix may
     be in capitals. Raises InputError if there is no such folder.
     """
-    found: dict[str, Path | None] = {}
+    region_files: dict[str, Path | None] = {}
     for name, folder in (("include", include), ("exclude", exclude)):
         if folder and not folder.is_dir():
             raise InputError(f"--{name} {folder}: name a folder of files such as {slide_id}.geojson or {slide_id}.png")
         files = _region_files(folder, {slide_id, file_name} - {""}) if folder else []
         if len(files) > 1:
             return Areas(fault=f"--{name} {folder}: holds {files[0].name} and {files[1].name}; leave one")
-        found[name] = files[0] if files else None
-    if include and not found["include"]:
+        region_files[name] = files[0] if files else None
+    if include and not region_files["include"]:
         lacking = f"--include {include}: holds no {slide_id}.geojson or {slide_id}.png"
         return Areas(fault=f"{lacking}; draw it, or leave the slide out")
-    return Areas(found["include"], found["exclude"])
+    return Areas(region_files["include"], region_files["exclude"])
 
 
 def _region_files(folder: Path, names: set[str]) -> list[Path]:
@@ -84,10 +84,10 @@ def _lower_suffix(name: str) -> str:
 def read_area(
     path: Path, shape: tuple[int, int], size: tuple[int, int], corner: tuple[int, int] = (0, 0)
 ) -> Bool[np.ndarray, "y x"]:
-    """A region file as a mask of `shape` rows and columns over a slide of `size` (width, height) level-0 px.
+    """Reads a region file as a mask of `shape` rows and columns over a slide of `size` (width, height) level-0 px.
 
     GeoJSON polygons are in level-0 px from the `corner` of the scanned part (SlideInfo.corner), as QuPath exports them,
-    their holes kept. An image is of the whole slide, whatever its resolution; all that is not black counts. Raises InputError.
+    and keep their holes. An image covers the whole slide at any resolution; every pixel that is not black counts. Raises InputError.
     """
     if path.suffix.lower() == ".png":
         return _read_image(path, shape, size)
@@ -97,7 +97,7 @@ def read_area(
 def read_classes(
     path: Path, shape: tuple[int, int], size: tuple[int, int], corner: tuple[int, int] = (0, 0)
 ) -> dict[str, Bool[np.ndarray, "y x"]]:
-    """The areas of a GeoJSON file by the name of their class in QuPath, empty without one, as `read_area` has them.
+    """Reads the areas of a GeoJSON file by the name of their QuPath class (empty without one), in the form of `read_area`.
 
     Raises InputError.
     """
@@ -187,7 +187,7 @@ def write_area(
 ) -> None:
     """Writes a mask over a slide of `size` level-0 px as STEM.png and STEM.geojson, an annotation called `name` in QuPath.
 
-    As `read_area` reads them: the GeoJSON from the `corner`, the PNG of the whole slide.
+    `read_area` reads both: the GeoJSON counts from the `corner`, the PNG covers the whole slide.
     """
     Image.fromarray(mask.astype(np.uint8) * 255).save(f"{stem}.png")
     polygons = [[_closed(ring - corner) for ring in rings] for rings in _outlines(mask, size)]
@@ -199,9 +199,9 @@ def write_boxes(
     boxes: Iterable[tuple[Float64[np.ndarray, " 2"], float, str, dict[str, float]]],
     corner: tuple[int, int] = (0, 0),
 ) -> None:
-    """Writes squares as tiles for QuPath, whole or not at all: place and side in level-0 px, class and measurements.
+    """Writes squares as tiles for QuPath, atomically: place and side in level-0 px, class and measurements.
 
-    In the file they count from the `corner`, as `read_area` reads them.
+    In the file, coordinates count from the `corner`, as in `read_area`.
     """
     features = []
     for place, side, name, measurements in boxes:
@@ -224,7 +224,7 @@ def _write_geojson(path: Path, features: list[dict]) -> None:
 
 
 def _outlines(mask: np.ndarray, size: tuple[int, int]) -> list[list[np.ndarray]]:
-    """Of each piece its outer ring and its holes' rings, along the pixels' edges, in level-0 px."""
+    """The outer ring and the holes' rings of each piece, along the pixels' edges, in level-0 px."""
     # Outlines run through the middles of the outer pixels: four times larger, that is an eighth of a pixel off the edge.
     large = cv2.copyMakeBorder(
         mask.repeat(4, axis=0).repeat(4, axis=1).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT

@@ -1,8 +1,8 @@
-"""Where a brightfield slide holds stained tissue.
+"""Segments stained tissue on a brightfield slide.
 
-Eosin and haematoxylin absorb green more than red and blue; glass, dust and black borders absorb all three alike, and
-pen ink absorbs red most (blue, green, black). So tissue is told by the optical density of green over the lesser of red
-and blue, against the slide's own glass.
+Eosin and haematoxylin absorb green more than red and blue. Background, dust and black borders absorb all three equally.
+Pen ink (blue, green, black) absorbs red most. So tissue is where the optical density of green exceeds the lesser of red
+and blue, measured against the slide's own background.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float32, UInt8
 from crcjax.errors import CrcjaxError
 
 THUMBNAIL_UM_PER_PX = 8.0
-# Finding tissue takes 40 to 55 bytes a pixel; above 770 mm², half of a glass slide, the picture is coarser, and all of one
-# would be of 13 µm per pixel, where every method finds the same tissue (a test).
+# Finding tissue takes 40 to 55 bytes a pixel; above 770 mm², half of a glass slide, the picture is coarser. A whole
+# glass slide would have 13 µm per pixel, where every method finds the same tissue (a test).
 MOST_THUMBNAIL_PX = 12_000_000
 _FAINTEST, _FIRMEST = 0.03, 0.06  # bounds of Otsu's threshold: slides that are all tissue, or faint beside dense
 _INK_RATIO = 1.2  # of red over green density; haematoxylin has at most about 1.06
@@ -32,21 +32,21 @@ _SMALLEST_UM2 = 20_000.0  # of a piece of tissue: smaller is dust or a lost cell
 _HOLE_UM2 = 150_000.0  # holes below it are lumina, mucin and fat, which belong to the tissue
 _CLOSING_UM = 50.0  # gaps between fat cells
 METHODS = ("robust", "otsu", "entropy")
-_LEAST_SATURATION = 12  # of 255: where a slide is glass alone, Otsu's threshold would halve its noise
-_GREYS, _WINDOW_PX = 16, 9  # grey levels and side of the square of which the entropy is taken
-_ENTROPY_BITS = (0.5, 1.5)  # bounds of Otsu's threshold: the noise of glass, and a slide that is all tissue
+_LEAST_SATURATION = 12  # of 255: on a slide that is only background, Otsu's threshold would halve its noise
+_GREYS, _WINDOW_PX = 16, 9  # grey levels and side of the square over which the entropy is computed
+_ENTROPY_BITS = (0.5, 1.5)  # bounds of Otsu's threshold: the noise of background, and a slide that is all tissue
 
 
 class NotBrightfieldError(CrcjaxError):
-    """The picture's background is not the light of a brightfield scanner."""
+    """The background of the picture is not that of a brightfield scan."""
 
 
 @dataclass(frozen=True)
 class TissueModel:
-    """A slide's glass (`white`, RGB intensities) and the excess green density above which a pixel is tissue.
+    """A slide's background (`white`, RGB intensities) and the excess green density above which a pixel is tissue.
 
-    `density` and `excess` are its tissue's medians, pale tissue left out unless nearly all of it is pale: of the optical
-    density, the three channels' sum, and of the excess.
+    `density` and `excess` are medians over its tissue: of the optical density, the three channels' sum, and of the excess
+    green density. Pale tissue is left out unless nearly all of the tissue is pale.
     """
 
     white: tuple[float, float, float]
@@ -56,7 +56,7 @@ class TissueModel:
 
 
 def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
-    """The model of a slide from a picture of it.
+    """Estimates the model of a slide from a picture of it.
 
     Raises NotBrightfieldError if the background is dark (fluorescence) or coloured (wrong colour space).
     """
@@ -90,11 +90,11 @@ def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
 def tissue_mask(
     thumbnail: UInt8[np.ndarray, "y x 3"], model: TissueModel, um_per_px: float, method: str = "robust"
 ) -> Bool[np.ndarray, "y x"]:
-    """Tissue of a thumbnail, small gaps closed, lumina filled and specks removed; `um_per_px` is the thumbnail's.
+    """Segments the tissue of a thumbnail; closes small gaps, fills lumina, removes specks; `um_per_px` is the thumbnail's.
 
-    Of the METHODS, `robust` is the model's; `otsu` Otsu's threshold on the saturation, as CLAM's (Lu et al. 2021), which
-    loses faint tissue beside dense; `entropy` one on the local entropy of grey, as HistoQC's (Janowczyk et al. 2019), which
-    loses what has no texture. Ink and black are tissue to none.
+    The METHODS: `robust` uses the model. `otsu` is Otsu's threshold on the saturation, as in CLAM (Lu et al. 2021), and
+    loses faint tissue beside dense. `entropy` is a threshold on the local entropy of grey, as in HistoQC (Janowczyk et al.
+    2019), and loses tissue without texture. No method takes ink and black for tissue.
     """
     smooth = cv2.GaussianBlur(thumbnail, (0, 0), 1.0)
     density = optical_density(smooth, model.white)
@@ -110,9 +110,9 @@ def tissue_mask(
     padded = cv2.copyMakeBorder(mask, radius, radius, radius, radius, cv2.BORDER_REPLICATE)
     mask = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disc)[radius:-radius, radius:-radius]
     mask = _without_small(mask, _SMALLEST_UM2 / um_per_px**2)
-    # The frame joins all background that touches the border, which is glass however small.
-    glass = cv2.copyMakeBorder(1 - mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
-    filled = 1 - _without_small(glass, _HOLE_UM2 / um_per_px**2, always=(0, 0))[1:-1, 1:-1]
+    # The frame joins all background that touches the border, so that small pieces of it are not filled.
+    background = cv2.copyMakeBorder(1 - mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
+    filled = 1 - _without_small(background, _HOLE_UM2 / um_per_px**2, always=(0, 0))[1:-1, 1:-1]
     return filled.astype(bool) & plausible
 
 
@@ -123,13 +123,13 @@ def _saturated(pixels: np.ndarray) -> np.ndarray:
 
 
 def _textured(pixels: np.ndarray, white: tuple[float, float, float]) -> np.ndarray:
-    """Where it is darker than glass amid differing grey levels: their entropy, in bits, is above Otsu's threshold."""
+    """Pixels darker than background whose neighbourhood has a grey level entropy, in bits, above Otsu's threshold."""
     step = 256 // _GREYS
-    glass = float(np.mean(white))
-    # The glass is the middle of a level, so that its noise does not cross into another.
-    level = np.clip((glass - pixels.mean(axis=2) + step / 2) // step, 0, _GREYS - 1)
+    background = float(np.mean(white))
+    # Background is the middle of a level, so that its noise does not cross into another.
+    level = np.clip((background - pixels.mean(axis=2) + step / 2) // step, 0, _GREYS - 1)
     level[~_plausible(optical_density(pixels, white))] = 0  # the edges of ink and of black are no texture
-    darker = glass - cv2.GaussianBlur(pixels, (0, 0), 1.0).mean(axis=2) > step / 2
+    darker = background - cv2.GaussianBlur(pixels, (0, 0), 1.0).mean(axis=2) > step / 2
     bits = np.zeros(level.shape, np.float32)
     for grey in range(_GREYS):
         share = cv2.boxFilter((level == grey).astype(np.float32), -1, (_WINDOW_PX, _WINDOW_PX)).clip(1e-6, 1)
@@ -151,7 +151,7 @@ def _without_small(mask: np.ndarray, smallest_px: float, always: tuple[int, int]
 def optical_density(
     pixels: UInt8[np.ndarray, "y x 3"], white: tuple[float, float, float]
 ) -> Float32[np.ndarray, "channel y x"]:
-    """-ln of the transmitted light, against the glass `white`: 0 on glass, about 0.1 to 2 in tissue."""
+    """-ln of the transmitted light relative to the background `white`: 0 on background, about 0.1 to 2 in tissue."""
     density = np.empty((3, *pixels.shape[:2]), np.float32)
     for channel, (plane, table) in enumerate(zip(cv2.split(pixels), _density_tables(white), strict=True)):
         cv2.LUT(plane, table, dst=density[channel])
@@ -165,7 +165,7 @@ def _density_tables(white: tuple[float, float, float]) -> list[np.ndarray]:
 
 
 def excess_green(density: Float32[np.ndarray, "channel y x"]) -> Float32[np.ndarray, "y x"]:
-    """By how much a pixel absorbs green more than red and blue, as stained tissue does."""
+    """The density of green above the lesser of red and blue, which is positive in stained tissue."""
     red, green, blue = density
     return green - np.minimum(red, blue)
 
@@ -176,7 +176,7 @@ def ink(density: Float32[np.ndarray, "channel y x"]) -> Bool[np.ndarray, "y x"]:
     cold_ink = (red > _INK_RATIO * green + 0.05) | ((red > 0.3) & (blue > _INK_RATIO * green))
     # Haematoxylin lets less blue through: at least 0.38 of its red density is absorbed there.
     blue_ink = (red > 0.3) & (red > green) & (blue < 0.35 * red)
-    # Eosin lets blue through, which red ink and blood absorb; ink is the clearer in red.
+    # Eosin lets blue through, which red ink and blood absorb; ink absorbs less red than blood.
     red_ink = (green > 0.5) & (blue > _WARM * green) & (red < _CLEAR * green)
     return cold_ink | blue_ink | red_ink
 

@@ -17,10 +17,10 @@ from crcjax.slides.tiling.quality_control import (
     REASONS,
     QualityLimits,
     StainLimits,
-    judge,
     parse_limits,
     score_tiles,
     slide_verdict,
+    tile_reasons,
     tile_stain_degrees,
 )
 from crcjax.slides.tiling.read import read_regions, region_tiles
@@ -87,9 +87,9 @@ def test_sharpness_falls_with_every_step_out_of_focus() -> None:
 @pytest.mark.parametrize("sigma_um", [0.3, 2.0, 3.0, 5.0, 8.0, 12.0])
 def test_one_of_the_two_measures_tells_a_blur_however_far_it_goes(sigma_um: float) -> None:
     blurred = cv2.GaussianBlur(_tile(), (0, 0), sigma_um / 0.5)
-    assert (REASONS[int(judge(score_tiles([blurred], MODEL)[0], QualityLimits(max_bubble=1.0)))] == "blurred") == (
-        sigma_um > 1
-    )
+    assert (
+        REASONS[int(tile_reasons(score_tiles([blurred], MODEL)[0], QualityLimits(max_bubble=1.0)))] == "blurred"
+    ) == (sigma_um > 1)
 
 
 @pytest.mark.parametrize("measure", ["sharpness", "focus"])
@@ -204,7 +204,7 @@ def test_ordinary_tissue_beside_however_much_pale_is_no_fold_and_what_lies_doubl
     model = tissue_model(np.vstack([glass, ordinary, *[faint] * pale]))
     folded = _tile()
     folded[:, 100:160] = _tile(2.0)[:, 100:160]
-    reasons = judge(score_tiles([_tile(), folded, _tile(0.25)], model), QualityLimits())
+    reasons = tile_reasons(score_tiles([_tile(), folded, _tile(0.25)], model), QualityLimits())
     assert [REASONS[reason] for reason in reasons.tolist()] == ["kept", "fold", "pale"]
 
 
@@ -251,7 +251,7 @@ def test_the_distance_of_a_colour_from_all_mixtures_of_two_stains(colour: tuple[
     ],
 )
 def test_a_tile_is_judged_by_its_first_fault(changes: dict, reason: str) -> None:
-    assert REASONS[int(judge(_scores(**changes), QualityLimits()))] == reason
+    assert REASONS[int(tile_reasons(_scores(**changes), QualityLimits()))] == reason
 
 
 def test_limits_are_read_and_survive_json() -> None:
@@ -346,7 +346,7 @@ def test_smooth_tissue_is_not_taken_for_blurred(painted: dict[str, np.ndarray]) 
     focus = painted["scores"][:, QUALITY_NAMES.index("focus")]
     assert smooth.sum() > 20
     assert roc_auc_score(blurred[smooth | blurred], -focus[smooth | blurred]) >= 0.95
-    assert (judge(painted["scores"][smooth], QualityLimits()) == REASONS.index("blurred")).mean() < 0.05
+    assert (tile_reasons(painted["scores"][smooth], QualityLimits()) == REASONS.index("blurred")).mean() < 0.05
 
 
 def test_a_tiles_colour_is_a_mixture_of_its_own_sites_stains_and_of_no_foreign_ones(
@@ -369,7 +369,7 @@ def test_a_tiles_colour_is_a_mixture_of_its_own_sites_stains_and_of_no_foreign_o
 
 def test_clean_painted_tiles_are_kept(painted: dict[str, np.ndarray]) -> None:
     clean = ~np.any([painted[name] for name in SCORE_OF], axis=0)
-    assert (judge(painted["scores"][clean], QualityLimits()) == REASONS.index("kept")).mean() > 0.97
+    assert (tile_reasons(painted["scores"][clean], QualityLimits()) == REASONS.index("kept")).mean() > 0.97
 
 
 @pytest.mark.parametrize("side", [64, 200, 256])
