@@ -15,8 +15,8 @@ from jaxtyping import Int, Int32
 from crcjax.errors import BusyError, InputError, SlideError
 from crcjax.slides.interchange.third_party_h5 import ForeignTiles, foreign_files, merged, open_h5py, read_foreign
 from crcjax.slides.jobs.usable_cores import usable_cores
-from crcjax.slides.preprocess.manifest import Outcome, note_outcome
-from crcjax.slides.preprocess.tile_slides import check_slide_ids, judged, read_ahead
+from crcjax.slides.preprocess.manifest import Outcome, append_outcome
+from crcjax.slides.preprocess.tile_slides import check_slide_ids, read_ahead, with_qc_result
 from crcjax.slides.store.features import feature_attributes, write_features
 from crcjax.slides.store.locks import slide_lock
 from crcjax.slides.store.tile_pixels import NO_PIXELS
@@ -87,7 +87,7 @@ def import_files(
         except (BusyError, InputError) as error:  # another process writes it, or what is there is damaged
             outcome = replace(outcome, status="failed", reason=str(error))
         outcome = replace(outcome, seconds=time.monotonic() - begun)
-        note_outcome(store, outcome)
+        append_outcome(store, outcome)
         outcomes.append(outcome)
         on_outcome(outcome)
     return outcomes
@@ -123,7 +123,7 @@ def _import_slide(
         outcome = replace(outcome, status="already imported")
     kept, hashed = int(there.mask.sum()), there.info.content_hash
     outcome = replace(outcome, regions=len(there.origin), tiles=kept, content_hash=hashed)
-    return judged(outcome, there.info, there.attributes)
+    return with_qc_result(outcome, there.info, there.attributes)
 
 
 def _encoder_name(tiles: ForeignTiles, encoder: str | None) -> str | None:

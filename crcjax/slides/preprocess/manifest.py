@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from crcjax.errors import writing
 from crcjax.slides.store.locks import file_lock
-
-if TYPE_CHECKING:
-    pass
-
 
 MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one slide: `status` is `tiled`, `already tiled`, a JobFailed's or a SlideError's.
+    """The outcome of one slide: `status` is `tiled`, `already tiled`, or that of a JobFailed or a SlideError.
 
-    Of a slide that was tiled `verdict` is quality control's (accept, review or reject), and the `reason` is what a user
-    should know of it, if anything: of its micrometres per pixel, and what the verdict rests on.
-    `seconds` are of the last of its `attempts`, in the process `worker` (machine:process).
+    For a tiled slide, `verdict` is the QC result (accept, review or reject), and `reason` gives its reasons and a warning
+    about its micrometres per pixel, if any. `seconds` is the duration of the last of its `attempts`, in the process
+    `worker` (machine:process).
     """
 
     slide_id: str
@@ -44,7 +39,7 @@ class Outcome:
 
 
 def read_manifest(store: Path) -> dict[str, dict]:
-    """The newest outcome of every slide, as STORE/manifest.jsonl has it. A line that a killed run cut off is left out."""
+    """Reads the newest outcome of every slide from STORE/manifest.jsonl. A line that a killed run cut off is skipped."""
     newest = {}
     path = store / MANIFEST
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -61,10 +56,10 @@ def tiled_in_manifest(store: Path) -> set[str]:
     return {slide_id for slide_id, outcome in read_manifest(store).items() if outcome["status"] in tiled}
 
 
-def note_outcome(store: Path, outcome: Outcome) -> None:
+def append_outcome(store: Path, outcome: Outcome) -> None:
     """Adds a line to STORE/manifest.jsonl. Raises OutputError."""
     line = json.dumps(asdict(outcome) | {"seconds": round(outcome.seconds, 3)}) + "\n"
-    # One line after the other, also on a network file system, where appending alone is not atomic.
+    # The lock keeps lines whole on network file systems too, where appending alone is not atomic.
     lock = file_lock(store / ".partial" / ".manifest.lock")
     with writing(store), lock, open(store / MANIFEST, "a+b") as manifest:
         manifest.seek(max(0, manifest.tell() - 1))

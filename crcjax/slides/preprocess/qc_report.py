@@ -1,4 +1,4 @@
-"""A page over the slides of a store: what was kept, what was rejected and why, as pictures and a table."""
+"""Writes a page about the slides of a store: kept and rejected tiles with the reasons, as pictures and a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from crcjax.slides.tiling.tissue_segmentation import ink, optical_density
 
 VERDICTS = ("reject", "review", "accept")  # as the page lists them
 STAIN_LIMITS = StainLimits()
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 _COLOURS = {
     "kept": (0, 158, 115),
     "pen": (0, 114, 178),
@@ -99,7 +99,7 @@ def write_overview(
 
 
 def _opened(store: Path, slide_ids: Iterable[str], faults: dict[str, str]) -> tuple[list[TileStore], Stains]:
-    """The slides that can be read and their stains; `faults` gets the others with the reason."""
+    """Opens the slides that can be read and their stains; adds the others to `faults` with the reason."""
     slides, stains = [], Stains()
     for slide_id in slide_ids:
         try:
@@ -118,13 +118,13 @@ def _write_pictures(slide: TileStore, folder: Path) -> None:
 
 
 def _line(slide: TileStore, place: str, degrees: float | None, off: float | None, limits: StainLimits) -> dict:
-    """What the page says of one slide; a stain far from the cohort's asks for a review."""
-    found = slide.attributes["verdict"]
-    line = found | {"slide_id": slide.slide_id, "place": place, "degrees": degrees, "kept": int(slide.mask.sum())}
+    """One slide's line of the page; a stain far from the cohort's requires a review."""
+    qc_result = slide.attributes["verdict"]
+    line = qc_result | {"slide_id": slide.slide_id, "place": place, "degrees": degrees, "kept": int(slide.mask.sum())}
     line["off"] = off
     if degrees is not None and degrees > limits.max_stain_degrees:
-        line["reasons"] = [*found["reasons"], f"the stain is {degrees:.0f} degrees from the cohort's"]
-        line["verdict"] = "reject" if found["verdict"] == "reject" else "review"
+        line["reasons"] = [*qc_result["reasons"], f"the stain is {degrees:.0f} degrees from the cohort's"]
+        line["verdict"] = "reject" if qc_result["verdict"] == "reject" else "review"
     return line
 
 
@@ -150,8 +150,9 @@ def _page(lines: list[dict], absent: list[str], faults: Mapping[str, str], synth
 
 
 def contact_sheet(slide: TileStore) -> UInt8[np.ndarray, "y x 3"]:
-    """The slide, its tissue outlined, and its tiles by reason: kept ones framed, rejected ones filled; ink is shown
-    wherever it lies. Of several magnifications the coarsest is shown.
+    """Draws the slide, its tissue outlined, and its tiles by reason: kept ones framed, rejected ones filled.
+
+    Ink is shown wherever it lies. Of several magnifications the coarsest is shown.
     """
     thumbnail, tissue = slide.thumbnail()
     size = _SHEET_PX, max(1, round(_SHEET_PX * thumbnail.shape[0] / thumbnail.shape[1]))
@@ -195,7 +196,7 @@ def _legend(slide: TileStore, width: int) -> np.ndarray:
 
 
 def slide_stains(slides: Iterable[TileStore]) -> Stains:
-    """Macenko's estimate of every slide that gives one; without its pixels, which may be gone, a slide gives none.
+    """Macenko's estimate of every slide with reliable stains; slides whose pixels are missing are left out.
 
     Raises InputError for a damaged estimate.
     """
@@ -207,16 +208,16 @@ def slide_stains(slides: Iterable[TileStore]) -> Stains:
             slide.check_slide()
         except InputError:
             continue
-        estimate = stored_estimate(slide, "macenko")  # of the scanned tiles, also where others are kept
+        estimate = stored_estimate(slide, "macenko")  # of the scanned tiles, even where normalised ones are stored
         if bool(estimate.reliable):
             stains[slide.slide_id] = np.asarray(estimate.vectors, np.float64)  # type: ignore[union-attr]
     return stains
 
 
 def stain_degrees(stains: Stains) -> dict[str, float]:
-    """How far each slide's stains are from the median of these slides', the larger of the two angles in degrees.
+    """The larger of the two angles, in degrees, between each slide's stains and the medians of all these slides.
 
-    None for fewer than three slides.
+    Empty for fewer than three slides.
     """
     centre = _centre(stains)
     return {} if centre is None else {name: float(_angle(vectors, centre).max()) for name, vectors in stains.items()}
@@ -228,7 +229,7 @@ def tiles_off(
     """The fraction of the kept tiles further than `max_tile_degrees` from any mixture of the cohort's stains."""
     scored = slide.mask & slide.quality.any(axis=-1)
     if centre is None or "blue" not in slide.attributes["quality"] or not scored.any():
-        return None  # no cohort, a store from before these scores, or tiles that nobody judged
+        return None  # no cohort, a store older than these scores, or tiles without scores
     return float((tile_stain_degrees(slide.quality[scored], centre) > limits.max_tile_degrees).mean())
 
 
@@ -240,15 +241,15 @@ def _centre(stains: Stains) -> Float64[np.ndarray, "stain 3"] | None:
 
 
 def _stain_picture(stains: Stains, places: Mapping[str, str], synthetic: bool) -> Figure:
-    """Of each slide's unit vectors the shares of red and of blue, by place."""
+    """Plots the shares of red and of blue in each slide's unit vectors, by place."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for place in sorted(set(places.values()) or {""}):
         of_place = np.array([vectors for slide_id, vectors in stains.items() if places.get(slide_id, "") == place])
         if not len(of_place):
             continue
-        drawn = axis.plot(of_place[:, 0, 0], of_place[:, 0, 2], "o", alpha=0.7, label=place or "all slides")
-        axis.plot(of_place[:, 1, 0], of_place[:, 1, 2], "^", alpha=0.7, color=drawn[0].get_color())
+        points = axis.plot(of_place[:, 0, 0], of_place[:, 0, 2], "o", alpha=0.7, label=place or "all slides")
+        axis.plot(of_place[:, 1, 0], of_place[:, 1, 2], "^", alpha=0.7, color=points[0].get_color())
     axis.set(xlabel="red share of the stain's optical density", ylabel="blue share", title="Stains of the slides")
     axis.plot([], [], "ko", label="haematoxylin")
     axis.plot([], [], "k^", label="eosin")

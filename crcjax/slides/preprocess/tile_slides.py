@@ -1,4 +1,4 @@
-"""The tiling of many slides: which, in what order, on which machines, and what became of each."""
+"""Tiles many slides, the largest first, in worker processes or on a Ray cluster, and reports the outcome of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.jobs.worker_pool import NO_LIMITS, Done, JobFailed, JobLimits, run_jobs
-from crcjax.slides.preprocess.manifest import Outcome, note_outcome, tiled_in_manifest
+from crcjax.slides.preprocess.manifest import Outcome, append_outcome, tiled_in_manifest
 from crcjax.slides.store.features import feature_names
 from crcjax.slides.store.locks import slide_lock
 from crcjax.slides.store.tile_pixels import check_mode, shard_regions
@@ -36,9 +36,9 @@ EXECUTORS = ("processes", "ray")
 
 @dataclass(frozen=True)
 class TileJob:
-    """One slide to tile; `mpp` (µm per level-0 px) overrides what the file says, `fallback_mpp` is for one that states none.
+    """One slide to tile; `mpp` (µm per level-0 px) overrides the file's, `fallback_mpp` is used if the file states none.
 
-    A store and a run's outcomes name its path only if `names_path`: a path often holds the identifier of a person.
+    Stores and outcomes name its path only if `names_path`: a path often contains a person's identifier.
     """
 
     slide_id: str
@@ -50,7 +50,7 @@ class TileJob:
 
     @property
     def name(self) -> str:
-        """What outcomes call it: its path, or else its id."""
+        """The slide's name in outcomes: its path, or its id if the path must not be named."""
         return str(self.path) if self.names_path else self.slide_id
 
 
@@ -66,12 +66,12 @@ def tile_slides(
     replace_features: bool = False,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Tiles slides into a store, the largest first; what is already there with the same content is left as it is.
+    """Tiles slides into a store, the largest first; slides that are already there with the same content are skipped.
 
     `workers` is the number of cores to use (all by default): processes over slides, and threads within a slide when
-    there are fewer slides than workers; with the `executor` "ray" CPUs of a cluster, one a slide. A slide that cannot be
-    used, or exceeds the `limits`, is an outcome; every outcome is a line of STORE/manifest.jsonl too. Several runs may
-    tile into one store at once, and wait for what another does. A slide whose stored features would no longer fit its tiles is
+    there are fewer slides than workers; with the `executor` "ray" CPUs of a cluster, one per slide. A slide that cannot be
+    used, or exceeds the `limits`, has an outcome too; every outcome is also a line of STORE/manifest.jsonl. Several runs may
+    tile into one store at once; each waits for slides that another is tiling. A slide whose stored features would no longer fit its tiles is
     refused, unless `replace_features` allows their deletion. Raises InputError if the store holds tiles of other
     parameters, two jobs share a slide id, one has an impossible mpp, or there is no such executor, OutputError if the store
     cannot be written.
@@ -87,23 +87,23 @@ def tile_slides(
     store = store_path(store)
     remove_partials(store)
     _check_same_params(store, params)
-    noted = tiled_in_manifest(store)
+    in_manifest = tiled_in_manifest(store)
     outcomes: dict[str, Outcome] = {}
     try:
         for job in jobs:
             if fault := slide_id_fault(job.slide_id):
                 outcomes[job.slide_id] = Outcome(job.slide_id, job.name, "failed", fault)
-                note_outcome(store, outcomes[job.slide_id])
+                append_outcome(store, outcomes[job.slide_id])
                 on_outcome(outcomes[job.slide_id])
         usable = [job for job in jobs if job.slide_id not in outcomes]
         tasks = [_TileTask(job, store, params, pixels, replace_features) for job in _largest_first(usable)]
         for done in _run(executor, tasks, workers, limits):
             outcome = _outcome(done)
             outcomes[outcome.slide_id] = outcome
-            if outcome.status == "already tiled" and outcome.slide_id not in noted:
-                noted = tiled_in_manifest(store)  # another run may have tiled it meanwhile
-            if outcome.status != "already tiled" or outcome.slide_id not in noted:
-                note_outcome(store, outcome)
+            if outcome.status == "already tiled" and outcome.slide_id not in in_manifest:
+                in_manifest = tiled_in_manifest(store)  # another run may have tiled it meanwhile
+            if outcome.status != "already tiled" or outcome.slide_id not in in_manifest:
+                append_outcome(store, outcome)
             on_outcome(outcome)
     finally:
         remove_partials(store)
@@ -122,7 +122,7 @@ def _run(executor: str, tasks: Sequence[_TileTask], workers: int | None, limits:
 
 
 def _outcome(done: Done) -> Outcome:
-    """Raises a result that stops the run: no output can be written, or the arguments are wrong."""
+    """Converts a job's result to an outcome; raises an error that stops the run: wrong arguments or unwritable output."""
     job, result = done.job.job, done.result
     if isinstance(result, SlideError | JobFailed):
         parts = [result.reason, result.remedy] if isinstance(result, SlideError) else [str(result)]
@@ -157,25 +157,25 @@ def _tile_slide(task: _TileTask) -> Outcome:
             done = _already_tiled(task, slide.info)
             if done:
                 outcome = replace(outcome, regions=len(done.origin), tiles=int(done.mask.sum()))
-                return judged(outcome, slide.info, done.attributes)
+                return with_qc_result(outcome, slide.info, done.attributes)
             if not task.replace_features:
                 _check_without_features(task.store, job)
             plan = plan_tiles(slide, task.params, job.areas)
         stain = _stain_of(slide, plan)
-        kept = 0
+        kept_tiles = 0
         with StoreWriter(task.store, job.slide_id, slide, plan, task.pixels, locked=True) as writer:
             for first, tiles in read_ahead(slide, plan, task.threads, writer.pack, stain):
                 writer.write(first, tiles)
-                kept += int(tiles.mask.sum())
+                kept_tiles += int(tiles.mask.sum())
             if stain:
                 writer.keep(stain.files())
             attributes = writer.commit()
-    outcome = replace(outcome, status="tiled", regions=len(plan.origin), tiles=kept)
-    return judged(outcome, slide.info, attributes)
+    outcome = replace(outcome, status="tiled", regions=len(plan.origin), tiles=kept_tiles)
+    return with_qc_result(outcome, slide.info, attributes)
 
 
-def judged(outcome: Outcome, info: SlideInfo, attributes: Mapping[str, Any]) -> Outcome:
-    """The outcome of a slide that a store holds, with its verdict and what a user should know of it."""
+def with_qc_result(outcome: Outcome, info: SlideInfo, attributes: Mapping[str, Any]) -> Outcome:
+    """Adds the QC result and its reasons to the outcome of a slide in the store."""
     verdict = attributes["verdict"]
     return replace(
         outcome, verdict=verdict["verdict"], reason="; ".join(filter(None, [info.warning, *verdict["reasons"]]))
@@ -184,7 +184,7 @@ def judged(outcome: Outcome, info: SlideInfo, attributes: Mapping[str, Any]) -> 
 
 @contextmanager
 def _region_files_of(job: TileJob) -> Iterator[None]:
-    """What is wrong with a slide's region files is wrong with this slide alone."""
+    """Turns a fault of a slide's region files into a fault of that slide alone."""
     try:
         yield
     except InputError as error:
@@ -208,7 +208,7 @@ def read_ahead(
 
     Raises SlideError: `corrupt`, and at the end `no_tissue` if not one tile passed quality control.
     """
-    step, seen = shard_regions(plan.params), Counter[int]()
+    step, reason_counts = shard_regions(plan.params), Counter[int]()
     starts = deque(range(0, len(plan.origin), step))
     ahead: deque[tuple[int, Future[RegionTiles]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -220,29 +220,29 @@ def read_ahead(
                     ahead.append((first, pool.submit(read_regions, slide, plan, first, last, pack, transform)))
                 first, future = ahead.popleft()
                 tiles = future.result()
-                seen.update(tiles.reason.ravel().tolist())
+                reason_counts.update(tiles.reason.ravel().tolist())
                 yield first, tiles
         finally:
             pool.shutdown(cancel_futures=True)
-    if not seen[KEPT]:
-        faults = ", ".join(f"{count} {REASONS[code]}" for code, count in seen.most_common() if code != ABSENT)
+    if not reason_counts[KEPT]:
+        faults = ", ".join(f"{count} {REASONS[code]}" for code, count in reason_counts.most_common() if code != ABSENT)
         reason = f"has no tile that passed quality control ({faults})"
         raise SlideError(slide.info.path, "no_tissue", reason, "look at the slide; scan it again if it is out of focus")
 
 
 def _already_tiled(task: _TileTask, info: SlideInfo) -> TileStore | None:
     try:
-        found = open_store(task.store, task.job.slide_id)
+        stored = open_store(task.store, task.job.slide_id)
     except UnreadableError as error:
         reason, _, remedy = str(error).rpartition("; ")
         raise SlideError(task.job.path, "storage", reason, remedy) from error
     except InputError:
         return None
-    same_slide = replace(found.info, path="") == replace(info, path="")
-    # Without pixels of its own, a store must know where the slide is now.
-    moved = task.pixels == "none" and found.info.path != info.path
-    same_areas = found.attributes.get("areas", "") == task.job.areas.id
-    return found if same_slide and same_areas and found.pixels == task.pixels and not moved else None
+    same_slide = replace(stored.info, path="") == replace(info, path="")
+    # A store without pixels must have the slide's current path.
+    moved = task.pixels == "none" and stored.info.path != info.path
+    same_areas = stored.attributes.get("areas", "") == task.job.areas.id
+    return stored if same_slide and same_areas and stored.pixels == task.pixels and not moved else None
 
 
 def _check_without_features(store: Path, job: TileJob) -> None:
@@ -254,7 +254,7 @@ def _check_without_features(store: Path, job: TileJob) -> None:
 
 
 def check_slide_ids(slides: Sequence[tuple[str, str | Path]]) -> None:
-    """Of slides' ids and names: raises InputError if an id cannot name a file, or two slides share one."""
+    """Checks slides' ids and names. Raises InputError if an id cannot name a file, or two slides share one."""
     for slide_id, path in slides:
         if fault := slide_id_fault(slide_id):
             raise InputError(f"{path}: {fault}")
@@ -272,23 +272,23 @@ def _check_distinct(slides: Sequence[tuple[str, str | Path]]) -> None:
 def _check_same_params(store: Path, params: TilingParams) -> None:
     for slide_id in tiled_slides(store)[:1]:
         try:
-            found = open_store(store, slide_id).params.to_json()
+            stored = open_store(store, slide_id).params.to_json()
         except InputError:
             return
         for name, value in params.to_json().items():
-            if found[name] != value:
+            if stored[name] != value:
                 raise InputError(
-                    f"{store}: its slides were tiled with {name} {found[name]}, not {value}; choose another --out"
+                    f"{store}: its slides were tiled with {name} {stored[name]}, not {value}; choose another --out"
                 )
 
 
 def _largest_first(jobs: Sequence[TileJob]) -> list[TileJob]:
-    """So that a large one does not hold up the end; slides of one size by their ids."""
+    """Orders jobs by size, so that no large slide is left to the end; slides of one size are ordered by their ids."""
     return sorted(jobs, key=lambda job: (-size_of(job), job.slide_id))
 
 
 def size_of(job: TileJob) -> int:
-    """Bytes of all of its slide's files; 0 if it is missing or cannot be looked at."""
+    """The bytes of all files of its slide; 0 if it is missing or cannot be read."""
     try:
         return sum(file.stat().st_size for file in slide_files(job.path))
     except OSError:
@@ -296,9 +296,9 @@ def size_of(job: TileJob) -> int:
 
 
 def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:
-    """The jobs of shard I/N (1/N to N/N): every job is in one shard, whose sizes are alike.
+    """The jobs of shard I/N (1/N to N/N): every job is in one shard, and shards have similar sizes in bytes.
 
-    Decided by the jobs' sizes and ids alone, so that the tasks of a SLURM array agree without speaking to each other.
+    The jobs' sizes and ids alone decide, so that the tasks of a SLURM array agree without communicating.
     Raises InputError, also if two jobs share a slide id.
     """
     _check_distinct([(job.slide_id, job.name) for job in jobs])

@@ -1,4 +1,4 @@
-"""Features of a slide's tiles in its store: one array an encoder, whole or not there."""
+"""Features of a slide's tiles in its store: one array for each encoder, written atomically."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from crcjax.errors import InputError, writing
 from crcjax.slides.store.tile_store import open_store
 from crcjax.slides.store.zarr_arrays import create_array, open_array, store_path, unreadable, write_group
 
-# The least that is read. Training reads some regions of many: what lies beside them in their chunks is read in vain.
+# The least that is read. Training samples few of many regions: the rest of their chunks is read in vain.
 _CHUNK_BYTES = 8192
 _SHARD_CHUNKS = 1024
-_PACKED_BELOW = (
-    0.8  # of the slots filled: features themselves do not shrink by a tenth, and unpacking them takes longer
-)
+# Compress where fewer slots are filled: features themselves shrink by less than a tenth, and decompression takes longer.
+_PACKED_BELOW = 0.8
 
 
 def write_features(
@@ -32,11 +31,11 @@ def write_features(
     features: Float[np.ndarray, "region slot feature"],
     attributes: dict,
 ) -> None:
-    """Keeps features under the encoder's name, replacing older ones at once; a crash leaves those or the new ones.
+    """Stores features under the encoder's name and replaces older ones atomically; a crash leaves the older or the new ones.
 
-    They are float16 or float32, and made zero where the mask is False. `attributes` say how they came about: `encoder`,
-    `weights_sha256`, `mpp` and `dtype` at least, None where that is not known of imported ones. Raises InputError for another
-    shape than the slide's or a name that cannot be a folder's, OutputError if the store cannot be written.
+    Features are float16 or float32, and are set to zero where the mask is False. `attributes` state their origin: at least
+    `encoder`, `weights_sha256`, `mpp` and `dtype`, None where an imported file does not state it. Raises InputError if the
+    shape does not fit the slide's or the name cannot be a folder's, OutputError if the store cannot be written.
     """
     opened = open_store(store, slide_id)
     final = _folder(opened.path, encoder)
@@ -70,17 +69,17 @@ def write_features(
 
 
 def read_features(store: str | Path, slide_id: str, encoder: str) -> Float[np.ndarray, "region slot feature"]:
-    """All features of a slide. Raises InputError if it has none of that name, or they are damaged."""
-    folder = _found(store, slide_id, encoder)
+    """Reads all features of a slide. Raises InputError if it has none of that name, or they are damaged."""
+    folder = _features_folder(store, slide_id, encoder)
     with _checked(folder):
         return open_array(folder).read().result()
 
 
 class FeatureReader:
-    """A slide's features, some regions at a time; any number of threads may read. Raises InputError if there are none."""
+    """Reads a slide's features, any regions at a time; any number of threads may read. Raises InputError if there are none."""
 
     def __init__(self, store: str | Path, slide_id: str, encoder: str):
-        self.path = _found(store, slide_id, encoder)
+        self.path = _features_folder(store, slide_id, encoder)
         self.attributes = feature_attributes(store, slide_id, encoder) or {}
         with _checked(self.path):
             self._array = open_array(self.path)
@@ -90,24 +89,24 @@ class FeatureReader:
     def read(
         self, indices: Sequence[int] | np.ndarray, out: Float[np.ndarray, "region slot feature"] | None = None
     ) -> Float[np.ndarray, "region slot feature"]:
-        """Those of some regions, put into `out` if it is given. Raises InputError if they are damaged, or not finite."""
+        """Reads the features of these regions, into `out` if it is given. Raises InputError if they are damaged or not finite."""
         with _checked(self.path):
             chosen = self._array[np.asarray(indices, np.int64)]
             if out is None:
-                found = chosen.read().result()
+                features = chosen.read().result()
             else:
                 ts.array(out).write(chosen).result()
-                found = out
-        if not _all_finite(found):
+                features = out
+        if not _all_finite(features):
             raise InputError(f"{self.path}: holds features that are not finite; delete it and make them again")
-        return found
+        return features
 
 
 def feature_attributes(store: str | Path, slide_id: str, encoder: str) -> dict | None:
-    """How a slide's features came about; None if it has none of that name. Raises InputError if they are damaged."""
+    """The origin of a slide's features (see `write_features`); None if it has none of that name. Raises InputError if they are damaged."""
     if encoder not in feature_names(store, slide_id):
         return None
-    folder = _found(store, slide_id, encoder)
+    folder = _features_folder(store, slide_id, encoder)
     try:
         return json.loads((folder / "zarr.json").read_text())["attributes"]
     except (OSError, ValueError, KeyError) as error:
@@ -123,7 +122,7 @@ def feature_names(store: str | Path, slide_id: str) -> list[str]:
 def _all_finite(values: np.ndarray) -> bool:
     if values.dtype != np.float16:
         return bool(np.isfinite(values).all())
-    # Neither infinite nor NaN: the exponent is not all ones. NumPy converts float16 first, and takes twenty times as long.
+    # A value is infinite or NaN if its exponent is all ones. NumPy would convert float16 first, which takes twenty times as long.
     return not ((values.view(np.uint16) & 0x7C00) == 0x7C00).any()
 
 
@@ -147,7 +146,7 @@ def _folder(slide: Path, encoder: str) -> Path:
     return slide / "features" / encoder
 
 
-def _found(store: str | Path, slide_id: str, encoder: str) -> Path:
+def _features_folder(store: str | Path, slide_id: str, encoder: str) -> Path:
     folder = _folder(store_path(store) / f"{slide_id}.zarr", encoder)
     older = folder.with_name(f".{encoder}.older")
     if not folder.exists() and not older.exists():

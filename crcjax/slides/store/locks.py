@@ -1,4 +1,4 @@
-"""Locks on stores and slides, freed by the system when their holder dies."""
+"""Locks on stores and slides. The system releases a lock when the process that has it dies."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from crcjax.errors import BusyError, OutputError
 
 @contextmanager
 def slide_lock(store: Path, slide_id: str) -> Iterator[None]:
-    """Holds a slide of a store against all other writers, on any machine; the system frees it when its holder dies.
+    """Locks a slide of a store against all other writers, on any machine, until the block ends or the process dies.
 
-    Raises BusyError if another holds it, OutputError if the store cannot be written or its file system has no locks.
+    Raises BusyError if another process has the lock, OutputError if the store cannot be written or its file system has no locks.
     """
     with file_lock(store / ".partial" / f"{slide_id}.lock", f"another process writes the slide {slide_id}"):
         yield
@@ -23,7 +23,7 @@ def slide_lock(store: Path, slide_id: str) -> Iterator[None]:
 
 @contextmanager
 def file_lock(path: Path, busy: str = "") -> Iterator[None]:
-    """Holds the lock that a file stands for, waiting for it unless `busy` says what BusyError shall say. Raises OutputError."""
+    """Takes the lock of a file. Waits for it, or raises BusyError with the text `busy` if that is given. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path, fcntl.LOCK_NB if busy else 0)
@@ -42,13 +42,13 @@ def file_lock(path: Path, busy: str = "") -> Iterator[None]:
 
 def _lock(path: Path, flags: int) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only files that are open for writing
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except FileNotFoundError:
-            pass  # its last holder removed it since it was opened
+            pass  # another process released and removed it after it was opened
         except OSError:
             os.close(descriptor)
             raise

@@ -1,4 +1,4 @@
-"""The pixels of a store's tiles, kept in one of three ways (`MODES`), and read again as they were."""
+"""Writes and reads the pixels of a store's tiles in one of three modes (`MODES`)."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ MODES = {
 NO_PIXELS = "absent"  # the mode of tiles that were imported without their slide
 IMPORTED_ALONE = "was imported without its slide and has no pixels; import it with --slides into another --out"
 JPEG_QUALITY = 90
-JPEG_SUBSAMPLING = "444"  # stains are told apart by colour: at equal bytes 4:4:4 errs less than 4:2:0
+JPEG_SUBSAMPLING = "444"  # stains differ by colour: at equal bytes 4:4:4 has smaller errors than 4:2:0
 _SHARD_TILES = 128  # tiles a shard at most: whole shards are written at once, single tiles are read
-_SHARD_PIXELS = _SHARD_TILES << 16  # and no more pixels than so many tiles of 256 px have: they are held in memory
+_SHARD_PIXELS = (
+    _SHARD_TILES << 16
+)  # at most the pixels of that many tiles of 256 px: a shard is in memory while it is written
 _SHARD_BYTES = 4 << 20
-_CHUNK_BYTES = 16 << 10  # about half a stream: what one tile's reading reads too much
-_UNBOUNDED = (1 << 62) - 2  # TensorStore's longest axis: the streams' total is known at the end
-_DECODED_TOGETHER = 8  # tiles a task: less, and the handing over shows
-_OPEN_SLIDES = 8  # each holds some decoded tiles a thread
+_CHUNK_BYTES = 16 << 10  # about half a stream: the excess bytes when one tile is read
+_UNBOUNDED = (1 << 62) - 2  # TensorStore's longest axis: the streams' total length is only known at the end
+_DECODED_TOGETHER = 8  # tiles per task: with fewer, the overhead of a task is noticeable
+_OPEN_SLIDES = 8  # each caches some decoded tiles per thread
 
 
 def shard_regions(params: TilingParams) -> int:
-    """Regions a shard, the unit in which regions are decoded and written."""
+    """Regions per shard, the unit in which regions are decoded and written."""
     return max(1, min(_SHARD_TILES, _SHARD_PIXELS // params.tile_px**2) // params.slots)
 
 
@@ -62,14 +64,14 @@ class _Writes:
             self._futures.popleft().result()
 
     def abandon(self) -> None:
-        """Waits as well, whatever became of them: a write under way would make a removed folder again."""
+        """Waits for all writes and ignores their errors: a pending write would recreate a removed folder."""
         for future in self._futures:
             with suppress(ValueError):
                 future.result()
 
 
 class LosslessWriter:
-    """An array a magnification, one chunk a tile. Its methods raise ValueError where they cannot write."""
+    """Writes one array per magnification, one chunk per tile. Its methods raise ValueError where they cannot write."""
 
     pack = None  # the pixels themselves are written
 
@@ -83,32 +85,32 @@ class LosslessWriter:
         self._writes = _Writes(2 * len(self._arrays))
 
     def write(self, start: int, tiles: RegionTiles) -> None:
-        """Regions from `start` on, a whole shard but for the last."""
+        """Writes regions from `start` on: a whole shard, except the last."""
         first = 0
         for array, factor in zip(self._arrays, self._factors, strict=True):
             part = tiles.pixels[:, first : first + factor**2]
-            # The caller makes new arrays for every shard, so TensorStore may read this one while it compresses.
+            # The caller makes new arrays for every shard, so TensorStore may still read this one while it compresses.
             piece = array[start : start + len(part)]
             self._writes.add(piece.write(part, can_reference_source_data_indefinitely=True))
             first += factor**2
 
     def finish(self) -> dict:
-        """What the store's attributes say of the pixels, once everything is written."""
+        """Waits until everything is written; returns the store's attributes of the pixels."""
         self._writes.finish()
         return {}
 
     def close(self) -> None:
-        """Ends what is under way."""
+        """Waits for pending writes."""
         self._writes.abandon()
 
 
 class JpegWriter:
-    """`streams`, the bytes of all tiles region by region, and `offset`, where each slot's begin. Masked slots have none.
+    """Writes `streams`, the bytes of all tiles region by region, and `offset`, where each slot's begin; masked slots have none.
 
     Its methods raise ValueError where they cannot write.
     """
 
-    # Of every tile its stream, and whether it is the slide's own.
+    # The stream of every tile, and whether it is the slide's native JPEG tile.
     pack = Pack(
         lambda tile: (
             simplejpeg.encode_jpeg(np.ascontiguousarray(tile), JPEG_QUALITY, "RGB", JPEG_SUBSAMPLING),
@@ -124,19 +126,19 @@ class JpegWriter:
         self._lengths = np.zeros(plan.mask.shape, np.int64)
         self._writes = _Writes(2)
         self._waiting = bytearray()  # less than a shard
-        self._written = self._own = 0
+        self._written = self._native = 0
 
     def write(self, start: int, tiles: RegionTiles) -> None:
-        """Packed regions from `start` on, in order."""
-        for place, (stream, own) in tiles.packed.items():
+        """Writes packed regions from `start` on, in order."""
+        for place, (stream, is_native) in tiles.packed.items():
             self._lengths[place] = len(stream)
             self._waiting += stream
-            self._own += own
+            self._native += is_native
         while len(self._waiting) >= _SHARD_BYTES:
             self._write(_SHARD_BYTES)
 
     def finish(self) -> dict:
-        """What the store's attributes say of the pixels, once everything is written."""
+        """Waits until everything is written; returns the store's attributes of the pixels."""
         total = self._written + len(self._waiting)
         self._streams = self._streams.resize(exclusive_max=[total], resize_metadata_only=True).result()
         if self._waiting:
@@ -144,10 +146,10 @@ class JpegWriter:
         offset = np.concatenate([[0], np.cumsum(self._lengths)])
         create_array(self._folder / "offset", "int64", offset.shape).write(offset).result()
         self._writes.finish()
-        return {"jpeg": {"quality": JPEG_QUALITY, "subsampling": JPEG_SUBSAMPLING, "own_streams": self._own}}
+        return {"jpeg": {"quality": JPEG_QUALITY, "subsampling": JPEG_SUBSAMPLING, "own_streams": self._native}}
 
     def close(self) -> None:
-        """Ends what is under way."""
+        """Waits for pending writes."""
         self._writes.abandon()
 
     def _write(self, count: int) -> None:
@@ -158,7 +160,7 @@ class JpegWriter:
 
 
 class ChecksumWriter:
-    """`checksum`, the CRC-32 of every tile's pixels, so that what is read from the slide later is what was judged."""
+    """Writes `checksum`, the CRC-32 of every tile's pixels, to detect a slide that changed after quality control."""
 
     pack = Pack(lambda tile: zlib.crc32(np.ascontiguousarray(tile).data))
 
@@ -167,21 +169,21 @@ class ChecksumWriter:
         self._checksum = np.zeros(plan.mask.shape, np.uint32)
 
     def write(self, start: int, tiles: RegionTiles) -> None:
-        """Packed regions from `start` on."""
+        """Writes packed regions from `start` on."""
         for place, checksum in tiles.packed.items():
             self._checksum[place] = checksum
 
     def finish(self) -> dict:
-        """What the store's attributes say of the pixels, once everything is written."""
+        """Waits until everything is written; returns the store's attributes of the pixels."""
         create_array(self._folder / "checksum", "uint32", self._checksum.shape).write(self._checksum).result()
         return {}
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """No write is pending."""
 
 
 class NoPixels:
-    """Neither writes nor reads: of tiles that were imported without their slide."""
+    """Neither writes nor reads pixels: for tiles that were imported without their slide."""
 
     pack = None
 
@@ -189,14 +191,14 @@ class NoPixels:
         self._store = folder.parent
 
     def write(self, start: int, tiles: RegionTiles) -> None:
-        """There is nothing to write."""
+        """Writes nothing."""
 
     def finish(self) -> dict:
-        """What the store's attributes say of the pixels: nothing more."""
+        """Returns the store's attributes of the pixels: none."""
         return {}
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """No write is pending."""
 
     def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
         """Raises InputError."""
@@ -207,7 +209,7 @@ PixelWriter = LosslessWriter | JpegWriter | ChecksumWriter | NoPixels
 
 
 def pixel_writer(mode: str, folder: Path, plan: TilePlan, slide: Slide | SlideInfo) -> PixelWriter:
-    """A writer into `folder`; a SlideInfo alone is of a slide that is not there, and `mode` then NO_PIXELS.
+    """Returns a writer into `folder`. A SlideInfo stands for a slide that is not available; `mode` is then NO_PIXELS.
 
     Raises InputError for another mode than `MODES`, ValueError where it cannot write.
     """
@@ -226,20 +228,20 @@ def check_mode(mode: str) -> None:
 
 
 class LosslessReader:
-    """Reads what `LosslessWriter` wrote. Raises ValueError if it is damaged."""
+    """Reads the arrays of `LosslessWriter`. Raises ValueError if they are damaged."""
 
     def __init__(self, folder: Path, params: TilingParams):
         self._arrays = [open_array(folder / name) for name in params.magnifications]
 
     def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
-        """Puts the tiles of some regions into `out`, masked slots zero."""
+        """Reads the tiles of the chosen regions into `out`; masked slots are zero."""
         np.concatenate(
             [future.result() for future in [array[chosen].read() for array in self._arrays]], axis=1, out=out
         )
 
 
 class JpegReader:
-    """Reads what `JpegWriter` wrote. Raises ValueError if it is damaged."""
+    """Reads the streams of `JpegWriter`. Raises ValueError if they are damaged."""
 
     def __init__(self, folder: Path, params: TilingParams):
         self._params = params
@@ -247,10 +249,10 @@ class JpegReader:
         self._offset: Int[np.ndarray, " _"] = open_array(folder / "offset").read().result()
 
     def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
-        """As `LosslessReader.read`."""
+        """Like `LosslessReader.read`."""
         slots = self._params.slots
         offset = self._offset[chosen[:, None] * slots + np.arange(slots + 1)]
-        # Neighbours are read as one.
+        # Adjacent regions are read with one request.
         first, last = (np.flatnonzero(np.diff(chosen, **beyond) != 1) for beyond in ({"prepend": -2}, {"append": -2}))
         bounds = zip(offset[first, 0].tolist(), offset[last, -1].tolist(), strict=True)
         reads = [self._streams[start:stop].read() for start, stop in bounds]
@@ -259,7 +261,7 @@ class JpegReader:
         step, decoding = max(1, _DECODED_TOGETHER // slots), []
         for start in range(0, len(chosen), step):
             part = slice(start, start + step)
-            # What is read first is decoded while the rest is read.
+            # The first streams are decoded while the rest are read.
             streams = [reads[i].result() for i in run[part]]
             decoding.append(_threads().submit(_decode, streams, within[part], out[part]))
         for future in decoding:
@@ -267,19 +269,19 @@ class JpegReader:
 
 
 def _decode(streams: list[np.ndarray], offsets: list[list[int]], out: np.ndarray) -> None:
-    """Of every region bytes that hold its streams, and where each slot's begin in them."""
-    for held, offset, tiles in zip(streams, offsets, out, strict=True):
+    """Decodes the streams of every region, given its bytes and the offset of each slot in them."""
+    for region_bytes, offset, tiles in zip(streams, offsets, out, strict=True):
         for tile, (start, stop) in zip(tiles, pairwise(offset), strict=True):
             if start == stop:
                 tile[:] = 0
                 continue
-            shape = simplejpeg.decode_jpeg(held[start:stop], "RGB", buffer=tile, strict=True).shape
+            shape = simplejpeg.decode_jpeg(region_bytes[start:stop], "RGB", buffer=tile, strict=True).shape
             if shape != tile.shape:
                 raise ValueError(f"pixels/streams: a tile has the shape {shape}")
 
 
 class SlideReader:
-    """Reads the tiles from their slide file again. Raises InputError if it is not there or not as it was."""
+    """Reads the tiles from their slide file. Raises InputError if it is missing or has changed."""
 
     def __init__(
         self,
@@ -294,7 +296,7 @@ class SlideReader:
         self._checksum: np.ndarray = open_array(folder / "checksum").read().result()
 
     def read(self, chosen: Int[np.ndarray, " region"], out: UInt8[np.ndarray, "region slot y x 3"]) -> None:
-        """As `LosslessReader.read`."""
+        """Like `LosslessReader.read`."""
         try:
             given = self._info.mpp[0] if self._info.mpp_source == "given" else None
             slide = _open_slide(self._info.path, given, self._info.content_hash)
@@ -323,7 +325,7 @@ class _ChangedError(Exception):
 
 @lru_cache(_OPEN_SLIDES)
 def _open_slide(path: str, mpp: float | None, content_hash: str) -> Slide:
-    # A slide that is pushed out is closed when its last reader lets go of it.
+    # A slide that leaves the cache is closed when its last reader releases it.
     slide = open_slide(path, mpp)
     if slide.info.content_hash != content_hash:
         slide.close()
@@ -333,7 +335,7 @@ def _open_slide(path: str, mpp: float | None, content_hash: str) -> Slide:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    """Decode for all readers of this process."""
+    """The threads that decode for all readers of this process."""
     return ThreadPoolExecutor(usable_cores(), "pixels")
 
 
@@ -348,7 +350,7 @@ def pixel_reader(
     origin: Int32[np.ndarray, "region 2"],
     mask: Bool[np.ndarray, "region slot"],
 ) -> PixelReader:
-    """A reader of `folder`, for any number of threads. Raises ValueError if what it holds is damaged."""
+    """Returns a reader of `folder`, for any number of threads. Raises ValueError if its files are damaged."""
     if mode == NO_PIXELS:
         return NoPixels(folder)
     if mode == "none":

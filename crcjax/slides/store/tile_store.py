@@ -1,4 +1,4 @@
-"""One slide's tiles on disk: a zarr v3 group that appears under its name only when it is whole."""
+"""One slide's tiles on disk: a zarr v3 group that appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _REMEDY = "delete its zarr.json and run crcjax tile again, which replaces its ti
 
 
 class TileStore:
-    """A finished slide in a store. Arrays but the pixels are read on opening."""
+    """A finished slide in a store. All arrays except the pixels are read on opening."""
 
     def __init__(self, path: Path, attributes: dict):
         self.path = path
@@ -54,11 +54,11 @@ class TileStore:
         self.mask: Bool[np.ndarray, "region slot"] = self._read("mask")
         self.quality: Float32[np.ndarray, "region slot score"] = self._read("quality")
         self.reason: UInt8[np.ndarray, "region slot"] = self._read("reason")
-        self._tiled = self.mask  # which tiles are there to be read
+        self._tiled = self.mask  # the tiles that can be read
         self._pixels: PixelReader | None = None
 
     def see(self, magnifications: Collection[str]) -> None:
-        """Masks the slots of all other magnifications; with none given, no slot. Raises InputError if it lacks one."""
+        """Masks the slots of all other magnifications; no slot if none is given. Raises InputError if the store lacks one."""
         if lacking := [name for name in magnifications if name not in self.params.magnifications]:
             has = ", ".join(self.params.magnifications)
             raise InputError(
@@ -67,20 +67,20 @@ class TileStore:
         self.mask = self._tiled & self.params.slots_of(magnifications)
 
     def thumbnail(self) -> tuple[UInt8[np.ndarray, "y x 3"], Bool[np.ndarray, "y x"]]:
-        """A picture of the slide, its longer side at most THUMBNAIL_PX, and where it is tissue."""
+        """A picture of the slide, its longer side at most THUMBNAIL_PX, and its tissue mask."""
         return self._read("thumbnail"), self._read("tissue_mask")
 
     @property
     def pixels(self) -> str:
-        """How it keeps them, one of slides.pixels.MODES, or NO_PIXELS."""
+        """How the pixels are stored: one of tile_pixels.MODES, or NO_PIXELS."""
         return self.attributes["pixels"]
 
     def read_pixels(
         self, indices: Sequence[int] | np.ndarray, out: UInt8[np.ndarray, "region slot y x 3"] | None = None
     ) -> UInt8[np.ndarray, "region slot y x 3"]:
-        """The tiles of some regions, masked slots zero; any number of threads may read. `out` is where to put them.
+        """Reads the tiles of these regions, into `out` if it is given; masked slots are zero. Any number of threads may read.
 
-        Raises InputError if the store is damaged, or keeps no pixels and its slide is not there as it was.
+        Raises InputError if the store is damaged, or if it keeps no pixels and its slide is missing or has changed.
         """
         with self._checked():
             if self._pixels is None:
@@ -92,7 +92,7 @@ class TileStore:
             return out
 
     def check_slide(self) -> None:
-        """Raises InputError if pixels are to be read from a slide that is not where it was, before a long run finds out."""
+        """Raises InputError if the pixels are to be read from a slide that is missing, before a long run starts."""
         if self.pixels == NO_PIXELS:
             raise InputError(f"{self.path}: {IMPORTED_ALONE}")
         if self.pixels == "none" and not os.path.exists(self.info.path):
@@ -114,12 +114,12 @@ class TileStore:
 
 
 class StoreWriter:
-    """Writes one slide under a partial name; `commit` gives it its own. Leaving without it removes what was written.
+    """Writes one slide under a partial name; `commit` renames it. Leaving the block without `commit` removes the files.
 
-    `pixels` is one of slides.pixels.MODES; of a slide that is not there, known by its SlideInfo alone, the plan is written
-    without pixels or quality, and `pixels` is NO_PIXELS. `locked` says that the caller holds the `slide_lock`, which is taken
-    otherwise. Raises BusyError if another process writes the slide, OutputError where the disk is full or may not be written,
-    InputError for another mode.
+    `pixels` is one of tile_pixels.MODES. For a slide that is not available, given by its SlideInfo, `pixels` is NO_PIXELS and
+    the plan is written without pixels or scores. `locked` says that the caller has the `slide_lock`; otherwise the writer
+    takes it. Raises BusyError if another process writes the slide, OutputError if the disk is full or cannot be written,
+    InputError for an unknown mode.
     """
 
     def __init__(
@@ -162,18 +162,18 @@ class StoreWriter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._pixels:
-            self._pixels.close()  # a write that is still under way would make the folder again
+            self._pixels.close()  # a pending write would recreate the folder
         shutil.rmtree(self._partial, ignore_errors=True)
         self._life.close()
 
     @property
     def pack(self) -> Pack | None:
-        """What `read_regions` shall do with each tile, so that it is done where the tile is read."""
+        """The conversion that `read_regions` applies to each tile, in the thread that reads it."""
         assert self._pixels is not None
         return self._pixels.pack
 
     def write(self, start: int, tiles: RegionTiles) -> None:
-        """Regions read with `pack`, from `start` on, in order, a whole shard (slides.pixels.shard_regions) but for the last."""
+        """Writes regions read with `pack`, from `start` on, in order: a whole shard (tile_pixels.shard_regions), except the last."""
         stop = start + len(tiles.mask)
         self._mask[start:stop] = tiles.mask
         self._quality[start:stop] = tiles.quality
@@ -183,7 +183,7 @@ class StoreWriter:
             self._pixels.write(start, tiles)
 
     def keep(self, files: Mapping[str, str]) -> None:
-        """Small texts beside the arrays, by their names within the slide's folder."""
+        """Writes small text files, by their paths within the slide's folder."""
         with self._writing():
             for name, text in files.items():
                 path = self._partial / name
@@ -191,7 +191,7 @@ class StoreWriter:
                 path.write_text(text)
 
     def commit(self, about: Mapping[str, object] | None = None) -> dict:
-        """Makes the slide appear in the store, whole, replacing an older one; returns its attributes, over which `about` wins."""
+        """Publishes the slide in the store, replacing an older one; returns its attributes, which `about` overrides."""
         assert self._pixels is not None
         plan, regions = self._plan, len(self._plan.origin)
         arrays = {"origin": plan.origin, "mask": self._mask, "quality": self._quality, "reason": self._reason}
@@ -237,13 +237,13 @@ def _small_pictures(plan: TilePlan) -> dict[str, np.ndarray]:
 
 
 def _rejected(plan: TilePlan, reason: np.ndarray) -> dict[str, int]:
-    """The slide's tiles that were not kept, by reason: those that the plan left out, and those that failed."""
+    """Counts the slide's tiles that were not kept, by reason: those that the plan left out and those that failed quality control."""
     failed = Counter(REASONS[code] for code in reason[plan.mask].tolist())
-    return dict(Counter(plan.rejected) + failed - Counter(kept=failed["kept"]))
+    return dict(Counter(plan.rejected) + failed - Counter({"kept": failed["kept"]}))
 
 
 def open_store(store: str | Path, slide_id: str) -> TileStore:
-    """One slide of a store. Raises InputError if it is absent, damaged, or of a format this version does not read."""
+    """Opens one slide of a store. Raises InputError if it is missing, damaged, or of a format that this version does not read."""
     path = store_path(store) / f"{slide_id}.zarr"
     try:
         attributes = json.loads((path / "zarr.json").read_text())["attributes"]
@@ -252,8 +252,10 @@ def open_store(store: str | Path, slide_id: str) -> TileStore:
     except (OSError, ValueError, KeyError) as error:
         raise unreadable(path, error, "run crcjax tile again, which replaces its tiles") from error
     if attributes.get("format_version") != FORMAT_VERSION:
-        found = attributes.get("format_version")
-        raise InputError(f"{path}: has store format {found}, this crcjax reads {FORMAT_VERSION}; tile the slide again")
+        version = attributes.get("format_version")
+        raise InputError(
+            f"{path}: has store format {version}, this crcjax reads {FORMAT_VERSION}; tile the slide again"
+        )
     try:
         return TileStore(path, attributes)
     except (KeyError, TypeError) as error:
@@ -263,7 +265,7 @@ def open_store(store: str | Path, slide_id: str) -> TileStore:
 
 
 def readable(store: str | Path, slide_id: str) -> TileStore | InputError:
-    """As `open_store`, but that the error is returned: of many slides, one that is damaged shall not keep the others."""
+    """Like `open_store`, but returns the error: one damaged slide must not prevent the use of the others."""
     try:
         return open_store(store, slide_id)
     except InputError as error:
@@ -276,7 +278,7 @@ def tiled_slides(store: str | Path) -> list[str]:
 
 
 def remove_partials(store: Path) -> None:
-    """Removes what writers that no longer live have left. Raises OutputError if the store cannot be written."""
+    """Removes the partial files of writers that have died. Raises OutputError if the store cannot be written."""
     store = store_path(store)
     with writing(store):
         partials = store / ".partial"
@@ -294,6 +296,6 @@ def _sync(folder: Path) -> None:
         finally:
             os.close(descriptor)
 
-    # Together, for the file system writes its journal once for those that wait at the same time.
+    # In parallel: the file system writes its journal once for all files that wait at the same time.
     with ThreadPoolExecutor(_SYNCED_TOGETHER) as pool:
         list(pool.map(sync, [*folder.rglob("*"), folder]))

@@ -1,4 +1,4 @@
-"""Checked zarr v3 arrays: what is damaged or missing is an error, never zeros."""
+"""Zarr v3 arrays with checksums: damaged or missing data raise an error and are never read as zeros."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tensorstore as ts
 
 from crcjax.errors import InputError
 
-# The status of a TensorStore error that the data themselves cause; all others are the file system's.
+# The statuses of TensorStore errors that damaged data cause; the file system causes all others.
 _DAMAGE = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 _CHECKED: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 _PACKED = [_CHECKED[0], {"name": "zstd", "configuration": {"level": 1}}, _CHECKED[1]]
@@ -35,9 +35,9 @@ def create_array(
     *,
     packed: bool = True,
 ) -> ts.TensorStore:
-    """A new array; a shard is a file, a chunk the least that is read, both by default the whole. Raises ValueError.
+    """Creates an array. A shard is a file, a chunk the least that is read; both are the whole array by default.
 
-    `packed` compresses with zstd, which is lost on what is compressed already.
+    `packed` compresses with zstd, which does not help data that are already compressed. Raises ValueError.
     """
     shard = shard or tuple(max(1, side) for side in shape)
     sharding = {
@@ -52,24 +52,24 @@ def create_array(
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-    # A shard of black tiles must exist, or it could not be told from a lost one.
+    # A shard of black tiles must exist, to be distinguishable from a lost one.
     spec = _spec(path) | {"store_data_equal_to_fill_value": True, "metadata": metadata}
     return ts.open(spec, create=True).result()
 
 
 def open_array(path: Path) -> ts.TensorStore:
-    """An array to read. Raises ValueError, here and from its reads, if it is damaged or a part of it is missing."""
+    """Opens an array to read. Opening and reading raise ValueError if it is damaged or a part of it is missing."""
     return ts.open(_spec(path), open=True, read=True).result()
 
 
 def write_group(path: Path, attributes: dict) -> None:
-    """The document that makes a folder a zarr v3 group."""
+    """Writes the document that makes a folder a zarr v3 group."""
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     (path / "zarr.json").write_text(json.dumps(document, indent=1, sort_keys=True))
 
 
 def first_line(error: Exception) -> str:
-    """What TensorStore says, without where in its own source."""
+    """TensorStore's message without the place in its source."""
     return str(error).splitlines()[0].split(" [")[0]
 
 
