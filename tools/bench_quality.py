@@ -114,7 +114,7 @@ def score(paths: list[Path], magnification: str, mostly_pale: bool = False) -> t
                     start = time.thread_time()
                     scores.append(score_tiles([tile], model, mpp)[0])
                     seconds += time.thread_time() - start
-                    spoilt.append([truth.spoilt_share(name, x, y, side) for name in SCORE_OF])
+                    spoilt.append([truth.corrupted_share(name, x, y, side) for name in SCORE_OF])
                     smooth.append(truth.tissue_share(x, y, side, SMOOTH) > 0.6)
     by_artefact = dict(zip(SCORE_OF, np.array(spoilt).T, strict=True))
     return Tiles(np.array(scores), by_artefact, np.array(smooth)), seconds / len(scores)

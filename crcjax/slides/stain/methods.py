@@ -1,7 +1,7 @@
 """Stain normalisation: one estimate a slide from a sample of its tissue, then tiles transformed on the device.
 
 Pure functions; the only file of this room that needs JAX. Pixels are 8-bit RGB. Optical density is natural,
-OD = -ln((I + 1) / (I0 + 1)), with the slide's own white I0: another white tilts the eosin vector by several degrees.
+OD = -ln((I + 1) / (I0 + 1)), with the slide's own white I0: another white would tilt the eosin vector by several degrees.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Num, UInt8
 
 BETA = 0.15  # mean optical density below which a pixel is background
-DENSE = 0.45  # that of nuclei, from which haematoxylin is told
+DENSE = 0.45  # that of nuclei, from which haematoxylin is estimated
 _EXTREME = 0.01  # the share of pixels beyond the robust extremes of eosin's angle and of the concentrations
 _PUREST = 0.001  # the share of dense pixels beyond haematoxylin's
-_LEAST_ANGLE, _MOST_ANGLE = 15.0, 30.0  # degrees: between the stains; of each to the reference
-# Of Vahadane's dictionary learning. The usual 0.1 draws both stains 2 to 9 degrees towards each other.
+_LEAST_ANGLE, _MOST_ANGLE = 15.0, 30.0  # degrees: least between the stains; most from each to the reference
+# The sparsity of Vahadane's dictionary learning. The usual 0.1 pulls both stains 2 to 9 degrees towards each other.
 _SPARSITY = 0.001
-_SPARSITY_CODES = 0.01  # of the concentrations once the stains are known
+_SPARSITY_CODES = 0.01  # for the concentrations, once the stains are known
 _NMF_STEPS = 200
 _LEAST_DEVIATION = 1e-3
 
@@ -33,8 +33,8 @@ _LEAST_DEVIATION = 1e-3
 class StainMatrix:
     """Two stains: unit vectors of optical density (haematoxylin, then eosin) and their 99th percentile concentrations.
 
-    `reliable` is False where the sample gave no plausible stains, and the reference's vectors stand in. Arrays of
-    NumPy or JAX; to compile for, their shapes.
+    `reliable` is False where the sample has no plausible stains; the reference's vectors replace them. The fields
+    are arrays of NumPy or JAX, or their shapes for compilation.
     """
 
     vectors: Float32[Any, "*slide 2 3"]
@@ -61,14 +61,14 @@ White = Num[Array | np.ndarray, " 3"]
 
 _WHITE = np.full(3, 240.0, np.float32)
 _VECTORS = np.array([[0.5626, 0.7201, 0.4062], [0.2159, 0.8012, 0.5581]], np.float32)
-# The vectors and maxima that most implementations of Macenko's method share.
+# The vectors and maxima of most implementations of Macenko's method.
 STANDARD = StainMatrix(
     _VECTORS / np.linalg.norm(_VECTORS, axis=1, keepdims=True),
     np.array([1.9705, 1.0308], np.float32),
     _WHITE,
     np.array(True),
 )
-# Moments of a TCGA breast slide (TCGA-A2-A3XS-DX1), as HistomicsTK documents them.
+# Mean and deviation of a TCGA breast slide (TCGA-A2-A3XS-DX1), as HistomicsTK documents them.
 STANDARD_MOMENTS = ColourMoments(
     np.array([8.74108109, -0.12440419, 0.0444982], np.float32),
     np.array([0.6135447, 0.10989545, 0.0286032], np.float32),
@@ -95,7 +95,7 @@ def fit_macenko(pixels: Pixels, mask: Mask, white: White) -> StainMatrix:
 
 @jax.jit
 def fit_vahadane(pixels: Pixels, mask: Mask, white: White) -> StainMatrix:
-    """Vahadane et al. 2016: sparse non-negative factors of the optical density, from Macenko's directions on.
+    """Vahadane et al. 2016: sparse non-negative factors of the optical density, starting from Macenko's directions.
 
     Multiplicative updates (Hoyer 2002) of min |V - WH|^2 / 2 + lambda |H|_1 with unit stains.
     """
@@ -148,13 +148,13 @@ METHODS: dict[str, tuple[Callable[[Pixels, Mask, White], Estimate], Estimate]] =
 def normalise_stain(
     tiles: UInt8[Array | np.ndarray, "*tile y x 3"], source: StainMatrix, reference: StainMatrix, sparse: bool = False
 ) -> UInt8[Array, "*tile y x 3"]:
-    """Tiles of the slide that gave `source` with the reference's stains, strengths and white.
+    """Gives tiles of the slide with the estimate `source` the reference's stains, strengths and white.
 
     Concentrations are least squares, negative ones set to 0 (Macenko), or with `sparse` the non-negative lasso
     (Vahadane).
     """
     tiles, vectors = jnp.asarray(tiles), jnp.asarray(source.vectors)
-    # Channel by channel: as products of matrices, compilers would not fuse them with the logarithm and the exponential.
+    # Computed channel by channel: compilers do not fuse matrix products with the logarithm and the exponential.
     density = [optical_density(tiles[..., i], jnp.asarray(source.white)[i]) for i in range(3)]
     codes = _lasso(density, vectors) if sparse else [jnp.maximum(c, 0.0) for c in _mixed(_unmixing(vectors), density)]
     changed = jnp.asarray(reference.vectors).T * (reference.concentration / source.concentration)
@@ -167,18 +167,18 @@ def normalise_stain(
 def normalise_colour(
     tiles: UInt8[Array | np.ndarray, "*tile y x 3"], source: ColourMoments, reference: ColourMoments
 ) -> UInt8[Array, "*tile y x 3"]:
-    """Tiles with the reference's moments; background, which the moments do not describe, is left as it is."""
+    """Gives tiles the reference's colour mean and deviation; background, which these do not describe, is unchanged."""
     tiles = jnp.asarray(tiles)
     back = np.linalg.inv(_LAB).astype(np.float32)
     gain = jnp.asarray(reference.deviation) / source.deviation
-    # All that is linear between the logarithm and the exponential is one matrix.
+    # All linear steps between the logarithm and the exponential are one matrix.
     change = back @ (gain[:, None] * _LAB)
     offset = back @ (reference.mean - gain * source.mean)
     channels = [tiles[..., i].astype(jnp.float32) + 1.0 for i in range(3)]
     cones = [jnp.log(jnp.maximum(mixed, 1e-3)) for mixed in _mixed(_LMS, channels)]
     changed = [jnp.exp(mixed + offset[i]) for i, mixed in enumerate(_mixed(change, cones))]
     light = [jnp.clip(jnp.round(mixed - 1.0), 0, 255) for mixed in _mixed(np.linalg.inv(_LMS), changed)]
-    # Of transmitted light, what the mean optical density is by its logarithm.
+    # The product of the transmitted light: its logarithm is minus the sum of the optical densities.
     passed = [jnp.minimum(channel / (source.white[i] + 1.0), 1.0) for i, channel in enumerate(channels)]
     tissue = passed[0] * passed[1] * passed[2] <= np.exp(-3 * BETA)
     return jnp.where(tissue[..., None], jnp.stack(light, axis=-1).astype(jnp.uint8), tiles)
@@ -187,7 +187,7 @@ def normalise_colour(
 def normalise(
     method: str, tiles: UInt8[Array | np.ndarray, "*tile y x 3"], source: Estimate, reference: Estimate
 ) -> UInt8[Array, "*tile y x 3"]:
-    """Tiles by one of METHODS."""
+    """Normalises tiles by one of METHODS."""
     if isinstance(source, ColourMoments) and isinstance(reference, ColourMoments):
         return normalise_colour(tiles, source, reference)
     assert isinstance(source, StainMatrix)
@@ -196,18 +196,18 @@ def normalise(
 
 
 def _extreme_directions(density: Float32[Array, "pixel 3"], tissue: Bool[Array, " pixel"]) -> Float32[Array, "2 3"]:
-    """The plane's robust extremes, haematoxylin first. Weighted, not gathered: the shapes stay the same.
+    """The plane's robust extremes, haematoxylin first. Pixels are weighted, not gathered, so that shapes are static.
 
-    Haematoxylin's is sought among dense pixels, further out: the purest nuclei are few, and their angles are the surest.
+    Haematoxylin's is estimated from dense pixels at a more extreme quantile: pure nuclei are few, but their angles are reliable.
     """
     weight = tissue / jnp.maximum(tissue.sum(), 1)
     mean = weight @ density
     centred = density - mean
     _, axes = jnp.linalg.eigh(jnp.einsum("p,pc,pd->cd", weight, centred, centred))
     plane = axes[:, [2, 1]]
-    # The sign of an eigenvector is the backend's whim; pointing away from the tissue, angles would wrap.
+    # The sign of an eigenvector depends on the backend; if it pointed away from the tissue, angles would wrap.
     plane = plane * jnp.where(mean @ plane[:, :1] < 0, -1.0, 1.0)
-    # Turned so that haematoxylin, which takes more red, has the larger angles.
+    # Flipped so that haematoxylin, which absorbs more red, has the larger angles.
     plane = plane * jnp.array([1.0, jnp.where(plane[0, 1] < 0, -1.0, 1.0)])
     projected = density @ plane
     angle = jnp.arctan2(projected[:, 1], projected[:, 0])
@@ -217,7 +217,7 @@ def _extreme_directions(density: Float32[Array, "pixel 3"], tissue: Bool[Array, 
 
 
 def _haematoxylin_first(vectors: Float32[Array, "2 3"]) -> Float32[Array, "2 3"]:
-    """In optical density haematoxylin has the larger share of red: it is blue because it takes red away."""
+    """Orders the stains: haematoxylin has the larger share of red in optical density, because it absorbs red."""
     unit = vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
     return jnp.where(unit[0, 0] >= unit[1, 0], unit, unit[::-1])
 
@@ -225,7 +225,7 @@ def _haematoxylin_first(vectors: Float32[Array, "2 3"]) -> Float32[Array, "2 3"]
 def _checked(
     vectors: Float32[Array, "2 3"], density: Float32[Array, "pixel 3"], tissue: Bool[Array, " pixel"], white: White
 ) -> StainMatrix:
-    """The stains with their strengths; the reference's where two stains cannot be told apart, or are no H&E."""
+    """The stains with their strengths; the reference's if the two stains are too similar, or are not H&E."""
     reference = jnp.asarray(STANDARD.vectors)
     apart = _degrees(vectors[0], vectors[1])
     away = jnp.maximum(_degrees(vectors[0], reference[0]), _degrees(vectors[1], reference[1]))
@@ -242,12 +242,12 @@ def _degrees(one: Float32[Array, " 3"], other: Float32[Array, " 3"]) -> Float32[
 
 
 def _unmixing(vectors: Float32[Array, "2 3"]) -> Float32[Array, "2 3"]:
-    """Optical density to least squares concentrations."""
+    """The matrix from optical density to least squares concentrations."""
     return jnp.linalg.inv(vectors @ vectors.T) @ vectors
 
 
 def _lasso(density: Sequence[Array], vectors: Float32[Array, "2 3"]) -> list[Array]:
-    """min |v - Wc|^2 / 2 + lambda |c|_1 with c not negative: for two unit stains in closed form."""
+    """min |v - Wc|^2 / 2 + lambda |c|_1 with c not negative: in closed form for two unit stains."""
     cosine = vectors[0] @ vectors[1]
     along = [projected - _SPARSITY_CODES for projected in _mixed(vectors, density)]
     both = [(along[i] - cosine * along[1 - i]) / (1.0 - cosine**2) for i in range(2)]
@@ -257,7 +257,7 @@ def _lasso(density: Sequence[Array], vectors: Float32[Array, "2 3"]) -> list[Arr
 
 
 def _quantile(values: Float32[Array, " pixel"], mask: Bool[Array, " pixel"], q: float) -> Float32[Array, ""]:
-    """NumPy's linear quantile of the values that the mask holds."""
+    """NumPy's linear quantile of the unmasked values."""
     ordered = jnp.sort(jnp.where(mask, values, jnp.inf))
     place = q * jnp.maximum(mask.sum() - 1, 0)
     low = jnp.floor(place).astype(jnp.int32)
@@ -275,5 +275,5 @@ def _to_lab(pixels: Float32[Array, "*pixel 3"]) -> Float32[Array, "*pixel 3"]:
 
 
 def _mixed(matrix: Float[Array | np.ndarray, "out in"], channels: Sequence[Array]) -> list[Array]:
-    """A matrix times channels, in a form that compilers fuse with what comes before and after."""
+    """A matrix times channels, in a form that compilers fuse with the operations before and after."""
     return [sum((row[j] * channels[j] for j in range(1, len(channels))), row[0] * channels[0]) for row in matrix]

@@ -1,4 +1,4 @@
-"""Every slide of a run brought to one reference's stain: estimates from a sample of its tiles, kept in its store."""
+"""Normalises every slide of a run to one reference's stain, with estimates from sampled tiles that the store keeps."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from crcjax.slides.tiling.read import read_regions
 from crcjax.slides.wsi.slide import Slide, open_slide
 
 STANDARD = "standard"
-_SAMPLED_REGIONS, _SAMPLED_PIXELS = 48, 512  # of a slide, and of each of them
+_SAMPLED_REGIONS, _SAMPLED_PIXELS = 48, 512  # regions of a slide, and pixels of each region
 _SEED = 0
-_TRACE = 0.005  # of a tile
-_TOGETHER_PX = 32 << 16  # of the tiles that are normalised at a time
+_TRACE = 0.005  # fraction of a tile
+_BATCH_PX = 32 << 16  # pixels of the tiles that are normalised at a time
 
 Tiles = UInt8[np.ndarray, "region slot y x 3"]
-Kept = Bool[np.ndarray, "region slot"]
+TileMask = Bool[np.ndarray, "region slot"]
 
 
 @dataclass(frozen=True)
 class StainNormaliser:
-    """One of stain.METHODS with the reference that every slide is brought to."""
+    """One of methods.METHODS with the reference to which every slide is normalised."""
 
     method: str
     reference: Estimate
@@ -41,33 +41,33 @@ class StainNormaliser:
     def __call__(
         self, pixels: UInt8[Array | np.ndarray, "*tile y x 3"], source: Estimate
     ) -> UInt8[Array, "*tile y x 3"]:
-        """Tiles of the slide that gave `source`; to be jitted with what follows."""
+        """Normalises tiles of the slide with the estimate `source`; to be jitted together with the model."""
         return normalise(self.method, pixels, source, self.reference)
 
     def batch(
         self, pixels: UInt8[Array, "batch region slot y x 3"], source: Estimate
     ) -> UInt8[Array, "batch region slot y x 3"]:
-        """Tiles of several slides, whose estimates have a leading axis."""
+        """Normalises tiles of several slides; their estimates have a leading axis."""
         return jax.vmap(self)(pixels, source)
 
     def of_store(self, store: TileStore) -> Estimate:
-        """A tiled slide's estimate. Raises InputError as `stored_estimate`, and if its tiles were normalised already."""
+        """A tiled slide's estimate. Raises InputError like `stored_estimate`, and if its tiles are already normalised."""
         if store.params.stain:
             done = store.params.stain["method"]
             raise InputError(f"{store.path}: was normalised ({done}) when it was tiled; set config.stain.method none")
         return stored_estimate(store, self.method)
 
     def of_slide(self, slide: Slide, plan: TilePlan) -> Estimate:
-        """An open slide's estimate, the same as its lossless store would give. Raises SlideError."""
+        """An open slide's estimate, equal to that of its lossless store. Raises SlideError."""
         chosen = _sampled_regions(len(plan.origin))
         read = [read_regions(slide, plan, index, index + 1) for index in chosen]
-        tiles, kept, scores = (
+        tiles, mask, scores = (
             np.concatenate([getattr(part, name) for part in read]) for name in ("pixels", "mask", "quality")
         )
-        return _fit(self.method, tiles, _spotless(kept, scores), plan.params, plan.tissue.white)
+        return _fit(self.method, tiles, _spotless(mask, scores), plan.params, plan.tissue.white)
 
     def to_json(self) -> dict:
-        """Plain values, as runs keep them."""
+        """Plain values for runs."""
         return {"method": self.method, "reference": _to_json(self.reference)}
 
     @classmethod
@@ -78,22 +78,22 @@ class StainNormaliser:
 
 @dataclass(frozen=True)
 class SlideStain:
-    """A slide's estimates by method, and its tiles brought to the reference of its tiling (`TilingParams.stain`)."""
+    """A slide's estimates by method; normalises its tiles to the reference of its tiling (`TilingParams.stain`)."""
 
     normaliser: StainNormaliser
     estimates: dict[str, Estimate]
 
     def __call__(self, tiles: UInt8[np.ndarray, "tile y x 3"]) -> UInt8[np.ndarray, "tile y x 3"]:
-        """The tiles, some at a time, so that memory does not grow with them and one program serves all."""
-        some = max(1, _TOGETHER_PX // (tiles.shape[1] * tiles.shape[2]))
-        parts = [tiles[first : first + some] for first in range(0, len(tiles), some)]
+        """Normalises tiles in batches of one size, so that memory does not grow and one compiled program serves all."""
+        batch_tiles = max(1, _BATCH_PX // (tiles.shape[1] * tiles.shape[2]))
+        parts = [tiles[first : first + batch_tiles] for first in range(0, len(tiles), batch_tiles)]
         method, reference = self.normaliser.method, self.normaliser.reference
         source = self.estimates[method]
-        padded = [np.pad(part, ((0, some - len(part)), (0, 0), (0, 0), (0, 0))) for part in parts]
+        padded = [np.pad(part, ((0, batch_tiles - len(part)), (0, 0), (0, 0), (0, 0))) for part in parts]
         return np.concatenate([_normalised(method, part, source, reference) for part in padded])[: len(tiles)]
 
     def files(self) -> dict[str, str]:
-        """The estimates as a store keeps them: later they could not be told from its tiles."""
+        """The estimates as files of the store; they cannot be estimated from its normalised tiles later."""
         return {f"stain/{method}.json": _text(estimate) for method, estimate in self.estimates.items()}
 
 
@@ -101,18 +101,19 @@ _normalised = jax.jit(normalise, static_argnums=0)
 
 
 def slide_stain(slide: Slide, plan: TilePlan) -> SlideStain | None:
-    """What brings an open slide's tiles to the reference of its tiling; None without one. Raises SlideError."""
+    """The normalisation of an open slide's tiles to the reference of its tiling; None without one. Raises SlideError."""
     if plan.params.stain is None:
         return None
     normaliser = StainNormaliser.from_json(plan.params.stain)
-    methods = dict.fromkeys((normaliser.method, "macenko"))  # by which the overview compares slides
+    # The overview compares slides by Macenko's estimate.
+    methods = dict.fromkeys((normaliser.method, "macenko"))
     return SlideStain(normaliser, {name: replace(normaliser, method=name).of_slide(slide, plan) for name in methods})
 
 
 def reference_stain(method: str, slide: str | Path | None, params: TilingParams, mpp: float | None = None) -> dict:
-    """`TilingParams.stain` for one of stain.METHODS: to the published reference, or to the stain of a slide file.
+    """`TilingParams.stain` for one of methods.METHODS: normalisation to the published reference, or to the stain of a slide file.
 
-    Raises InputError if the slide's stains could not be told, SlideError.
+    Raises InputError if the slide's stains cannot be distinguished, SlideError.
     """
     if slide is None:
         return StainNormaliser(method, METHODS[method][1]).to_json()
@@ -130,7 +131,7 @@ def _reliable(estimate: Estimate, name: str) -> Estimate:
 def stain_normaliser(method: str, reference: str, store: str | Path) -> StainNormaliser | None:
     """None for the method "none". `reference` is "standard" or the id of a slide in the store.
 
-    Raises InputError for another method, a slide that is not there, or one whose stains could not be told.
+    Raises InputError for another method, a slide that is not in the store, or one whose stains cannot be distinguished.
     """
     if method == "none":
         return None
@@ -143,7 +144,7 @@ def stain_normaliser(method: str, reference: str, store: str | Path) -> StainNor
 
 
 def stored_estimate(store: TileStore, method: str) -> Estimate:
-    """A tiled slide's estimate by one of stain.METHODS, read from its store, or made and kept there.
+    """A tiled slide's estimate by one of methods.METHODS, read from its store, or computed and stored there.
 
     Raises InputError if the store is damaged, or its tiles cannot be read.
     """
@@ -157,10 +158,10 @@ def stored_estimate(store: TileStore, method: str) -> Estimate:
     if store.params.stain:
         raise InputError(f"{path}: is missing, and the tiles kept are normalised ones; tile the slide again")
     chosen = _sampled_regions(len(store.origin))
-    white, kept = store.attributes["white"], _spotless(store.mask[chosen], store.quality[chosen])
-    estimate = _fit(method, store.read_pixels(chosen), kept, store.params, white)
+    white, usable_tiles = store.attributes["white"], _spotless(store.mask[chosen], store.quality[chosen])
+    estimate = _fit(method, store.read_pixels(chosen), usable_tiles, store.params, white)
     partial = path.with_name(f".{method}.{os.getpid()}")
-    with suppress(OSError):  # a store that may only be read is estimated anew by every run
+    with suppress(OSError):  # every run estimates again if the store is read-only
         path.parent.mkdir(exist_ok=True)
         partial.write_text(_text(estimate))
         partial.rename(path)
@@ -168,33 +169,34 @@ def stored_estimate(store: TileStore, method: str) -> Estimate:
 
 
 def _sampled_regions(count: int) -> list[int]:
-    """Evenly over the slide, so that neither a stain's gradient nor one odd place decides."""
+    """Samples regions evenly over the slide, so that neither a stain's gradient nor one unusual place decides."""
     return np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_REGIONS)).round().astype(int)).tolist()
 
 
-def _spotless(kept: Kept, scores: Float32[np.ndarray, "region slot score"]) -> Kept:
-    """The kept tiles without a trace of what is no stain; all kept ones if none is. A model bears such traces, extreme
-    colours in an estimate are what they are made of.
+def _spotless(mask: TileMask, scores: Float32[np.ndarray, "region slot score"]) -> TileMask:
+    """True for the kept tiles without a trace of ink, bubbles or blood; all kept tiles if every one has a trace.
+
+    Such traces do not harm a model, but an estimate depends on extreme colours.
     """
     traces = scores[..., [QUALITY_NAMES.index(name) for name in ("pen", "bubble", "blood")]]
-    spotless = kept & (traces < _TRACE).all(axis=-1)
-    return spotless if spotless.any() else kept
+    spotless = mask & (traces < _TRACE).all(axis=-1)
+    return spotless if spotless.any() else mask
 
 
-def _fit(method: str, tiles: Tiles, kept: Kept, params: TilingParams, white: Sequence[float]) -> Estimate:
-    """From pixels of the finest magnification that each region has kept, where stains are the least mixed."""
+def _fit(method: str, tiles: Tiles, mask: TileMask, params: TilingParams, white: Sequence[float]) -> Estimate:
+    """Fits a method to pixels of the finest unmasked magnification of each region, where stains are the least mixed."""
     rng = np.random.default_rng(_SEED)
     last = np.cumsum(np.square(params.factors))
     pixels = np.zeros((_SAMPLED_REGIONS, _SAMPLED_PIXELS, 3), np.uint8)
-    mask = np.zeros((_SAMPLED_REGIONS, _SAMPLED_PIXELS), bool)
-    for i, (region, usable) in enumerate(zip(tiles, kept, strict=True)):
+    is_sampled = np.zeros((_SAMPLED_REGIONS, _SAMPLED_PIXELS), bool)
+    for i, (region, usable) in enumerate(zip(tiles, mask, strict=True)):
         if usable.any():
             finest = int(np.searchsorted(last, np.flatnonzero(usable)[-1], side="right"))
             first = last[finest] - params.factors[finest] ** 2
             shown = region[first : last[finest]][usable[first : last[finest]]].reshape(-1, 3)
-            pixels[i], mask[i] = shown[rng.integers(len(shown), size=_SAMPLED_PIXELS)], True
+            pixels[i], is_sampled[i] = shown[rng.integers(len(shown), size=_SAMPLED_PIXELS)], True
     fit, _ = METHODS[method]
-    estimate = fit(pixels.reshape(-1, 3), mask.reshape(-1), np.asarray(white, np.float32))
+    estimate = fit(pixels.reshape(-1, 3), is_sampled.reshape(-1), np.asarray(white, np.float32))
     return jax.device_get(estimate)
 
 

@@ -1,8 +1,7 @@
-"""What spoils a synthetic slide: where it lies, and what it does to the section and to its picture.
+"""Artefacts of synthetic slides: their places and their effects on the section and its picture.
 
-`fold`, `pale` and `dense` are tissue that lies double, too thin or hardly stained, too thick or stained too much; `blood`
-(pools of red cells) and `dust` (dark specks of 2 to 25 µm, in clusters) lie in the light's way; the others change the
-picture.
+`fold` is tissue in two layers, `pale` is too thin or hardly stained, `dense` too thick or overstained. `blood` (pools of
+red cells) and `dust` (dark specks of 2 to 25 µm, in clusters) absorb light. The others change the picture.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from jaxtyping import Float32, UInt8
 from crcjax.slides.synthetic.tissue_map import MAP_UM
 from crcjax.slides.synthetic.tissue_textures import Ground, draw_particles
 
-# The score of a tile (`quality.QUALITY_NAMES`) that tells each, and whether it rises or falls.
+# The score of a tile (`quality_control.QUALITY_NAMES`) that detects each artefact, and whether it rises or falls.
 SCORE_OF = {
     "out_of_focus": ("focus", -1),
     "pen": ("pen", 1),
@@ -26,9 +25,9 @@ SCORE_OF = {
     "dense": ("stain", 1),
 }
 ARTEFACTS = tuple(SCORE_OF)
-_TIMES = {"fold": 2.0, "pale": 0.25, "dense": 3.0}  # as much stain
-# Particles (as often as named), how far apart in µm, the optical density of one (RGB), the least amount between them, the
-# part of the stain that is left with them. Red cells lie in tissue's place, in plasma; dust lies on top.
+_TIMES = {"fold": 2.0, "pale": 0.25, "dense": 3.0}  # factor of the stain
+# Particles (as often as named), their distance in µm, the optical density of one (RGB), the least amount between them, the
+# part of the stain that remains. Red cells, in plasma, replace tissue; dust lies on top of it.
 _LAYERS = {
     "blood": (("erythrocyte",), 6.0, (0.20, 1.05, 1.10), 0.3, 0.3),
     "dust": (("speck",) * 4 + ("grain",) * 2 + ("flake",), 8.0, (1.2, 1.3, 1.4), 0.0, 1.0),
@@ -38,7 +37,7 @@ Masks = dict[str, Float32[np.ndarray, "y x"]]
 
 
 def artefact_mask(name: str, shape: tuple[int, int], rng: np.random.Generator) -> Float32[np.ndarray, "y x"]:
-    """Where an artefact lies on a map of that shape, from 0 to 1, its edge soft."""
+    """Places an artefact on a map of that shape; values from 0 to 1, with a soft edge."""
     mask = np.zeros(shape, np.float32)
     start, end = (rng.uniform(0.2, 0.8, 2) * shape[::-1] for _ in range(2))
     if name in ("out_of_focus", "bubble"):
@@ -69,7 +68,7 @@ def _disc(mask: np.ndarray, at: np.ndarray, radius: int) -> None:
 def spoil_section(
     ground: Ground, masks: Masks, haematoxylin: np.ndarray, eosin: np.ndarray, x: int, y: int
 ) -> list[tuple[Float32[np.ndarray, "y x"], tuple[float, ...]]]:
-    """Changes a block's stains in place, its corner at (x, y); returns what else absorbs: amounts, and the density of one."""
+    """Changes the stains of a block at (x, y) in place; returns other absorbing layers: amounts, and the density per amount."""
     layers: list[tuple[np.ndarray, tuple[float, ...]]] = []
     for name, mask in masks.items():
         left = _TIMES.get(name, 1.0)
@@ -87,7 +86,7 @@ def spoil_section(
 def spoil_picture(
     pixels: UInt8[np.ndarray, "y x 3"], masks: Masks, white: tuple[int, int, int], mpp: float
 ) -> UInt8[np.ndarray, "y x 3"]:
-    """The picture of a block out of focus, under ink, under air bubbles."""
+    """Adds defocus, ink and air bubbles to the picture of a block."""
     for name, mask in masks.items():
         if name in _TIMES or name in _LAYERS or not mask.any():
             continue

@@ -1,7 +1,7 @@
-"""Synthetic H&E slides with known truth, since real cohorts cannot be shipped.
+"""Synthetic H&E slides with known ground truth, because real cohorts cannot be distributed.
 
-A slide is a pyramidal JPEG TIFF with the Aperio description, so that OpenSlide opens it as it opens a scanner's; its
-truth lies beside it as `NAME.truth.npz`. Colours follow Beer and Lambert from stain vectors and concentrations.
+A slide is a pyramidal JPEG TIFF with an Aperio description, so that OpenSlide opens it like a scanner's. Its ground
+truth is stored next to it as `NAME.truth.npz`. Colours follow Beer and Lambert from stain vectors and concentrations.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from crcjax.slides.synthetic.truth import load_truth, truth_path
 from crcjax.slides.wsi.slide import PAINTED
 
 TILE_PX = 256
-BLOCK_PX = 1024  # a block shrunk four times is one tile of the next level
-_OPTICS_UM, _SPOIL_UM = 2.0, 10.0  # reach of the blur of the optics, and with that of an artefact
+BLOCK_PX = 1024  # a block at a quarter of its side is one tile of the next level
+_OPTICS_UM, _SPOIL_UM = 2.0, 10.0  # reach of the optics' blur alone, and with an artefact's
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ SITES = (
 
 @dataclass(frozen=True)
 class SlideSpec:
-    """One slide to paint. `artefacts` are of slides.artefacts.ARTEFACTS; the same spec gives the same bytes."""
+    """One slide to paint. `artefacts` are names of artefacts.ARTEFACTS; the same spec gives the same bytes."""
 
     subtype: str
     seed: int
@@ -74,7 +74,7 @@ class SlideSpec:
 
 
 def paint_slide(path: str | Path, spec: SlideSpec, workers: int = 1) -> Path:
-    """Writes the slide and its truth; `workers` processes paint its blocks.
+    """Writes the slide and its ground truth; `workers` processes paint its blocks.
 
     Memory: a row of encoded blocks, one level's encoded tiles (about 17 bytes per 1000 px of level 0) and the slide at
     a sixteenth, whatever the size. Raises InputError for an unknown subtype or artefact, OutputError if the disk is full.
@@ -123,8 +123,8 @@ def paint_cohort(
 ) -> Path:
     """Paints one slide a case, `cases` of each split (such as train 60, val 15, test 30), and their cohort.csv.
 
-    Subtypes and sites are balanced within each split and independent of each other. Slides that are there already are
-    kept. `on_slide` is called for every slide that is painted. Returns the CSV's path.
+    Subtypes and sites are balanced within each split and independent of each other. Existing slides are not painted
+    again. `on_slide` is called for every slide that is painted. Returns the CSV's path.
     """
     folder = Path(folder)
     rng = np.random.default_rng([seed, 5])
@@ -151,7 +151,7 @@ def paint_cohort(
 
 
 def _is_painted(path: Path, spec: SlideSpec) -> bool:
-    truth = truth_path(path)  # written last
+    truth = truth_path(path)  # written after the slide
     return path.exists() and truth.exists() and load_truth(truth).spec == repr(spec)
 
 
@@ -169,7 +169,7 @@ def _paint_job(job: tuple[Path, SlideSpec]) -> Path:
 
 @dataclass(frozen=True)
 class _Scene:
-    """All that a block's colours depend on."""
+    """Everything that determines a block's colours."""
 
     ground: Ground
     site: Site
@@ -179,7 +179,7 @@ class _Scene:
 
 @lru_cache(maxsize=1)
 def _scene(spec: SlideSpec) -> _Scene:
-    """Made once by each process, so that no map travels with every block."""
+    """Computed once in each process, so that maps are not sent with every block."""
     kinds = architecture(spec.subtype, spec.seed, *(side * spec.mpp for side in spec.size_px))
     rng = np.random.default_rng([spec.seed, 6])
     haematoxylin, eosin = np.exp(rng.normal(0, 0.25, 2)).tolist()
@@ -188,7 +188,7 @@ def _scene(spec: SlideSpec) -> _Scene:
 
 
 def paint_block(spec: SlideSpec, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "y x 3"]:
-    """RGB of a block at (x, y) in level-0 px, the same whether it is painted alone or with its neighbours."""
+    """RGB of a block at (x, y) in level-0 px, identical whether painted alone or with its neighbours."""
     scene, site = _scene(spec), spec.site
     margin = int(np.ceil((REACH_UM + (_SPOIL_UM if spec.artefacts else _OPTICS_UM)) / spec.mpp))
     box = (x - margin, y - margin, width + 2 * margin, height + 2 * margin)
@@ -207,7 +207,7 @@ def paint_block(spec: SlideSpec, x: int, y: int, width: int, height: int) -> UIn
 
 
 def _block_of(mask: np.ndarray, mpp: float, x: int, y: int, width: int, height: int) -> Float32[np.ndarray, "y x"]:
-    """A window of a map at level-0 px; what lies beyond the map is 0."""
+    """A window of a map at level-0 px; 0 outside the map."""
     step = MAP_UM / mpp
     columns = ((np.arange(x, x + width) + 0.5) / step - 0.5).astype(np.float32)
     rows = ((np.arange(y, y + height) + 0.5) / step - 0.5).astype(np.float32)
@@ -253,7 +253,7 @@ def _write_pyramid(path: Path, spec: SlideSpec, workers: int) -> None:
 
 
 def _level_0(spec: SlideSpec, mapped: object, quarter: list[bytes], sixteenth: np.ndarray) -> Iterator[bytes]:
-    """Encoded tiles row by row; fills in the next level's tiles and the pixels of the one after on the way."""
+    """Yields encoded tiles row by row; also fills in the tiles of the next level and the pixels of the level after it."""
     width, height = spec.size_px
     columns = range(0, width, BLOCK_PX)
     for y in range(0, height, BLOCK_PX):
@@ -282,7 +282,7 @@ def _shrunk(pixels: np.ndarray, size: tuple[int, int]) -> UInt8[np.ndarray, "y x
 
 
 def _tiles(pixels: np.ndarray) -> list[list[np.ndarray]]:
-    """Whole tiles, those at the border padded with their edge."""
+    """Cuts whole tiles; those at the border are padded with their edge."""
     height, width = pixels.shape[:2]
     pad = ((0, -height % TILE_PX), (0, -width % TILE_PX), (0, 0))
     padded = np.pad(pixels, pad, mode="edge")

@@ -1,8 +1,8 @@
-"""The kinds of tissue on a synthetic colorectal slide: what lies where, at MAP_UM a pixel.
+"""The map of tissue kinds of a synthetic colorectal slide, with MAP_UM per pixel.
 
-The three subtypes differ, as the literature describes them, in what fills part of the tissue: cohesive cribriform
+The three subtypes differ in part of the tissue, as the literature describes: cohesive cribriform
 epithelium with dirty necrosis (canonical), dense lymphocytes at the margin and in the tumour (immune), desmoplastic
-stroma with plump spindle cells (stromal). Every slide holds some of each.
+stroma with plump spindle cells (stromal). Every slide has some of each.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CARRIER = {"canonical": Tissue.CRIBRIFORM, "immune": Tissue.LYMPHOID, "stromal":
 
 
 def architecture(subtype: str, seed: int, width_um: float, height_um: float) -> UInt8[np.ndarray, "y x"]:
-    """The map of a slide of that size.
+    """Creates the map of a slide of that size.
 
     The subtype's own signature covers 18 to 40 % of the tissue, each of the others 0.5 to 8 %.
     """

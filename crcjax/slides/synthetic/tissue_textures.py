@@ -1,7 +1,7 @@
-"""The stains in any block of a synthetic slide, drawn from its map of tissue kinds.
+"""Computes the stains in any block of a synthetic slide from its map of tissue kinds.
 
-Every gland, nucleus and fat cell is placed from a hash of the seed and its place on the slide, so that a block can be
-drawn alone and fits its neighbours. Sizes are in µm; textures repeat after some hundred µm.
+A hash of the seed and the place on the slide decides every gland, nucleus and fat cell, so that a block can be painted
+alone and fits its neighbours. Sizes are in µm; textures repeat after some hundred µm.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from scipy import fft
 
 from crcjax.slides.synthetic.tissue_map import MAP_UM, Tissue
 
-REACH_UM = 20.0  # how far the edge of a drawn block can be wrong: half a nucleus and a piece of an outline
+REACH_UM = 20.0  # the edge of a block may be wrong by half a nucleus and a piece of an outline
 _NOISE_PX = 1024
-# Parts of structures, within a block only: they go on where Tissue ends.
+# Parts of structures, only within a block; their codes continue those of Tissue.
 _EPITHELIUM, _SHEET, _LUMEN, _DEBRIS, _BLOOD = range(len(Tissue), len(Tissue) + 5)
 
 
 @dataclass(frozen=True)
 class Ground:
-    """A slide ready to be drawn: its map, seed and scale."""
+    """The input of painting: a slide's map, seed and scale."""
 
     kinds: UInt8[np.ndarray, "row column"]
     seed: int
@@ -66,7 +66,7 @@ for _kind, _look in _LOOKS.items():
 
 @dataclass(frozen=True)
 class _Nucleus:
-    """Half axes, the spread of their size, the concentration of haematoxylin; or of what other particles consist of."""
+    """Half axes, the spread of their size, the concentration of haematoxylin, or of another particle's own pigment."""
 
     long_um: float
     short_um: float
@@ -87,15 +87,15 @@ _NUCLEI = {
     "flake": _Nucleus(9.0, 5.0, 0.40, 1.0),
 }
 _SIZES, _TURNS = 4, 16
-_CELL_UM = 9.0  # at most one nucleus in a cell of this side, but for those along outlines
+_CELL_UM = 9.0  # at most one nucleus in a cell of this side, except for those along outlines
 
 
 def draw_stains(
     ground: Ground, x: int, y: int, width: int, height: int
 ) -> tuple[Float32[np.ndarray, "y x"], Float32[np.ndarray, "y x"]]:
-    """Concentrations of haematoxylin and eosin in a block at (x, y), in px of `ground.mpp`; about 0 to 2.
+    """Computes concentrations of haematoxylin and eosin in a block at (x, y), in px of `ground.mpp`; about 0 to 2.
 
-    They depend on the place alone, but for REACH_UM at the edge of the block.
+    They depend only on the place, except within REACH_UM of the edge of the block.
     """
     zones = _zones(ground, x, y, width, height)
     if not zones.any():
@@ -109,7 +109,7 @@ def draw_stains(
     haematoxylin += np.float32(0.5) * clouds
     np.maximum(haematoxylin, 0, out=haematoxylin)
     _stamp(ground.mpp, haematoxylin, rows + _scattered(ground, zones, x, y))
-    eosin *= 1 - np.float32(0.45) * np.minimum(haematoxylin, 1)  # nuclei take little of it
+    eosin *= 1 - np.float32(0.45) * np.minimum(haematoxylin, 1)  # nuclei absorb little eosin
     np.maximum(eosin, 0, out=eosin)
     return haematoxylin, eosin
 
@@ -119,7 +119,7 @@ def _looked_up(zones: np.ndarray, column: int) -> Float32[np.ndarray, "y x"]:
 
 
 def _zones(ground: Ground, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "y x"]:
-    """The map's kinds at every pixel, borders roughened by some 9 µm."""
+    """The map's kinds at every pixel; borders are roughened by about 9 µm."""
     step = MAP_UM / ground.mpp
     noise = _noise(1, 13.0, ground.mpp) * np.float32(9.0 / ground.mpp)
     shift = _shift(ground, 3)
@@ -238,7 +238,7 @@ class _Brush:
 
 
 def _outline(centre: np.ndarray, radius: float, flatness: float, u: np.ndarray, wobble: float) -> np.ndarray:
-    """A closed wobbly oval, its points some 5 µm apart."""
+    """A closed irregular oval; its points are about 5 µm apart."""
     turn = np.linspace(0, 2 * np.pi, max(24, int(radius * 1.2)), endpoint=False)
     r = radius * (1 + wobble * (np.sin(2 * turn + 9 * u[0]) + np.sin(3 * turn + 7 * u[1]) + 0.6 * np.sin(5 * turn)))
     axis = _direction(np.pi * u[1])
@@ -259,8 +259,8 @@ def _direction(angle: float) -> np.ndarray:
 
 
 def _scattered(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[_Rows]:
-    """Nuclei of the density that each zone has."""
-    px, py, u = _strewn(ground, _CELL_UM, 9, x, y, *zones.shape[::-1])
+    """Scatters nuclei at the density of each zone."""
+    px, py, u = _scattered_places(ground, _CELL_UM, 9, x, y, *zones.shape[::-1])
     zone = zones[py, px]
     along = _fibre_angle(ground, px + x, py + y)
     rows = []
@@ -278,11 +278,11 @@ def _scattered(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[_Rows]
 def draw_particles(
     ground: Ground, names: Sequence[str], apart_um: float, x: int, y: int, width: int, height: int
 ) -> Float32[np.ndarray, "y x"]:
-    """Particles of those kinds, as many of each, strewn some `apart_um` apart over a block: about 1 where one lies, else 0.
+    """Scatters particles of these kinds, in equal numbers, about `apart_um` apart over a block: about 1 on a particle, else 0.
 
-    They depend on the place alone, but for REACH_UM at the edge of the block.
+    They depend only on the place, except within REACH_UM of the edge of the block.
     """
-    px, py, u = _strewn(ground, apart_um, 20, x, y, width, height)
+    px, py, u = _scattered_places(ground, apart_um, 20, x, y, width, height)
     which = (u[2] * len(names)).astype(int)
     amount = np.zeros((height, width), np.float32)
     of = [(name, which == i) for i, name in enumerate(names)]
@@ -290,10 +290,10 @@ def draw_particles(
     return amount
 
 
-def _strewn(
+def _scattered_places(
     ground: Ground, pitch_um: float, purpose: int, x: int, y: int, width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places in a block, one in each cell of a grid, as px of the block, each with five numbers in [0, 1)."""
+    """Scatters places, one in each cell of a grid: px of the block, and five numbers in [0, 1) for each."""
     pitch = pitch_um / ground.mpp
     column, row = (
         grid.ravel()
@@ -310,7 +310,7 @@ def _strewn(
 
 
 def _stamp(mpp: float, haematoxylin: np.ndarray, rows: list[_Rows]) -> None:
-    """Presses nuclei into the block; where two meet, the larger concentration stays, so that order does not matter."""
+    """Adds nuclei to the block; where two overlap, the larger concentration counts, so that order does not matter."""
     height, width = haematoxylin.shape
     for row in rows:
         sprites = _sprites(row.name, mpp)
@@ -339,7 +339,7 @@ def _sprites(name: str, mpp: float) -> list[np.ndarray]:
             across = (y * np.cos(angle) - x * np.sin(angle)) * mpp / (nucleus.short_um * size)
             radius = np.hypot(along, across)
             edge = np.clip((1 - radius) * nucleus.short_um * size / mpp + 0.5, 0, 1)
-            # Open chromatin: paler within than at the membrane.
+            # Open chromatin: paler inside than at the membrane.
             inner = 0.72 + 0.28 * np.clip((radius - 0.5) / 0.4, 0, 1) if nucleus.vesicular else 1.0
             chromatin = 1 + 0.1 * _noise(2, 0.7, mpp)[: 2 * half + 1, 40 * turn : 40 * turn + 2 * half + 1]
             sprites.append((nucleus.concentration * edge * inner * chromatin).astype(np.float32))
@@ -347,13 +347,13 @@ def _sprites(name: str, mpp: float) -> list[np.ndarray]:
 
 
 def _fibres(ground: Ground, x: int, y: int, width: int, height: int) -> Float32[np.ndarray, "y x"]:
-    """Wavy streaks: a texture of straight ones, read along bent coordinates."""
+    """Wavy streaks: a texture of straight streaks, sampled along bent coordinates."""
     angle, bend = _fibre_course(ground)
     warp = _wrapped(_noise(3, 40.0, ground.mpp), x, y, width, height)
     scale = ground.mpp * 2
     columns, rows = np.arange(x, x + width) * scale, (np.arange(y, y + height) * scale)[:, None]
     cos, sin = np.cos(angle), np.sin(angle)
-    # Taken round in double precision, so that floats stay exact far from the origin.
+    # Wrapped in double precision, so that floats are exact far from the origin.
     along = (cos * columns % _NOISE_PX).astype(np.float32) + (sin * rows % _NOISE_PX).astype(np.float32)
     across = (-sin * columns % _NOISE_PX).astype(np.float32) + (cos * rows % _NOISE_PX).astype(np.float32)
     across += np.float32(bend * scale) * warp
@@ -394,11 +394,11 @@ def _noise(index: int, sigma_um: float, mpp: float) -> Float32[np.ndarray, "y x"
 
 
 def _periodic(index: int, sigma_x: float, sigma_y: float) -> Float32[np.ndarray, "y x"]:
-    """White noise under a Gaussian filter, by its spectrum."""
+    """White noise with a Gaussian filter, computed in the frequency domain."""
     white = np.random.default_rng([index, 3]).standard_normal((_NOISE_PX, _NOISE_PX), dtype=np.float32)
     fall = [np.exp(-2 * (np.pi * sigma * fft.fftfreq(_NOISE_PX)) ** 2) for sigma in (sigma_y, sigma_x)]
-    kept = fall[0][:, None] * fall[1][None, : _NOISE_PX // 2 + 1]
-    field = fft.irfft2(fft.rfft2(white) * kept.astype(np.float32))
+    transfer = fall[0][:, None] * fall[1][None, : _NOISE_PX // 2 + 1]
+    field = fft.irfft2(fft.rfft2(white) * transfer.astype(np.float32))
     return field / field.std()
 
 

@@ -17,7 +17,7 @@ from crcjax.slides.synthetic.tissue_map import CARRIER, Tissue
 
 @dataclass(frozen=True)
 class Truth:
-    """What a painted slide holds; maps are `um_per_px` a pixel, `kinds` index `names`; `spec` is how it was asked for."""
+    """The ground truth of a synthetic slide; maps have `um_per_px`, `kinds` index `names`, `spec` is its SlideSpec as text."""
 
     subtype: str
     kinds: UInt8[np.ndarray, "y x"]
@@ -32,24 +32,25 @@ class Truth:
 
     @property
     def carriers(self) -> Bool[np.ndarray, "y x"]:
-        """Where the tissue shows the slide's subtype."""
+        """The tissue that shows the slide's subtype."""
         return self.kinds == CARRIER[self.subtype]
 
     def tissue_share(self, x_um: float, y_um: float, side_um: float, kinds: Sequence[int] = tuple(Tissue)[1:]) -> float:
-        """The fraction of a square box that is tissue, or tissue of some kinds."""
+        """The fraction of a square box that is tissue, or tissue of the given kinds."""
         return float(np.isin(self._box(self.kinds, x_um, y_um, side_um), kinds).mean())
 
-    def spoilt_share(self, artefact: str, x_um: float, y_um: float, side_um: float) -> float:
-        """The fraction of a square box's tissue that the artefact spoils: fold and dense spoil neither fat nor mucin, whose
-        double or triple does not show.
+    def corrupted_share(self, artefact: str, x_um: float, y_um: float, side_um: float) -> float:
+        """The fraction of a square box's tissue that the artefact corrupts.
+
+        Fold and dense do not corrupt fat and mucin, where twice or three times the stain is not visible.
         """
         kinds = self._box(self.kinds, x_um, y_um, side_um)
         if artefact not in self.artefacts or not kinds.any():
             return 0.0
-        spoilt = self._box(self.artefacts[artefact], x_um, y_um, side_um) & (kinds > 0)
+        is_corrupted = self._box(self.artefacts[artefact], x_um, y_um, side_um) & (kinds > 0)
         if artefact in ("fold", "dense"):
-            spoilt &= ~np.isin(kinds, (Tissue.ADIPOSE, Tissue.MUCIN))
-        return float(spoilt.sum() / (kinds > 0).sum())
+            is_corrupted &= ~np.isin(kinds, (Tissue.ADIPOSE, Tissue.MUCIN))
+        return float(is_corrupted.sum() / (kinds > 0).sum())
 
     def _box(self, values: np.ndarray, x_um: float, y_um: float, side_um: float) -> np.ndarray:
         top, left, bottom, right = np.rint(np.array([y_um, x_um, y_um + side_um, x_um + side_um]) / self.um_per_px)
@@ -57,14 +58,14 @@ class Truth:
 
 
 def truth_path(slide: str | Path) -> Path:
-    """Where the truth of a painted slide lies."""
+    """The path of the ground truth of a synthetic slide."""
     return Path(slide).with_suffix(".truth.npz")
 
 
 def load_truth(path: str | Path) -> Truth:
-    """Reads a `.truth.npz`. Raises InputError if it is none."""
+    """Reads a `.truth.npz`. Raises InputError if it is not one."""
     try:
-        # Opened here: np.load leaves a file that is no zip open.
+        # Opened here, because np.load does not close a file that is not a zip.
         with open(path, "rb") as file, np.load(file) as saved:
             artefacts = {name: saved[f"artefact_{name}"] for name in ARTEFACTS if f"artefact_{name}" in saved}
             return Truth(
@@ -81,5 +82,5 @@ def load_truth(path: str | Path) -> Truth:
             )
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise InputError(
-            f"{path}: no truth of a painted slide ({error}); delete it and paint the slide again"
+            f"{path}: no truth of a synthetic slide ({error}); delete it and paint the slide again"
         ) from error

@@ -81,7 +81,7 @@ class TilingParams:
         return sum(factor**2 for factor in self.factors)
 
     def slots_of(self, magnifications: Collection[str]) -> Bool[np.ndarray, " slot"]:
-        """Masks the slots of these magnifications; all slots if none is given."""
+        """True for the slots of these magnifications; for all slots if none is given."""
         shown = [not magnifications or name in magnifications for name in self.magnifications]
         return np.repeat(shown, np.square(self.factors))
 

@@ -325,7 +325,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
                 tiles["slide"].append(i)
                 tiles["smooth"].append(truth.tissue_share(*box, (Tissue.STROMA, Tissue.MUCIN, Tissue.NECROSIS)) > 0.6)
                 for name in SCORE_OF:
-                    tiles[name].append(truth.spoilt_share(name, *box))
+                    tiles[name].append(truth.corrupted_share(name, *box))
     return {name: np.array(values) for name, values in tiles.items()}
 
 
