@@ -124,7 +124,7 @@ def reference_stain(method: str, slide: str | Path | None, params: TilingParams,
 
 def _reliable(estimate: Estimate, name: str) -> Estimate:
     if not bool(estimate.reliable):
-        raise InputError(f"{name}: its stains could not be told apart; choose another slide as the reference")
+        raise InputError(f"{name}: its stains cannot be distinguished; choose another slide as the reference")
     return estimate
 
 

@@ -34,11 +34,11 @@ _MOST_CELLS = 16  # along a side
 _ROUNDING = 2.0  # Laplacian energy that rounding to whole intensities gives a smooth picture: 20 / 12 and a margin
 # Laplacian energies below which JPEG's noise, not the tissue, decides their ratio; at 2 and at 4 µm per pixel.
 _NOISE_FINE, _NOISE_COARSE = 10.0, 30.0
-_BLURRED, _VEILED = 0.25, 0.8  # focus of a blurred cell; density of a veiled one over the slide's
-# Least density of debris and rims, and what they absorb of blue and red over green, tissue below them included:
+_BLURRED, _VEILED = 0.25, 0.8  # greatest focus of a blurred cell; greatest density of a veiled cell over the slide's
+# Least density of debris and rims, and least ratios of blue and of red to green density, with the tissue below them:
 # haematoxylin absorbs less blue, eosin and red cells less red.
 _GREY, _GREY_BLUE, _GREY_RED = 0.15, 0.75, 0.5
-# Density, the channels' sum, of lumina and of faint stain at most; red over green of mucin, which is as faint, at least.
+# Greatest density, the channels' sum, of lumina and of faint stain; least ratio of red to green of mucin, which is as faint.
 _BARE, _FAINT, _BLUISH = 0.12, 0.3, 0.7
 _FOLD = np.ones((3, 3), np.uint8)  # a patch of 12 µm: wider than a nucleus or a capillary, narrower than a fold
 _PATCHES, _DENSEST = 16, 6  # of 16 x 16 patches the sixth densest is the fold's: 2 % of the tile are as dense
@@ -114,7 +114,7 @@ def parse_limits(texts: Sequence[str], kind: type[Limits]) -> Limits:
         try:
             values[name] = float(value)
         except ValueError:
-            raise InputError(f"limit {text!r}: {value!r} is no number") from None
+            raise InputError(f"limit {text!r}: {value!r} is not a number") from None
     return kind(**values)
 
 

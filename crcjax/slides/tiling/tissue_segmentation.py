@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float32, UInt8
 from crcjax.errors import CrcjaxError
 
 THUMBNAIL_UM_PER_PX = 8.0
-# Finding tissue takes 40 to 55 bytes a pixel; above 770 mm², half of a glass slide, the picture is coarser. A whole
+# Tissue segmentation takes 40 to 55 bytes per pixel; above 770 mm², half of a glass slide, the picture is coarser. A whole
 # glass slide would have 13 µm per pixel, where every method finds the same tissue (a test).
 MOST_THUMBNAIL_PX = 12_000_000
 _FAINTEST, _FIRMEST = 0.03, 0.06  # bounds of Otsu's threshold: slides that are all tissue, or faint beside dense
@@ -25,12 +25,12 @@ _INK_RATIO = 1.2  # of red over green density; haematoxylin has at most about 1.
 _WARM = 0.72  # of blue over green density: red ink and blood have more
 _CLEAR = 0.14  # of red over green density: red ink has less, blood more
 _DARKEST = 2.0  # optical density in every channel: borders, black ink, folds of foil
-# Density, the channels' sum, of pale tissue at most: slides' medians are 0.64 to 1.8, of a quarter of their stain 0.25 to
-# 0.47. By the tissue above it, if a tenth is, a slide's density is that of its ordinary tissue, however much of it is pale.
+# Greatest density, the channels' sum, of pale tissue. Slides' medians are 0.64 to 1.8, and 0.25 to 0.47 at a quarter of
+# their stain. If a tenth of the tissue is above it, that part alone gives the slide's density, however much is pale.
 _PALE, _LEAST_ORDINARY = 0.5, 0.1
-_SMALLEST_UM2 = 20_000.0  # of a piece of tissue: smaller is dust or a lost cell cluster
-_HOLE_UM2 = 150_000.0  # holes below it are lumina, mucin and fat, which belong to the tissue
-_CLOSING_UM = 50.0  # gaps between fat cells
+_SMALLEST_UM2 = 20_000.0  # smaller pieces of tissue are dust or loose cell clusters
+_HOLE_UM2 = 150_000.0  # smaller holes are lumina, mucin and fat, which belong to the tissue
+_CLOSING_UM = 50.0  # width of the gaps between fat cells
 METHODS = ("robust", "otsu", "entropy")
 _LEAST_SATURATION = 12  # of 255: on a slide that is only background, Otsu's threshold would halve its noise
 _GREYS, _WINDOW_PX = 16, 9  # grey levels and side of the square over which the entropy is computed

@@ -271,7 +271,7 @@ def _plain_tiff_fault(file: Path) -> str:
                 return ""
             full = [page for page in pages if page.shape[:2] == pages[0].shape[:2]]
             if len(full) > 1:
-                return f"holds {len(full)} pages of full size, of which one alone would be read; write each into a file"
+                return f"holds {len(full)} pages of full size, and only one would be read; write each into a file"
             return tiff_fault(pages[0])
     except Exception:  # tifffile raises errors of many types for damaged directories; OpenSlide's error counts
         return ""
