@@ -37,8 +37,7 @@ def _trained(mil: str) -> MILModel:
     """A model that was trained to tell planted bags, and by a fourth class bags without, so that none is told by absence."""
     config = get_config().model
     config.mil, config.width, config.features, config.attention, config.heads = mil, 4, 16, 16, 2
-    model = build_model(config, 4, 0, (1, 2))
-    graph, params = nnx.graphdef(model), params_of(model)
+    graph = nnx.graphdef(build_model(config, 4, 0, (1, 2)))
     optimizer = optax.adam(3e-3)
     labels = jnp.arange(24) % 4
     _, _, position = _bag(0)
@@ -61,11 +60,15 @@ def _trained(mil: str) -> MILModel:
         updates, moments = optimizer.update(gradient, moments)
         return optax.apply_updates(params, updates), moments, value
 
-    moments = optimizer.init(params)
-    for number in range(300):
-        params, moments, value = step(jax.random.key(number), params, moments)
-    assert value < 0.2
-    return nnx.merge(graph, params)
+    # Gradient descent on so small a model may end with two classes confused: it then starts from other initial weights.
+    for seed in range(10):
+        params = params_of(build_model(config, 4, seed, (1, 2)))
+        optimizer_state = optimizer.init(params)
+        for number in range(300):
+            params, optimizer_state, loss_value = step(jax.random.key(number), params, optimizer_state)
+        if loss_value < 0.2:
+            return nnx.merge(graph, params)
+    pytest.fail(f"{mil} learned none of ten times: {loss_value:.3f}")
 
 
 @pytest.mark.parametrize("mil", ["hierarchical", "gated_abmil", pytest.param("transmil", marks=pytest.mark.slow)])
