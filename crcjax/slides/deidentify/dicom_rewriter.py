@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import pydicom
 from pydicom import DataElement, Dataset
 from pydicom.dataset import FileMetaDataset
+from pydicom.encaps import generate_fragments, itemize_fragment, parse_basic_offsets
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, generate_uid
 
@@ -70,7 +71,7 @@ _COMPRESSIONS = {
     "1.2.840.10008.1.2.4.90": JPEG2000[0],
     "1.2.840.10008.1.2.4.91": JPEG2000[0],
 }
-_PIXEL_DATA, _ITEM, _END = b"\xe0\x7f\x10\x00", b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
+_PIXEL_DATA, _END = b"\xe0\x7f\x10\x00", b"\xfe\xff\xdd\xe0" + bytes(4)
 _UNDEFINED = 0xFFFFFFFF
 _SHORTEST = 4  # bytes of a text that is no chance among a few kilobytes of attributes
 
@@ -221,23 +222,22 @@ def write_series(series: Series, folder: Path) -> str:
     folder.mkdir()
     for number, instance in enumerate(series.instances):
         with open(instance.path, "rb") as source, open(folder / f"{number:03d}.dcm", "xb") as out:
-            out.write(instance.header + _PIXEL_DATA + struct.pack("<2sHI", b"OB", 0, _UNDEFINED))
             source.seek(instance.pixels_at)
-            items = _items(source, digest)
-            table, offsets, at = next(items), [], 0
-            out.write(_ITEM + struct.pack("<I", len(table)) + table)
-            for item in items:
-                if foreign := foreign_part(item, instance.compression, 0):
+            table = _offset_table(source, digest)
+            out.write(instance.header + _PIXEL_DATA + struct.pack("<2sHI", b"OB", 0, _UNDEFINED))
+            out.write(itemize_fragment(_table_bytes(table)))
+            frame_offsets, at = [], 0
+            for frame in _frames(source, digest):
+                if foreign := foreign_part(frame, instance.compression, 0):
                     raise UnsafeError(f"a frame of file {number} carries {foreign}, and frames are copied as they are")
-                out.write(_ITEM + struct.pack("<I", len(item)) + item)
-                offsets.append(at)
-                at += 8 + len(item)
-            if len(offsets) != instance.frames:
+                frame_offsets.append(at)
+                at += out.write(itemize_fragment(frame))
+            if len(frame_offsets) != instance.frames:
                 raise UnsafeError(f"file {number} has frames in several pieces")
             # A table may be left empty. OpenSlide's reader crashes on one that is wrong.
-            if table and table != struct.pack(f"<{len(offsets)}I", *offsets):
+            if table and table != frame_offsets:
                 raise ValueError(f"the offset table of file {number} is not that of its frames")
-            out.write(_END + bytes(4))
+            out.write(_END)
             out.flush()
             os.fsync(out.fileno())
     return digest.hexdigest()
@@ -249,27 +249,37 @@ def frames_hash(folder: Path) -> str:
     for path in sorted(folder.glob("*.dcm")):
         with open(path, "rb") as file:
             pydicom.dcmread(file, stop_before_pixels=True)
-            for _ in _items(file, digest):
+            _offset_table(file, digest)
+            for _ in _frames(file, digest):
                 pass
             if file.read(1):
                 return "bytes after the pixels"
     return digest.hexdigest()
 
 
-def _items(source: BinaryIO, digest: Any) -> Iterator[bytes]:
-    """The offset table and the frames of encapsulated pixels (PS3.5 A.4), each added to the digest. Raises ValueError."""
+def _offset_table(source: BinaryIO, digest: Any) -> list[int]:
+    """Reads the basic offset table of encapsulated pixels (PS3.5 A.4) into the digest. Raises ValueError if it is damaged."""
     tag, kind, _, length = struct.unpack("<4s2sHI", source.read(12))
     if tag != _PIXEL_DATA or kind not in (b"OB", b"OW") or length != _UNDEFINED:
         raise ValueError("its pixels are not encapsulated frames")
-    size = os.fstat(source.fileno()).st_size
-    while True:
-        tag, length = struct.unpack("<4sI", source.read(8))
-        if tag == _END:
-            return
-        if tag != _ITEM or length > size:
-            raise ValueError("its frames are not where they should be")
-        item = source.read(length)
-        if len(item) != length:
-            raise ValueError("it is cut off")
-        digest.update(struct.pack("<I", length) + item)
-        yield item
+    table = parse_basic_offsets(source)
+    digest.update(struct.pack("<I", 4 * len(table)) + _table_bytes(table))
+    return table
+
+
+def _table_bytes(table: list[int]) -> bytes:
+    return struct.pack(f"<{len(table)}I", *table)
+
+
+def _frames(source: BinaryIO, digest: Any) -> Iterator[bytes]:
+    """The frames after the offset table, each added to the digest. Raises ValueError if they are damaged or cut off."""
+    try:
+        for frame in generate_fragments(source):
+            digest.update(struct.pack("<I", len(frame)) + frame)
+            yield frame
+    except MemoryError:
+        raise ValueError("it states a frame of gigabytes") from None
+    # pydicom reads to the end of a file that is cut off without an error.
+    source.seek(-4, os.SEEK_CUR)
+    if source.read(len(_END)) != _END:
+        raise ValueError("it is cut off")
