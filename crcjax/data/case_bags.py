@@ -1,4 +1,4 @@
-"""Bags of a case: the regions of all its slides, side by side."""
+"""Bags of a case: the regions of all its slides in one bag."""
 
 from __future__ import annotations
 

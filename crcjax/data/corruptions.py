@@ -96,14 +96,14 @@ def spoil(tiles: Tiles, artefacts: Artefacts) -> Tiles:
     soft = blur(tiles, sigma[..., 0, 0])
     ink = jnp.asarray(_INKS)[(u[5] * len(_INKS)).astype(jnp.int32)]
     rim = 1.0 - 0.7 * jnp.clip(1.0 - 4.0 * jnp.abs(disc - 0.5), 0.0, 1.0)
-    spoilt = [
+    corrupted = [
         (stroke, tiles * ink),
         (stroke, tiles * tiles[..., ::-1, ::-1, :] / 255.0),  # two layers of tissue
         (disc, (0.6 * soft + 0.4 * _GLASS) * rim[..., None]),
         (jnp.ones_like(disc), soft),
         (_specks(artefacts.specks, x, y, side), 0.2 * tiles),
     ]
-    for number, (where, changed) in enumerate(spoilt, 1):
+    for number, (where, changed) in enumerate(corrupted, 1):
         mixed = tiles + (changed - tiles) * where[..., None]
         tiles = jnp.where((kind == number)[..., None], mixed, tiles)
     return tiles

@@ -27,7 +27,7 @@ _KEPT = 0.7  # of a slide's running loss, when it is seen again
 class Memory:
     """Of every training slide, in the cohort's order, when it was last seen.
 
-    `loss` is running (nats; -1 if never seen), `wrong` whether it was called wrongly, `region` the regions of highest
+    `loss` is running (nats; -1 if never seen), `wrong` whether it was misclassified, `region` the regions of highest
     attention (store indices, -1 for none).
     """
 
@@ -39,7 +39,7 @@ class Memory:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mining:
-    """The memory by which this period is drawn, that of the next, and the present one."""
+    """The memory that this period is sampled by, that of the next period, and the current one."""
 
     used: Memory
     next: Memory

@@ -23,7 +23,7 @@ class Miner:
     """Lays the memory out for the loader while a run trains, and logs what it is mined for; a context manager.
 
     RUN/mined.jsonl has a line a period: its first step, how often each slide is mined in it, and the regions that slides
-    called wrongly are shown again. Raises OutputError if the run cannot be written.
+    were misclassified are shown again. Raises OutputError if the run cannot be written.
     """
 
     def __init__(self, run: Path, cohort: Cohort, config: ConfigDict, mining: Mining | None, start: int):

@@ -30,7 +30,7 @@ class Sampler:
     cells: dict[int, np.ndarray] = field(default_factory=dict)  # of slides that were drawn, where regions are spread
 
     def memory(self, step: int) -> Memory | None:
-        """What a step is drawn by, waited for."""
+        """Returns the mining memory that a step is sampled by; waits until it is published."""
         return self.board.memory(step // self.config.mine_every) if self.board else None
 
     def slides(self, step: int) -> Int[np.ndarray, " bag"]:

@@ -87,7 +87,7 @@ def draw_regions(
 ) -> Int[np.ndarray, " drawn"]:
     """At most `count` different regions that hold a tile, in the order of the store: the `mined` ones, then others.
 
-    The others are drawn uniformly; with `cells` (`spread_cells`, as many as `count`), one from each of different cells,
+    The others are sampled uniformly; with `cells` (`spread_cells`, as many as `count`), one from each of different cells,
     in proportion to its `tissue`.
     """
     filled = np.flatnonzero(mask.any(axis=1))

@@ -60,7 +60,7 @@ def assign_fold(cohort: Cohort, fold: int, folds: int, by: str, val_fraction: fl
 def fold_of(cohort: Cohort, folds: int, by: str, seed: int) -> dict[str, int]:
     """The fold of every labelled case that the table does not call test, drawn from `seed`.
 
-    By `case`, folds have every subtype and their size alike, but for one case. By `site`, all cases of a site are in one
+    By `case`, folds differ by at most one case in size and in every subtype. By `site`, all cases of a site are in one
     fold (Howard et al. 2021), sites with most cases first and each where its subtypes are rarest; with as many folds as
     sites, each site is one. Sites that differ in their subtypes give folds that differ so. Raises InputError: fewer
     cases or sites than folds, a case without a site or with two.

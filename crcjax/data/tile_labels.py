@@ -18,8 +18,10 @@ from crcjax.slides.tiling.plan import slot_boxes
 from crcjax.slides.tiling.regions_of_interest import read_classes
 
 UNKNOWN = -1
-_TISSUE, _SPOILT = 0.5, 0.25  # shares of a tile: above the first it is of a tissue, from the second spoilt
-_CELLS = 8  # of the grid that areas are drawn on, along the side of the smallest tile
+# Fractions of a tile: above the first it has that tissue, from the second it counts as corrupted.
+_TISSUE, _CORRUPTED = 0.5, 0.25
+# Cells of the grid that areas are rasterised on, along the side of the smallest tile.
+_CELLS = 8
 
 Labels = Int8[np.ndarray, "region slot 2"]
 
@@ -41,9 +43,9 @@ def tile_labels(store: TileStore, config: ConfigDict) -> Labels:
     shares = _shares(Path(config.labels), store)
     none = np.zeros(store.mask.shape)
     tissue = np.stack([none + _TISSUE, *(shares.get(name, none) for name in config.tissue_classes)])
-    spoilt = np.stack([shares.get(name, none) for name in ARTEFACTS[1:]])
-    slight = np.where(spoilt.max(axis=0) > 0, UNKNOWN, 0)
-    artefact = np.where(spoilt.max(axis=0) >= _SPOILT, spoilt.argmax(axis=0) + 1, slight)
+    corrupted = np.stack([shares.get(name, none) for name in ARTEFACTS[1:]])
+    slight = np.where(corrupted.max(axis=0) > 0, UNKNOWN, 0)
+    artefact = np.where(corrupted.max(axis=0) >= _CORRUPTED, corrupted.argmax(axis=0) + 1, slight)
     return np.stack([tissue.argmax(axis=0) - 1, artefact], axis=-1).astype(np.int8)
 
 

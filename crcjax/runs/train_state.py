@@ -29,7 +29,7 @@ class LossScale:
 class TrainState:
     """What a checkpoint holds: everything that the next step depends on, besides the config.
 
-    `scaling` is None but for float16, `mining` if nothing is mined.
+    `scaling` is None except for float16; `mining` is None without hard mining.
     """
 
     step: Scalar

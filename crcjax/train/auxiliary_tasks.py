@@ -50,7 +50,7 @@ class Tasks:
     def targets(self, bag: Bag, drawn: Augmentation) -> dict[str, tuple[Array, Bool[Array, "batch region slot"]]]:
         """What each head shall say, and of which instances it is known: none that is padding or masked."""
         mask = jnp.asarray(bag.mask)
-        spoilt = jnp.zeros(mask.shape, jnp.int32) if drawn.artefacts is None else drawn.artefacts.kind
+        simulated = jnp.zeros(mask.shape, jnp.int32) if drawn.artefacts is None else drawn.artefacts.kind
         unlabelled = jnp.zeros((*mask.shape, 2), jnp.int32)
         tissue, given = jnp.moveaxis(unlabelled if bag.tile_labels is None else jnp.asarray(bag.tile_labels), -1, 0)
         found: dict[str, tuple[Array, Array]] = {}
@@ -60,10 +60,10 @@ class Tasks:
             assert isinstance(bag.stain, StainMatrix)
             told = (stain_numbers(bag.stain, drawn.colour) - self.mean) / self.deviation
             reliable = jnp.asarray(bag.stain.reliable)[:, None, None]
-            found["stain"] = told, mask & reliable & (spoilt == 0)
+            found["stain"] = told, mask & reliable & (simulated == 0)
         if "artefact" in self.weights:
             # Of two artefacts in one tile none is the answer.
-            kind = jnp.where(spoilt == 0, given, jnp.where(given == 0, spoilt, UNKNOWN))
+            kind = jnp.where(simulated == 0, given, jnp.where(given == 0, simulated, UNKNOWN))
             found["artefact"] = kind, mask & (kind != UNKNOWN)
         return found
 
@@ -122,7 +122,7 @@ def check_tasks(config: ConfigDict) -> None:
             raise InputError(f"config.tasks.{name} needs pixels, which config.data.features replaces; set one to 0")
     if tasks.stain and config.data.unit == "case":
         raise InputError(
-            "config.tasks.stain: the slides of a case have several stains, the step is told one a bag; set it to 0, or "
+            "config.tasks.stain: the slides of a case have several stains, the step has one a bag; set it to 0, or "
             "config.data.unit to slide"
         )
     if tasks.stain and config.stain.method != "none":

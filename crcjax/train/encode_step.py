@@ -23,7 +23,7 @@ Encode = Callable[[Params, Bag, Augmentation], tuple[Float32[Array, "batch regio
 
 
 def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None) -> Encode:
-    """The features of augmented bags; and with config.model.batch_norm_momentum, what batch norms took of them."""
+    """Returns a function from augmented bags to features and, with config.model.batch_norm_momentum, BatchNorm statistics."""
     devices, by_batch = mesh.shape["bag"], bool(config.model.batch_norm_momentum)
     axes = ("data", "bag") if mesh.shape["data"] * devices > 1 else ()
 

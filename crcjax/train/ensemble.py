@@ -131,7 +131,7 @@ def member_config(config: ConfigDict, seed: int) -> ConfigDict:
 
 
 def side_by_side(runs: Mapping[int, Path], most: int, step_of: Callable[[Path], int]) -> list[dict[int, Path]]:
-    """The runs (by seed) in groups that train together: at most so many, and all at the same step.
+    """The runs (by seed) in groups that train together: at most `most`, all at the same step.
 
     Runs that a kill left at different steps train in groups of their own: to each it makes no difference but rounding.
     """

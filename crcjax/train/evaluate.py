@@ -24,7 +24,7 @@ from crcjax.train.encode_step import encode_drawn
 
 
 class TaskEvaluation:
-    """How well tasks are told of `config.data.regions_per_bag` regions of each slide of one split, evenly over it.
+    """Metrics of the auxiliary tasks on `config.data.regions_per_bag` evenly spaced regions of each slide of one split.
 
     Artefacts are simulated, the same at every evaluation; tiles are else as they are. Each process has its share of slides.
     """

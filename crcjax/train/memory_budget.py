@@ -77,7 +77,7 @@ def step_budget(
             f"{jax.local_devices()[0].platform}: its compiler does not count memory; use a version of jax that does"
         )
     parameters, whole, bags = (_held(tree) for tree in (state.params, state, bag))
-    # What the step returns lies where its donated state was, but for what the compiler could not reuse.
+    # The outputs of the step reuse the memory of its donated state, except where the compiler could not.
     returned = counted.output_size_in_bytes - counted.alias_size_in_bytes
     temporary, program = counted.temp_size_in_bytes + max(0, returned), counted.generated_code_size_in_bytes
     bags_held = bags * (bags_ahead + _BAGS_IN_USE)

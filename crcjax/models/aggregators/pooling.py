@@ -22,7 +22,7 @@ from crcjax.models.linear import Linear
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Instances:
-    """Bags of instances; `position` is (x, y) of each in sides of a region. Slots of a region stand side by side."""
+    """Bags of instances; `position` is (x, y) of each in sides of a region. Slots of a region are adjacent."""
 
     features: Float[Array, "batch instance feature"]
     mask: Bool[Array, "batch instance"]

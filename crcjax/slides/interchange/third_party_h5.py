@@ -223,7 +223,7 @@ def _trident(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
 
 
 def _clam(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
-    """CLAM's `patch_size` is in px of `patch_level`; `coords` are in level-0 px all the same."""
+    """CLAM's `patch_size` is in px of `patch_level`; `coords` are in level-0 px nevertheless."""
     given = attributes["downsample"] if attributes["patch_level"] else attributes.get("downsample", 1.0)
     downsample = float(np.mean([_positive(value) for value in np.ravel(given)]))
     patch, level = _positive(attributes["patch_size"]), attributes.get("level_dim")
