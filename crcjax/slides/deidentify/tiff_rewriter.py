@@ -1,4 +1,9 @@
-"""A tiled TIFF written anew from allow-listed tags and another one's tiles, whose streams are copied as they are."""
+"""Rewrites a tiled TIFF from allow-listed tags and the compressed tiles of the original, copied byte for byte.
+
+tifffile reads the original but does not write the copy. Given the same compressed tiles, its writer declares Aperio's
+RGB JPEG tiles as YCbCr, so that readers decode other colours, and adds tags that the original does not have
+(ReferenceBlackWhite, a resolution of 1/1). A de-identified copy must hold no tag that was not asked for.
+"""
 
 from __future__ import annotations
 
