@@ -6,13 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from scipy.special import logit
 
 from crcjax.slides.preprocess.manifest import read_manifest
 from crcjax.slides.store.tile_store import open_store, tiled_slides
@@ -37,10 +37,11 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_help_is_quick_and_documents_the_exit_statuses() -> None:
-    start = time.monotonic()
-    shown = " ".join(_crcjax("--help").stdout.split())
-    assert time.monotonic() - start < 10
+def test_help_does_not_wait_for_jax_and_documents_the_exit_statuses() -> None:
+    code = "import sys, crcjax.cli; sys.argv[1:] = ['--help']\ntry: crcjax.cli.main()\nfinally: assert 'jax' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
     for words in ("0 everything was done", "1 the run finished, but slides", "2 wrong arguments", "3 stopped because"):
         assert words in shown
 
@@ -217,12 +218,22 @@ def test_a_store_is_predicted_without_its_slides_as_they_would_be(painted: Path,
         assert done.returncode == 0, done.stderr
         with open(out / "predictions.csv") as file:
             rows[name] = list(csv.DictReader(file))
+    of_slides, of_stores = (
+        logit([[float(row[f"p_{name}"]) for name in ("canonical", "immune", "stromal")] for row in rows[source]])
+        for source in ("slides", "store")
+    )
+    # The store's tiles are JPEG, which changes much less than the difference between slides does.
+    assert np.abs(of_stores - of_slides).max() < 0.25 * of_slides.std(axis=0).min()
     for from_slide, from_store in zip(rows["slides"], rows["store"], strict=True):
         assert set(from_slide) - set(from_store) == {"seconds"}
         for name, value in from_store.items():
-            if name.startswith("p_"):
-                assert float(value) == pytest.approx(float(from_slide[name]), abs=0.02)  # the store's tiles are JPEG
-            elif name not in ("entropy", "expected_entropy", "mutual_information", "vacuity", "subtype"):
+            if not name.startswith("p_") and name not in (
+                "entropy",
+                "expected_entropy",
+                "mutual_information",
+                "vacuity",
+                "subtype",
+            ):
                 assert value == from_slide[name], name
         slide_id = from_slide["slide_id"]
         shown = [tmp_path / name / "attention" / f"{slide_id}.npz" for name in rows]
@@ -231,7 +242,7 @@ def test_a_store_is_predicted_without_its_slides_as_they_would_be(painted: Path,
             for name in ("origin", "region_px", "mpp"):
                 np.testing.assert_array_equal(of_store[name], of_slide[name])
             for name in ("attention", "slot_attention", "class_attention", "attribution"):
-                np.testing.assert_allclose(of_store[name], of_slide[name], atol=0.02)
+                np.testing.assert_allclose(of_store[name], of_slide[name], atol=0.1 * np.abs(of_slide[name]).max())
         pictures = [cv2.imread(str(tmp_path / name / "heatmaps" / f"{slide_id}.png")) for name in rows]
         assert pictures[0].shape[1] == pictures[1].shape[1]
         assert pictures[1].std() > 10

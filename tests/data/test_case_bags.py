@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import logit
 
 from crcjax.data.bags import open_slides, open_stores
 from crcjax.data.case_bags import by_unit, side_by_side
@@ -123,10 +124,12 @@ def test_a_run_by_case_predicts_every_slide_of_a_case_alike_and_is_validated(
     cohort = load_cohort(small_config.data.cohort, small_config.data.classes).split("test")
     stored = predict_stored([tmp_path / "run"], Path(small_config.data.store), cohort, out=tmp_path / "stored")
     for one, other in zip(rows, stored, strict=True):
-        assert float(one["p_immune"]) == pytest.approx(float(other["p_immune"]), abs=0.02)  # the store's tiles are JPEG
+        # The store's tiles are JPEG.
+        assert logit(float(one["p_immune"])) == pytest.approx(logit(float(other["p_immune"])), abs=0.02)
         shares = [np.load(tmp_path / out / "attention" / f"{one['slide_id']}.npz") for out in ("out", "stored")]
         np.testing.assert_array_equal(shares[0]["origin"], shares[1]["origin"])
-        np.testing.assert_allclose(shares[0]["attention"], shares[1]["attention"], atol=0.02)
+        largest = shares[0]["attention"].max()
+        np.testing.assert_allclose(shares[0]["attention"], shares[1]["attention"], atol=0.1 * largest)
     shuffled = predict_slides(predictor, jobs[::-1], tmp_path / "again")
     for one, other in zip(rows, shuffled[::-1], strict=True):
         assert float(one["p_immune"]) == pytest.approx(float(other["p_immune"]), abs=2e-6)

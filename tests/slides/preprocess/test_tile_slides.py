@@ -109,10 +109,9 @@ def test_a_fault_of_the_code_is_traced_unless_paths_are_hidden(
 
 
 def test_a_job_beyond_its_time_or_memory_is_given_up_and_the_others_go_on() -> None:
-    slow, large = "__import__('time').sleep(60)", "(b'x' * 700_000_000, __import__('time').sleep(60))"
-    begun = time.monotonic()
+    # Longer than the time that pytest gives a test.
+    slow, large = "__import__('time').sleep(3600)", "(b'x' * 700_000_000, __import__('time').sleep(3600))"
     results = _results([slow, "1 + 1", large, "3 * 3"], timeout_s=2.0, memory_gib=0.5)
-    assert time.monotonic() - begun < 10
     assert (results["1 + 1"], results["3 * 3"]) == (2, 9)
     assert (results[slow].status, results[large].status) == ("timeout", "memory")
     assert "took more than 2 s" in str(results[slow])
@@ -124,7 +123,9 @@ def test_a_job_beyond_its_time_or_memory_is_given_up_and_the_others_go_on() -> N
 def test_a_fault_of_storage_is_tried_again_later_and_later_and_a_fault_of_the_data_is_not() -> None:
     begun = time.monotonic()
     done = {done.job: done for done in run_jobs(eval, [EIO, "1 / 0", "1 + 1"], 1, JobLimits(attempts=3, backoff_s=0.2))}
-    assert 0.2 + 0.4 <= time.monotonic() - begun < 5
+    assert time.monotonic() - begun >= 0.2 + 0.4
+    # The other jobs did not wait for it.
+    assert list(done)[-1] == EIO
     assert [done[job].attempts for job in (EIO, "1 / 0", "1 + 1")] == [3, 1, 1]
     assert done[EIO].result.status == "storage"
 
