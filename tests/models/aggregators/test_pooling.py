@@ -41,7 +41,15 @@ def _bag(seed: int, regions: int, batch: int = 2) -> tuple[jax.Array, jax.Array,
     return jnp.asarray(features), jnp.asarray(mask), jnp.asarray(position)
 
 
-MODELS = {name: _model(name) for name in AGGREGATORS}
+class _Models(dict[str, MILModel]):
+    """A model of each aggregator, built when it is first asked for: nine take seconds."""
+
+    def __missing__(self, name: str) -> MILModel:
+        self[name] = _model(name)
+        return self[name]
+
+
+MODELS = _Models()
 POOLS = {name: nnx.jit(lambda model, *bag: model.pool(*bag)) for name in AGGREGATORS}
 
 
