@@ -53,7 +53,7 @@ PseudonymKey = Annotated[
 ]
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool | None) -> None:
     if wanted:
         print(f"crcjax {__version__}")
         raise typer.Exit()
@@ -62,8 +62,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
-    ] = False,
+        bool | None, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+    ] = None,
 ) -> None:
     pass
 
