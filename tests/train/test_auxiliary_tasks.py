@@ -227,8 +227,8 @@ def _set(config, changes: dict) -> None:
 
 
 REFUSED = {
-    r"config\.tasks\.weighting 'some': choose": {"tasks.weighting": "some"},
-    r"config\.tasks\.tissue -1\.0: is a weight": {"tasks.tissue": -1.0},
+    r"config\.tasks\.weighting must be one of fixed, learned, got 'some'": {"tasks.weighting": "some"},
+    r"config\.tasks\.tissue must be at least 0, got -1\.0": {"tasks.tissue": -1.0},
     r"config\.tasks\.stain needs pixels, which config\.data\.features": {"tasks.stain": 1.0, "data.features": True},
     r"config\.tasks\.artefact needs pixels": {"tasks.artefact": 1.0, "data.features": True},
     r"config\.tasks\.stain: the slides of a case have several": {"tasks.stain": 1.0, "data.unit": "case"},

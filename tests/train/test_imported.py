@@ -85,7 +85,7 @@ def test_features_that_do_not_go_together_or_with_the_config_are_refused(config,
     with refused(match="which .* has none of"):
         train(config, tmp_path / "run")
     config.model.encoder, config.stain.method = "theirs", "macenko"
-    with refused(match=r"config\.stain\.method to none"):
+    with refused(match=r"config\.stain\.method must be none with config\.data\.features"):
         train(config, tmp_path / "run")
     config.stain.method = "none"
     slide_id = load_cohort(config.data.cohort, None).rows[1].slide_id
