@@ -132,3 +132,25 @@ def test_the_benchmark_page_holds_what_the_results_hold() -> None:
     spec.loader.exec_module(record)
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "tools" / "results").glob("*.json"))]
     assert (ROOT / "docs" / "benchmarks.md").read_text() == record.page(results)
+
+
+def test_an_undefined_name_is_found_by_the_linter_and_an_axis_name_is_none(tmp_path: Path) -> None:
+    planted = tmp_path / "planted.py"
+    planted.write_text(
+        "import numpy as np\nfrom jaxtyping import Float\n\n\n"
+        'def mean(values: Float[np.ndarray, "region slot"]) -> Float[np.ndarray, " region"]:\n'
+        "    return values.mean(axis=axis_of_slots)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--config",
+        str(ROOT / "pyproject.toml"),
+        "--output-format=concise",
+    ]
+    done = subprocess.run([*command, str(planted)], capture_output=True, text=True)
+    findings = [line for line in done.stdout.splitlines() if "planted.py" in line]
+    assert len(findings) == 1
+    assert "F821 Undefined name `axis_of_slots`" in findings[0]

@@ -237,6 +237,11 @@ def build_model(config: ConfigDict, classes: int, seed: int, factors: tuple[int,
     return MILModel(config, classes, factors, nnx.Rngs(run_key(seed, Purpose.INITIALISATION)))
 
 
+def abstract_model(config: ConfigDict, classes: int, factors: tuple[int, ...] = (1,)) -> MILModel:
+    """As `build_model`, with the shapes of the parameters in place of values, for parameters that are read from a file."""
+    return nnx.eval_shape(lambda: build_model(config, classes, 0, factors))
+
+
 def every(value: Array, number: Int[Array, ""] | int, parts: int, axis: int) -> Array:
     """Every `parts`-th element along an axis, from index `number` on; no element moves between devices that share the axis."""
     split = value.reshape(*value.shape[:axis], -1, parts, *value.shape[axis + 1 :])

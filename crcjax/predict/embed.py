@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from crcjax.errors import InputError
 from crcjax.models.encoders.registry import PretrainedEncoder, pretrained_encoder
 from crcjax.models.mil import DTYPES
+from crcjax.parallel.compilation_cache import use_compilation_cache
 from crcjax.parallel.mesh import device_mesh, over_data, replicated
 from crcjax.runs.pretrained_weights import load_encoder
 from crcjax.slides.jobs.usable_cores import usable_cores
@@ -89,6 +90,7 @@ class Embedder:
 
     def __init__(self, name: str, weights: Path, dtype: str, tile_px: int, batch: int | None, most: int = 1 << 20):
         self.name, self.dtype = name, dtype
+        use_compilation_cache()
         self.encoder = pretrained_encoder(name)
         module, self.weights_sha256 = load_encoder(name, weights, DTYPES[dtype])
         mesh = device_mesh()

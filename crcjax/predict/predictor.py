@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 from crcjax.data.case_bags import side_by_side
 from crcjax.errors import InputError
 from crcjax.models.heads import BY_DENSITY
-from crcjax.models.mil import Prediction, build_model, combine
+from crcjax.models.mil import Params, Prediction, abstract_model, combine
+from crcjax.parallel.compilation_cache import use_compilation_cache
 from crcjax.parallel.mesh import local_mesh, replicated
 from crcjax.predict.attribution import Method, attention_for, attributor
 from crcjax.predict.feature_density import load_density, summary
@@ -155,8 +156,9 @@ class Member:
     """One run's model with its parameters on the devices; with `stored`, for stored features instead of pixels."""
 
     def __init__(self, run: Run, attribution: Method, stored: bool = False):
+        use_compilation_cache()
         config = run.config
-        model = build_model(config.model, len(config.data.classes), config.seed, run.tiling.factors)
+        model = abstract_model(config.model, len(config.data.classes), run.tiling.factors)
         params, self.step = restore_params(run.path, model)
         self._density = load_density(run.path) if config.model.head == BY_DENSITY else None
         self.model_id = model_id_of(params | {"density": vars(self._density)} if self._density else params)
