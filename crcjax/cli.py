@@ -22,6 +22,7 @@ from crcjax.progress import progress_bar
 if TYPE_CHECKING:
     from crcjax.predict.attribution import Method
     from crcjax.slides.preprocess.manifest import Outcome
+    from crcjax.validation.predictions_table import PredictionRow
 
 HELP = """Predicts the molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
 
@@ -388,7 +389,6 @@ def predict(
     ] = None,
 ) -> None:
     """Predicts the subtype of slides with a trained run, or with several."""
-    from crcjax.data.cohort import load_cohort
     from crcjax.data.slide_selection import named_slides
     from crcjax.predict.predict_slides import PredictJob, predict_slides
     from crcjax.predict.predictor import Predictor
@@ -398,25 +398,20 @@ def predict(
         alone = {"slides": slides, "--mpp": mpp, "--workers": workers, "--pseudonym-key": pseudonym_key}
         if given := [name for name, value in alone.items() if value]:
             raise InputError(f"--store: goes without {' and '.join(given)}; leave out one or the other")
-        return _predict_stored(run, store, out, cohort, calibration, dropout_samples, attribution)
+        _predict_stored(run, store, out, cohort, calibration, dropout_samples, attribution)
     predictor = Predictor(*run, dropout_samples=dropout_samples, attribution=attribution)
     fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
-    site_of = {row.slide_id: row.site for row in load_cohort(cohort, None).rows} if cohort else {}
-    sites = [site_of.get(slide.slide_id) for slide in named_slides(slides, cohort)]
     jobs = [
-        PredictJob(slide.slide_id, slide.case_id, slide.path, slide.mpp, site, mpp, names_path=not pseudonym_key)
-        for slide, site in zip(named_slides(slides, cohort, pseudonym_key), sites, strict=True)
+        PredictJob(slide.slide_id, slide.case_id, slide.path, slide.mpp, slide.site, mpp, names_path=not pseudonym_key)
+        for slide in named_slides(slides, cohort, pseudonym_key)
     ]
     with _progress() as progress:
         task = progress.add_task("predicting", total=len(jobs))
         rows = predict_slides(
             predictor, jobs, out, threads=workers, calibration=fitted, on_row=lambda row: progress.advance(task)
         )
-    failed = [(job, row) for job, row in zip(jobs, rows, strict=True) if row["status"] != "ok"]
-    for job, row in failed:
-        _say.print(f"{row['status']}: {job.slide_id if pseudonym_key else job.path}: {row['reason']}", markup=False)
-    _say.print(f"{len(rows) - len(failed)} of {len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
-    raise typer.Exit(1 if failed else 0)
+    names = {job.slide_id: job.slide_id if pseudonym_key else str(job.path) for job in jobs}
+    _say_predictions(rows, names, out)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -586,20 +581,32 @@ def _predict_stored(
     calibration: Path | None,
     dropout_samples: int,
     attribution: Method,
-) -> None:
+) -> NoReturn:
     from crcjax.data.cohort import Cohort, SlideRow, load_cohort
-    from crcjax.predict.predict_slides import write_table
     from crcjax.predict.predict_store import predict_stored
     from crcjax.slides.store.tile_store import tiled_slides
 
-    found = load_cohort(cohort, None) if cohort else Cohort(tuple(SlideRow(s, s) for s in tiled_slides(store)), ())
-    rows = predict_stored(
-        runs, store, found, calibration, out=out, dropout_samples=dropout_samples, attribution=attribution
-    )
-    write_table(out / "predictions.csv", rows)
-    failed = [row for row in rows if row["status"] != "ok"]
+    slides = load_cohort(cohort, None) if cohort else Cohort(tuple(SlideRow(s, s) for s in tiled_slides(store)), ())
+    with _progress() as progress:
+        task = progress.add_task("predicting", total=len(slides.rows))
+        rows = predict_stored(
+            runs,
+            store,
+            slides,
+            calibration,
+            out=out,
+            dropout_samples=dropout_samples,
+            attribution=attribution,
+            on_row=lambda row: progress.advance(task),
+        )
+    _say_predictions(rows, {row.slide_id: row.slide_id for row in rows}, out)
+
+
+def _say_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out: Path) -> NoReturn:
+    """Prints a line for each slide without a prediction and one for all, and exits with the status."""
+    failed = [row for row in rows if not row.is_ok]
     for row in failed:
-        _say.print(f"{row['status']}: {row['slide_id']}: {row['reason']}", markup=False)
+        _say.print(f"{row.status}: {names[row.slide_id]}: {row.reason}", markup=False)
     _say.print(f"{len(rows) - len(failed)} of {len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
     raise typer.Exit(1 if failed else 0)
 

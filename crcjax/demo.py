@@ -96,7 +96,7 @@ def run_demo(
         metrics = validate(out / "predictions.csv", table, out, truth=out / "slides", seed=seed)
         advance()
     accuracy = metrics["statistics"]["balanced_accuracy"]
-    attention = metrics["attention"]["immune and stromal"]["mean AUROC"]
+    attention = metrics["attention"]["all subtypes"]["mean AUROC"]
     attention_text = "not determined" if attention is None or attention != attention else f"{attention:.3f}"
     console.print(
         f"Balanced accuracy on {metrics['flow']['cases evaluated']} held-out cases: {accuracy['value']:.3f} "

@@ -43,7 +43,7 @@ def main(out: Path, seeds: list[int], *, writes: bool) -> None:
         accuracy = metrics["statistics"]["balanced_accuracy"]
         cases = metrics["flow"]["cases evaluated"]
         interval = f"{accuracy['ci_low']:.3f} to {accuracy['ci_high']:.3f}, {cases} cases"
-        attention = metrics["attention"]["immune and stromal"]
+        attention = metrics["attention"]["all subtypes"]
         rows += [
             Row(f"seed {seed}: held-out balanced accuracy ({interval})", accuracy["value"], ""),
             Row(f"seed {seed}: macro AUROC", metrics["statistics"]["macro AUROC"]["value"], ""),

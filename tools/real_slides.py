@@ -31,6 +31,7 @@ from crcjax.slides.store.tile_store import TileStore, open_store
 from crcjax.slides.tiling.plan import TilingParams
 from crcjax.slides.wsi.discovery import find_slides, slide_id_of
 from crcjax.slides.wsi.slide import open_slide
+from crcjax.validation.predictions_table import PredictionRow
 
 ASSUMED_MPP = 0.5
 MAGNIFICATIONS = TilingParams(("10x", "20x", "40x"))
@@ -76,7 +77,7 @@ def _missing_mpp(path: Path) -> float | None:
     return None
 
 
-def _row(folder: str, job: TileJob, store: Path, outcome: Outcome, predicted: dict) -> dict:
+def _row(folder: str, job: TileJob, store: Path, outcome: Outcome, predicted: PredictionRow) -> dict:
     row: dict = {"folder": folder, "slide": job.path.name}
     shown = ("format", "size", "mpp", "mpp from", *MAGNIFICATIONS.magnifications, "verdict", "libjpeg-turbo s", "ratio")
     row |= dict.fromkeys(shown, "")
@@ -96,8 +97,8 @@ def _row(folder: str, job: TileJob, store: Path, outcome: Outcome, predicted: di
         }
     return row | {
         "tiling s": f"{outcome.seconds:.2f}" if outcome.succeeded else "",
-        "regions predicted": predicted.get("regions", ""),
-        "prediction s": predicted.get("seconds", ""),
+        "regions predicted": predicted.to_csv(())["regions"],
+        "prediction s": predicted.to_csv(())["seconds"],
         "refused because": "" if outcome.succeeded else outcome.reason.split(";")[0].replace(f"{job.path.parent}/", ""),
     }
 

@@ -132,7 +132,8 @@ class Predictions:
     @property
     def rows(self) -> Table:
         """The rows of predictions.csv: numbers as float, empty fields as None."""
-        return Table({name: _value(name, text) for name, text in row.items()} for row in self._table.rows)
+        texts = (row.to_csv(self.classes) for row in self._table.rows)
+        return Table({name: _value(name, text) for name, text in row.items()} for row in texts)
 
     def to_pandas(self) -> pd.DataFrame:
         """The rows as a DataFrame. Raises InputError without the extra `notebook`."""
@@ -229,9 +230,7 @@ def _predict_slides(
     if paths and len(paths) == 1 and paths[0].suffix.lower() == ".csv":
         cohort = paths[0]
         paths = None
-    selected = named_slides(paths, cohort)
-    sites = {row.slide_id: row.site for row in load_cohort(cohort, None).rows} if cohort else {}
-    jobs = [PredictJob(s.slide_id, s.case_id, s.path, s.mpp, sites.get(s.slide_id)) for s in selected]
+    jobs = [PredictJob(s.slide_id, s.case_id, s.path, s.mpp, s.site) for s in named_slides(paths, cohort)]
     predictor = Predictor(*members)
     fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
     with progress_bar(quiet=True) as bar:
@@ -240,12 +239,11 @@ def _predict_slides(
 
 
 def _predict_store(members: list[Path], store: Path, out: Path, cohort: Path | None, calibration: Path | None) -> None:
-    from crcjax.predict.predict_slides import write_table
     from crcjax.predict.predict_store import predict_stored
 
     slides = tuple(SlideRow(slide_id, slide_id) for slide_id in tiled_slides(store))
     chosen = load_cohort(cohort, None) if cohort else Cohort(slides, ())
-    write_table(out / "predictions.csv", predict_stored(members, store, chosen, calibration, out=out))
+    predict_stored(members, store, chosen, calibration, out=out)
 
 
 def _store_path(slides_or_store: Store | AnyPath | Iterable[AnyPath]) -> Path | None:

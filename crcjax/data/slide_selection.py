@@ -15,12 +15,13 @@ from crcjax.slides.wsi.discovery import find_slides, slide_id_of
 
 @dataclass(frozen=True)
 class NamedSlide:
-    """A slide with its ids; `mpp` is the cohort's, if it states any."""
+    """A slide with its ids; `mpp` and `site` are those of the cohort, if it states any."""
 
     slide_id: str
     case_id: str
     path: Path
     mpp: float | None = None
+    site: str | None = None
 
 
 def named_slides(
@@ -58,7 +59,7 @@ def _by_file(paths: Sequence[Path] | None) -> list[NamedSlide]:
 def _of_cohort(paths: Sequence[Path] | None, cohort: Path) -> list[NamedSlide]:
     rows = load_cohort(cohort, None).rows
     if not paths:
-        return [NamedSlide(row.slide_id, row.case_id, _path_of(row, cohort), row.mpp) for row in rows]
+        return [NamedSlide(row.slide_id, row.case_id, _path_of(row, cohort), row.mpp, row.site) for row in rows]
     by_path = {row.path.resolve(): row for row in rows if row.path}
     by_id = {row.slide_id: row for row in rows}
     chosen = []
@@ -66,7 +67,7 @@ def _of_cohort(paths: Sequence[Path] | None, cohort: Path) -> list[NamedSlide]:
         row = by_path.get(path.resolve()) or by_id.get(slide_id_of(path))
         if row is None:
             raise InputError(f"{path}: is not in {cohort}; add a row, or leave the slide out")
-        chosen.append(NamedSlide(row.slide_id, row.case_id, path, row.mpp))
+        chosen.append(NamedSlide(row.slide_id, row.case_id, path, row.mpp, row.site))
     return chosen
 
 

@@ -1,37 +1,30 @@
-"""Many slides to predictions.csv, heatmaps and attention files."""
+"""Predicts many slide files into predictions.csv, heatmaps and attention files."""
 
 from __future__ import annotations
 
-import csv
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
 
-from crcjax.errors import SlideError, writing
+from crcjax.errors import SlideError
 from crcjax.models.mil import Prediction
-from crcjax.predict.attribution import Method
-from crcjax.predict.heatmap import LONGEST_PX, overlay, write_heatmap
+from crcjax.predict.evidence import write_evidence
+from crcjax.predict.heatmap import LONGEST_PX
 from crcjax.predict.predictor import Predictor, SlidePrediction
-from crcjax.slides.jobs.usable_cores import usable_cores
+from crcjax.predict.results import Bag, Results, digest_of
 from crcjax.slides.preprocess.tile_slides import check_slide_ids
-from crcjax.slides.wsi.discovery import without_names
-from crcjax.slides.wsi.slide import SlideInfo, check_mpp, open_slide
+from crcjax.slides.wsi.discovery import content_hash, without_names
+from crcjax.slides.wsi.slide import check_mpp, open_slide
 from crcjax.validation.calibration import Calibration
+from crcjax.validation.predictions_table import PredictionRow
 from crcjax.validation.statistics import entropy
-
-DISCLAIMER = "research use only"
-MEANING: dict[Method, str] = {
-    "attention": "attention (attention, not evidence)",
-    "gradient": "evidence for the call, by integrated gradients,",
-    "occlusion": "evidence for the call, by occlusion,",
-    "region_occlusion": "evidence for the call, by its occlusion,",
-}
 
 
 @dataclass(frozen=True)
@@ -51,9 +44,6 @@ class PredictJob:
     names_path: bool = True
 
 
-Row = dict[str, str]
-
-
 def predict_slides(
     predictor: Predictor,
     jobs: Sequence[PredictJob],
@@ -61,40 +51,68 @@ def predict_slides(
     *,
     threads: int | None = None,
     calibration: Calibration | None = None,
-    on_row: Callable[[Row], None] = lambda row: None,
-) -> list[Row]:
-    """Predicts slides; returns the rows of OUT/predictions.csv, one a slide, whatever became of it.
+    on_row: Callable[[PredictionRow], None] = lambda row: None,
+) -> list[PredictionRow]:
+    """Predicts slides and writes OUT/predictions.csv, OUT/heatmaps/SLIDE_ID.png and OUT/attention/SLIDE_ID.npz.
 
-    A run whose unit is the case sees those slides of a case that can be read as one bag, and their rows say the same of it.
-    Rows are written as slides, or cases, are finished, so that a run which is stopped keeps them; `split` is what the run used the
-    slide's case for, if it did. Probabilities and `entropy` are at the temperature of the `calibration`, if one is given,
-    and `set` is its conformal set; `expected_entropy` and `mutual_information` are as the model says. Entropies are in
-    nats. Beside the table lie heatmaps/SLIDE_ID.png and
-    attention/SLIDE_ID.npz. Raises InputError before anything is written for slide ids that are doubled or cannot name a
-    file and for an impossible mpp, OutputError if the folder cannot be written.
+    Each slide has one row, whether it could be predicted or not. With the unit `case`, the readable slides of a case are one
+    bag, and their rows share its prediction. Rows are written as slides or cases are finished. Started again, the function
+    keeps the rows that the same model, calibration and attribution made of the same slide content, and predicts the others
+    (see `Results`).
+
+    Args:
+      predictor: the trained runs.
+      jobs: the slides.
+      out: the folder.
+      threads: threads that decode tiles; by default, all cores.
+      calibration: its temperature changes `subtype`'s probabilities and `entropy`, and its thresholds give `conformal_set`;
+        `expected_entropy` and `mutual_information` stay those of the model.
+      on_row: called with each row once it is written, at once for rows of an earlier run.
+
+    Returns:
+      The rows in the order of the jobs.
+
+    Raises:
+      InputError: slide ids that occur twice or cannot name a file, or an impossible mpp; nothing has been written then.
+      OutputError: the folder cannot be written.
     """
     check_slide_ids([(job.slide_id, job.path) for job in jobs])
     for mpp in {given for job in jobs for given in (job.mpp, job.fallback_mpp)}:
         check_mpp(mpp)
-    threads = threads or usable_cores()
-    columns = [
-        *("slide_id", "case_id", "subtype", *(f"p_{name}" for name in predictor.classes)),
-        *("entropy", "expected_entropy", "mutual_information", "vacuity", "set", "calibration"),
-        *("regions", "status", "reason", "seconds", "model", "split", "synthetic"),
-    ]
-    rows: dict[str, Row] = {}
-    with writing(out):
-        for folder in (out / "heatmaps", out / "attention"):
-            folder.mkdir(parents=True, exist_ok=True)
-        with open(out / "predictions.csv", "w", newline="", buffering=1) as file:
-            table = csv.DictWriter(file, columns, restval="")
-            table.writeheader()
-            for together in _bags(jobs, predictor.unit):
-                for row in _predict_bag(predictor, together, out, threads, calibration):
-                    table.writerow(row)
-                    rows[row["slide_id"]] = row
-                    on_row(row)
-    return [rows[job.slide_id] for job in jobs]
+    threads = threads or len(os.sched_getaffinity(0))
+    jobs_by_bag = _bags(jobs, predictor.unit)
+    bags = [_bag(predictor, slides, calibration) for slides in jobs_by_bag]
+    with Results(out, predictor.classes, bags, on_row) as results:
+        for slides, bag in zip(jobs_by_bag, bags, strict=True):
+            if not results.has(bag):
+                results.add(_predict_bag(predictor, slides, bag, out, threads, calibration))
+    return [results.rows[job.slide_id] for job in jobs]
+
+
+def _bag(predictor: Predictor, jobs: Sequence[PredictJob], calibration: Calibration | None) -> Bag:
+    def compute_digest() -> str:
+        content = [(job.slide_id, _content(job.path), job.mpp, job.fallback_mpp, job.site) for job in jobs]
+        # Only a slide whose content is known can be recognised as finished.
+        if not all(content_digest for _, content_digest, *_ in content):
+            return ""
+        return digest_of(predictor.model_id, calibration, predictor.attribution, predictor.tiling.to_json(), content)
+
+    model, split_of = predictor.model_id, predictor.split_of
+    return Bag([unpredicted_row(job.slide_id, job.case_id, model, split_of) for job in jobs], compute_digest)
+
+
+def _content(path: Path) -> str:
+    """The hash of a slide's content; empty if it cannot be read."""
+    try:
+        return content_hash(path) if path.exists() else ""
+    except OSError:
+        return ""
+
+
+def unpredicted_row(slide_id: str, case_id: str, model: str, split_of: dict[str, str]) -> PredictionRow:
+    """The row of a slide that has not been predicted yet; its split is that of the slide or else of its case."""
+    split = split_of.get(slide_id) or split_of.get(case_id, "")
+    return PredictionRow(slide_id, case_id, status="failed", model=model, split=split)
 
 
 def _bags(jobs: Sequence[PredictJob], unit: str) -> list[list[PredictJob]]:
@@ -107,130 +125,122 @@ def _bags(jobs: Sequence[PredictJob], unit: str) -> list[list[PredictJob]]:
     return list(slides_of.values())
 
 
+@dataclass
+class _Slide:
+    """A slide of a bag on its way to its row; `failure` is set once it cannot be predicted."""
+
+    job: PredictJob
+    row: PredictionRow
+    begun: float = field(default_factory=time.monotonic)
+    failure: tuple[str, str] | None = None
+
+    def finished(self) -> PredictionRow:
+        """The row, or if it failed, the row that says why."""
+        if self.failure is None:
+            return self.row
+        status, reason = self.failure
+        earlier = self.row
+        return PredictionRow(
+            earlier.slide_id, earlier.case_id, status, reason=reason, model=earlier.model, split=earlier.split
+        )
+
+
 def _predict_bag(
-    predictor: Predictor, jobs: Sequence[PredictJob], out: Path, threads: int, calibration: Calibration | None
-) -> list[Row]:
-    """The rows of slides that are one bag; those that fail do not keep the others from it."""
-    rows, read = [], []
+    predictor: Predictor,
+    jobs: Sequence[PredictJob],
+    bag: Bag,
+    out: Path,
+    threads: int,
+    calibration: Calibration | None,
+) -> list[PredictionRow]:
+    """The rows of the slides of one bag; the bag consists of the slides that can be read."""
+    slides = [_Slide(job, row) for job, row in zip(jobs, bag.rows, strict=True)]
+    readable = []
     with ExitStack() as files:
-        for job in jobs:
-            start = time.monotonic()
-            row = {"slide_id": job.slide_id, "case_id": job.case_id, "model": predictor.model_id}
-            row["split"] = predictor.split_of.get(job.slide_id) or predictor.split_of.get(job.case_id, "")
-            rows.append(row)
-            with _failing_into((row, job)):
-                slide = files.enter_context(open_slide(job.path, job.mpp, job.fallback_mpp))
-                read.append((row, job, slide, predictor.encode(slide, threads), start))
-        found: list[SlidePrediction] = []
-        with _failing_into(*((row, job) for row, job, *_ in read)):
-            found = predictor.predict_encoded([encoded for *_, encoded, _ in read]) if read else []
-        for (row, job, slide, _, start), prediction in zip(read, found, strict=False):
-            with _failing_into((row, job)):
-                call = called(prediction.prediction, predictor.classes, calibration, read[0][1].slide_id, job.site)
-                begun, thumbnail = time.monotonic(), slide.thumbnail(LONGEST_PX)
-                write_evidence(out, job.slide_id, slide.info, prediction, call, predictor.attribution, thumbnail)
+        for slide in slides:
+            slide.begun = time.monotonic()
+            with _recording_failure(slide):
+                opened = files.enter_context(open_slide(slide.job.path, slide.job.mpp, slide.job.fallback_mpp))
+                readable.append((slide, opened, predictor.encode(opened, threads)))
+        predictions: list[SlidePrediction] = []
+        with _recording_failure(*(slide for slide, *_ in readable)):
+            predictions = predictor.predict_encoded([encoded for *_, encoded in readable]) if readable else []
+        for (slide, opened, _), prediction in zip(readable, predictions, strict=False):
+            with _recording_failure(slide):
+                calibrated_by = readable[0][0].job.slide_id
+                row = predicted_row(
+                    slide.row, prediction, predictor.classes, calibration, calibrated_by, slide.job.site
+                )
+                begun, thumbnail = time.monotonic(), opened.thumbnail(LONGEST_PX)
+                write_evidence(out, row, opened.info, prediction, predictor.attribution, thumbnail, bag.digest)
                 prediction.seconds["pictures"] = time.monotonic() - begun
-                row |= call | {
-                    "regions": str(int(prediction.mask.any(axis=1).sum())),
-                    "status": "ok",
-                    "reason": slide.info.warning,
-                    "seconds": f"{time.monotonic() - start:.2f}",
-                    "synthetic": "yes" if prediction.synthetic else "no",
-                }
-    return rows
+                slide.row = replace(row, reason=opened.info.warning, seconds=time.monotonic() - slide.begun)
+    return [slide.finished() for slide in slides]
+
+
+def predicted_row(
+    row: PredictionRow,
+    prediction: SlidePrediction,
+    classes: Sequence[str],
+    calibration: Calibration | None = None,
+    calibrated_by: str = "",
+    site: str | None = None,
+) -> PredictionRow:
+    """The row of a slide with its prediction.
+
+    Args:
+      row: the slide's row before prediction (`unpredicted_row`).
+      prediction: of the slide alone, or of its case.
+      classes: the classes in the order of the probabilities.
+      calibration: gives the temperature and the conformal set.
+      calibrated_by: the slide whose id decides the random part of an APS set; of a case, its first slide.
+      site: chooses the set's threshold.
+    """
+    uncertainty = called(prediction.prediction, classes, calibration, calibrated_by, site)
+    return replace(
+        row,
+        status="ok",
+        **uncertainty,
+        regions=int(prediction.mask.any(axis=1).sum()),
+        synthetic=prediction.synthetic,
+    )
 
 
 def called(
-    found: Prediction,
+    prediction: Prediction,
     classes: Sequence[str],
     calibration: Calibration | None = None,
-    draw: str = "",
+    calibrated_by: str = "",
     site: str | None = None,
-) -> Row:
-    """What predictions.csv says of one bag's prediction: its subtype, probabilities, doubt and set.
-
-    Probabilities stand there to the last bit, so that a threshold that `crcjax calibrate` reads from them is met by its like.
-    A set may be drawn by chance: `draw` is the id of the slide by which the bag is calibrated, a case's first.
-    """
-    told = np.asarray(found.probs[0], np.float64)
-    probs = told if calibration is None else calibration.probs(told[None])[0]
-    held = None if calibration is None else calibration.set_of(told, draw, site)
-    expected = float(found.expected_entropy[0])
+) -> dict[str, Any]:
+    """The fields of a row that one bag's prediction decides; arguments are as for `predicted_row`."""
+    model_probs = np.asarray(prediction.probs[0], np.float64)
+    probs = model_probs if calibration is None else calibration.probs(model_probs[None])[0]
+    expected = float(prediction.expected_entropy[0])
     return {
         "subtype": classes[int(probs.argmax())],
-        **{f"p_{name}": str(value) for name, value in zip(classes, probs, strict=True)},
-        "entropy": f"{entropy(probs):.4f}",
-        "expected_entropy": f"{expected:.4f}",
-        "mutual_information": f"{max(0.0, entropy(told) - expected):.4f}",
-        "vacuity": "" if found.vacuity is None else f"{float(found.vacuity[0]):.4f}",
-        "set": "" if held is None else "|".join(held) or "none",
-        "calibration": "" if calibration is None else calibration.id,
+        "probs": tuple(map(float, probs)),
+        "entropy": entropy(probs),
+        "expected_entropy": expected,
+        "mutual_information": max(0.0, entropy(model_probs) - expected),
+        "vacuity": None if prediction.vacuity is None else float(prediction.vacuity[0]),
+        "conformal_set": calibration and calibration.set_of(model_probs, calibrated_by, site),
+        "calibration": calibration.id if calibration else "",
     }
 
 
 @contextmanager
-def _failing_into(*slides: tuple[Row, PredictJob]) -> Iterator[None]:
-    """Writes into the slides' rows why they failed."""
+def _recording_failure(*slides: _Slide) -> Iterator[None]:
+    """Records in the slides why they failed."""
     try:
         yield
     except SlideError as error:
-        status, parts = error.status, [error.reason, error.remedy]
+        status, sentences = error.status, [error.reason, error.remedy]
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        status, parts = "failed", [reason, "free memory, or predict it on a larger machine"]
+        status, sentences = "failed", [reason, "free memory, or predict it on a larger machine"]
     else:
         return
-    for row, job in slides:
-        told = parts if job.names_path else [without_names(part, job.path) for part in parts]
-        row |= {"status": status, "reason": "; ".join(told)}
-
-
-def write_evidence(
-    out: Path,
-    slide_id: str,
-    info: SlideInfo,
-    found: SlidePrediction,
-    call: Row,
-    method: Method,
-    thumbnail: UInt8[np.ndarray, "y x 3"] | None,
-) -> None:
-    """OUT/attention/SLIDE_ID.npz, and over the slide's thumbnail, where there is one, OUT/heatmaps/SLIDE_ID.png. Raises OutputError."""
-    arrays, picture = out / "attention" / f"{slide_id}.npz", out / "heatmaps" / f"{slide_id}.png"
-    by_region, used = found.attribution.sum(axis=1), found.mask.any(axis=1)
-    with writing(out):
-        arrays.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(
-            arrays,
-            origin=found.origin,
-            region_px=found.region_px,
-            mpp=info.mpp[0],
-            attention=np.asarray(found.prediction.region_attention[0]),
-            slot_attention=np.asarray(found.prediction.slot_attention[0]),
-            class_attention=np.asarray(found.prediction.class_attention[0]),
-            attribution=found.attribution,
-        )
-        if thumbnail is None:
-            return
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        write_heatmap(
-            picture,
-            thumbnail,
-            overlay(thumbnail, found.origin[used], found.region_px, by_region[used], info.size),
-            meaning=MEANING[method],
-            title=f"{slide_id}: {call['subtype']} {float(call['p_' + call['subtype']]):.2f} · {DISCLAIMER}",
-            um_per_px=info.mpp[0] * info.size[0] / thumbnail.shape[1],
-            synthetic=info.synthetic,
-        )
-
-
-def write_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """A CSV whose columns are those of its rows, replaced at once. Raises OutputError."""
-    partial = path.with_name(f".{path.name}")
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", newline="") as file:
-            table = csv.DictWriter(file, columns, restval="")
-            table.writeheader()
-            table.writerows(rows)
-        partial.replace(path)
+    for slide in slides:
+        path, names_path = slide.job.path, slide.job.names_path
+        slide.failure = status, "; ".join(text if names_path else without_names(text, path) for text in sentences)

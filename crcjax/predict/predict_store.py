@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from crcjax.data.bags import open_slides
-from crcjax.data.cohort import Cohort
+from crcjax.data.bags import StoredSlides, open_features
+from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError
 from crcjax.predict.attribution import Method
-from crcjax.predict.predict_slides import Row, called, write_evidence
+from crcjax.predict.evidence import write_evidence
+from crcjax.predict.predict_slides import predicted_row, unpredicted_row
 from crcjax.predict.predictor import (
     Member,
     SlidePrediction,
@@ -24,12 +26,14 @@ from crcjax.predict.predictor import (
     pooled,
     used_for,
 )
+from crcjax.predict.results import Bag, Results, digest_of
 from crcjax.predict.stored_bags import Evaluation
 from crcjax.runs.run_directory import Run, open_run
 from crcjax.slides.store.features import FeatureReader
 from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 from crcjax.validation.calibration import load_calibration
+from crcjax.validation.predictions_table import PredictionRow
 
 
 def predict_stored(
@@ -41,63 +45,110 @@ def predict_stored(
     out: Path | None = None,
     dropout_samples: int = 0,
     attribution: Method = "attention",
-) -> list[Row]:
-    """The rows of predictions.csv of a cohort's slides in a store, by a run or by an ensemble of runs.
+    on_row: Callable[[PredictionRow], None] = lambda row: None,
+) -> list[PredictionRow]:
+    """Predicts a cohort's slides from a store, by one run or by an ensemble of runs.
 
-    What runs were trained on is read: imported features, those of crcjax embed in the runs' own store, and tiles
-    otherwise. Slides that are not in the store, or cannot be read, have rows that say so. With `out` each slide's attention
-    and `attribution` are written there as `predict_slides` does, and its heatmap unless it was imported without its slide.
-    Raises InputError: none of them can; slides that were tiled in another way than the runs'; features that are not those of
-    the runs; runs that do not go together, or know no dropout; a calibration of other runs. Raises OutputError.
+    A run reads what it was trained on: imported features, features of crcjax embed in the run's own store, and otherwise
+    tiles. Slides that are absent from the store, or unreadable, have rows that say so.
+
+    Args:
+      paths: the run directories.
+      store: the folder of crcjax tile or crcjax import.
+      cohort: the slides.
+      calibration: calibration.json of the same runs.
+      out: if given, OUT/predictions.csv, attention files and heatmaps are written, and rows of an earlier start are kept, as
+        by `predict_slides`; slides that were imported without their files have no heatmap.
+      dropout_samples: predictions with dropout by each run; 0 predicts once without.
+      attribution: what the heatmaps show.
+      on_row: called with each row that is written to `out`.
+
+    Returns:
+      The rows in the order of the cohort.
+
+    Raises:
+      InputError: no slide can be read; slides were tiled in another way than those of the runs; the features are not those
+        of the runs; the runs do not go together, or have no dropout; the calibration is of other runs.
+      OutputError: `out` cannot be written.
     """
-    tiled = set(tiled_slides(store))
     runs = [open_run(path) for path in paths]
     check_go_together(runs)
     keys = dropout_keys(runs, dropout_samples)
-    held_back = {row.slide_id: _fault(runs, store, row.slide_id) for row in cohort.rows if row.slide_id in tiled}
-    there = replace(cohort, rows=tuple(row for row in cohort.rows if held_back.get(row.slide_id) == ""))
-    if not held_back:
+    in_store = set(tiled_slides(store)) & {row.slide_id for row in cohort.rows}
+    if not in_store:
         raise InputError(f"{store}: holds none of the slides; give the folder that crcjax tile or import wrote them to")
-    if not there.rows:
-        raise InputError(f"{store}: none of the slides can be read; the first: {next(iter(held_back.values()))}")
-    used = used_for(runs)
-    classes = tuple(runs[0].config.data.classes)
+    opened = {row.slide_id: _opened(runs, store, row.slide_id) for row in cohort.rows if row.slide_id in in_store}
+    slides = {slide_id: slide for slide_id, slide in opened.items() if isinstance(slide, TileStore)}
+    if not slides:
+        raise InputError(f"{store}: none of the slides can be read; the first: {next(iter(opened.values()))}")
+    readable = replace(cohort, rows=tuple(row for row in cohort.rows if row.slide_id in slides))
     members = [Member(run, attribution, _from_features(run, store)) for run in runs]
-    evaluations = [_evaluation(run, member, store, there) for run, member in zip(runs, members, strict=True)]
-    name = ensemble_id(members, dropout_samples)
-    fitted = load_calibration(calibration, name, classes) if calibration else None
-    rows: dict[str, Row] = {}
+    evaluations = _evaluations(runs, members, store, readable, list(slides.values()))
+    model, split_of = ensemble_id(members, dropout_samples), used_for(runs)
+    classes = tuple(runs[0].config.data.classes)
+    fitted = load_calibration(calibration, model, classes) if calibration else None
+    bag_numbers = dict(zip(slides, evaluations[0].bag_of, strict=True))
+    # A bag that is numbered None is a slide that cannot be read.
+    bags: dict[tuple[int | None, str], list[SlideRow]] = {}
     for listed in cohort.rows:
-        row = {"slide_id": listed.slide_id, "case_id": listed.case_id, "model": name}
-        row |= {"split": used.get(listed.slide_id) or used.get(listed.case_id, ""), "status": "not_tiled"}
-        row["reason"] = f"is not in {store}; run crcjax tile or import for it"
-        if reason := held_back.get(listed.slide_id):
-            row |= {"status": "failed", "reason": reason}
-        rows[listed.slide_id] = row
-    slides_of: dict[int, list[int]] = {}
-    for i, number in enumerate(evaluations[0].bag_of):
-        slides_of.setdefault(number, []).append(i)
-    for number, indices in slides_of.items():
-        slides = [evaluations[0].slides[i] for i in indices]
-        first = there.rows[indices[0]]  # which a case is calibrated by
+        number = bag_numbers.get(listed.slide_id)
+        bags.setdefault((number, listed.slide_id if number is None else ""), []).append(listed)
+
+    def digest(listed: Sequence[SlideRow]) -> str:
+        if any(row.slide_id not in slides for row in listed):
+            return ""
+        content = [(row.slide_id, row.site, _content(slides[row.slide_id], runs, store)) for row in listed]
+        return digest_of(model, fitted, attribution, content)
+
+    def predict_bag(number: int | None, bag: Bag, listed: Sequence[SlideRow]) -> list[PredictionRow]:
+        if number is None:
+            return [_unreadable(row, store, opened.get(row.slide_id)) for row in bag.rows]
+        stores = [slides[row.slide_id] for row in bag.rows]
         try:
-            pictures = [_picture(slide) if out else None for slide in slides]
-            predictions = _predicted(members, evaluations, number, slides, attribution, keys)
+            pictures = [_picture(slide) if out else None for slide in stores]
+            predictions = _predicted(members, evaluations, number, stores, attribution, keys)
         except InputError as error:
-            for slide in slides:
-                rows[slide.slide_id] |= {"status": "failed", "reason": str(error)}
-            continue
-        call = called(predictions[0].prediction, classes, fitted, first.slide_id, first.site)
-        for slide, picture, found in zip(slides, pictures, predictions, strict=True):
-            rows[slide.slide_id] |= call | {
-                "regions": str(int(found.mask.any(axis=1).sum())),
-                "status": "ok",
-                "reason": slide.info.warning,
-                "synthetic": "yes" if found.synthetic else "no",
-            }
+            return [_unreadable(row, store, error) for row in bag.rows]
+        rows = []
+        for row, slide, picture, prediction in zip(bag.rows, stores, pictures, predictions, strict=True):
+            # A case is calibrated by its first slide.
+            finished = predicted_row(row, prediction, classes, fitted, listed[0].slide_id, listed[0].site)
+            finished = replace(finished, reason=slide.info.warning)
             if out:
-                write_evidence(out, slide.slide_id, slide.info, found, call, attribution, picture)
-    return list(rows.values())
+                write_evidence(out, finished, slide.info, prediction, attribution, picture, bag.digest)
+            rows.append(finished)
+        return rows
+
+    work = []
+    for (number, _), rows_of_bag in bags.items():
+        unpredicted = [unpredicted_row(row.slide_id, row.case_id, model, split_of) for row in rows_of_bag]
+        bag = Bag(unpredicted, partial(digest, rows_of_bag))
+        work.append((bag, partial(predict_bag, number, bag, rows_of_bag)))
+    if out is None:
+        rows = {row.slide_id: row for _, predict in work for row in predict()}
+    else:
+        with Results(out, classes, [bag for bag, _ in work], on_row) as results:
+            for bag, predict in work:
+                if not results.has(bag):
+                    results.add(predict())
+        rows = results.rows
+    return [rows[row.slide_id] for row in cohort.rows]
+
+
+def _unreadable(row: PredictionRow, store: Path, error: TileStore | InputError | None) -> PredictionRow:
+    if error is None:
+        return replace(row, status="not_tiled", reason=f"is not in {store}; run crcjax tile or import for it")
+    return replace(row, status="failed", reason=str(error))
+
+
+def _content(slide: TileStore, runs: Sequence[Run], store: Path) -> list[object]:
+    """What identifies the content of a stored slide: its attributes, and those of its features with the time of writing."""
+    content: list[object] = [slide.attributes]
+    for run in runs:
+        if _from_features(run, store):
+            reader = FeatureReader(store, slide.slide_id, run.config.model.encoder)
+            content += [reader.attributes, (reader.path / "zarr.json").stat().st_mtime_ns]
+    return content
 
 
 def _predicted(
@@ -128,33 +179,44 @@ def _from_features(run: Run, store: Path) -> bool:
     return bool(config.data.features and own)
 
 
-def _fault(runs: Sequence[Run], store: Path, slide_id: str) -> str:
-    """Why a slide of the store cannot be read, or nothing."""
+def _opened(runs: Sequence[Run], store: Path, slide_id: str) -> TileStore | InputError:
+    """The slide, or why the runs cannot read it."""
     try:
-        opened = open_store(store, slide_id)
+        slide = open_store(store, slide_id)
         for run in runs:
             if _from_features(run, store):
                 FeatureReader(store, slide_id, run.config.model.encoder)
             else:
-                opened.check_slide()
+                slide.check_slide()
     except InputError as error:
-        return str(error)
-    return ""
+        return error
+    return slide
 
 
-def _evaluation(run: Run, member: Member, store: Path, cohort: Cohort) -> Evaluation:
-    config = run.config
+def _evaluations(
+    runs: Sequence[Run], members: Sequence[Member], store: Path, cohort: Cohort, slides: list[TileStore]
+) -> list[Evaluation]:
+    """The readable slides for each run. Raises InputError if they are not tiled, or embedded, like those of the runs."""
+    # Runs of one ensemble share the tiling, the model and the magnifications.
+    config = runs[0].config
     imported, encoder = config.model.imported_features, config.model.encoder
-    read_features = encoder if member.forward.stored else None
-    slides = open_slides(str(store), cohort, config.data.magnifications, read_features)
-    found = Evaluation(slides, member.forward, config.data.unit)
-    if found.slides[0].params != run.tiling:
+    for slide in slides:
+        if slide.params != runs[0].tiling:
+            raise InputError(
+                f"{slide.path}: was tiled in another way than the slides of {runs[0].path}; tile it like those, or predict "
+                "the slides themselves, without --store"
+            )
+        slide.see(config.data.magnifications)
+    reads_features = any(member.forward.stored for member in members)
+    features = open_features(slides, encoder, config.data.magnifications) if reads_features else []
+    if imported and features[0].width != imported:
         raise InputError(
-            f"{store}: its slides were tiled in another way than those of {run.path}; tile them so, or predict the slides "
-            "themselves, without --store"
+            f"{store}: its features of {encoder} have {features[0].width} numbers, those of {runs[0].path} had {imported}; "
+            "import the same"
         )
-    if imported and (width := FeatureReader(store, cohort.rows[0].slide_id, encoder).width) != imported:
-        raise InputError(
-            f"{store}: its features of {encoder} have {width} numbers, those of {run.path} had {imported}; import the same"
+    return [
+        Evaluation(
+            StoredSlides(cohort, slides, features if member.forward.stored else []), member.forward, config.data.unit
         )
-    return found
+        for member in members
+    ]

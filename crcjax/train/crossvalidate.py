@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ from crcjax.data.bags import open_stores
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.splits import divide
 from crcjax.errors import InputError
-from crcjax.predict.predict_slides import write_table
 from crcjax.predict.predict_store import predict_stored
 from crcjax.runs.checkpoint import best_metrics, rank
 from crcjax.train.ensemble import train_members
 from crcjax.train.loop import train
+from crcjax.validation.predictions_table import PredictionRow, write_predictions, write_table
 
 # What decides which cases a run sees: swept, it would be chosen by other cases.
 _FIXED = {"seed", "data.store", "data.cohort", "data.classes", "data.val_fraction", "data.test_fraction"}
@@ -73,7 +73,7 @@ def crossvalidate(
     open_stores(config.data.store, Cohort(tuple(labelled), cohort.classes), pixels=not config.data.features)
     runs: list[Trained] = []
     selected: set[Path] = set()
-    rows: list[dict[str, str]] = []
+    rows: list[PredictionRow] = []
     for fold in range(config.data.folds):
         folder = out / f"fold-{fold}"
         trained: list[list[Trained]] = []
@@ -85,11 +85,11 @@ def crossvalidate(
         say(f"fold {fold}: " + _said(chosen))
         test = divide(cohort, _of_fold(config, fold).data).split("test")
         found = predict_stored([run.path for run in chosen], Path(config.data.store), test)
-        rows += [row | {"fold": str(fold)} for row in found]
+        rows += [replace(row, fold=str(fold)) for row in found]
         runs += [run for members in trained for run in members]
         selected |= {run.path for run in chosen}
         write_table(out / "runs.csv", [_run_row(run, run.path in selected, out) for run in runs])
-    write_table(out / "predictions.csv", rows)
+    write_predictions(out / "predictions.csv", rows, cohort.classes)
     say(f"{len(rows)} slides, each predicted by runs that never saw its case: {out / 'predictions.csv'}")
 
 

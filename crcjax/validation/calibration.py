@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError, writing
-from crcjax.validation.predictions_table import load_predictions
+from crcjax.validation.predictions_table import load_predictions, probabilities_of
 
 METHODS = ("lac", "aps")
 HOTTEST = 10.0  # temperatures are sought from its inverse to it: beyond, a few cases would decide alone
@@ -63,19 +63,19 @@ def calibrate(
         raise InputError(f"--method {method}, --error {error}: give lac or aps, and an error between 0 and 1")
     predictions = load_predictions(predictions_csv)
     cohort = {row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes).rows}
-    usable = [row for row in predictions.evaluable if row.get("split") == "val" and row["slide_id"] in cohort]
-    rows = {cohort[row["slide_id"]].case_id: row for row in reversed(usable) if cohort[row["slide_id"]].subtype}
-    if any(row.get("calibration") for row in rows.values()):
+    usable = [row for row in predictions.evaluable if row.split == "val" and row.slide_id in cohort]
+    rows = {cohort[row.slide_id].case_id: row for row in reversed(usable) if cohort[row.slide_id].subtype}
+    if any(row.calibration for row in rows.values()):
         raise InputError(f"{predictions_csv}: is calibrated already; predict without --calibration first")
-    models = {row["model"] for row in rows.values()}
+    models = {row.model for row in rows.values()}
     if len(models) != 1:
         raise InputError(
             f"{predictions_csv}: has {'no' if not models else 'several models for the'} validation cases of "
             f"{cohort_csv}; predict the run's validation slides with one model"
         )
-    slides = [cohort[row["slide_id"]] for row in rows.values()]
+    slides = [cohort[row.slide_id] for row in rows.values()]
     label = np.array([predictions.classes.index(slide.subtype or "") for slide in slides])
-    probs = predictions.probs(list(rows.values()))
+    probs = probabilities_of(list(rows.values()))
     temperature = fit_temperature(probs, label)
     draws = np.array([_draw(slide.slide_id) for slide in slides])
     # Of the model's own probabilities: a temperature fitted on the same cases would favour them.

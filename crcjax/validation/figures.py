@@ -66,5 +66,7 @@ def roc_figure(label: np.ndarray, probs: np.ndarray, classes: tuple[str, ...], s
             fall_out = [(score[~positive] >= cut).mean() for cut in cuts]
             axis.plot(fall_out, sensitivity, label=name, drawstyle="steps-post")
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axis.legend(loc="lower right", fontsize=8, frameon=False)
+    # Without any curve, when all cases are of one class, matplotlib warns of an empty legend.
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="lower right", fontsize=8, frameon=False)
     return _png(figure, synthetic)

@@ -1,4 +1,4 @@
-"""Predictions and a cohort to metrics.json and a self-contained report.html."""
+"""Compares predictions with a cohort's reference labels: metrics.json, cases.csv and a self-contained report.html."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import itertools
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -19,124 +21,193 @@ from crcjax.data.cohort import SlideRow, load_cohort
 from crcjax.errors import InputError, writing
 from crcjax.validation.attention_truth import attention_auroc, truth_of
 from crcjax.validation.figures import confusion_figure, reliability_figure, roc_figure
-from crcjax.validation.predictions_table import Predictions, load_predictions
-from crcjax.validation.selective import doubt_statistics
+from crcjax.validation.predictions_table import (
+    PredictionRow,
+    load_predictions,
+    probabilities_of,
+    probability_columns,
+    write_table,
+)
+from crcjax.validation.selective import uncertainty_statistics
 from crcjax.validation.statistics import Estimate, aggregate_cases, evaluate
 
 HEATMAPS = 6
+# Cases on the page, misclassified ones first; OUT/cases.csv has all.
+LISTED_CASES = 100
+ALL_SUBTYPES = "all subtypes"
 
 
 def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | None = None, seed: int = 0) -> dict:
-    """Writes OUT/metrics.json and OUT/report.html; returns what metrics.json holds.
+    """Compares predictions with reference subtypes; writes OUT/metrics.json, OUT/report.html and OUT/cases.csv.
 
-    Cases that are train or val in the cohort, or were so in the run that predicted them, are not evaluated, since the
-    model was fitted and chosen on them; but those that cross-validation predicted are, by runs that never saw them. `truth` is a folder of painted slides' truths. `seed` is the bootstrap's. Raises
-    InputError, OutputError.
+    Cases that are train or val in the cohort, or were so in the run that predicted them, are not evaluated: the model was
+    fitted and selected on them. Cases that cross-validation predicted are evaluated, since other runs predicted them.
+
+    Args:
+      predictions_csv: predictions.csv of crcjax predict, or another system's table with its columns.
+      cohort_csv: the table with the reference subtypes; its case ids count.
+      out: the folder.
+      truth: the folder of synthetic slides with their ground truth.
+      seed: the seed of the bootstrap.
+
+    Returns:
+      The content of metrics.json.
+
+    Raises:
+      InputError: the tables are not usable, contradict each other, or share no held-out slide with a reference subtype.
+      OutputError: the folder cannot be written.
     """
     predictions = load_predictions(predictions_csv)
     cohort = {row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes).rows}
-    known = [row for row in predictions.rows if row["slide_id"] in cohort]
-    held_out = {cohort[row["slide_id"]].case_id for row in known if row.get("fold")}
-    seen = {row.case_id for row in cohort.values() if row.split in ("train", "val")} - held_out
-    seen |= {cohort[row["slide_id"]].case_id for row in known if row.get("split") in ("train", "val")}
-    test = [row for row in known if cohort[row["slide_id"]].case_id not in seen]
-    with_reference = [row for row in test if cohort[row["slide_id"]].subtype is not None]
-    referenced = [row for row in with_reference if row["status"] == "ok"]
-    if not referenced:
+    if not any(row.subtype for row in cohort.values()):
+        raise InputError(
+            f"{cohort_csv}: no slide has a reference subtype; add the column subtype with the values "
+            f"{', '.join(predictions.classes)}"
+        )
+    known = [row for row in predictions.rows if row.slide_id in cohort]
+    if not known:
+        raise InputError(
+            f"{cohort_csv}: has none of the {len(predictions.rows)} slides of {predictions_csv} (first: "
+            f"{predictions.rows[0].slide_id if predictions.rows else 'none'}); check that the slide ids agree"
+        )
+    _check_cases(known, cohort, predictions_csv, cohort_csv)
+
+    def case_of(row: PredictionRow) -> str:
+        return cohort[row.slide_id].case_id
+
+    cross_validated = {case_of(row) for row in known if row.fold}
+    fitted = {row.case_id for row in cohort.values() if row.split in ("train", "val")} - cross_validated
+    fitted |= {case_of(row) for row in known if row.split in ("train", "val")}
+    held_out = [row for row in known if case_of(row) not in fitted]
+    with_reference = [row for row in held_out if cohort[row.slide_id].subtype is not None]
+    evaluated = [row for row in with_reference if row.is_ok]
+    if not evaluated:
         raise InputError(
             f"{predictions_csv}: no slide has both a prediction and a reference subtype outside train and val in "
-            f"{cohort_csv}; check that the slide ids agree"
+            f"{cohort_csv}; predict held-out slides, and fill in their subtype"
         )
-    cases, probs = aggregate_cases(
-        [cohort[row["slide_id"]].case_id for row in referenced], predictions.probs(referenced)
-    )
+    cases, probs = aggregate_cases([case_of(row) for row in evaluated], probabilities_of(evaluated))
     subtype_of = {row.case_id: row.subtype for row in cohort.values()}
     label = np.array([predictions.classes.index(subtype_of[case] or "") for case in cases])
-    no_calls = {cohort[row["slide_id"]].case_id for row in with_reference} - set(cases)
-    absent = {row.case_id for row in cohort.values() if row.subtype and row.case_id not in seen}
-    absent -= {cohort[row["slide_id"]].case_id for row in known}
+    no_calls = {case_of(row) for row in with_reference} - set(cases)
+    not_given = {row.case_id for row in cohort.values() if row.subtype and row.case_id not in fitted}
+    not_given -= {case_of(row) for row in known}
     statistics = evaluate(label, probs, predictions.classes, seed, len(no_calls))
-    doubt = doubt_statistics(referenced, [cohort[row["slide_id"]] for row in referenced])
-    attention = _attention(truth, predictions_csv.parent, referenced, cohort, predictions)
-    synthetic = truth is not None or any(row.get("synthetic") == "yes" for row in predictions.rows)
+    uncertainty = uncertainty_statistics(evaluated, [cohort[row.slide_id] for row in evaluated])
+    attention = _attention(truth, predictions_csv.parent, evaluated, cohort, predictions.classes)
     result = {
-        "synthetic": synthetic,
+        "synthetic": truth is not None or any(row.synthetic for row in predictions.rows),
         "flow": {
             "slides in predictions": len(predictions.rows),
             "slides not in the cohort": len(predictions.rows) - len(known),
-            "slides of training and validation cases, not evaluated": len(known) - len(test),
-            "slides without a reference": len(test) - len(with_reference),
-            "slides without a prediction": len(with_reference) - len(referenced),
-            "slides evaluated": len(referenced),
+            "slides of training and validation cases, not evaluated": len(known) - len(held_out),
+            "slides without a reference": len(held_out) - len(with_reference),
+            "slides without a prediction": len(with_reference) - len(evaluated),
+            "slides evaluated": len(evaluated),
             "cases evaluated": len(cases),
             "cases without any prediction (no-calls)": len(no_calls),
-            "cases of the cohort that were not given to crcjax predict": len(absent),
+            "cases of the cohort that were not given to crcjax predict": len(not_given),
         },
         "statistics": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in statistics.items()},
-        "doubt": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in doubt.items()},
+        "uncertainty": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in uncertainty.items()},
         "attention": attention,
         "provenance": {
             "crcjax": crcjax.__version__,
-            "model": sorted({row["model"] for row in predictions.rows if row["model"]}),
+            "model": sorted({row.model for row in predictions.rows if row.model}),
             "predictions sha256": hashlib.sha256(predictions_csv.read_bytes()).hexdigest(),
             "cohort sha256": hashlib.sha256(cohort_csv.read_bytes()).hexdigest(),
             "bootstrap seed": seed,
         },
     }
-    page = _page(result, predictions, cases, label, probs, predictions_csv.parent / "heatmaps", referenced, cohort)
+    table = _case_table(cases, label, probs, predictions.classes)
+    failed = Counter((row.status, row.reason) for row in with_reference if not row.is_ok)
+    heatmaps = predictions_csv.parent / "heatmaps"
+    pictures = _chosen([row for row in evaluated if (heatmaps / f"{row.slide_id}.png").exists()], cohort)
+    page = _page(result, predictions.classes, label, probs, table, failed, heatmaps, pictures, cohort)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        # NaN is no JSON: what the data do not determine is null.
+    write_table(out / "cases.csv", [_case_texts(row, predictions.classes) for row in table])
+    with writing(out):
+        # NaN is no JSON: a value that the data do not determine is null.
         (out / "metrics.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
         (out / "report.html").write_text(page)
     return result
 
 
+def _check_cases(
+    rows: Sequence[PredictionRow], cohort: dict[str, SlideRow], predictions_csv: Path, cohort_csv: Path
+) -> None:
+    """Raises InputError if the two tables ascribe a slide to different cases.
+
+    Slides that were predicted without a cohort have their own id as the case, which contradicts nothing.
+    """
+    differing = [row for row in rows if row.case_id not in ("", row.slide_id, cohort[row.slide_id].case_id)]
+    if differing:
+        first = differing[0]
+        raise InputError(
+            f"{predictions_csv}: {len(differing)} slides have another case_id than in {cohort_csv} (first: slide "
+            f"{first.slide_id} has {first.case_id!r} and {cohort[first.slide_id].case_id!r}); correct the wrong table"
+        )
+
+
 def _attention(
-    truth: Path | None, folder: Path, rows: list[dict], cohort: dict[str, SlideRow], predictions: Predictions
+    truth: Path | None,
+    folder: Path,
+    rows: Sequence[PredictionRow],
+    cohort: dict[str, SlideRow],
+    classes: tuple[str, ...],
 ) -> dict | None:
-    """AUROC of attention against the carriers, over correctly called slides of each subtype."""
+    """Mean AUROC of attention for the tissue that carries the subtype, over correctly classified slides, by subtype."""
     if truth is None:
         return None
-    values: dict[str, list[float]] = {name: [] for name in predictions.classes}
+    values: dict[str, list[float]] = {name: [] for name in classes}
     for row in rows:
-        painted = truth_of(truth, row["slide_id"])
-        if painted is not None and row["subtype"] == cohort[row["slide_id"]].subtype:
-            value = attention_auroc(painted, folder / "attention" / f"{row['slide_id']}.npz")
+        ground_truth = truth_of(truth, row.slide_id)
+        if ground_truth is not None and row.subtype == cohort[row.slide_id].subtype:
+            value = attention_auroc(ground_truth, folder / "attention" / f"{row.slide_id}.npz")
             if math.isfinite(value):
-                values[row["subtype"]].append(value)
-    means = {name: {"slides": len(v), "mean AUROC": float(np.mean(v)) if v else math.nan} for name, v in values.items()}
-    carried = values.get("immune", []) + values.get("stromal", [])
-    both = {"slides": len(carried), "mean AUROC": float(np.mean(carried)) if carried else math.nan}
-    return means | {"immune and stromal": both}
+                values[row.subtype].append(value)
+    groups = values | {ALL_SUBTYPES: [value for of_class in values.values() for value in of_class]}
+    return {name: {"slides": len(v), "mean AUROC": float(np.mean(v)) if v else math.nan} for name, v in groups.items()}
+
+
+def _case_table(
+    cases: Sequence[str], label: np.ndarray, probs: np.ndarray, classes: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """One row a case, misclassified cases first."""
+    predicted = probs.argmax(axis=1)
+    table = [
+        {"case": case, "reference": classes[label[i]], "predicted": classes[predicted[i]], "probs": probs[i]}
+        for i, case in enumerate(cases)
+    ]
+    return sorted(table, key=lambda row: (row["reference"] == row["predicted"], row["case"]))
+
+
+def _case_texts(row: dict[str, Any], classes: tuple[str, ...]) -> dict[str, str]:
+    probabilities = dict(zip(probability_columns(classes), map(str, row["probs"]), strict=True))
+    return {"case_id": row["case"], "reference": row["reference"], "predicted": row["predicted"], **probabilities}
 
 
 def _page(
     result: dict,
-    predictions: Predictions,
-    cases: list[str],
+    classes: tuple[str, ...],
     label: np.ndarray,
     probs: np.ndarray,
+    table: list[dict[str, Any]],
+    failed: Mapping[tuple[str, str], int],
     heatmaps: Path,
-    rows: list[dict],
+    pictures: Sequence[PredictionRow],
     cohort: dict[str, SlideRow],
 ) -> str:
-    classes, synthetic = predictions.classes, result["synthetic"]
-    confusion = result["statistics"]["confusion matrix"]
+    synthetic = result["synthetic"]
     figures = {
-        "Confusion matrix": confusion_figure(confusion, classes, synthetic),
+        "Confusion matrix": confusion_figure(result["statistics"]["confusion matrix"], classes, synthetic),
         "Reliability": reliability_figure(label, probs, synthetic),
         "One subtype against the rest": roc_figure(label, probs, classes, synthetic),
     }
-    called = probs.argmax(axis=1)
-    table = [
-        {"case": case, "reference": classes[label[i]], "called": classes[called[i]], "probs": probs[i]}
-        for i, case in enumerate(cases)
-    ]
-    table.sort(key=lambda row: (row["reference"] == row["called"], row["case"]))
-    pictures = [
-        {"row": row, "reference": cohort[row["slide_id"]].subtype, "png": _base64(heatmaps / f"{row['slide_id']}.png")}
-        for row in _chosen([row for row in rows if (heatmaps / f"{row['slide_id']}.png").exists()], cohort)
+    shown = [
+        {"row": row, "reference": cohort[row.slide_id].subtype, "png": _base64(heatmaps / f"{row.slide_id}.png")}
+        for row in pictures
     ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crcjax.validation", ""), autoescape=True, undefined=jinja2.StrictUndefined
@@ -148,26 +219,27 @@ def _page(
         result=result,
         classes=classes,
         estimates={k: v for k, v in result["statistics"].items() if isinstance(v, dict)},
-        doubt=result["doubt"],
+        uncertainty=result["uncertainty"],
         numbers={k: v for k, v in result["statistics"].items() if isinstance(v, float)},
-        failed=Counter((row["status"], row["reason"]) for row in predictions.rows if row["status"] != "ok"),
+        failed=failed,
         figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
-        table=table,
-        pictures=pictures,
+        table=table[:LISTED_CASES],
+        cases=len(table),
+        pictures=shown,
     )
 
 
-def _chosen(rows: list[dict], cohort: dict[str, SlideRow]) -> list[dict]:
-    """Two wrong calls, then right ones of the subtypes in turn: a reader should see where the model errs, and what it looks at."""
-    right: dict[str, list[dict]] = {}
-    wrong = []
+def _chosen(rows: Sequence[PredictionRow], cohort: dict[str, SlideRow]) -> list[PredictionRow]:
+    """Slides for the page: two misclassified ones, which show where the model errs, then correct ones, subtypes in turn."""
+    correct: dict[str, list[PredictionRow]] = {}
+    misclassified = []
     for row in rows:
-        if row["subtype"] == cohort[row["slide_id"]].subtype:
-            right.setdefault(row["subtype"], []).append(row)
+        if row.subtype == cohort[row.slide_id].subtype:
+            correct.setdefault(row.subtype, []).append(row)
         else:
-            wrong.append(row)
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*right.values()))
-    return [row for row in (*wrong[:2], *in_turn) if row is not None][:HEATMAPS]
+            misclassified.append(row)
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*correct.values()))
+    return [row for row in (*misclassified[:2], *in_turn) if row is not None][:HEATMAPS]
 
 
 def _base64(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What doubt is worth: risk against coverage, and how often conformal sets hold the reference."""
+"""The value of uncertainty: risk against coverage, and how often conformal sets contain the reference."""
 
 from __future__ import annotations
 
@@ -8,45 +8,52 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from crcjax.data.cohort import SlideRow
+from crcjax.validation.predictions_table import PredictionRow
 from crcjax.validation.statistics import Estimate, wilson
 
-OF_SEVERAL = ("expected_entropy", "mutual_information")  # distributions held possible
+# Measures that need several distributions: an evidential head's, an ensemble's or dropout's.
+OF_SEVERAL = ("expected_entropy", "mutual_information")
 MEASURES = ("entropy", *OF_SEVERAL, "vacuity")
 
 
-def doubt_statistics(rows: Sequence[dict[str, str]], slides: Sequence[SlideRow]) -> dict[str, Estimate | float]:
-    """Of rows of predictions.csv and their labelled slides, the first slide of each case alone: cases are independent.
+def uncertainty_statistics(rows: Sequence[PredictionRow], slides: Sequence[SlideRow]) -> dict[str, Estimate | float]:
+    """The area under the risk-coverage curve by each measure of uncertainty, and coverage and size of the conformal sets.
 
-    The area under the risk-coverage curve by every measure of doubt that says something of its own, and coverage and size
-    of the sets. Where no mutual information is above zero, there is one distribution, and its expected entropy its entropy.
+    Only the first slide of each case counts, so that the cases are independent. A measure is left out if a row lacks it.
+    Where every mutual information is zero there is one distribution, whose expected entropy is its entropy.
+
+    Args:
+      rows: rows with a prediction.
+      slides: their labelled slides.
     """
     first = {slide.case_id: i for i, slide in reversed(list(enumerate(slides)))}
-    chosen = [(rows[i], slides[i]) for i in sorted(first.values())]
-    wrong = np.array([row["subtype"] != slide.subtype for row, slide in chosen])
-    found: dict[str, Estimate | float] = {}
-    one = not any(float(row.get("mutual_information") or 0) for row, _ in chosen)
+    pairs = [(rows[i], slides[i]) for i in sorted(first.values())]
+    misclassified = np.array([row.subtype != slide.subtype for row, slide in pairs])
+    statistics: dict[str, Estimate | float] = {}
+    is_single = not any(row.mutual_information for row, _ in pairs)
     for measure in MEASURES:
-        if all(row.get(measure) for row, _ in chosen) and not (one and measure in OF_SEVERAL):
-            doubt = np.array([float(row[measure]) for row, _ in chosen])
-            found[f"area under risk-coverage by {measure.replace('_', ' ')}"] = risk_coverage_area(doubt, wrong)
-    if all(row.get("set") for row, _ in chosen):
-        sets = [tuple(name for name in row["set"].split("|") if name != "none") for row, _ in chosen]
-        holds = np.array([slide.subtype in held for held, (_, slide) in zip(sets, chosen, strict=True)])
-        sizes = np.array([len(held) for held in sets])
-        found |= {"set coverage": wilson(int(holds.sum()), len(holds)), "mean set size": float(sizes.mean())}
-        found |= {"sets of one": float((sizes == 1).mean()), "empty sets": float((sizes == 0).mean())}
-        sites = np.array([slide.site or "" for _, slide in chosen])
+        values = [getattr(row, measure) for row, _ in pairs]
+        if None not in values and not (is_single and measure in OF_SEVERAL):
+            name = f"area under risk-coverage by {measure.replace('_', ' ')}"
+            statistics[name] = risk_coverage_area(np.array(values, float), misclassified)
+    sets = [row.conformal_set for row, _ in pairs if row.conformal_set is not None]
+    if len(sets) == len(pairs):
+        covers = np.array([slide.subtype in names for names, (_, slide) in zip(sets, pairs, strict=True)])
+        sizes = np.array([len(names) for names in sets])
+        statistics |= {"set coverage": wilson(int(covers.sum()), len(covers)), "mean set size": float(sizes.mean())}
+        statistics |= {"sets of one": float((sizes == 1).mean()), "empty sets": float((sizes == 0).mean())}
+        sites = np.array([slide.site or "" for _, slide in pairs])
         for site in sorted(set(sites) - {""}):
-            found[f"set coverage, {site}"] = wilson(int(holds[sites == site].sum()), int((sites == site).sum()))
-    return found
+            statistics[f"set coverage, {site}"] = wilson(int(covers[sites == site].sum()), int((sites == site).sum()))
+    return statistics
 
 
-def risk_coverage_area(doubt: Float[np.ndarray, " case"], wrong: Bool[np.ndarray, " case"]) -> float:
-    """The mean over coverages of the share of wrong calls among the least doubtful (Geifman et al. 2019, equation 1).
+def risk_coverage_area(uncertainty: Float[np.ndarray, " case"], misclassified: Bool[np.ndarray, " case"]) -> float:
+    """The mean over coverages of the share of misclassified cases among the least uncertain (Geifman et al. 2019, eq. 1).
 
-    Cases of equal doubt stand in every order at once.
+    Cases of equal uncertainty count as the mean over all their orders.
     """
-    _, inverse = np.unique(doubt, return_inverse=True)
-    share = np.bincount(inverse, wrong) / np.bincount(inverse)
+    _, inverse = np.unique(uncertainty, return_inverse=True)
+    share = np.bincount(inverse, misclassified) / np.bincount(inverse)
     ordered = share[np.sort(inverse)]
     return float((ordered.cumsum() / np.arange(1, len(ordered) + 1)).mean())

@@ -109,30 +109,26 @@ def test_a_run_by_case_predicts_every_slide_of_a_case_alike_and_is_validated(
     test = load_cohort(small_config.data.cohort, None).split("test").rows
     jobs = [PredictJob(row.slide_id, row.case_id, Path(str(row.path))) for row in test]
     rows = predict_slides(predictor, jobs, tmp_path / "out")
-    assert [row["slide_id"] for row in rows] == [job.slide_id for job in jobs]
-    assert len({row["case_id"] for row in rows}) == len(rows) / 2
-    for case in {row["case_id"] for row in rows}:
-        one, other = (row for row in rows if row["case_id"] == case)
-        assert [one[name] for name in ("p_immune", "vacuity", "subtype")] == [
-            other[name] for name in ("p_immune", "vacuity", "subtype")
-        ]
-        shares = [
-            np.load(tmp_path / "out" / "attention" / f"{row['slide_id']}.npz")["attention"] for row in (one, other)
-        ]
+    assert [row.slide_id for row in rows] == [job.slide_id for job in jobs]
+    assert len({row.case_id for row in rows}) == len(rows) / 2
+    for case in {row.case_id for row in rows}:
+        one, other = (row for row in rows if row.case_id == case)
+        assert (one.probs, one.vacuity, one.subtype) == (other.probs, other.vacuity, other.subtype)
+        shares = [np.load(tmp_path / "out" / "attention" / f"{row.slide_id}.npz")["attention"] for row in (one, other)]
         assert sum(share.sum() for share in shares) == pytest.approx(1, abs=1e-5)
         assert all(share.sum() > 0 for share in shares)
     cohort = load_cohort(small_config.data.cohort, small_config.data.classes).split("test")
     stored = predict_stored([tmp_path / "run"], Path(small_config.data.store), cohort, out=tmp_path / "stored")
     for one, other in zip(rows, stored, strict=True):
         # The store's tiles are JPEG.
-        assert logit(float(one["p_immune"])) == pytest.approx(logit(float(other["p_immune"])), abs=0.02)
-        shares = [np.load(tmp_path / out / "attention" / f"{one['slide_id']}.npz") for out in ("out", "stored")]
+        np.testing.assert_allclose(logit(one.probs), logit(other.probs), atol=0.02)
+        shares = [np.load(tmp_path / out / "attention" / f"{one.slide_id}.npz") for out in ("out", "stored")]
         np.testing.assert_array_equal(shares[0]["origin"], shares[1]["origin"])
         largest = shares[0]["attention"].max()
         np.testing.assert_allclose(shares[0]["attention"], shares[1]["attention"], atol=0.1 * largest)
     shuffled = predict_slides(predictor, jobs[::-1], tmp_path / "again")
     for one, other in zip(rows, shuffled[::-1], strict=True):
-        assert float(one["p_immune"]) == pytest.approx(float(other["p_immune"]), abs=2e-6)
+        assert one.probs == pytest.approx(other.probs, abs=2e-6)
     metrics = validate(tmp_path / "out" / "predictions.csv", Path(small_config.data.cohort), tmp_path / "out")
     assert metrics["flow"]["cases evaluated"] == len(rows) / 2
 
@@ -150,10 +146,10 @@ def test_a_slide_that_cannot_be_read_leaves_its_case_the_others(painted: Path, r
         PredictJob("broken", "a", tmp_path / "broken.svs"),
     )
     good, bad = predict_slides(predictor, [alone, broken], tmp_path / "out")
-    assert bad["status"] not in ("", "ok")
-    assert not bad.get("p_immune")
+    assert bad.status not in ("", "ok")
+    assert bad.probs == ()
     (single,) = predict_slides(predictor, [alone], tmp_path / "single")
-    assert good["p_immune"] == single["p_immune"]
+    assert good.probs == single.probs
 
 
 def test_evaluation_is_by_case(pairs: Path, small_config) -> None:

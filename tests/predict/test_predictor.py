@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ import pytest
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError, OutputError
 from crcjax.models.mil import Prediction
-from crcjax.predict.predict_slides import PredictJob, called, predict_slides, write_table
+from crcjax.predict.predict_slides import PredictJob, called, predict_slides
 from crcjax.predict.predict_store import predict_stored
 from crcjax.predict.predictor import Predictor, SlidePrediction
 from crcjax.slides.wsi.slide import open_slide
 from crcjax.validation.calibration import Calibration, calibrate, load_calibration
+from crcjax.validation.predictions_table import PredictionRow, write_predictions
 from crcjax.validation.statistics import entropy
 
 CLASSES = ("canonical", "immune", "stromal")
@@ -73,12 +75,12 @@ def test_slides_of_a_store_that_are_damaged_or_not_there_are_named_and_the_other
         shutil.copytree(painted / "store" / f"{name}.zarr", tmp_path / f"{name}.zarr")
     cohort = Cohort(tuple(SlideRow(name, name) for name in ("absent", *names)), CLASSES)
     whole = predict_stored([run], tmp_path, cohort)
-    assert [row["status"] for row in whole] == ["not_tiled", "ok", "ok", "ok", "ok"]
+    assert [row.status for row in whole] == ["not_tiled", "ok", "ok", "ok", "ok"]
     shutil.rmtree(tmp_path / f"{names[0]}.zarr" / "mask")
     shutil.rmtree(tmp_path / f"{names[2]}.zarr" / "pixels" / "streams")
     rows = predict_stored([run], tmp_path, cohort)
-    assert [row["status"] for row in rows] == ["not_tiled", "failed", "ok", "failed", "ok"]
-    assert [name in row["reason"] for name, row in zip(names, rows[1:], strict=True)] == [True, False, True, False]
+    assert [row.status for row in rows] == ["not_tiled", "failed", "ok", "failed", "ok"]
+    assert [name in row.reason for name, row in zip(names, rows[1:], strict=True)] == [True, False, True, False]
     assert (rows[2], rows[4]) == (whole[2], whole[4])
     for name in names[1:]:
         shutil.rmtree(tmp_path / f"{name}.zarr" / "mask")
@@ -93,24 +95,24 @@ def test_what_was_calibrated_on_all_but_certain_calls_is_met_by_their_like(
 ) -> None:
     """With rounded probabilities the threshold would be 0, and the set of a slide like all those empty."""
 
-    def told(draw: str, calibration: Calibration | None = None) -> dict[str, str]:
+    def row_of(number: int, calibration: Calibration | None = None) -> PredictionRow:
         probs, none = np.array([[1 - off, off, 0.0]], np.float32), np.zeros((1, 1), np.float32)
         attention = none, none[..., None], none[..., None, None]
         found = Prediction(np.log(probs + 1e-30), probs, none, *attention, None, None, none[0], none[0])
-        return called(found, CLASSES, calibration, draw)
+        slide_id = f"s{number}"
+        unpredicted = PredictionRow(slide_id, f"c{number}", "ok", model="m", split="val")
+        return replace(unpredicted, **called(found, CLASSES, calibration, slide_id))
 
-    about = {"status": "ok", "reason": "", "model": "m", "split": "val", "subtype": "canonical"}
-    rows = [{"slide_id": f"s{i}", "case_id": f"c{i}", **told(f"s{i}"), **about} for i in range(20)]
+    rows = [row_of(i) for i in range(20)]
     for name in ("predictions.csv", "cohort.csv"):
-        write_table(tmp_path / name, rows)
+        write_predictions(tmp_path / name, rows, CLASSES)
     tables = tmp_path / "predictions.csv", tmp_path / "cohort.csv", tmp_path / "calibration.json"
     calibrate(*tables, method=method, error=0.1, by_site=False)
     fitted = load_calibration(tables[2], "m", CLASSES)
-    again = [told(f"s{i}", fitted) for i in range(20)]
-    assert sum("canonical" in row["set"].split("|") for row in again) >= (20 if method == "lac" else 19)
-    probs = np.array([float(again[0][f"p_{name}"]) for name in CLASSES])
-    assert probs.sum() == pytest.approx(1)
-    assert probs.argmax() == 0
+    again = [row_of(i, fitted) for i in range(20)]
+    assert sum("canonical" in (row.conformal_set or ()) for row in again) >= (20 if method == "lac" else 19)
+    assert sum(again[0].probs) == pytest.approx(1)
+    assert np.argmax(again[0].probs) == 0
 
 
 def test_a_run_loaded_twice_is_the_same_model(run: Path, predictor: Predictor, slide: Path) -> None:
@@ -165,7 +167,7 @@ def test_slides_that_the_run_was_fitted_or_chosen_on_are_told(
     jobs = [PredictJob(name, "x", path) for name, path in paths.items()]
     jobs += [PredictJob(f"again-{name}", name, path) for name, path in paths.items()]
     rows = predict_slides(predictor, jobs, tmp_path)
-    assert [row["split"] for row in rows] == [*CASES.values()] * 2
+    assert [row.split for row in rows] == [*CASES.values()] * 2
     with open(tmp_path / "predictions.csv", newline="") as file:
         assert [row["split"] for row in csv.DictReader(file)] == [*CASES.values()] * 2
 
@@ -184,9 +186,9 @@ def test_an_ensemble_of_one_run_twice_has_no_disagreement_and_dropout_has(
 def test_slides_of_a_store_are_predicted_with_dropout_too(run: Path, painted: Path, tmp_path: Path) -> None:
     cohort = Cohort((SlideRow("synthetic-0000", "a"),), CLASSES)
     whole, dropped = (predict_stored([run], painted / "store", cohort, dropout_samples=n)[0] for n in (0, 5))
-    assert dropped["model"] == f"{whole['model']} dropout 5"
-    assert float(whole["mutual_information"]) == pytest.approx(0, abs=1e-6)
-    assert float(dropped["mutual_information"]) > 1e-6
+    assert dropped.model == f"{whole.model} dropout 5"
+    assert whole.mutual_information == pytest.approx(0, abs=1e-6)
+    assert dropped.mutual_information > 1e-6
     without = _with(run, tmp_path / "without")
     config = json.loads((without / "config.json").read_text())
     config["model"]["dropout"] = 0.0
@@ -211,7 +213,7 @@ def test_attributions_lie_on_kept_tiles_and_reach_the_attention_file(
     calibration = Calibration("any", CLASSES, 2.0, "lac", 0.1, {"": 1.0}, {"": 30})
     job = PredictJob("a", "a", slide)
     (row,) = predict_slides(Predictor(run, attribution=attribution), [job], tmp_path, calibration=calibration)
-    assert (row["set"], row["calibration"]) == ("|".join(CLASSES), calibration.id)
+    assert (row.conformal_set, row.calibration) == (CLASSES, calibration.id)
     with np.load(tmp_path / "attention" / "a.npz") as saved:
         assert saved["attribution"].any()
         assert not saved["attribution"][saved["slot_attention"] == 0].any()

@@ -51,11 +51,11 @@ def test_imported_features_train_and_the_run_says_that_it_cannot_predict_slides(
         Predictor(tmp_path / "run")
     cohort = load_cohort(config.data.cohort, config.data.classes)
     rows = predict_stored([tmp_path / "run"], Path(config.data.store), cohort.split("test"))
-    assert [row["subtype"] for row in rows] == [row.subtype for row in cohort.split("test").rows]
+    assert [row.subtype for row in rows] == [row.subtype for row in cohort.split("test").rows]
     for method in ("attention", "gradient", "region_occlusion"):
         out = tmp_path / method
         again = predict_stored([tmp_path / "run"], Path(config.data.store), cohort, out=out, attribution=method)
-        assert [row for row in again if row["slide_id"] in {one["slide_id"] for one in rows}] == rows
+        assert [row for row in again if row.slide_id in {one.slide_id for one in rows}] == rows
         assert not (out / "heatmaps").exists()  # nobody saw the slides
         for row in cohort.rows:
             store = open_store(config.data.store, row.slide_id)

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.synthetic.truth import Truth
 from crcjax.validation.attention_truth import attention_auroc
-from crcjax.validation.report import validate
+from crcjax.validation.predictions_table import load_predictions
+from crcjax.validation.report import LISTED_CASES, validate
 
 CLASSES = ("canonical", "immune", "stromal")
 
@@ -93,7 +95,7 @@ def test_the_same_tables_give_the_same_report(tables, tmp_path: Path) -> None:
     [
         ({"p_immune": "0.9"}, "line 2: .* are no probabilities that sum to 1"),
         ({"p_immune": "nan"}, "line 2: .* are no probabilities"),
-        ({"slide_id": "s1"}, "line 3: slide s1 stands there twice"),
+        ({"slide_id": "s1"}, "line 3: slide s1 is in two rows"),
     ],
 )
 def test_wrong_predictions_are_refused_by_the_line(tables, tmp_path: Path, change: dict, message: str) -> None:
@@ -106,7 +108,10 @@ def test_wrong_predictions_are_refused_by_the_line(tables, tmp_path: Path, chang
 
 def test_tables_that_do_not_belong_together_and_unwritable_folders_are_errors(tables, tmp_path: Path) -> None:
     other = _write(tmp_path, [{"slide_id": "x", "case_id": "x", "subtype": "immune"}], "other.csv")
-    with pytest.raises(InputError, match="no slide has both a prediction and a reference"):
+    with pytest.raises(
+        InputError,
+        match=r"other\.csv: has none of the 35 slides of .*predictions\.csv \(first: s0\); check that the slide ids agree",
+    ):
         validate(tables[0], other, tmp_path / "out")
     with pytest.raises(InputError, match=r"lacks model, reason, status"):
         validate(other, tables[1], tmp_path / "out")
@@ -125,3 +130,60 @@ def test_attention_on_the_carriers_scores_one_and_off_them_zero(tmp_path: Path) 
         assert attention_auroc(truth, tmp_path / "a.npz") == expected
     with pytest.raises(InputError, match="no attention of a slide"):
         attention_auroc(truth, tmp_path / "none.npz")
+
+
+def _rewritten(path: Path, folder: Path, name: str, change: Callable[[dict], dict]) -> Path:
+    with open(path) as file:
+        return _write(folder, [change(row) for row in csv.DictReader(file)], name)
+
+
+def test_without_a_column_subtype_the_predicted_class_is_the_most_probable(tables, tmp_path: Path) -> None:
+    def without(row: dict) -> dict:
+        return {name: value for name, value in row.items() if name != "subtype"}
+
+    wanted = validate(*tables, tmp_path / "one")
+    bare = _rewritten(tables[0], tmp_path, "bare.csv", without)
+    result = validate(bare, tables[1], tmp_path / "two")
+    assert result["statistics"] == wanted["statistics"]
+    assert [row.subtype for row in load_predictions(bare).rows] == [
+        row.subtype for row in load_predictions(tables[0]).rows
+    ]
+    with pytest.raises(InputError, match=r"cohort.csv: no slide has a reference subtype; add the column subtype"):
+        validate(tables[0], _rewritten(tables[1], tmp_path, "other-cohort.csv", without), tmp_path / "out")
+
+
+def test_a_slide_of_another_case_than_in_the_cohort_is_named(tables, tmp_path: Path) -> None:
+    other = _rewritten(tables[0], tmp_path, "other.csv", lambda row: row | {"case_id": f"x-{row['slide_id']}"})
+    with pytest.raises(InputError, match=r"35 slides have another case_id than in .* slide s0 has 'x-s0' and 'c0'"):
+        validate(other, tables[1], tmp_path / "out")
+
+
+def test_slides_without_a_prediction_are_counted_once_and_the_page_lists_a_hundred_cases(tmp_path: Path) -> None:
+    predictions = [_prediction(f"s{i:03}", [0.2, 0.7, 0.1]) for i in range(300)]
+    cohort = [{"slide_id": f"s{i:03}", "case_id": f"s{i:03}", "subtype": CLASSES[i % 3]} for i in range(300)]
+    for i, row in enumerate(predictions[-20:]):
+        row |= {"status": "corrupt", "reason": "the file is empty"} | dict.fromkeys(("p_immune", "subtype"), "")
+        cohort[280 + i]["subtype"] = "immune" if i < 5 else ""
+    tables = _write(tmp_path, predictions, "predictions.csv"), _write(tmp_path, cohort, "cohort.csv")
+    result = validate(*tables, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert result["flow"]["slides without a prediction"] == 5
+    assert '<td>the file is empty</td><td class="n">5</td>' in page
+    assert page.count('<tr class="wrong"><td>') == LISTED_CASES
+    assert "100 of 280 cases" in page
+    with open(tmp_path / "out" / "cases.csv") as file:
+        assert len(list(csv.DictReader(file))) == 280
+
+
+def test_classes_of_any_name_and_absent_ones_give_a_report_without_warnings(tmp_path: Path) -> None:
+    """Warnings are errors in the tests; matplotlib warns of a legend without curves."""
+    rows = [
+        {"slide_id": f"s{i}", "case_id": f"s{i}", "status": "ok", "reason": "", "model": "m"}
+        | {"p_CMS1": 0.6, "p_CMS2": 0.3, "p_CMS3": 0.1}
+        for i in range(6)
+    ]
+    cohort = [{"slide_id": f"s{i}", "case_id": f"s{i}", "subtype": "CMS1"} for i in range(6)]
+    tables = _write(tmp_path, rows, "predictions.csv"), _write(tmp_path, cohort, "cohort.csv")
+    result = validate(*tables, tmp_path / "out", truth=tmp_path)
+    assert set(result["attention"]) == {"CMS1", "CMS2", "CMS3", "all subtypes"}
+    assert result["statistics"]["accuracy"]["value"] == 1

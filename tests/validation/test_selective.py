@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from crcjax.data.cohort import SlideRow
-from crcjax.validation.selective import doubt_statistics, risk_coverage_area
+from crcjax.validation.predictions_table import PredictionRow
+from crcjax.validation.selective import risk_coverage_area, uncertainty_statistics
 from crcjax.validation.statistics import Estimate
 
 
@@ -21,14 +22,14 @@ def test_the_area_is_the_mean_risk_over_coverages_and_ties_stand_in_every_order(
 
 def test_sets_are_judged_by_site_on_the_first_slide_of_each_case() -> None:
     rows = [
-        {"subtype": "a", "set": held, "entropy": "0.1", "vacuity": ""}
-        for held in ("a|b", "b", "none", "a", "b")  # the last is a second slide of the first case
+        PredictionRow("s", "c", "ok", subtype="a", conformal_set=names, entropy=0.1)
+        for names in (("a", "b"), ("b",), (), ("a",), ("b",))  # the last is a second slide of the first case
     ]
     sites = ("north", "north", "south", "south", "north")
     slides = [
         SlideRow(f"s{i}", f"c{i % 4}", subtype="a" if i % 4 < 3 else "b", site=site) for i, site in enumerate(sites)
     ]
-    found = doubt_statistics(rows, slides)
+    found = uncertainty_statistics(rows, slides)
     coverage = found["set coverage"]
     assert isinstance(coverage, Estimate)
     assert (coverage.value, coverage.n) == (0.25, 4)
@@ -45,11 +46,19 @@ def test_measures_of_several_distributions_are_left_out_where_there_is_one(tempe
 
     def areas(mutual_information: list[float]) -> list[str]:
         rows = [
-            {"subtype": "ab"[i % 2], "entropy": f"{temperature * own[i]:.4f}", "expected_entropy": f"{own[i] - mi:.4f}"}
-            | {"mutual_information": f"{mi:.4f}", "vacuity": "0.5"}
+            PredictionRow(
+                "s",
+                "c",
+                "ok",
+                subtype="ab"[i % 2],
+                entropy=temperature * own[i],
+                expected_entropy=own[i] - mi,
+                mutual_information=mi,
+                vacuity=0.5,
+            )
             for i, mi in enumerate(mutual_information)
         ]
-        return [name.removeprefix("area under risk-coverage by ") for name in doubt_statistics(rows, slides)]
+        return [name.removeprefix("area under risk-coverage by ") for name in uncertainty_statistics(rows, slides)]
 
     assert areas([0.0] * 4) == ["entropy", "vacuity"]
     assert areas([0.0, 0.0, 0.0, 0.1]) == ["entropy", "expected entropy", "mutual information", "vacuity"]

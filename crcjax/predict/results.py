@@ -1,0 +1,111 @@
+"""predictions.csv as it grows: rows are added one by one, and a later start keeps those that are still valid."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from crcjax.errors import writing
+from crcjax.predict.attribution import Method
+from crcjax.predict.evidence import evidence_digest, remove_evidence, slides_with_evidence
+from crcjax.validation.calibration import Calibration
+from crcjax.validation.predictions_table import PredictionRow, columns, read_partial, write_predictions
+
+
+@dataclass
+class Bag:
+    """Slides that are predicted together: their rows before prediction, and what decides the prediction.
+
+    `compute_digest` reads the slides' content and returns `digest_of` everything that decides the prediction, or an empty
+    text, which matches nothing, if a slide cannot be read.
+    """
+
+    rows: list[PredictionRow]
+    compute_digest: Callable[[], str]
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest, computed when it is first needed."""
+        return self.compute_digest()
+
+
+def digest_of(model_id: str, calibration: Calibration | None, attribution: Method, *content: object) -> str:
+    """The digest of what a bag's prediction and evidence are made from; `content` identifies its slides, as JSON values."""
+    values = [model_id, calibration.id if calibration else "", attribution, *content]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class Results:
+    """OUT/predictions.csv while slides are predicted; a context manager that opens and closes the table.
+
+    On entering, the rows of an earlier run are kept for each bag whose slides it has all predicted from the same model,
+    calibration, attribution and slide content. All other rows are dropped, together with the evidence files of their slides,
+    so that no file in OUT disagrees with the table. A run that is killed loses at most the bag that it was working on.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        classes: Sequence[str],
+        bags: Sequence[Bag],
+        on_row: Callable[[PredictionRow], None] = lambda row: None,
+    ):
+        self._out, self._path, self._classes = out, out / "predictions.csv", classes
+        self._bags, self._on_row = bags, on_row
+        self.rows: dict[str, PredictionRow] = {}
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Results:
+        with writing(self._out):
+            self._out.mkdir(parents=True, exist_ok=True)
+            earlier = read_partial(self._path, self._classes)
+            for bag in self._bags:
+                if self._is_finished(bag, earlier):
+                    for row in bag.rows:
+                        kept = replace(earlier[row.slide_id], case_id=row.case_id, split=row.split)
+                        self.rows[row.slide_id] = kept
+            write_predictions(self._path, list(self.rows.values()), self._classes)
+            for slide_id in (set(earlier) | slides_with_evidence(self._out)) - set(self.rows):
+                remove_evidence(self._out, slide_id)
+            self._file = open(self._path, "a", newline="", buffering=1)
+        for row in list(self.rows.values()):
+            self._on_row(row)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._file is not None
+        with writing(self._out):
+            self._file.close()
+        if error is None:
+            # Rows that were tried again stand at the end of the table; this brings them to their places.
+            in_order = [self.rows[row.slide_id] for bag in self._bags for row in bag.rows]
+            if list(self.rows.values()) != in_order:
+                write_predictions(self._path, in_order, self._classes)
+
+    def has(self, bag: Bag) -> bool:
+        """Whether the rows of a bag are written."""
+        return bag.rows[0].slide_id in self.rows
+
+    def add(self, rows: Iterable[PredictionRow]) -> None:
+        """Writes the rows of one bag. Raises OutputError."""
+        assert self._file is not None
+        table = csv.DictWriter(self._file, columns(self._classes), restval="")
+        for row in rows:
+            with writing(self._out):
+                table.writerow(row.to_csv(self._classes))
+            self.rows[row.slide_id] = row
+            self._on_row(row)
+
+    def _is_finished(self, bag: Bag, earlier: Mapping[str, PredictionRow]) -> bool:
+        rows = [earlier.get(row.slide_id) for row in bag.rows]
+        if not all(row and row.is_ok and row.model == bag.rows[0].model for row in rows):
+            return False
+        digests = {evidence_digest(self._out, row.slide_id) for row in bag.rows}
+        return digests == {bag.digest} and bool(bag.digest)

@@ -1,0 +1,154 @@
+"""A prediction that was stopped goes on where it was, and files in the folder never contradict the table."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from crcjax.data.cohort import load_cohort
+from crcjax.predict.predict_slides import PredictJob, predict_slides
+from crcjax.predict.predict_store import predict_stored
+from crcjax.predict.predictor import Predictor
+from crcjax.validation.predictions_table import PredictionRow
+
+
+class Killed(Exception):
+    """In place of a signal, after some rows."""
+
+
+def _killer(rows: int):
+    written: list[PredictionRow] = []
+
+    def on_row(row: PredictionRow) -> None:
+        written.append(row)
+        if len(written) == rows:
+            raise Killed
+
+    return on_row
+
+
+def _table(out: Path) -> list[str]:
+    """The lines without the seconds, which differ from run to run."""
+    lines = [line.split(",") for line in (out / "predictions.csv").read_text().splitlines()]
+    column = lines[0].index("seconds")
+    return [",".join(line[:column] + line[column + 1 :]) for line in lines]
+
+
+def _files(out: Path) -> set[str]:
+    return {path.stem for folder in ("attention", "heatmaps") for path in (out / folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def predictor(run: Path) -> Predictor:
+    return Predictor(run)
+
+
+@pytest.fixture
+def jobs(painted: Path, tmp_path: Path) -> list[PredictJob]:
+    rows = load_cohort(painted / "cohort.csv", None).rows[-4:]
+    jobs = [PredictJob(row.slide_id, row.case_id, tmp_path / f"{row.slide_id}.svs") for row in rows]
+    for row, job in zip(rows, jobs, strict=True):
+        shutil.copy(str(row.path), job.path)
+    return jobs
+
+
+@pytest.fixture
+def encoded(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the slides that were encoded."""
+    paths: list[str] = []
+    encode = predictor.encode
+
+    def counted(slide, threads):
+        paths.append(Path(slide.info.path).stem)
+        return encode(slide, threads)
+
+    monkeypatch.setattr(predictor, "encode", counted)
+    return paths
+
+
+def test_a_killed_prediction_resumes_without_predicting_a_slide_twice(
+    predictor: Predictor, jobs: list[PredictJob], encoded: list[str], tmp_path: Path
+) -> None:
+    whole = predict_slides(predictor, jobs, tmp_path / "whole")
+    encoded.clear()
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        predict_slides(predictor, jobs, out, on_row=_killer(2))
+    table = out / "predictions.csv"
+    table.write_bytes(table.read_bytes() + b"synthetic-00")  # a line that was being written
+    shown: list[str] = []
+    rows = predict_slides(predictor, jobs, out, on_row=lambda row: shown.append(row.slide_id))
+    assert encoded == shown == [job.slide_id for job in jobs]
+    assert [row.probs for row in rows] == [row.probs for row in whole]
+    assert _table(out) == _table(tmp_path / "whole")
+    assert _files(out) == set(encoded)
+
+
+def test_failed_slides_are_tried_again_and_changed_slides_models_and_files_predicted_anew(
+    predictor: Predictor, jobs: list[PredictJob], encoded: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    names = [job.slide_id for job in jobs]
+    content = jobs[1].path.read_bytes()
+    jobs[1].path.write_bytes(b"")
+    assert [row.status for row in predict_slides(predictor, jobs, out)] == ["ok", "corrupt", "ok", "ok"]
+    jobs[1].path.write_bytes(content)
+    encoded.clear()
+    assert [row.status for row in predict_slides(predictor, jobs, out)] == ["ok"] * 4
+    assert encoded == [names[1]]
+    assert [line.split(",")[0] for line in _table(out)[1:]] == names
+    # Another content, a lost heatmap, and another µm per px.
+    shutil.copy(jobs[3].path, jobs[0].path)
+    (out / "heatmaps" / f"{names[1]}.png").unlink()
+    changed = [*jobs[:2], replace(jobs[2], mpp=0.9), jobs[3]]
+    encoded.clear()
+    rows = predict_slides(predictor, changed, out)
+    assert encoded == names[:3]
+    assert rows[0].probs == rows[3].probs
+    # A slide that is not asked for leaves no row and no picture; the others keep theirs.
+    encoded.clear()
+    predict_slides(predictor, changed[1:], out)
+    assert encoded == []
+    assert _files(out) == set(names[1:])
+    assert len(_table(out)) == 4
+    # Rows of another model are not kept, and neither are its pictures.
+    earlier, predictor.model_id = predictor.model_id, "another"
+    try:
+        with pytest.raises(Killed):
+            predict_slides(predictor, changed[1:], out, on_row=_killer(1))
+        assert _files(out) == {names[1]}
+    finally:
+        predictor.model_id = earlier
+
+
+def test_a_killed_prediction_of_a_store_resumes(
+    run: Path, painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crcjax.predict import predict_store
+
+    cohort = load_cohort(painted / "cohort.csv", ("canonical", "immune", "stromal")).split("test")
+    whole = predict_stored([run], painted / "store", cohort, out=tmp_path / "whole")
+    numbers: list[int] = []
+    opened: list[str] = []
+    predict, open_store = predict_store._predicted, predict_store.open_store
+
+    def counted(members, evaluations, number, *others):
+        numbers.append(number)
+        return predict(members, evaluations, number, *others)
+
+    def counted_open(store, slide_id):
+        opened.append(slide_id)
+        return open_store(store, slide_id)
+
+    monkeypatch.setattr(predict_store, "_predicted", counted)
+    monkeypatch.setattr(predict_store, "open_store", counted_open)
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        predict_stored([run], painted / "store", cohort, out=out, on_row=_killer(4))
+    assert opened == [row.slide_id for row in cohort.rows]
+    assert len(_table(out)) == 5
+    rows = predict_stored([run], painted / "store", cohort, out=out)
+    assert numbers == list(range(6))
+    assert [row.probs for row in rows] == [row.probs for row in whole]
+    assert (out / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()

@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crcjax.errors import InputError
+from crcjax.validation.predictions_table import PredictionRow, load_predictions, read_partial, write_predictions
+
+CLASSES = ("a", "b")
+ROWS = [
+    PredictionRow(
+        *("s1", "c1", "ok"),
+        **{"model": "m", "subtype": "b", "probs": (1 / 3, 2 / 3), "entropy": 0.6365, "expected_entropy": 0.5},
+        **{"mutual_information": 0.1365, "conformal_set": (), "calibration": "x", "regions": 7, "synthetic": True},
+    ),
+    PredictionRow("s2", "c2", "corrupt", reason='the file "x", is\nempty', model="m", split="val"),
+]
+
+
+@given(share=st.floats(0, 1), sets=st.sampled_from([None, (), ("a",), ("a", "b")]), fold=st.sampled_from(["", "3"]))
+def test_a_row_written_and_read_is_the_same_to_the_last_bit_of_its_probabilities(share, sets, fold) -> None:
+    row = PredictionRow("s", "c", "ok", subtype="a", probs=(share, 1 - share), conformal_set=sets, fold=fold)
+    assert PredictionRow.from_csv(row.to_csv(CLASSES), CLASSES) == row
+
+
+def test_a_table_cut_off_anywhere_gives_its_whole_rows(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.csv"
+    write_predictions(path, ROWS, CLASSES)
+    assert load_predictions(path).rows == ROWS
+    written = path.read_bytes()
+    ends = {written.index(b"s2,c2"): 1, len(written): 2}
+    for length in range(len(written) + 1):
+        path.write_bytes(written[:length])
+        rows = read_partial(path, CLASSES)
+        whole = max((count for end, count in ends.items() if length >= end), default=0)
+        assert list(rows.values()) == ROWS[:whole], length
+    assert read_partial(path, ("other", "classes")) == {}
+    assert read_partial(tmp_path / "absent.csv", CLASSES) == {}
+
+
+def test_a_damaged_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.csv"
+    write_predictions(path, ROWS, CLASSES)
+    path.write_text(path.read_text().replace("0.3333333333333333", "0.9"))
+    assert list(read_partial(path, CLASSES)) == ["s2"]
+    with pytest.raises(InputError, match=r"line 2: .* are no probabilities that sum to 1"):
+        load_predictions(path)
