@@ -33,7 +33,7 @@ Exit status: 0 everything was done; 1 the run finished, but slides were refused 
 the output cannot be written; finished results are kept. crcjax train --help lists those of training.
 """
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-_say = Console(stderr=True, highlight=False, soft_wrap=True)
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Slides = Annotated[
     list[Path] | None, typer.Argument(metavar="SLIDE_OR_FOLDER...", help="slide files; folders are searched")
@@ -243,8 +243,8 @@ def overview(
     faults: dict[str, str] = {}
     page = write_overview(store, places if cohort else None, limits, on_fault=faults.__setitem__)
     for slide_id, reason in faults.items():
-        _say.print(f"failed: {slide_id}: {reason}", markup=False)
-    _say.print(f"{page}", markup=False)
+        _stderr.print(f"failed: {slide_id}: {reason}", markup=False)
+    _stderr.print(f"{page}", markup=False)
     raise typer.Exit(1 if faults else 0)
 
 
@@ -330,8 +330,8 @@ def embed(
         def start(view: View, slides: int, tiles: int) -> None:
             progress.update(task, total=slides)
             if view.warning:
-                _say.print(f"warning: {view.warning}", markup=False)
-            _say.print(f"{', '.join(view.magnifications)}, {tiles} tiles a batch", markup=False)
+                _stderr.print(f"warning: {view.warning}", markup=False)
+            _stderr.print(f"{', '.join(view.magnifications)}, {tiles} tiles a batch", markup=False)
 
         outcomes = embed_store(
             store,
@@ -346,10 +346,10 @@ def embed(
         )
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     for outcome in failed:
-        _say.print(f"failed: {outcome.slide_id}: {outcome.reason}", markup=False)
+        _stderr.print(f"failed: {outcome.slide_id}: {outcome.reason}", markup=False)
     tiles, seconds = sum(outcome.tiles for outcome in outcomes), sum(outcome.seconds for outcome in outcomes)
     speed = f", {tiles / seconds:.1f} tiles/s" if seconds else ""
-    _say.print(f"{len(outcomes) - len(failed)} of {len(outcomes)} slides have {encoder}{speed}", markup=False)
+    _stderr.print(f"{len(outcomes) - len(failed)} of {len(outcomes)} slides have {encoder}{speed}", markup=False)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -442,7 +442,7 @@ def crossvalidate(
         if not equals or name in swept:
             raise InputError(f"--sweep {text}: write FIELD=VALUE,VALUE, each field once")
         swept[name] = values.split(",")
-    train_folds(given, out, seeds=seeds, sweep=swept, say=lambda line: _say.print(line, markup=False))
+    train_folds(given, out, seeds=seeds, sweep=swept, on_line=lambda line: _stderr.print(line, markup=False))
 
 
 @app.command()
@@ -460,13 +460,15 @@ def calibrate(
     from crcjax.validation.calibration import HOTTEST
     from crcjax.validation.calibration import calibrate as fit
 
-    found = fit(predictions, cohort, out, method=method, error=error, by_site=by_site)
-    counts = ", ".join(f"{count} cases of {site or 'all sites'}" for site, count in found.cases.items())
-    _say.print(f"temperature {found.temperature:.3f}, sets by {counts}: {out}", markup=False)
-    if not 1.01 / HOTTEST < found.temperature < 0.99 * HOTTEST:
-        _say.print("warning: the temperature is at its limit; too few validation cases, or all called right or wrong")
-    if found.thresholds[""] == float("inf"):
-        _say.print(f"warning: too few cases for an error of {error}; every set is full", markup=False)
+    calibration = fit(predictions, cohort, out, method=method, error=error, by_site=by_site)
+    counts = ", ".join(f"{count} cases of {site or 'all sites'}" for site, count in calibration.cases.items())
+    _stderr.print(f"temperature {calibration.temperature:.3f}, sets by {counts}: {out}", markup=False)
+    if not 1.01 / HOTTEST < calibration.temperature < 0.99 * HOTTEST:
+        _stderr.print(
+            "warning: the temperature is at its limit; too few validation cases, or all called right or wrong"
+        )
+    if calibration.thresholds[""] == float("inf"):
+        _stderr.print(f"warning: too few cases for an error of {error}; every set is full", markup=False)
 
 
 @app.command()
@@ -480,7 +482,7 @@ def validate(
     from crcjax.validation.report import validate as write_report
 
     write_report(predictions, cohort, out, truth)
-    _say.print(f"{out / 'report.html'}", markup=False)
+    _stderr.print(f"{out / 'report.html'}", markup=False)
 
 
 @app.command()
@@ -510,14 +512,14 @@ def deidentify(
     for path, copy, result in deidentify_slides(jobs, workers or usable_cores()):
         if not isinstance(result, Report):
             refused += 1
-            _say.print(f"refused: {result if isinstance(result, SlideError) else f'{path}: {result}'}", markup=False)
+            _stderr.print(f"refused: {result if isinstance(result, SlideError) else f'{path}: {result}'}", markup=False)
             continue
-        _say.print(f"{path}: copied to {copy}, report {report_path(copy).name}", markup=False)
+        _stderr.print(f"{path}: copied to {copy}, report {report_path(copy).name}", markup=False)
         for removed in result.removed:
-            _say.print(f"  removed: {removed}", markup=False)
-        _say.print(f"  remains: {result.remains}", markup=False)
+            _stderr.print(f"  removed: {removed}", markup=False)
+        _stderr.print(f"  remains: {result.remains}", markup=False)
     there = f", {len(paths) - len(jobs)} were there" if len(jobs) < len(paths) else ""
-    _say.print(f"{len(jobs) - refused} of {len(paths)} slides copied{there}", markup=False)
+    _stderr.print(f"{len(jobs) - refused} of {len(paths)} slides copied{there}", markup=False)
     raise typer.Exit(1 if refused else 0)
 
 
@@ -534,7 +536,7 @@ def pseudonyms(
     from crcjax.data.pseudonyms import load_key, write_pseudonymous
 
     rows = write_pseudonymous(cohort, load_key(pseudonym_key), out, keep or ())
-    _say.print(f"{rows} slides in {out}", markup=False)
+    _stderr.print(f"{rows} slides in {out}", markup=False)
 
 
 @app.command()
@@ -551,7 +553,7 @@ def demo(
     """
     from crcjax.demo import run_demo
 
-    run_demo(out, seed, size, console=_say)
+    run_demo(out, seed, size, console=_stderr)
 
 
 @app.command()
@@ -562,12 +564,12 @@ def doctor() -> None:
     findings = examine(Path.cwd())
     table = Table(show_header=False, box=None)
     for finding in findings:
-        table.add_row(finding.about, finding.found)
+        table.add_row(finding.about, finding.observed)
     console = Console()
     console.print(table)
     faults = [finding for finding in findings if finding.remedy]
     for fault in faults:
-        console.print(f"wrong: {fault.about}: {fault.found}; {fault.remedy}", markup=False)
+        console.print(f"wrong: {fault.about}: {fault.observed}; {fault.remedy}", markup=False)
     if not faults:
         console.print("nothing is wrong")
     raise typer.Exit(1 if faults else 0)
@@ -606,8 +608,8 @@ def _say_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out: 
     """Prints a line for each slide without a prediction and one for all, and exits with the status."""
     failed = [row for row in rows if not row.is_ok]
     for row in failed:
-        _say.print(f"{row.status}: {names[row.slide_id]}: {row.reason}", markup=False)
-    _say.print(f"{len(rows) - len(failed)} of {len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
+        _stderr.print(f"{row.status}: {names[row.slide_id]}: {row.reason}", markup=False)
+    _stderr.print(f"{len(rows) - len(failed)} of {len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -616,17 +618,17 @@ def _say_outcomes(outcomes: Sequence[Outcome], done: str, out: Path) -> NoReturn
     for outcome in outcomes:
         if outcome.reason:
             said = ", ".join(filter(None, (outcome.status, outcome.verdict)))
-            _say.print(f"{said}: {outcome.path}: {outcome.reason}", markup=False)
+            _stderr.print(f"{said}: {outcome.path}: {outcome.reason}", markup=False)
     succeeded, tiles = sum(outcome.succeeded for outcome in outcomes), sum(outcome.tiles for outcome in outcomes)
-    _say.print(f"{succeeded} of {len(outcomes)} slides {done}, {tiles} tiles in {out}", markup=False)
+    _stderr.print(f"{succeeded} of {len(outcomes)} slides {done}, {tiles} tiles in {out}", markup=False)
     if verdicts := Counter(outcome.verdict for outcome in outcomes if outcome.verdict):
         counts = ", ".join(f"{name} {verdicts[name]}" for name in ("accept", "review", "reject"))
-        _say.print(f"verdicts: {counts}; crcjax overview {out} shows why", markup=False)
+        _stderr.print(f"verdicts: {counts}; crcjax overview {out} shows why", markup=False)
     raise typer.Exit(1 if succeeded < len(outcomes) else 0)
 
 
 def _progress(*texts: str) -> Progress:
-    return progress_bar(_say, *texts)
+    return progress_bar(_stderr, *texts)
 
 
 if __name__ == "__main__":

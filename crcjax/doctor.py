@@ -39,10 +39,10 @@ _LEAST_MEMORY_GIB = 4.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's: what was looked at, what was found, and what to do if that is wrong."""
+    """One line of the doctor's: what was looked at, what was observed, and what to do if that is wrong."""
 
     about: str
-    found: str
+    observed: str
     remedy: str = ""
 
 
@@ -65,10 +65,10 @@ def _devices() -> Finding:
         devices = jax.devices()
     except (ImportError, RuntimeError) as error:
         return Finding("devices", f"none ({error})", "install jax for this machine: pip install '.[cuda12]' with a GPU")
-    found = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    description = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     if devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
-        return Finding("devices", f"{found}, though there is an NVIDIA driver", "pip install '.[cuda12]'")
-    return Finding("devices", found)
+        return Finding("devices", f"{description}, though there is an NVIDIA driver", "pip install '.[cuda12]'")
+    return Finding("devices", description)
 
 
 def _openslide() -> Finding:

@@ -34,11 +34,11 @@ def _about(folder: Path) -> dict[str, Finding]:
 
 def test_it_tells_the_versions_devices_formats_and_room_of_this_machine(tmp_path: Path) -> None:
     findings = _about(tmp_path)
-    assert findings["jax"].found == importlib.metadata.version("jax")
-    assert findings["devices"].found.startswith(f"{jax.device_count()} x ")
-    assert findings["cores"].found == str(len(os.sched_getaffinity(0)))
-    assert all(name in findings["slide formats"].found for name in ("Aperio", "DICOM", "OME-TIFF"))
-    assert float(findings["disk free"].found.split()[0]) == pytest.approx(
+    assert findings["jax"].observed == importlib.metadata.version("jax")
+    assert findings["devices"].observed.startswith(f"{jax.device_count()} x ")
+    assert findings["cores"].observed == str(len(os.sched_getaffinity(0)))
+    assert all(name in findings["slide formats"].observed for name in ("Aperio", "DICOM", "OME-TIFF"))
+    assert float(findings["disk free"].observed.split()[0]) == pytest.approx(
         shutil.disk_usage("/tmp").free / 2**30, rel=0.1
     )
 
@@ -48,7 +48,7 @@ def test_a_package_that_is_not_installed_is_named_with_the_remedy(
 ) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ["no-such-package"])
     finding = _about(tmp_path)["no-such-package"]
-    assert finding.found == "missing"
+    assert finding.observed == "missing"
     assert "pip install" in finding.remedy
 
 
@@ -70,7 +70,7 @@ def test_a_small_disk_is_a_fault(small_disk: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_a_fault() -> None:
     finding = _about(Path("/proc"))["this folder"]  # not even by root
-    assert finding.found.startswith("/proc: ")
+    assert finding.observed.startswith("/proc: ")
     assert finding.remedy == "work in a folder that you may write"
 
 

@@ -60,8 +60,8 @@ class Table(Sequence[Mapping[str, Any]]):
             for row in self.rows[:_SHOWN_ROWS]
         )
         hidden = len(self) - _SHOWN_ROWS
-        note = f"<p>and {hidden} more rows; to_pandas() has them all</p>" if hidden > 0 else ""
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+        hidden_rows_note = f"<p>and {hidden} more rows; to_pandas() has them all</p>" if hidden > 0 else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{hidden_rows_note}"
 
 
 class Picture:
@@ -75,9 +75,9 @@ class Picture:
         """Draws a matplotlib figure."""
         from io import BytesIO
 
-        drawn = BytesIO()
-        figure.savefig(drawn, format="png")
-        return cls(drawn.getvalue(), title)
+        png = BytesIO()
+        figure.savefig(png, format="png")
+        return cls(png.getvalue(), title)
 
     def save(self, path: str | Path) -> Path:
         """Writes the PNG file. Raises OutputError."""

@@ -197,11 +197,11 @@ class Report:
     def statistics(self) -> Table:
         """One row for each statistic: value and 95 % interval."""
         rows = []
-        for name, found in self.metrics["statistics"].items():
-            if isinstance(found, dict) and "value" in found:
-                rows.append({"statistic": name} | {k: found.get(k) for k in ("value", "ci_low", "ci_high", "n")})
-            elif isinstance(found, int | float):
-                rows.append({"statistic": name, "value": found})
+        for name, estimate in self.metrics["statistics"].items():
+            if isinstance(estimate, dict) and "value" in estimate:
+                rows.append({"statistic": name} | {k: estimate.get(k) for k in ("value", "ci_low", "ci_high", "n")})
+            elif isinstance(estimate, int | float):
+                rows.append({"statistic": name, "value": estimate})
         return Table(rows)
 
     def __repr__(self) -> str:

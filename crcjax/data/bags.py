@@ -91,11 +91,11 @@ def read_bag(
         mask[i, : len(chosen)] = store.mask[chosen]
         position[i, : len(chosen)] = store.origin[chosen] / store.region_px
         region[i, : len(chosen)] = chosen
-    told = np.full((*shape, 2), UNKNOWN, np.int8)
+    label_array = np.full((*shape, 2), UNKNOWN, np.int8)
     for i, of_slide in enumerate(tile_labels):
-        told[i, : len(regions[i])] = of_slide[regions[i]]
+        label_array[i, : len(regions[i])] = of_slide[regions[i]]
     weight = np.ones(len(stores), np.float32)
-    known = told if tile_labels else None
+    known = label_array if tile_labels else None
     return Bag(tiles, mask, position, labels.astype(np.int32), weight, region, stain=stain, tile_labels=known)
 
 
@@ -106,9 +106,9 @@ class _Lent:
     """
 
     def __init__(self, size: int):
-        self._kept = _kept(size)
+        self._free = _free_memory(size)
         try:
-            self._memory = self._kept.pop()
+            self._memory = self._free.pop()
         except IndexError:
             room = np.empty(size + 64, np.uint8)
             first = -room.ctypes.data % 64  # JAX on a CPU takes multiples of 64 bytes without a copy
@@ -116,11 +116,11 @@ class _Lent:
         self.__array_interface__ = self._memory.__array_interface__
 
     def __del__(self) -> None:
-        self._kept.append(self._memory)
+        self._free.append(self._memory)
 
 
 @lru_cache(2)  # sizes: of training, and of its evaluation
-def _kept(size: int) -> list[np.ndarray]:
+def _free_memory(size: int) -> list[np.ndarray]:
     """The memory of that many bytes that is free."""
     return []
 
@@ -169,8 +169,8 @@ def open_stores(
 def featured(stores: Sequence[TileStore], encoder: str) -> tuple[str, ...]:
     """The magnifications that the first slide has features of; the empty tuple if it has those of all, or of none."""
     about = FeatureReader(stores[0].path.parent, stores[0].slide_id, encoder).attributes
-    found = tuple(name for name in stores[0].params.magnifications if name in about.get("magnifications", ()))
-    return found if len(found) < len(stores[0].params.magnifications) else ()
+    magnifications = tuple(name for name in stores[0].params.magnifications if name in about.get("magnifications", ()))
+    return magnifications if len(magnifications) < len(stores[0].params.magnifications) else ()
 
 
 def open_features(

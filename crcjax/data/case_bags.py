@@ -76,12 +76,13 @@ def by_unit(
     if unit == "slide":
         return cohort, list(stores), list(features)
     slides_of = {case: [i for i, row in enumerate(cohort.rows) if row.case_id == case] for case in cohort.cases}
-    held = [tuple(stores[i] for i in slides) for slides in slides_of.values()]
+    stores_of_case = [tuple(stores[i] for i in slides) for slides in slides_of.values()]
     readers = [tuple(features[i] for i in slides) for slides in slides_of.values()] if features else []
     joined = [
-        CaseFeatures(some, tuple(len(store.mask) for store in of)) for some, of in zip(readers, held, strict=False)
+        CaseFeatures(readers_of_case, tuple(len(store.mask) for store in of))
+        for readers_of_case, of in zip(readers, stores_of_case, strict=False)
     ]
-    return rows, [_joined(of) for of in held], list(joined)
+    return rows, [_joined(of) for of in stores_of_case], list(joined)
 
 
 def rows_by_unit(unit: str, cohort: Cohort) -> Cohort:
@@ -126,8 +127,8 @@ def _read(
     ends = np.cumsum(sizes)
     slide = np.searchsorted(ends, wanted, side="right")
     parts = [(slide == i, read, ends[i] - sizes[i]) for i, read in enumerate(reads)]
-    found = [(here, read(wanted[here] - first)) for here, read, first in parts if here.any() or not len(wanted)]
-    values = np.empty((len(wanted), *found[0][1].shape[1:]), found[0][1].dtype) if out is None else out
-    for here, rows in found:
+    pieces = [(here, read(wanted[here] - first)) for here, read, first in parts if here.any() or not len(wanted)]
+    values = np.empty((len(wanted), *pieces[0][1].shape[1:]), pieces[0][1].dtype) if out is None else out
+    for here, rows in pieces:
         values[here] = rows
     return values

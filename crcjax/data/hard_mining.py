@@ -96,15 +96,15 @@ def remember(
     # Sums and maxima over all bags, not scatters: those would take a doubled slide's bags in any order on a GPU.
     here = slide[None] == jnp.arange(slides)[:, None]
     last = jnp.where(here, jnp.arange(len(slide)), -1).max(axis=1)
-    seen = last >= 0
+    observed = last >= 0
     mean = jnp.where(here, loss, 0.0).sum(axis=1) / jnp.maximum(here.sum(axis=1), 1)
     running = jnp.where(memory.loss < 0, mean, _KEPT * memory.loss + (1 - _KEPT) * mean)
     _, place = jax.lax.top_k(jnp.where(region >= 0, attention, -1.0), mined)
     best = jnp.take_along_axis(region, place, axis=1)
     return Memory(
-        jnp.where(seen, running, memory.loss),
-        jnp.where(seen, wrong[last], memory.wrong),
-        jnp.where(seen[:, None], best[last], memory.region),
+        jnp.where(observed, running, memory.loss),
+        jnp.where(observed, wrong[last], memory.wrong),
+        jnp.where(observed[:, None], best[last], memory.region),
     )
 
 
@@ -122,14 +122,14 @@ class Board:
 
     def memory(self, period: int) -> Memory:
         """The memory of a period, waited for. Raises InputError if the run ends before."""
-        found = self._read.get(period)
-        if found is None:
+        memory = self._read.get(period)
+        if memory is None:
             path = self._folder / f"{period}.npz"
             while not path.exists():
                 if not self._folder.exists():
                     raise InputError(f"{path}: training ended before this period was reached; start it again")
                 time.sleep(0.002)
             with np.load(path) as file:
-                found = Memory(file["loss"], file["wrong"], file["region"])
-            self._read = {period - 1: self._read.get(period - 1), period: found}
-        return found
+                memory = Memory(file["loss"], file["wrong"], file["region"])
+            self._read = {period - 1: self._read.get(period - 1), period: memory}
+        return memory

@@ -214,8 +214,8 @@ def _end_of(result: Any) -> float:
 def local_blocks(mesh: Mesh, shape: tuple[int, int]) -> list[Block]:
     """The places of a batch of `shape` (bags, regions) that the devices of this process hold, each once."""
     indices = NamedSharding(mesh, PartitionSpec("data", "bag")).addressable_devices_indices_map(shape).values()
-    held = {(index[0].indices(shape[0])[:2], index[1].indices(shape[1])[:2]) for index in indices if index}
-    return [(range(*bags), range(*regions)) for bags, regions in sorted(held)]
+    block_bounds = {(index[0].indices(shape[0])[:2], index[1].indices(shape[1])[:2]) for index in indices if index}
+    return [(range(*bags), range(*regions)) for bags, regions in sorted(block_bounds)]
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class _Reader:
         slides = self.sampler.slides(step)
         chosen = {
             bag: self.sampler.regions(step, bag, int(slides[bag]), self.stores[slides[bag]])
-            for bag in sorted({bag for held, _ in self.blocks for bag in held})
+            for bag in sorted({bag for bag_range, _ in self.blocks for bag in bag_range})
         }
         return [
             self._block(
@@ -250,6 +250,6 @@ class _Reader:
         stain = jax.tree.map(lambda *leaves: np.stack(leaves), *stains) if stains else None
         features = [self.features[slide] for slide in slides] if self.features else []
         stores = [self.stores[slide] for slide in slides]
-        told = [self.tile_labels[slide] for slide in slides] if self.tile_labels else []
-        bag = read_bag(stores, chosen, self.sampler.labels[slides], len(places), stain, features, told)
+        labels_of_slides = [self.tile_labels[slide] for slide in slides] if self.tile_labels else []
+        bag = read_bag(stores, chosen, self.sampler.labels[slides], len(places), stain, features, labels_of_slides)
         return replace(bag, weight=self.weights[slides], slide=slides.astype(np.int32))

@@ -37,8 +37,10 @@ class Miner:
         period = start // config.data.mine_every
         # What a killed run had logged of this period and later, is logged again.
         lines = self._log.read_text().splitlines(keepends=True) if self._log.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["first_step"] < period * self.every]
-        self._write("w", "".join(kept))
+        earlier_lines = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["first_step"] < period * self.every
+        ]
+        self._write("w", "".join(earlier_lines))
         self._publish(period, mining.used)
         self._publish(period + 1, mining.next)
 

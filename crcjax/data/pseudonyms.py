@@ -56,17 +56,17 @@ def write_pseudonymous(cohort: str | Path, key: bytes, out: str | Path, keep: Se
     """
     out, rows = Path(out), load_cohort(cohort, None).rows
     columns = [field.name for field in fields(SlideRow) if field.name not in ("path", "mpp", "extra")]
-    kept = [_further_column(cohort, rows[0], name) for name in keep]
-    kept = [name for name in dict.fromkeys(kept) if name not in columns]
+    further_columns = [_further_column(cohort, rows[0], name) for name in keep]
+    further_columns = [name for name in dict.fromkeys(further_columns) if name not in columns]
     with writing(out):
         try:
             with open(out, "x", newline="") as file:
                 table = csv.writer(file)
-                table.writerow([*columns, *kept])
+                table.writerow([*columns, *further_columns])
                 for row in rows:
                     hidden = {name: pseudonym(key, getattr(row, name)) for name in ("slide_id", "case_id")}
                     values = [hidden.get(name) or getattr(row, name) or "" for name in columns]
-                    table.writerow([*values, *(_cell(row, name) for name in kept)])
+                    table.writerow([*values, *(_cell(row, name) for name in further_columns)])
         except FileExistsError:
             raise InputError(f"{out}: exists, and is not overwritten; choose another --out") from None
     return len(rows)

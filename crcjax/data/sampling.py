@@ -25,14 +25,14 @@ def draw_slides(
     classes = np.unique(labels)
     of_class = [np.flatnonzero(labels == number) for number in classes]
     mined = mined_places(step, bags, mined_share)
-    drawn = []
+    slides = []
     for place, is_mined in enumerate(mined):
         position = step * bags + place
         before = _mined_before(position, mined_share)
         if is_mined:
             members = of_class[before % len(classes)]
             weights = hardness(losses, members)
-            drawn.append(np.random.default_rng([seed, 12, position]).choice(members, p=weights / weights.sum()))
+            slides.append(np.random.default_rng([seed, 12, position]).choice(members, p=weights / weights.sum()))
             continue
         turn, number = divmod(position - before, len(classes))
         members, stream = of_class[number], [seed, 10, number]
@@ -41,8 +41,8 @@ def draw_slides(
             turn, site = divmod(turn, len(there))
             members, stream = members[sites[members] == there[site]], [*stream, site, 1]
         turn, at = divmod(turn, len(members))
-        drawn.append(np.random.default_rng([*stream, turn]).permutation(members)[at])
-    return np.array(drawn)
+        slides.append(np.random.default_rng([*stream, turn]).permutation(members)[at])
+    return np.array(slides)
 
 
 def mined_places(step: int, bags: int, share: float) -> Bool[np.ndarray, " bag"]:

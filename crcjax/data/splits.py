@@ -38,7 +38,7 @@ def assign_splits(cohort: Cohort, val_fraction: float, test_fraction: float, see
         return cohort
     if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
         raise InputError(f"val_fraction {val_fraction} and test_fraction {test_fraction} must sum to less than 1")
-    return _with_splits(cohort, _drawn(labelled, cohort.classes, val_fraction, test_fraction, [seed]))
+    return _with_splits(cohort, _sampled_splits(labelled, cohort.classes, val_fraction, test_fraction, [seed]))
 
 
 def assign_fold(cohort: Cohort, fold: int, folds: int, by: str, val_fraction: float, seed: int) -> Cohort:
@@ -53,8 +53,10 @@ def assign_fold(cohort: Cohort, fold: int, folds: int, by: str, val_fraction: fl
         raise InputError(f"val_fraction {val_fraction} must be from 0 to less than 1")
     of_case = fold_of(cohort, folds, by, seed)
     rest = [row for row in cohort.rows if of_case.get(row.case_id, fold) != fold]
-    held = {case: "test" for case, number in of_case.items() if number == fold}
-    return _with_splits(cohort, held | _drawn(rest, cohort.classes, val_fraction, 0.0, [seed, 1, fold]))
+    split_of_case = {case: "test" for case, number in of_case.items() if number == fold}
+    return _with_splits(
+        cohort, split_of_case | _sampled_splits(rest, cohort.classes, val_fraction, 0.0, [seed, 1, fold])
+    )
 
 
 def fold_of(cohort: Cohort, folds: int, by: str, seed: int) -> dict[str, int]:
@@ -72,8 +74,8 @@ def fold_of(cohort: Cohort, folds: int, by: str, seed: int) -> dict[str, int]:
     if not 2 <= folds <= len(units):
         raise InputError(f"config.data.folds {folds}: choose from 2 to {len(units)}, the {by}s of the cohort")
     if by == "case":
-        drawn = _by_class(rows, cohort.classes, [seed, 2])
-        cases = [case for members in drawn.values() for case in members]  # one class continues where the last ended
+        shuffled = _by_class(rows, cohort.classes, [seed, 2])
+        cases = [case for members in shuffled.values() for case in members]  # one class continues where the last ended
         return {case: position % folds for position, case in enumerate(cases)}
     subtype_of = {row.case_id: row.subtype for row in rows}
     sites = np.random.default_rng([seed, 2]).permutation(np.array(sorted(units))).tolist()
@@ -81,17 +83,17 @@ def fold_of(cohort: Cohort, folds: int, by: str, seed: int) -> dict[str, int]:
     counts = {site: [[subtype_of[case] == name for name in cohort.classes] for case in units[site]] for site in sites}
     shares = {site: np.append(np.sum(counts[site], axis=0), len(units[site])) for site in sites}
     total = np.maximum(sum(shares.values()), 1)
-    held = np.zeros((folds, len(total)))
-    found: dict[str, int] = {}
+    class_counts = np.zeros((folds, len(total)))
+    fold_of_case: dict[str, int] = {}
     for site in sorted(sites, key=lambda site: -len(units[site])):
         # Where the sum of all folds' squared shares grows least: an empty fold is always taken first.
-        number = int(np.argmin(held @ (shares[site] / total)))
-        held[number] += shares[site] / total
-        found |= dict.fromkeys(units[site], number)
-    return found
+        number = int(np.argmin(class_counts @ (shares[site] / total)))
+        class_counts[number] += shares[site] / total
+        fold_of_case |= dict.fromkeys(units[site], number)
+    return fold_of_case
 
 
-def _drawn(
+def _sampled_splits(
     rows: list[SlideRow], classes: tuple[str, ...], val_fraction: float, test_fraction: float, seed: list[int]
 ) -> dict[str, str]:
     split_of: dict[str, str] = {}

@@ -51,12 +51,12 @@ def tile_labels(store: TileStore, config: ConfigDict) -> Labels:
 
 def _shares(folder: Path, store: TileStore) -> dict[str, Float[np.ndarray, "region slot"]]:
     """The share of every tile that each area covers, by its name; none if the slide has no file."""
-    drawn, truth_file = folder / f"{store.slide_id}.geojson", folder / f"{store.slide_id}.truth.npz"
+    geojson, truth_file = folder / f"{store.slide_id}.geojson", folder / f"{store.slide_id}.truth.npz"
     size = np.array(store.info.size)
-    if drawn.exists():
+    if geojson.exists():
         cell = slot_boxes(store.params)[:, 2].min() * store.region_px / _CELLS
         width, height = np.ceil(size / cell).astype(int).tolist()
-        masks = read_classes(drawn, (height, width), store.info.size, store.info.corner)
+        masks = read_classes(geojson, (height, width), store.info.size, store.info.corner)
         cells_px = size / (width, height)
     elif truth_file.exists():
         truth = load_truth(truth_file)

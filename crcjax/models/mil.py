@@ -176,8 +176,8 @@ class MILModel(nnx.Module):
         size = min(self.encode_regions, regions)
 
         def encode_from(first: Int[Array, ""] | int) -> Float32[Array, "batch some slot feature"]:
-            some = jax.lax.dynamic_slice_in_dim(pixels, first, size, axis=1)
-            return self.encode(prepare(some, first))
+            chunk = jax.lax.dynamic_slice_in_dim(pixels, first, size, axis=1)
+            return self.encode(prepare(chunk, first))
 
         if size == regions:
             return encode_from(0)
@@ -206,10 +206,10 @@ class MILModel(nnx.Module):
         def encode_part(number: Int[Array, ""] | int) -> tuple[Array, Statistics]:
             # A copy, which then holds this part's batch statistics.
             model = nnx.merge(graph, params)
-            some, valid = (every(value, number, parts, axis=1) for value in (pixels, mask))
+            chunk, valid = (every(value, number, parts, axis=1) for value in (pixels, mask))
             count = jax.lax.psum(valid.sum().astype(jnp.float32), axes)
             by_batch(model, Batch(valid.reshape(-1), count, axes))
-            features = model.encode(prepare(some, number))
+            features = model.encode(prepare(chunk, number))
             batch_statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
             return features, (count, jax.tree.map(lambda value: count * value, batch_statistics))
 

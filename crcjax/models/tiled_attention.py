@@ -39,31 +39,31 @@ def _tiled_forward(query: Array, key: Array, value: Array, mask: Array, tile: tu
 
     def of_rows(rows: Array) -> tuple[Array, Array]:
         def add(state: tuple, columns: tuple) -> tuple[tuple, None]:
-            seen, top, total = state
-            key, value, held = columns
-            scores = _scores(rows, key, held)
+            attended, top, total = state
+            key, value, valid = columns
+            scores = _scores(rows, key, valid)
             higher = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
             weights, shrunk = jnp.exp(scores - higher), jnp.exp(top - higher)
-            seen = seen * shrunk + _einsum("bhqk,bhkc->bhqc", weights.astype(value.dtype), value)
-            return (seen, higher, total * shrunk + weights.sum(axis=-1, keepdims=True)), None
+            attended = attended * shrunk + _einsum("bhqk,bhkc->bhqc", weights.astype(value.dtype), value)
+            return (attended, higher, total * shrunk + weights.sum(axis=-1, keepdims=True)), None
 
         nothing = jnp.zeros((*rows.shape[:-1], 1), jnp.float32)
         first = jnp.zeros(rows.shape, jnp.float32), nothing + jnp.finfo(jnp.float32).min, nothing
-        (seen, top, total), _ = jax.lax.scan(add, first, (keys, values, split_blocks(mask, tile[1])))
+        (attended, top, total), _ = jax.lax.scan(add, first, (keys, values, split_blocks(mask, tile[1])))
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        return (seen / total).astype(rows.dtype), top + jnp.log(total)
+        return (attended / total).astype(rows.dtype), top + jnp.log(total)
 
     by_block, log_total = jax.lax.map(of_rows, queries)
-    seen = _by_instance(by_block, query.shape[1])
-    return seen, (queries, keys, values, mask, seen, log_total)
+    attended = _by_instance(by_block, query.shape[1])
+    return attended, (queries, keys, values, mask, attended, log_total)
 
 
 def _tiled_backward(tile: tuple[int, int], residuals: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
-    queries, keys, values, mask, seen, log_total = residuals
+    queries, keys, values, mask, attended, log_total = residuals
     # For each query, the weighted mean of its weights' gradients, which the softmax's gradient subtracts.
-    mean = (gradient.astype(jnp.float32) * seen.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    mean = (gradient.astype(jnp.float32) * attended.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     rows = queries, _by_head(gradient, tile[0]), log_total, _by_head(mean, tile[0])
-    held, scale = split_blocks(mask, tile[1]), queries.shape[-1] ** -0.5
+    valid, scale = split_blocks(mask, tile[1]), queries.shape[-1] ** -0.5
 
     def of_columns(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         """The gradients of a tile of keys and values overwrite the tile, so that they need no memory of their own."""
@@ -72,7 +72,7 @@ def _tiled_backward(tile: tuple[int, int], residuals: tuple, gradient: Array) ->
 
         def add(state: tuple[Array, Array], row: tuple) -> tuple[tuple[Array, Array], Array]:
             (of_key, of_value), (query, gradient, log_total, mean, of_query) = state, row
-            weights = jnp.exp(_scores(query, key, held[block]) - log_total)
+            weights = jnp.exp(_scores(query, key, valid[block]) - log_total)
             of_value += _einsum("bhqk,bhqc->bhkc", weights.astype(gradient.dtype), gradient)
             of_scores = weights * (_einsum("bhqc,bhkc->bhqk", gradient, value) - mean)
             of_scores = of_scores.astype(query.dtype)
@@ -86,16 +86,16 @@ def _tiled_backward(tile: tuple[int, int], residuals: tuple, gradient: Array) ->
 
     first = jnp.zeros(queries.shape, jnp.float32), keys, values
     of_queries, of_keys, of_values = jax.lax.fori_loop(0, len(keys), of_columns, first)
-    of_query = _by_instance(of_queries * scale, seen.shape[1]).astype(queries.dtype)
+    of_query = _by_instance(of_queries * scale, attended.shape[1]).astype(queries.dtype)
     return of_query, _by_instance(of_keys, mask.shape[1]), _by_instance(of_values, mask.shape[1]), None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
-def _scores(query: Array, key: Array, held: Array) -> Float32[Array, "batch head row instance"]:
+def _scores(query: Array, key: Array, valid: Array) -> Float32[Array, "batch head row instance"]:
     scores = _einsum("bhqc,bhkc->bhqk", query, key) * query.shape[-1] ** -0.5
-    return jnp.where(held[:, None, None], scores, -jnp.inf)
+    return jnp.where(valid[:, None, None], scores, -jnp.inf)
 
 
 def _einsum(axes: str, one: Array, other: Array) -> Float32[Array, "batch head some other"]:

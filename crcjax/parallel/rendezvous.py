@@ -378,12 +378,12 @@ def _bracketed(host: str) -> str:
 def _bind_addresses(host: str, authenticated: bool) -> list[str]:
     """This machine's addresses of the name `host`, or `[""]` for all interfaces if the name stands for none here."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        resolved = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise InputError(
             f"--coordinator {host} has no address ({error}); give a name or address of process 0"
         ) from error
-    addresses = [address for address in dict.fromkeys(str(entry[4][0]) for entry in found) if _is_local(address)]
+    addresses = [address for address in dict.fromkeys(str(entry[4][0]) for entry in resolved) if _is_local(address)]
     loopback = [address for address in addresses if _is_loopback(address)]
     if host == "localhost" or (addresses and host in loopback):
         return addresses

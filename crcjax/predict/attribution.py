@@ -46,10 +46,10 @@ def attributor(model: MILModel, method: Method) -> Callable[..., Float32[Array, 
         target: Int[Array, ""] | int,
     ) -> Float32[Array, "region slot"]:
         def score(features: Features, mask: Mask) -> Float32[Array, ""]:
-            found = nnx.merge(graph, params).pool(features[None], mask[None], position[None])
+            prediction = nnx.merge(graph, params).pool(features[None], mask[None], position[None])
             # Evidence is no softmax of the logits: its probabilities are, of their logarithms.
-            told = found.logits if found.alpha is None else jnp.log(found.probs)
-            return log_odds(told[0], target)
+            scores = prediction.logits if prediction.alpha is None else jnp.log(prediction.probs)
+            return log_odds(scores[0], target)
 
         return of_score(score, features, mask)
 
@@ -67,9 +67,9 @@ def integrated_gradients(score: Score, features: Features, mask: Mask) -> Float3
 
     Sundararajan et al. 2017, equation 3, by the midpoint rule; they sum to the score less that of the mean instances.
     """
-    held = mask[..., None]
-    mean = (features * held).sum(axis=(0, 1)) / jnp.maximum(held.sum(), 1)
-    way = jnp.where(held, features - mean, 0.0)
+    valid = mask[..., None]
+    mean = (features * valid).sum(axis=(0, 1)) / jnp.maximum(valid.sum(), 1)
+    way = jnp.where(valid, features - mean, 0.0)
 
     def at(part: Float32[Array, ""]) -> Float32[Array, "region slot"]:
         return (jax.grad(score)(features - (1.0 - part) * way, mask) * way).sum(axis=-1)
@@ -96,11 +96,11 @@ def _lost(
     score: Callable[[Bool[Array, "part instance"]], Float32[Array, ""]], mask: Bool[Array, "part instance"]
 ) -> Float32[Array, " part"]:
     """What a mask's score loses without each of its parts; zero of those that hold nothing."""
-    held = mask.any(axis=1)
-    order = jnp.argsort(~held, stable=True)  # those that are held come first
+    region_valid = mask.any(axis=1)
+    order = jnp.argsort(~region_valid, stable=True)  # those that are held come first
     whole = score(mask)
 
     def without(i: Int[Array, ""], lost: Float32[Array, " part"]) -> Float32[Array, " part"]:
         return lost.at[order[i]].set(whole - score(mask.at[order[i]].set(False)))
 
-    return jax.lax.fori_loop(0, held.sum(), without, jnp.zeros(len(mask)))
+    return jax.lax.fori_loop(0, region_valid.sum(), without, jnp.zeros(len(mask)))

@@ -72,13 +72,15 @@ def choose_view(params: TilingParams, encoder: PretrainedEncoder, magnifications
     def resized_mpp(name: str) -> float:
         return mpp_of(name) * params.tile_px / encoder.resize_px
 
-    seen = {name: resized_mpp(name) for name in params.magnifications}
-    off = {name: abs(math.log2(mpp / wanted)) for name, mpp in seen.items()}
-    chosen = tuple(magnifications) or (min(seen, key=lambda name: off[name]),)
-    far = [f"{name} as {seen[name]:.2g}" for name in chosen if off[name] > 0.5 and encoder.mpp]
+    seen_mpp = {name: resized_mpp(name) for name in params.magnifications}
+    off = {name: abs(math.log2(mpp / wanted)) for name, mpp in seen_mpp.items()}
+    chosen = tuple(magnifications) or (min(seen_mpp, key=lambda name: off[name]),)
+    far = [f"{name} as {seen_mpp[name]:.2g}" for name in chosen if off[name] > 0.5 and encoder.mpp]
     near = min(("5x", "10x", "20x", "40x"), key=lambda name: abs(math.log2(resized_mpp(name) / wanted)))
     remedy = f"the encoder was trained at {wanted} µm per px: crcjax tile --mag {near} would suit it"
-    return View(chosen, tuple(seen[name] for name in chosen), f"{', '.join(far)} µm per px; {remedy}" if far else "")
+    return View(
+        chosen, tuple(seen_mpp[name] for name in chosen), f"{', '.join(far)} µm per px; {remedy}" if far else ""
+    )
 
 
 class Embedder:
@@ -147,8 +149,8 @@ def embed_store(
 ) -> list[Embedded]:
     """Writes features/NAME for every slide of a store that has none; one slide is written whole or not at all.
 
-    Computes in `dtype`, by default bfloat16, on CPUs float32; features are kept in float16. `on_start` is told the view,
-    the number of slides and the batch. A slide that cannot be read is `failed`. Raises InputError for a store, an encoder
+    Computes in `dtype`, by default bfloat16, on CPUs float32; features are kept in float16. `on_start` receives the
+    view, the number of slides and the batch. A slide that cannot be read is `failed`. Raises InputError for a store, an encoder
     or weights that are not usable, and if features of that name were made in another way; OutputError if the store cannot
     be written.
     """
@@ -157,10 +159,10 @@ def embed_store(
     slides = tiled_slides(store)
     if not slides:
         raise InputError(f"{store}: holds no tiled slides; run crcjax tile --out {store}")
-    found = {slide_id: readable(store, slide_id) for slide_id in slides}
-    opened = [one for one in found.values() if isinstance(one, TileStore)]
+    stores = {slide_id: readable(store, slide_id) for slide_id in slides}
+    opened = [one for one in stores.values() if isinstance(one, TileStore)]
     if not opened:
-        raise InputError(f"{store}: none of its slides can be read; the first: {found[slides[0]]}")
+        raise InputError(f"{store}: none of its slides can be read; the first: {stores[slides[0]]}")
     params = opened[0].params
     view = choose_view(params, encoder, magnifications)
     slots = view.slots(params)
@@ -176,7 +178,7 @@ def embed_store(
     done = {one.slide_id: _is_done(store, one.slide_id, attributes) for one in opened}
     on_start(view, len(slides), embedder.batch)
     outcomes = []
-    for slide_id, one in found.items():
+    for slide_id, one in stores.items():
         outcome = Embedded(slide_id, "already embedded")
         if not isinstance(one, TileStore):
             outcome = Embedded(slide_id, "failed", reason=str(one))
@@ -188,46 +190,46 @@ def embed_store(
 
 
 def _is_done(store: Path, slide_id: str, attributes: dict) -> bool:
-    found = feature_attributes(store, slide_id, attributes["encoder"])
-    if found is None:
+    stored = feature_attributes(store, slide_id, attributes["encoder"])
+    if stored is None:
         return False
     for name, value in attributes.items():
-        if found.get(name) != value:
+        if stored.get(name) != value:
             folder = store / f"{slide_id}.zarr" / "features" / attributes["encoder"]
-            raise InputError(f"{folder}: was made with {name} {found.get(name)}, not {value}; remove it to embed anew")
+            raise InputError(f"{folder}: was made with {name} {stored.get(name)}, not {value}; remove it to embed anew")
     return True
 
 
 def _embed_slide(
     store: Path,
-    found: TileStore,
+    slide_store: TileStore,
     embedder: Embedder,
     slots: Bool[np.ndarray, " slot"],
     attributes: dict,
     threads: int | None,
 ) -> Embedded:
     begun = time.monotonic()
-    mask = found.mask & slots
+    mask = slide_store.mask & slots
     try:
-        found.check_slide()
-        parts = list(_encoded(embedder, _tiles(found, mask, threads or usable_cores())))
+        slide_store.check_slide()
+        parts = list(_encoded(embedder, _tiles(slide_store, mask, threads or usable_cores())))
     except InputError as error:
-        return Embedded(found.slide_id, "failed", reason=str(error))
+        return Embedded(slide_store.slide_id, "failed", reason=str(error))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        return Embedded(found.slide_id, "failed", reason=f"{reason}; free memory, or give a smaller --batch")
+        return Embedded(slide_store.slide_id, "failed", reason=f"{reason}; free memory, or give a smaller --batch")
     values = np.zeros((*mask.shape, embedder.encoder.features), np.float16)
     with np.errstate(over="ignore"):
         values[mask] = np.concatenate(parts) if parts else 0
     if not np.isfinite(values).all():
         reason = "features beyond float16's range or not finite; the weights are damaged, or another encoder's"
-        return Embedded(found.slide_id, "failed", reason=reason)
-    write_features(store, found.slide_id, embedder.name, values, attributes)
-    return Embedded(found.slide_id, "embedded", int(mask.sum()), time.monotonic() - begun)
+        return Embedded(slide_store.slide_id, "failed", reason=reason)
+    write_features(store, slide_store.slide_id, embedder.name, values, attributes)
+    return Embedded(slide_store.slide_id, "embedded", int(mask.sum()), time.monotonic() - begun)
 
 
 def _tiles(
-    found: TileStore, mask: Bool[np.ndarray, "region slot"], threads: int
+    store: TileStore, mask: Bool[np.ndarray, "region slot"], threads: int
 ) -> Iterator[UInt8[np.ndarray, "tile y x 3"]]:
     """The tiles where the mask is True, in its order, some regions at a time, decoded by threads ahead of the devices."""
     together = max(1, _READ_TOGETHER // mask.shape[1])
@@ -236,8 +238,8 @@ def _tiles(
     ahead: deque[Future[np.ndarray]] = deque()
 
     def read(start: int) -> UInt8[np.ndarray, "tile y x 3"]:
-        some = regions[start : start + together]
-        return found.read_pixels(some)[mask[some]]
+        chunk = regions[start : start + together]
+        return store.read_pixels(chunk)[mask[chunk]]
 
     with ThreadPoolExecutor(threads) as pool:
         try:

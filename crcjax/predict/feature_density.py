@@ -48,19 +48,19 @@ class Density:
 
     def excess(self, summaries: Summaries) -> Float[np.ndarray, " bag"]:
         """How far beyond the usual bags are: squared distances to the nearest class, less `usual`, in `spread`; 0 within."""
-        found = _squared(self.centres, self.precision, summaries)
-        return (np.maximum(found - self.usual, 0.0) / self.spread).sum(axis=1)
+        distances = _squared(self.centres, self.precision, summaries)
+        return (np.maximum(distances - self.usual, 0.0) / self.spread).sum(axis=1)
 
-    def tempered(self, found: Prediction, summaries: Summaries) -> Prediction:
+    def tempered(self, prediction: Prediction, summaries: Summaries) -> Prediction:
         """Predictions of an evidential head, with exp(-excess) of their evidence; the class that is called stays.
 
         So evidence is scaled by density in prediction, as Yoon and Kim (2024) do.
         """
-        assert found.alpha is not None
-        alpha = 1.0 + np.exp(-self.excess(summaries))[:, None] * (np.asarray(found.alpha, np.float64) - 1.0)
+        assert prediction.alpha is not None
+        alpha = 1.0 + np.exp(-self.excess(summaries))[:, None] * (np.asarray(prediction.alpha, np.float64) - 1.0)
         head = dirichlet(jnp.asarray(alpha, jnp.float32))
         names = ("probs", "expected_entropy", "alpha", "vacuity")
-        return replace(found, **{name: np.asarray(getattr(head, name)) for name in names})
+        return replace(prediction, **{name: np.asarray(getattr(head, name)) for name in names})
 
     def save(self, run: Path) -> None:
         """Into a run directory, whole or not at all: a run that has one is finished. Raises OutputError."""
@@ -89,7 +89,7 @@ def fit_density(
 
 
 def check_bags(known: int, others: int) -> None:
-    """Raises InputError if so many training and validation bags are too few to tell what is usual."""
+    """Raises InputError if there are too few training or validation bags to fit a feature density."""
     if min(known, others) < _FEWEST:
         raise InputError(
             f"config.model.head {BY_DENSITY}: {known} training and {others} validation slides or cases are too few to tell "
@@ -124,9 +124,9 @@ def _of_components(around: Float[np.ndarray, "bag feature"]) -> Float[np.ndarray
     precision = np.zeros((len(scale), len(scale)))
     if varying.any():
         scale = scale[varying]
-        found = PCA(_KEPT).fit(around[:, varying] / scale)
-        axes = found.components_ / scale
-        precision[np.ix_(varying, varying)] = (axes.T / found.explained_variance_) @ axes
+        components = PCA(_KEPT).fit(around[:, varying] / scale)
+        axes = components.components_ / scale
+        precision[np.ix_(varying, varying)] = (axes.T / components.explained_variance_) @ axes
     return precision
 
 

@@ -163,8 +163,10 @@ def _predicted(
     bags = [evaluation.bag(member.params, number) for evaluation, member in zip(evaluations, members, strict=True)]
     parts = by_slide(*pooled(members, bags, attribution, keys), [len(slide.mask) for slide in slides])
     return [
-        SlidePrediction(found, slide.origin, slide.region_px, slide.mask, slide.info.synthetic, {}, own)
-        for slide, (found, own) in zip(slides, parts, strict=True)
+        SlidePrediction(
+            prediction, slide.origin, slide.region_px, slide.mask, slide.info.synthetic, {}, attribution_of_slide
+        )
+        for slide, (prediction, attribution_of_slide) in zip(slides, parts, strict=True)
     ]
 
 

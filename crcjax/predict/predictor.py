@@ -122,10 +122,10 @@ class Predictor:
         position = side_by_side([(slide.plan.origin / slide.plan.region_px).astype(np.float32) for slide in slides])
         mask = np.concatenate([slide.mask for slide in slides])
         features = [np.concatenate(parts) for parts in zip(*(slide.features for slide in slides), strict=True)]
-        found, attribution = self.pool(features, mask, np.concatenate(position))
+        prediction, attribution = self.pool(features, mask, np.concatenate(position))
         seconds = {"pool": time.monotonic() - begun}
         predictions = []
-        parts = by_slide(found, attribution, [len(slide.mask) for slide in slides])
+        parts = by_slide(prediction, attribution, [len(slide.mask) for slide in slides])
         for slide, (part, own) in zip(slides, parts, strict=True):
             where = slide.plan.origin, slide.plan.region_px, slide.mask
             predictions.append(SlidePrediction(part, *where, slide.synthetic, slide.seconds | seconds, own))
@@ -172,13 +172,13 @@ class Member:
     def encode(self, pixels: UInt8[np.ndarray, "region slot y x 3"], stain: Estimate | None) -> Iterator[np.ndarray]:
         """The features of a shard's regions, some at a time."""
         chunk = self.forward.chunk
-        for some in (pixels[first : first + chunk] for first in range(0, len(pixels), chunk)):
-            yield np.asarray(self.forward.encode(self.params, some, stain))[: len(some)]
+        for chunk_pixels in (pixels[first : first + chunk] for first in range(0, len(pixels), chunk)):
+            yield np.asarray(self.forward.encode(self.params, chunk_pixels, stain))[: len(chunk_pixels)]
 
     def pool(self, bag: PooledBag, key: Array | None = None) -> Prediction:
         """The prediction of one bag; with a key, with dropout."""
-        found = self.forward.pool(self.params, *bag, key)
-        return self._density.tempered(found, summary(*bag[:2])[None]) if self._density else found
+        prediction = self.forward.pool(self.params, *bag, key)
+        return self._density.tempered(prediction, summary(*bag[:2])[None]) if self._density else prediction
 
     def attribution(self, bag: PooledBag, target: int) -> Float32[np.ndarray, "region slot"]:
         """What each instance did for a class, by gradients or occlusion."""
@@ -195,24 +195,24 @@ def pooled(
     With `keys` each member predicts as often with dropout.
     """
     both = list(zip(members, bags, strict=True))
-    found = combine([member.pool(bag, key) for member, bag in both for key in keys])
-    target = int(np.argmax(found.probs[0]))
+    combined = combine([member.pool(bag, key) for member, bag in both for key in keys])
+    target = int(np.argmax(combined.probs[0]))
     if method == "attention":
-        return found, attention_for(found, target)
-    return found, np.mean([member.attribution(bag, target) for member, bag in both], axis=0)
+        return combined, attention_for(combined, target)
+    return combined, np.mean([member.attribution(bag, target) for member, bag in both], axis=0)
 
 
 def by_slide(
-    found: Prediction, attribution: Float[np.ndarray, "region slot"], regions: Sequence[int]
+    prediction: Prediction, attribution: Float[np.ndarray, "region slot"], regions: Sequence[int]
 ) -> Iterator[tuple[Prediction, Float[np.ndarray, "_ slot"]]]:
-    """A bag's prediction and attribution by slide, of so many regions each: the same, but that each has its part of the attention."""
+    """Splits a bag's prediction by slide; `regions` are the regions of each. Only attention and attribution differ."""
     ends = np.cumsum(regions)
     for own in (slice(end - count, end) for count, end in zip(regions, ends, strict=True)):
         part = replace(
-            found,
-            region_attention=found.region_attention[:, own],
-            slot_attention=found.slot_attention[:, own],
-            class_attention=found.class_attention[:, own],
+            prediction,
+            region_attention=prediction.region_attention[:, own],
+            slot_attention=prediction.slot_attention[:, own],
+            class_attention=prediction.class_attention[:, own],
         )
         yield part, attribution[own]
 
@@ -239,7 +239,7 @@ def check_go_together(runs: Sequence[Run]) -> None:
 
 
 def dropout_keys(runs: Sequence[Run], samples: int) -> list[Array | None]:
-    """The keys of so many predictions with dropout by each run; with none, of one without. Raises InputError."""
+    """Returns the keys of `samples` predictions with dropout by each run, or [None] for one without. Raises InputError."""
     if samples and not runs[0].config.model.dropout:
         raise InputError(f"{runs[0].path}: was trained without dropout; predict without --dropout-samples")
     return [jax.random.fold_in(jax.random.key(0), sample) for sample in range(samples)] or [None]

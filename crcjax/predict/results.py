@@ -69,8 +69,8 @@ class Results:
             for bag in self._bags:
                 if self._is_finished(bag, earlier):
                     for row in bag.rows:
-                        kept = replace(earlier[row.slide_id], case_id=row.case_id, split=row.split)
-                        self.rows[row.slide_id] = kept
+                        earlier_row = replace(earlier[row.slide_id], case_id=row.case_id, split=row.split)
+                        self.rows[row.slide_id] = earlier_row
             write_predictions(self._path, list(self.rows.values()), self._classes)
             for slide_id in (set(earlier) | slides_with_evidence(self._out)) - set(self.rows):
                 remove_evidence(self._out, slide_id)

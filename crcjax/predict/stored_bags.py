@@ -77,10 +77,10 @@ class Evaluation:
 
     def summaries(self, params: Params, each: Callable[[], None] = lambda: None) -> Summaries:
         """What the density of every slide or case is of. `params` and `each` are as in `metrics`."""
-        found = np.zeros((len(self.stores), 2, params["norm"]["bias"].size), np.float32)
+        summary_array = np.zeros((len(self.stores), 2, params["norm"]["bias"].size), np.float32)
         for index, bag in self._bags(params, each):
-            found[index] = summary(*bag[:2])
-        return _sum_over_processes(found).astype(np.float64)
+            summary_array[index] = summary(*bag[:2])
+        return _sum_over_processes(summary_array).astype(np.float64)
 
     @property
     def labels(self) -> Int[np.ndarray, " bag"]:

@@ -83,7 +83,7 @@ def load_published(model: MILModel, config: ConfigDict) -> str:
     weights, origin = read_weights(Path(config.weights)), f"{config.weights} does not fit {config.encoder}"
     build = pretrained_encoder(config.encoder).build
     assert isinstance(model.encoder, PublishedEncoder)
-    model.encoder.published = fill(build, weights.tensors, DTYPES[config.dtype], origin, kept=jnp.float32)
+    model.encoder.published = fill(build, weights.tensors, DTYPES[config.dtype], origin, weights_dtype=jnp.float32)
     return weights.sha256
 
 

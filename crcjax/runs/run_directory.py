@@ -199,5 +199,5 @@ def _commit() -> str | None:
     root = Path(crcjax.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True)
-    return found.stdout.strip() or None
+    result = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True)
+    return result.stdout.strip() or None

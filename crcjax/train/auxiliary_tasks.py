@@ -47,44 +47,46 @@ class Tasks:
     mean: Float32[np.ndarray, " 8"]
     deviation: Float32[np.ndarray, " 8"]
 
-    def targets(self, bag: Bag, drawn: Augmentation) -> dict[str, tuple[Array, Bool[Array, "batch region slot"]]]:
+    def targets(
+        self, bag: Bag, augmentation: Augmentation
+    ) -> dict[str, tuple[Array, Bool[Array, "batch region slot"]]]:
         """What each head shall say, and of which instances it is known: none that is padding or masked."""
         mask = jnp.asarray(bag.mask)
-        simulated = jnp.zeros(mask.shape, jnp.int32) if drawn.artefacts is None else drawn.artefacts.kind
+        simulated = jnp.zeros(mask.shape, jnp.int32) if augmentation.artefacts is None else augmentation.artefacts.kind
         unlabelled = jnp.zeros((*mask.shape, 2), jnp.int32)
         tissue, given = jnp.moveaxis(unlabelled if bag.tile_labels is None else jnp.asarray(bag.tile_labels), -1, 0)
-        found: dict[str, tuple[Array, Array]] = {}
+        targets: dict[str, tuple[Array, Array]] = {}
         if "tissue" in self.weights:
-            found["tissue"] = tissue, mask & (tissue != UNKNOWN)
+            targets["tissue"] = tissue, mask & (tissue != UNKNOWN)
         if "stain" in self.weights:
             assert isinstance(bag.stain, StainMatrix)
-            told = (stain_numbers(bag.stain, drawn.colour) - self.mean) / self.deviation
+            numbers = (stain_numbers(bag.stain, augmentation.colour) - self.mean) / self.deviation
             reliable = jnp.asarray(bag.stain.reliable)[:, None, None]
-            found["stain"] = told, mask & reliable & (simulated == 0)
+            targets["stain"] = numbers, mask & reliable & (simulated == 0)
         if "artefact" in self.weights:
             # Of two artefacts in one tile none is the answer.
             kind = jnp.where(simulated == 0, given, jnp.where(given == 0, simulated, UNKNOWN))
-            found["artefact"] = kind, mask & (kind != UNKNOWN)
-        return found
+            targets["artefact"] = kind, mask & (kind != UNKNOWN)
+        return targets
 
-    def counted(self, bag: Bag, drawn: Augmentation) -> Scalars:
+    def counted(self, bag: Bag, augmentation: Augmentation) -> Scalars:
         """The instances that each task is known of."""
-        return {name: valid.sum().astype(jnp.float32) for name, (_, valid) in self.targets(bag, drawn).items()}
+        return {name: valid.sum().astype(jnp.float32) for name, (_, valid) in self.targets(bag, augmentation).items()}
 
-    def losses(self, told: Mapping[str, Array], bag: Bag, drawn: Augmentation, counted: Scalars) -> Scalars:
+    def losses(self, predicted: Mapping[str, Array], bag: Bag, augmentation: Augmentation, counted: Scalars) -> Scalars:
         """Each task's loss, as NAME_loss: the sum over a bag's instances over `counted` ones, those of the whole batch.
 
         Cross-entropy (nats); of stain, the mean squared error of its standardised numbers.
         """
-        found = {}
-        for name, (target, valid) in self.targets(bag, drawn).items():
+        task_losses = {}
+        for name, (target, valid) in self.targets(bag, augmentation).items():
             if name == "stain":
-                losses = jnp.square(told[name] - target).mean(axis=-1)
+                losses = jnp.square(predicted[name] - target).mean(axis=-1)
             else:
                 known = jnp.maximum(target, 0).astype(jnp.int32)
-                losses = optax.softmax_cross_entropy_with_integer_labels(told[name], known)
-            found[f"{name}_loss"] = jnp.where(valid, losses, 0.0).sum() / jnp.maximum(counted[name], 1.0)
-        return found
+                losses = optax.softmax_cross_entropy_with_integer_labels(predicted[name], known)
+            task_losses[f"{name}_loss"] = jnp.where(valid, losses, 0.0).sum() / jnp.maximum(counted[name], 1.0)
+        return task_losses
 
     def objective(self, params: Params, parts: Scalars, counted: Scalars, share: float) -> Float32[Array, ""]:
         """What training minimises, of all losses; `share` is that of these bags in the step.
@@ -151,13 +153,15 @@ def open_tasks(
     if not weights:
         return None
     classes, folder = tuple(config.tasks.tissue_classes), config.tasks.labels
-    found = [set(np.unique(np.concatenate([of[..., i].ravel() for of in labels]))) if labels else set() for i in (0, 1)]
-    if "tissue" in weights and (absent := [name for i, name in enumerate(classes) if i not in found[0]]):
+    labels_present = [
+        set(np.unique(np.concatenate([of[..., i].ravel() for of in labels]))) if labels else set() for i in (0, 1)
+    ]
+    if "tissue" in weights and (absent := [name for i, name in enumerate(classes) if i not in labels_present[0]]):
         raise InputError(
             f"config.tasks.tissue_classes: {folder} says of no training tile that it is {', '.join(absent)}; correct the "
             "folder or the names, or leave them out"
         )
-    if "artefact" in weights and not config.augment.artefacts and not max(found[1]) > 0:
+    if "artefact" in weights and not config.augment.artefacts and not max(labels_present[1]) > 0:
         raise InputError(
             f"config.tasks.artefact: {folder} has no training tile with {', '.join(ARTEFACTS[1:])}; simulate them with "
             "config.augment.artefacts"
@@ -197,11 +201,11 @@ def stain_numbers(stain: StainMatrix, change: ColourChange | None = None) -> Flo
 
 
 def confusion(
-    told: Float32[Array, "*instance class"], target: Int[Array, "*instance"], valid: Bool[Array, "*instance"]
+    predicted: Float32[Array, "*instance class"], target: Int[Array, "*instance"], valid: Bool[Array, "*instance"]
 ) -> Float32[Array, "class class"]:
     """How many known instances of each class (rows) were called what."""
-    counts = jnp.zeros((told.shape[-1],) * 2)
-    return counts.at[jnp.maximum(target, 0), told.argmax(axis=-1)].add(valid)
+    counts = jnp.zeros((predicted.shape[-1],) * 2)
+    return counts.at[jnp.maximum(target, 0), predicted.argmax(axis=-1)].add(valid)
 
 
 def _log_variances(params: Params) -> Float32[Array, " loss"]:

@@ -45,7 +45,7 @@ def crossvalidate(
     *,
     seeds: int = 1,
     sweep: Mapping[str, Sequence[str]] | None = None,
-    say: Callable[[str], None] = print,
+    on_line: Callable[[str], None] = print,
 ) -> None:
     """Trains every fold, seed and point of the sweep, and predicts each case by runs that never saw it.
 
@@ -82,15 +82,15 @@ def crossvalidate(
             members = [(config.seed + member, place / f"seed-{config.seed + member}") for member in range(seeds)]
             trained.append(_train(_of_fold(config, fold, point), fold, point, members))
         chosen = max(trained, key=_rank)
-        say(f"fold {fold}: " + _said(chosen))
+        on_line(f"fold {fold}: " + _said(chosen))
         test = divide(cohort, _of_fold(config, fold).data).split("test")
-        found = predict_stored([run.path for run in chosen], Path(config.data.store), test)
-        rows += [replace(row, fold=str(fold)) for row in found]
+        test_rows = predict_stored([run.path for run in chosen], Path(config.data.store), test)
+        rows += [replace(row, fold=str(fold)) for row in test_rows]
         runs += [run for members in trained for run in members]
         selected |= {run.path for run in chosen}
         write_table(out / "runs.csv", [_run_row(run, run.path in selected, out) for run in runs])
     write_predictions(out / "predictions.csv", rows, cohort.classes)
-    say(f"{len(rows)} slides, each predicted by runs that never saw its case: {out / 'predictions.csv'}")
+    on_line(f"{len(rows)} slides, each predicted by runs that never saw its case: {out / 'predictions.csv'}")
 
 
 def _with_folds(config: ConfigDict) -> ConfigDict:
@@ -141,10 +141,10 @@ def _train(config: ConfigDict, fold: int, point: Point, members: Sequence[tuple[
         for seed, path in members:
             config.seed = seed
             train(config, path)
-    found = [best_metrics(path) for _, path in members]
+    member_metrics = [best_metrics(path) for _, path in members]
     return [
         Trained(fold, point, seed, path, step, metrics)
-        for (seed, path), (step, metrics) in zip(members, found, strict=True)
+        for (seed, path), (step, metrics) in zip(members, member_metrics, strict=True)
     ]
 
 
@@ -154,8 +154,8 @@ def _rank(members: Sequence[Trained]) -> float:
 
 def _said(members: Sequence[Trained]) -> str:
     point = ", ".join(f"{name}={value}" for name, value in members[0].point.items())
-    found = [run.metrics["balanced_accuracy"] for run in members if run.metrics]
-    inner = f"inner validation balanced accuracy {np.mean(found):.3f}" if found else "no inner validation"
+    accuracies = [run.metrics["balanced_accuracy"] for run in members if run.metrics]
+    inner = f"inner validation balanced accuracy {np.mean(accuracies):.3f}" if accuracies else "no inner validation"
     return f"{inner}, {len(members)} run(s)" + (f", chosen {point}" if point else "")
 
 

@@ -28,17 +28,19 @@ def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser
     axes = ("data", "bag") if mesh.shape["data"] * devices > 1 else ()
 
     def encode(
-        params: Params, tiles: Array, mask: Array, stain: Estimate | None, drawn: Augmentation
+        params: Params, tiles: Array, mask: Array, stain: Estimate | None, augmentation: Augmentation
     ) -> tuple[Float32[Array, "batch region slot feature"], Statistics | None]:
         model = nnx.merge(graph, params)
         if config.data.features:
             return model.encode_stored(tiles), None
         if not by_batch:
-            return encode_drawn(model, tiles, stain, drawn, normaliser), None
+            return encode_drawn(model, tiles, stain, augmentation, normaliser), None
         parts = _encoded_parts(config.model.encode_regions, tiles.shape[1], devices)
 
         def prepare(pixels: Array, number: Int[Array, ""] | int) -> Array:
-            own = jax.tree.map(lambda part: part if part.shape[1] == 1 else every(part, number, parts, axis=1), drawn)
+            own = jax.tree.map(
+                lambda part: part if part.shape[1] == 1 else every(part, number, parts, axis=1), augmentation
+            )
             return augment(_normalised(pixels, stain, normaliser), own)
 
         return model.encode_batch(tiles, mask, parts, axes, prepare)
@@ -48,23 +50,25 @@ def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser
     # gradient is summed over devices once a step, in float32, not once a part in the type of the computation. Batch norms
     # then see a device's tiles alone, and sum over the axes by themselves.
     def mapped(
-        params: Params, bag: Bag, drawn: Augmentation
+        params: Params, bag: Bag, augmentation: Augmentation
     ) -> tuple[Float32[Array, "batch region slot feature"], Statistics | None]:
         if not axes:  # nothing to map over, which the partitioner cannot do
-            return encode(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, drawn)
+            return encode(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, augmentation)
         by_bag, by_region = PartitionSpec("data"), PartitionSpec("data", "bag")
-        draws, tree = jax.tree.flatten(drawn)
-        by_draw = [by_bag if draw.shape[1] == 1 else by_region for draw in draws]  # drawn for a slide, or for its tiles
+        leaves, tree = jax.tree.flatten(augmentation)
+        by_draw = [
+            by_bag if draw.shape[1] == 1 else by_region for draw in leaves
+        ]  # drawn for a slide, or for its tiles
         return jax.shard_map(
-            lambda params, tiles, mask, stain, draws: encode(
-                params, tiles, mask, stain, jax.tree.unflatten(tree, draws)
+            lambda params, tiles, mask, stain, leaves: encode(
+                params, tiles, mask, stain, jax.tree.unflatten(tree, leaves)
             ),
             mesh=mesh,
             axis_names={"data", "bag"},
             in_specs=(PartitionSpec(), by_region, by_region, by_bag, by_draw),
             out_specs=(by_region, PartitionSpec()),
             check_vma=False,
-        )(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, draws)
+        )(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, leaves)
 
     return mapped
 
@@ -73,13 +77,13 @@ def encode_drawn(
     model: MILModel,
     pixels: Num[Array, "batch region slot y x 3"],
     stain: Estimate | None,
-    drawn: Augmentation,
+    augmentation: Augmentation,
     normaliser: StainNormaliser | None,
 ) -> Float32[Array, "batch region slot feature"]:
     """The features of augmented bags, whose stains are normalised first."""
 
     def prepare(pixels: Array, first: Int[Array, ""] | int) -> Array:
-        return augment(_normalised(pixels, stain, normaliser), drawn, first)
+        return augment(_normalised(pixels, stain, normaliser), augmentation, first)
 
     return model.encode_bag(pixels, prepare)
 
@@ -90,10 +94,10 @@ def with_running(params: Params, statistics: Statistics | None, share: float) ->
         return params
     count, sums = statistics
 
-    def mixed(kept: Any, seen: Any) -> Any:
-        if isinstance(kept, dict):
-            return {name: mixed(value, seen[name]) if name in seen else value for name, value in kept.items()}
-        return kept + jnp.where(count > 0, share, 0.0) * (seen / jnp.maximum(count, 1.0) - kept)
+    def mixed(running: Any, batch: Any) -> Any:
+        if isinstance(running, dict):
+            return {name: mixed(value, batch[name]) if name in batch else value for name, value in running.items()}
+        return running + jnp.where(count > 0, share, 0.0) * (batch / jnp.maximum(count, 1.0) - running)
 
     return mixed(params, sums)
 

@@ -48,17 +48,21 @@ class TaskEvaluation:
         def counts(params: Params, bag: Bag, index: Int[Array, ""]) -> dict[str, Array]:
             key = jax.random.key(index)  # the same at every evaluation
             share = config.augment.artefacts if "artefact" in tasks.weights else 0.0
-            drawn = Augmentation(artefacts=draw_artefacts(key, bag.mask.shape, share) if share else None)
+            augmentation = Augmentation(artefacts=draw_artefacts(key, bag.mask.shape, share) if share else None)
             model, tiles = nnx.merge(graph, params), jnp.asarray(bag.tiles)
-            encoded = model.encode_stored(tiles) if stored else encode_drawn(model, tiles, bag.stain, drawn, normaliser)
-            told, found = model.tasks(encoded), {}
-            for name, (target, valid) in tasks.targets(bag, drawn).items():
+            encoded = (
+                model.encode_stored(tiles)
+                if stored
+                else encode_drawn(model, tiles, bag.stain, augmentation, normaliser)
+            )
+            predicted, confusions = model.tasks(encoded), {}
+            for name, (target, valid) in tasks.targets(bag, augmentation).items():
                 if name == "stain":
-                    squares = [jnp.square(told[name] - target), jnp.square(target), jnp.ones_like(target)]
-                    found[name] = jnp.stack([(square * valid[..., None]).sum() for square in squares])
+                    squares = [jnp.square(predicted[name] - target), jnp.square(target), jnp.ones_like(target)]
+                    confusions[name] = jnp.stack([(square * valid[..., None]).sum() for square in squares])
                 else:
-                    found[name] = confusion(told[name], target, valid)
-            return found
+                    confusions[name] = confusion(predicted[name], target, valid)
+            return confusions
 
         self._counts = counts
 
@@ -72,17 +76,17 @@ class TaskEvaluation:
         sums = {name: np.zeros(size) for name, size in sizes.items()}
         for index in range(jax.process_index(), len(self._stores), jax.process_count()):
             each()
-            found = jax.device_get(self._counts(params, *jax.device_put((self._bag(index), np.int32(index)))))
-            sums = {name: sums[name] + found[name] for name in sums}
+            counts = jax.device_get(self._counts(params, *jax.device_put((self._bag(index), np.int32(index)))))
+            sums = {name: sums[name] + counts[name] for name in sums}
         if jax.process_count() > 1:
             sums = {name: multihost_utils.process_allgather(value).sum(axis=0) for name, value in sums.items()}
         metrics: dict[str, float] = {}
-        for name, found in sums.items():
-            if name == "stain" and found[2]:
-                metrics |= {"stain_error": found[0] / found[2], "stain_constant": found[1] / found[2]}
-            elif name != "stain" and found.any():
-                known = found[found.sum(axis=1) > 0].sum(axis=1)
-                right = found.diagonal()[found.sum(axis=1) > 0]
+        for name, counts in sums.items():
+            if name == "stain" and counts[2]:
+                metrics |= {"stain_error": counts[0] / counts[2], "stain_constant": counts[1] / counts[2]}
+            elif name != "stain" and counts.any():
+                known = counts[counts.sum(axis=1) > 0].sum(axis=1)
+                right = counts.diagonal()[counts.sum(axis=1) > 0]
                 metrics |= {f"{name}_balanced_accuracy": (right / known).mean(), f"{name}_constant": 1.0 / len(known)}
         return {name: float(value) for name, value in metrics.items()}
 

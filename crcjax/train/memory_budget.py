@@ -76,7 +76,7 @@ def step_budget(
         raise InputError(
             f"{jax.local_devices()[0].platform}: its compiler does not count memory; use a version of jax that does"
         )
-    parameters, whole, bags = (_held(tree) for tree in (state.params, state, bag))
+    parameters, whole, bags = (_bytes_on_device(tree) for tree in (state.params, state, bag))
     # The outputs of the step reuse the memory of its donated state, except where the compiler could not.
     returned = counted.output_size_in_bytes - counted.alias_size_in_bytes
     temporary, program = counted.temp_size_in_bytes + max(0, returned), counted.generated_code_size_in_bytes
@@ -103,7 +103,7 @@ def fitting_step(
     each = config.data.batch_size // mesh.shape["data"]
     # The contrastive loss compares all bags with each other.
     counts = [1] if config.train.contrastive_weight else [count for count in range(1, each + 1) if each % count == 0]
-    least = max(config.train.micro_batches, _kept(run).count)
+    least = max(config.train.micro_batches, _recorded_parts(run).count)
     for count in [count for count in counts if count >= least] or counts[-1:]:
         compiled, budget = step_budget(build(_with_parts(config, count)), state, bag, config.data.device_prefetch)
         if budget.total <= limit:
@@ -118,7 +118,7 @@ def fitting_step(
 def device_memory(most_gib: float) -> int:
     """Bytes of each device that a run may use: at most `most_gib` if that is not 0, and the same for all processes."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    counted = [found["bytes_limit"] for found in stats if "bytes_limit" in found]
+    counted = [memory_stats["bytes_limit"] for memory_stats in stats if "bytes_limit" in memory_stats]
     own = min(counted) if counted else _host_memory() // jax.local_device_count()
     least = int(np.min(process_allgather(np.int64(own // 2**20)))) * 2**20  # int64 becomes int32 on the way
     return min(int(least * _USABLE), int(most_gib * 2**30) or least)
@@ -126,11 +126,11 @@ def device_memory(most_gib: float) -> int:
 
 def _host_memory() -> int:
     """Bytes of this machine, or of the part of it that a container may use."""
-    found = psutil.virtual_memory().total
+    limit_bytes = psutil.virtual_memory().total
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(path).exists() and (limit := Path(path).read_text().strip()).isdigit():
-            found = min(found, int(limit))
-    return found
+            limit_bytes = min(limit_bytes, int(limit))
+    return limit_bytes
 
 
 @contextmanager
@@ -162,7 +162,7 @@ def more_parts(run: Path, tried: int) -> int:
 
     Several processes may say so of the same step. Raises InputError if bags came one by one already.
     """
-    parts = _kept(run)
+    parts = _recorded_parts(run)
     larger = [count for count in parts.possible if count >= 2 * tried]
     if not larger:
         raise InputError(
@@ -190,7 +190,7 @@ def train_in_smaller_parts(run: Path, train: Callable[[], None]) -> None:
         gc.collect()  # frees what the frames of the failed step held
 
 
-def _kept(run: Path) -> Parts:
+def _recorded_parts(run: Path) -> Parts:
     """The parts of the run's last start; one part for a new run, and where memory.json is damaged, which is set aside."""
     path = run / _NOTE
     try:
@@ -218,7 +218,7 @@ def _with_parts(config: ConfigDict, count: int) -> ConfigDict:
     return config
 
 
-def _held(tree: Any) -> int:
+def _bytes_on_device(tree: Any) -> int:
     """Bytes of arrays, concrete or abstract, on each device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

@@ -55,14 +55,14 @@ def build_optimizer(
 def _update_rule(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     """Weight decay is decoupled in adamw, lamb and lion, and added to the gradient in adam and sgd."""
     rate, decay = learning_rate(config, steps), config.weight_decay
-    moments = {"b1": config.beta1, "b2": config.beta2}
+    betas = {"b1": config.beta1, "b2": config.beta2}
     if config.name == "adamw":
-        return optax.adamw(rate, **moments, weight_decay=decay, mask=_matrices)
+        return optax.adamw(rate, **betas, weight_decay=decay, mask=_matrices)
     if config.name == "lamb":
-        return optax.lamb(rate, **moments, weight_decay=decay, mask=_matrices)
+        return optax.lamb(rate, **betas, weight_decay=decay, mask=_matrices)
     if config.name == "lion":
-        return optax.lion(rate, **moments, weight_decay=decay, mask=_matrices)
-    rule = optax.adam(rate, **moments) if config.name == "adam" else optax.sgd(rate, momentum=config.beta1)
+        return optax.lion(rate, **betas, weight_decay=decay, mask=_matrices)
+    rule = optax.adam(rate, **betas) if config.name == "adam" else optax.sgd(rate, momentum=config.beta1)
     return optax.chain(optax.add_decayed_weights(decay, _matrices), rule)
 
 

@@ -187,10 +187,10 @@ def _with_seen(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
     return config
 
 
-def _check_features(config: ConfigDict, found: FeatureReader, sha256: str) -> None:
+def _check_features(config: ConfigDict, features: FeatureReader, sha256: str) -> None:
     """Prediction computes features with the run's weights: those that it was trained on must be the same."""
-    if found.attributes.get("weights_sha256") != sha256:
-        raise InputError(f"{found.path}: was made with other weights than {config.model.weights}; embed with these")
+    if features.attributes.get("weights_sha256") != sha256:
+        raise InputError(f"{features.path}: was made with other weights than {config.model.weights}; embed with these")
 
 
 def batch_norm_note(config: ConfigDict, parts: int) -> str:

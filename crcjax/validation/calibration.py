@@ -77,9 +77,9 @@ def calibrate(
     label = np.array([predictions.classes.index(slide.subtype or "") for slide in slides])
     probs = probabilities_of(list(rows.values()))
     temperature = fit_temperature(probs, label)
-    draws = np.array([_draw(slide.slide_id) for slide in slides])
+    uniforms = np.array([_draw(slide.slide_id) for slide in slides])
     # Of the model's own probabilities: a temperature fitted on the same cases would favour them.
-    scores = nonconformity(probs, method, draws)[np.arange(len(label)), label]
+    scores = nonconformity(probs, method, uniforms)[np.arange(len(label)), label]
     groups = {"": scores}
     if by_site:
         sites = np.array([slide.site or "" for slide in slides])
@@ -87,11 +87,11 @@ def calibrate(
     thresholds = {name: conformal_threshold(values, error) for name, values in groups.items()}
     thresholds = {name: value for name, value in thresholds.items() if math.isfinite(value) or not name}
     cases = {name: len(groups[name]) for name in thresholds}
-    found = Calibration(models.pop(), predictions.classes, temperature, method, error, thresholds, cases)
+    calibration = Calibration(models.pop(), predictions.classes, temperature, method, error, thresholds, cases)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(_with_text(asdict(found)), indent=1) + "\n")
-    return found
+        out.write_text(json.dumps(_with_text(asdict(calibration)), indent=1) + "\n")
+    return calibration
 
 
 def load_calibration(path: Path, model: str, classes: tuple[str, ...]) -> Calibration:
@@ -100,14 +100,14 @@ def load_calibration(path: Path, model: str, classes: tuple[str, ...]) -> Calibr
         values = json.loads(path.read_text())
         thresholds = {name: float(value) for name, value in values["thresholds"].items()}
         values |= {"classes": tuple(values["classes"]), "thresholds": {"": thresholds[""]} | thresholds}
-        found = Calibration(**values)
+        calibration = Calibration(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is no calibration ({error}); make it with crcjax calibrate") from error
-    if (found.model, found.classes) != (model, classes):
+    if (calibration.model, calibration.classes) != (model, classes):
         raise InputError(
-            f"{path}: is of model {found.model}, not {model}; predict the validation slides with this one, and calibrate"
+            f"{path}: is of model {calibration.model}, not {model}; predict the validation slides with this one, and calibrate"
         )
-    return found
+    return calibration
 
 
 def at_temperature(probs: Float[np.ndarray, "slide class"], temperature: float) -> Float[np.ndarray, "slide class"]:
@@ -129,14 +129,14 @@ def fit_temperature(probs: Float[np.ndarray, "case class"], label: Int[np.ndarra
 
 
 def nonconformity(
-    probs: Float[np.ndarray, "slide class"], method: str, draws: Float[np.ndarray, " slide"]
+    probs: Float[np.ndarray, "slide class"], method: str, uniforms: Float[np.ndarray, " slide"]
 ) -> Float[np.ndarray, "slide class"]:
     """The score of every class: LAC, 1 - p (Sadinle et al. 2019); APS, the mass of the classes above, and a drawn share
     (0 to 1) of its own (Romano et al. 2020, equation 5)."""
     if method == "lac":
         return 1.0 - probs
     above = np.where(probs[:, None, :] > probs[:, :, None], probs[:, None, :], 0.0).sum(axis=-1)
-    return above + draws[:, None] * probs
+    return above + uniforms[:, None] * probs
 
 
 def conformal_threshold(scores: Float[np.ndarray, " case"], error: float) -> float:

@@ -170,8 +170,8 @@ def calibrated_ece(probs: Float[np.ndarray, "case class"], seed: int, count: int
     rng = np.random.default_rng([seed, 21])
     confidence, called = probs.max(axis=1), probs.argmax(axis=1)
     cumulative = probs.cumsum(axis=1)
-    drawn = (rng.random((count, len(probs), 1)) > cumulative[None, :, :-1]).sum(axis=-1)
-    return np.array([expected_calibration_error(confidence, labels == called) for labels in drawn])
+    sampled = (rng.random((count, len(probs), 1)) > cumulative[None, :, :-1]).sum(axis=-1)
+    return np.array([expected_calibration_error(confidence, labels == called) for labels in sampled])
 
 
 def brier(label: np.ndarray, probs: np.ndarray) -> float:

@@ -15,7 +15,7 @@ from crcjax.errors import InputError
 from crcjax.models.mil import build_model
 from crcjax.parallel.mesh import device_mesh
 from crcjax.train.loop import train
-from crcjax.train.memory_budget import Budget, Parts, _kept, fitting_step, keep_parts, more_parts
+from crcjax.train.memory_budget import Budget, Parts, _recorded_parts, fitting_step, keep_parts, more_parts
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step
 
@@ -164,13 +164,13 @@ def test_a_damaged_memory_json_is_set_aside_with_one_line(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "memory.json").write_text(text)
-    assert _kept(tmp_path) == Parts(1, (1,))
+    assert _recorded_parts(tmp_path) == Parts(1, (1,))
     assert (tmp_path / "memory.json.damaged").read_text() == text
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"{tmp_path / 'memory.json'}: is damaged (")
     assert "renamed to memory.json.damaged" in lines[0]
-    assert _kept(tmp_path) == Parts(1, (1,))
+    assert _recorded_parts(tmp_path) == Parts(1, (1,))
     assert not capsys.readouterr().err
 
 

@@ -115,9 +115,9 @@ class Block(nnx.Module):
         batch, count, _ = values.shape
 
         def projected(
-            some: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]
+            tokens: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]
         ) -> tuple[Float[Array, "batch some head channel"], ...]:
-            parts = self.project(self.norms[0](some)).reshape(*some.shape[:2], 3, self.heads, -1)
+            parts = self.project(self.norms[0](tokens)).reshape(*tokens.shape[:2], 3, self.heads, -1)
             query, key, value = jnp.moveaxis(parts, 2, 0)
             for at in place:
                 query, key = rotary(query, at, _LONGEST), rotary(key, at, _LONGEST)
@@ -128,17 +128,17 @@ class Block(nnx.Module):
         if position is not None and self.fused and (implementation := kernel(query.dtype, query.shape[-1])):
             unmasked_first = jnp.argsort(~mask, axis=1, stable=True)[..., None, None]
             key, value = (jnp.take_along_axis(part, unmasked_first, axis=1) for part in (key, value))
-            seen = attend_on_chip(query, key, value, mask.sum(axis=1), implementation)
+            attention_output = attend_on_chip(query, key, value, mask.sum(axis=1), implementation)
         else:
-            seen = attend_in_tiles(query, key, value, mask, _tile(batch, count))
+            attention_output = attend_in_tiles(query, key, value, mask, _tile(batch, count))
 
         def following(
-            some: Float[Array, "batch some feature"], seen: Float[Array, "batch some head channel"]
+            tokens: Float[Array, "batch some feature"], attended: Float[Array, "batch some head channel"]
         ) -> tuple[Float[Array, "batch some feature"]]:
-            some = some + self.merge(seen.reshape(some.shape))
-            return (some + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](some)))),)
+            tokens = tokens + self.merge(attended.reshape(tokens.shape))
+            return (tokens + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](tokens)))),)
 
-        return in_blocks(following, _instances(batch), values, seen, remat=self.remat)[0]
+        return in_blocks(following, _instances(batch), values, attention_output, remat=self.remat)[0]
 
 
 def _instances(batch: int) -> int:

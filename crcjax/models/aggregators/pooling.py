@@ -68,10 +68,10 @@ class MaxPool(nnx.Module):
         self.classify = nnx.Linear(config.features, classes, rngs=rngs)
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
-        values, held = bag.features.astype(jnp.float32), bag.mask[..., None]
+        values, valid = bag.features.astype(jnp.float32), bag.mask[..., None]
         # XLA's CPU code takes 20 times as long for a choice by the mask as for the sum, which it reduces as it is made.
-        largest = (values + jnp.where(held, 0.0, -jnp.inf)).max(axis=1)
-        gives = (held & (values == largest[:, None])).astype(jnp.float32)
+        largest = (values + jnp.where(valid, 0.0, -jnp.inf)).max(axis=1)
+        gives = (valid & (values == largest[:, None])).astype(jnp.float32)
         shares = (gives / jnp.maximum(gives.sum(axis=1, keepdims=True), 1.0)).mean(axis=-1, keepdims=True)
         embedding = jnp.where(bag.mask.any(axis=1)[:, None], largest, 0.0)
         return Pooled(self.classify(embedding), embedding, shares, jnp.zeros(len(embedding)))
@@ -124,17 +124,17 @@ class CLAM(nnx.Module):
         mask: Bool[Array, "batch instance"],
         label: Int[Array, " batch"],
     ) -> Float32[Array, " batch"]:
-        judged = self.judge(features).reshape(*mask.shape, -1, 2)
-        classes = judged.shape[2]
+        instance_scores = self.judge(features).reshape(*mask.shape, -1, 2)
+        classes = instance_scores.shape[2]
         count = mask.sum(axis=1)
         k = jnp.minimum(self.k, jnp.maximum(count // 2, 1))[:, None, None]
-        held = mask[..., None]
-        first = _rank(jnp.where(held, -scores, jnp.inf)) < k
-        last = (_rank(jnp.where(held, scores, jnp.inf)) < k) & (count > 1)[:, None, None]
-        first, last = first & held, last & held
+        valid = mask[..., None]
+        first = _rank(jnp.where(valid, -scores, jnp.inf)) < k
+        last = (_rank(jnp.where(valid, scores, jnp.inf)) < k) & (count > 1)[:, None, None]
+        first, last = first & valid, last & valid
         own = jax.nn.one_hot(label, classes, dtype=bool)[:, None]
-        wrong = _smooth_svm(judged, positive=False)
-        right = jnp.where(first, _smooth_svm(judged, positive=True), 0) + jnp.where(last, wrong, 0)
+        wrong = _smooth_svm(instance_scores, positive=False)
+        right = jnp.where(first, _smooth_svm(instance_scores, positive=True), 0) + jnp.where(last, wrong, 0)
         loss_own = right.sum(axis=1) / jnp.maximum((first.sum(axis=1) + last.sum(axis=1)), 1)
         loss_other = jnp.where(first, wrong, 0).sum(axis=1) / jnp.maximum(first.sum(axis=1), 1)
         return jnp.where(own[:, 0], loss_own, loss_other).mean(axis=-1)
@@ -181,10 +181,10 @@ def _rank(scores: Float32[Array, "batch instance branch"]) -> Int[Array, "batch 
 
 
 def _smooth_svm(
-    judged: Float32[Array, "batch instance class 2"], positive: bool
+    scores: Float32[Array, "batch instance class 2"], positive: bool
 ) -> Float32[Array, "batch instance class"]:
     """Smooth top-1 SVM with margin 1 and tau 1 (Berrada et al. 2018, equation 11, for two classes)."""
-    right, other = judged[..., int(positive)], judged[..., int(not positive)]
+    right, other = scores[..., int(positive)], scores[..., int(not positive)]
     return jax.nn.softplus(other + 1.0 - right)
 
 

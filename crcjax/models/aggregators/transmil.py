@@ -64,24 +64,24 @@ class TransMIL(nnx.Module):
         count = mask.sum()
         side = jnp.ceil(jnp.sqrt(count.astype(jnp.float32))).astype(jnp.int32)
         places = jnp.arange(largest**2)
-        held = places < side**2
+        valid = places < side**2
         source = order[jnp.where(places < count, places, places - count) % total]
-        sequence = jax.nn.relu(self.compress(features))[source] * held[:, None]
+        sequence = jax.nn.relu(self.compress(features))[source] * valid[:, None]
         row, column = places // jnp.maximum(side, 1), places % jnp.maximum(side, 1)
         tokens = jnp.concatenate([self.token[...][None], sequence]).astype(sequence.dtype)
-        seen = jnp.concatenate([jnp.ones(1, bool), held])
-        tokens, _ = self.layers[0](tokens, seen)
+        valid_tokens = jnp.concatenate([jnp.ones(1, bool), valid])
+        tokens, _ = self.layers[0](tokens, valid_tokens)
         square = jnp.zeros((largest, largest, tokens.shape[-1]), tokens.dtype)
         at = (
-            jnp.where(held, row, largest),
-            jnp.where(held, column, largest),
+            jnp.where(valid, row, largest),
+            jnp.where(valid, column, largest),
         )
         square = square.at[at].set(tokens[1:], mode="drop")
         encoded = square + self._encoded(square)
-        tokens = tokens.at[1:].set(jnp.where(held[:, None], encoded.at[at].get(mode="fill", fill_value=0), 0))
-        tokens, attention = self.layers[1](tokens, seen)
+        tokens = tokens.at[1:].set(jnp.where(valid[:, None], encoded.at[at].get(mode="fill", fill_value=0), 0))
+        tokens, attention = self.layers[1](tokens, valid_tokens)
         embedding = self.norm(tokens[0].astype(jnp.float32))
-        by_place = jnp.maximum(attention[1:], 0.0) * held
+        by_place = jnp.maximum(attention[1:], 0.0) * valid
         by_instance = jnp.zeros(total).at[source].add(by_place)
         return embedding, by_instance / jnp.maximum(by_instance.sum(), jnp.finfo(jnp.float32).tiny)
 
@@ -108,31 +108,31 @@ class NystromLayer(nnx.Module):
         self.residual = nnx.Param(init(rngs.params(), (_RESIDUAL_KERNEL, 1, heads)))
 
     def __call__(
-        self, tokens: Float[Array, "token feature"], seen: Bool[Array, " token"]
+        self, tokens: Float[Array, "token feature"], valid: Bool[Array, " token"]
     ) -> tuple[Float[Array, "token feature"], Float32[Array, " token"]]:
         """The tokens, and what the first of them attends to (mean over heads); those that are seen come first."""
         count, width = tokens.shape
         landmarks = min(self.landmarks, count)
-        parts = jnp.where(seen[:, None], self.project(self.norm(tokens)).astype(jnp.float32), 0.0)
+        parts = jnp.where(valid[:, None], self.project(self.norm(tokens)).astype(jnp.float32), 0.0)
         query, key, value = jnp.moveaxis(parts.reshape(count, 3, self.heads, -1), 1, 0)
         # Landmarks are means of equal stretches of the unmasked tokens, whatever the length of the padding.
-        stretch = jnp.maximum(-(-seen.sum() // landmarks), 1)
+        stretch = jnp.maximum(-(-valid.sum() // landmarks), 1)
         first, offset = jnp.arange(landmarks) * stretch, jnp.arange(-(-count // landmarks))
         members = jnp.where(offset < stretch, first[:, None] + offset, count)
-        landmark_of = jnp.where(seen, jnp.arange(count) // stretch, landmarks)
-        sizes = jnp.clip(seen.sum() - first, 0, stretch)
+        landmark_of = jnp.where(valid, jnp.arange(count) // stretch, landmarks)
+        sizes = jnp.clip(valid.sum() - first, 0, stretch)
         lands = sizes > 0
         marks = _sums(parts[:, : 2 * width], members, landmark_of) / jnp.maximum(sizes, 1)[:, None]
         query_marks, key_marks = jnp.moveaxis(marks.reshape(landmarks, 2, self.heads, -1), 1, 0)
         inverse = _pseudo_inverse(_weights(query_marks, key_marks, lands) * lands[:, None])
         # The values are aggregated to the landmarks first: the product of the weights would be a large matrix to store.
-        mixed = jnp.swapaxes(_attended(query_marks, key, value, seen, self.remat), 0, 1)
+        mixed = jnp.swapaxes(_attended(query_marks, key, value, valid, self.remat), 0, 1)
         out = _attended(query, key_marks, jnp.swapaxes(inverse @ mixed, 0, 1), lands, self.remat)
         out = out + self._residual(value)
         of_first = (_weights(query[:1], key_marks, lands) @ inverse)[:, 0]
-        attention = jnp.einsum("hl,hlt->t", of_first, _weights(query_marks, key, seen)) / self.heads
+        attention = jnp.einsum("hl,hlt->t", of_first, _weights(query_marks, key, valid)) / self.heads
         out = self.merge(out.reshape(count, -1).astype(tokens.dtype))
-        return tokens + jnp.where(seen[:, None], out, 0), attention
+        return tokens + jnp.where(valid[:, None], out, 0), attention
 
     def _residual(self, value: Float32[Array, "token head channel"]) -> Float32[Array, "token head channel"]:
         """Each head's values convolved along the sequence with the head's own kernel."""
@@ -142,24 +142,26 @@ class NystromLayer(nnx.Module):
 
 
 def _weights(
-    query: Float32[Array, "row head channel"], key: Float32[Array, "column head channel"], held: Bool[Array, " column"]
+    query: Float32[Array, "row head channel"], key: Float32[Array, "column head channel"], valid: Bool[Array, " column"]
 ) -> Float32[Array, "head row column"]:
     """Softmax over the unmasked columns, at least one."""
     scores = jnp.einsum("rhc,khc->hrk", query, key) * query.shape[-1] ** -0.5
-    return jax.nn.softmax(jnp.where(held, scores, jnp.finfo(jnp.float32).min))
+    return jax.nn.softmax(jnp.where(valid, scores, jnp.finfo(jnp.float32).min))
 
 
 def _attended(
     query: Float32[Array, "row head channel"],
     key: Float32[Array, "column head channel"],
     value: Float32[Array, "column head channel"],
-    held: Bool[Array, " column"],
+    valid: Bool[Array, " column"],
     remat: Remat,
 ) -> Float32[Array, "row head channel"]:
     """Attention over the unmasked columns, in blocks of rows where storing all weights would take too much memory."""
     key, value = (jnp.swapaxes(part, 0, 1)[None] for part in (key, value))
-    largest = max(1, (_PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE) // len(held))
-    return in_blocks(lambda some: (attend(some, key, value, held[None]),), largest, query[None], remat=remat)[0][0]
+    largest = max(1, (_PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE) // len(valid))
+    return in_blocks(
+        lambda query_block: (attend(query_block, key, value, valid[None]),), largest, query[None], remat=remat
+    )[0][0]
 
 
 @jax.custom_vjp

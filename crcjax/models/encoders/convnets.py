@@ -122,12 +122,12 @@ class _Bottleneck(nnx.Module):
         self.downsample = nnx.List(project if changes else [])
 
     def __call__(self, maps: Float[Array, "tile row column feature"]) -> Float[Array, "tile _ _ _"]:
-        kept = maps
+        residual = maps
         for part in self.downsample:
-            kept = part(kept)
+            residual = part(residual)
         maps = jax.nn.relu(self.bn1(self.conv1(maps)))
         maps = jax.nn.relu(self.bn2(self.conv2(maps)))
-        return jax.nn.relu(kept + self.bn3(self.conv3(maps)))
+        return jax.nn.relu(residual + self.bn3(self.conv3(maps)))
 
 
 @dataclass(frozen=True)

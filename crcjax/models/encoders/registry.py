@@ -226,10 +226,10 @@ def build_encoder(config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nn
 
 
 def _check_batch_norm(config: ConfigDict, encoder: nnx.Module) -> None:
-    told = f"config.model.batch_norm_momentum {config.batch_norm_momentum}"
+    setting = f"config.model.batch_norm_momentum {config.batch_norm_momentum}"
     if not 0 < config.batch_norm_momentum <= 1:
-        raise InputError(f"{told}: is a share from 0 to 1; set it so")
+        raise InputError(f"{setting}: is a share from 0 to 1; set it so")
     if not any(isinstance(part, BatchNorm) for _, part in nnx.iter_modules(encoder)):
-        raise InputError(f"{told}: {config.encoder} has no batch norms; set it to 0")
+        raise InputError(f"{setting}: {config.encoder} has no batch norms; set it to 0")
     if config.frozen:
-        raise InputError(f"{told}: a frozen encoder stays as it is; set it to 0, or config.model.frozen to False")
+        raise InputError(f"{setting}: a frozen encoder stays as it is; set it to 0, or config.model.frozen to False")

@@ -125,9 +125,9 @@ class _Block(nnx.Module):
     def __call__(self, maps: Float[Array, "tile row column feature"]) -> Float[Array, "tile row column feature"]:
         _, rows, columns, _ = maps.shape
         shift = self.shift if min(rows, columns) > WINDOW else 0  # a single window has no neighbour to see
-        seen = jnp.roll(self.norm1(maps), (-shift, -shift), (1, 2))
-        seen = self.attn(seen, _neighbours(rows, columns, shift) if shift else None)
-        maps = maps + jnp.roll(seen, (shift, shift), (1, 2))
+        windows = jnp.roll(self.norm1(maps), (-shift, -shift), (1, 2))
+        windows = self.attn(windows, _neighbours(rows, columns, shift) if shift else None)
+        maps = maps + jnp.roll(windows, (shift, shift), (1, 2))
         return maps + self.mlp(self.norm2(maps))
 
 
@@ -139,16 +139,16 @@ class _WindowAttention(nnx.Module):
         self.relative_position_bias_table = nnx.Param(jnp.zeros(((2 * WINDOW - 1) ** 2, heads)))
 
     def __call__(
-        self, maps: Float[Array, "tile row column feature"], seen: Bool[np.ndarray, "window token token"] | None
+        self, maps: Float[Array, "tile row column feature"], visible: Bool[np.ndarray, "window token token"] | None
     ) -> Float[Array, "tile row column feature"]:
         tiles, rows, columns, width = maps.shape
         split = (tiles, rows // WINDOW, WINDOW, columns // WINDOW, WINDOW, width)
         windows = maps.reshape(split).transpose(0, 1, 3, 2, 4, 5).reshape(-1, WINDOW**2, width)
         bias = self.relative_position_bias_table[...][_relative_index()].transpose(2, 0, 1)[None]
-        if seen is not None:
-            bias = jnp.tile(jnp.where(seen[:, None], bias, -jnp.inf), (tiles, 1, 1, 1))
-        found = self_attention(self.qkv(windows), self.heads, bias)
-        joined = self.proj(found).reshape(tiles, rows // WINDOW, columns // WINDOW, WINDOW, WINDOW, width)
+        if visible is not None:
+            bias = jnp.tile(jnp.where(visible[:, None], bias, -jnp.inf), (tiles, 1, 1, 1))
+        attended = self_attention(self.qkv(windows), self.heads, bias)
+        joined = self.proj(attended).reshape(tiles, rows // WINDOW, columns // WINDOW, WINDOW, WINDOW, width)
         return joined.transpose(0, 1, 3, 2, 4, 5).reshape(maps.shape)
 
 

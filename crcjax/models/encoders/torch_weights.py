@@ -43,7 +43,11 @@ _SHOWN = 8
 
 
 def fill(
-    build: Callable[..., nnx.Module], tensors: Tensors, dtype: DTypeLike, origin: str, kept: DTypeLike | None = None
+    build: Callable[..., nnx.Module],
+    tensors: Tensors,
+    dtype: DTypeLike,
+    origin: str,
+    weights_dtype: DTypeLike | None = None,
 ) -> nnx.Module:
     """The module of `build`, computing in `dtype`, with a checkpoint's weights, under timm's names or Hugging Face's.
 
@@ -54,9 +58,11 @@ def fill(
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     wanted = {path: (_torch_name(path), _torch_shape(path, leaf.shape)) for path, leaf in flat}
-    found = timm_names(tensors)
-    _check(dict(wanted.values()), found, origin)
-    filled = [(path, leaf.replace(_as_ours(path, found[wanted[path][0]], kept or dtype))) for path, leaf in flat]
+    renamed = timm_names(tensors)
+    _check(dict(wanted.values()), renamed, origin)
+    filled = [
+        (path, leaf.replace(_as_ours(path, renamed[wanted[path][0]], weights_dtype or dtype))) for path, leaf in flat
+    ]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
@@ -68,23 +74,25 @@ def torch_tensors(module: nnx.Module) -> dict[str, np.ndarray]:
 
 def timm_names(tensors: Tensors) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint as timm names and joins them today."""
-    found = dict(tensors)
-    while wrapper := next((name for name in _WRAPPERS if found and all(key.startswith(name) for key in found)), None):
-        found = {key.removeprefix(wrapper): value for key, value in found.items()}
+    renamed = dict(tensors)
+    while wrapper := next(
+        (name for name in _WRAPPERS if renamed and all(key.startswith(name) for key in renamed)), None
+    ):
+        renamed = {key.removeprefix(wrapper): value for key, value in renamed.items()}
     for pattern, name in _OTHER_NAMES:
-        found = {re.sub(pattern, name, key): value for key, value in found.items()}
-    for key in [key for key in found if ".attn.query." in key]:
-        parts = [found.pop(key.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
-        found[key.replace(".query.", ".qkv.")] = np.concatenate(parts)
-    if "register_tokens" in found:
+        renamed = {re.sub(pattern, name, key): value for key, value in renamed.items()}
+    for key in [key for key in renamed if ".attn.query." in key]:
+        parts = [renamed.pop(key.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+        renamed[key.replace(".query.", ".qkv.")] = np.concatenate(parts)
+    if "register_tokens" in renamed:
         # DINOv2 gives its registers no positions; timm then keeps that of the class token within the token.
-        found["reg_token"] = found.pop("register_tokens")
-        found["cls_token"] = found["cls_token"] + found["pos_embed"][:, :1]
-        found["pos_embed"] = found["pos_embed"][:, 1:]
-    if "layers.0.downsample.reduction.weight" in found:
+        renamed["reg_token"] = renamed.pop("register_tokens")
+        renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
+        renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
+    if "layers.0.downsample.reduction.weight" in renamed:
         # Before timm 0.9 a stage of Swin ended with the merging with which the next one now begins.
-        found = {re.sub(r"^layers\.(\d+)\.downsample", _next_layer, key): value for key, value in found.items()}
-    return found
+        renamed = {re.sub(r"^layers\.(\d+)\.downsample", _next_layer, key): value for key, value in renamed.items()}
+    return renamed
 
 
 def _next_layer(match: re.Match[str]) -> str:
@@ -110,21 +118,21 @@ def _as_ours(path: tuple[Any, ...], tensor: np.ndarray, dtype: DTypeLike) -> jnp
     return jnp.asarray(tensor, jnp.float32)
 
 
-def _check(wanted: dict[str, tuple[int, ...]], found: Tensors, origin: str) -> None:
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted and not _UNUSED.search(name)]
+def _check(wanted: dict[str, tuple[int, ...]], tensors: Tensors, origin: str) -> None:
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = [name for name in tensors if name not in wanted and not _UNUSED.search(name)]
     reshaped = [
-        f"{name} {list(found[name].shape)} instead of {list(shape)}"
+        f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
         for name, shape in wanted.items()
-        if name in found and found[name].shape != shape
+        if name in tensors and tensors[name].shape != shape
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    faults = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds if keys]
+    faults = [f"{len(keys)} {kind}: {_first_few(keys)}" for kind, keys in kinds if keys]
     if faults:
         raise InputError(
             f"{origin}: {'; '.join(faults)}; give the encoder's own weights, or name the encoder they are of"
         )
 
 
-def _some(keys: list[str]) -> str:
+def _first_few(keys: list[str]) -> str:
     return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")

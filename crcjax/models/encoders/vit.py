@@ -89,9 +89,9 @@ def self_attention(
     scores = jnp.einsum("ghqc,ghkc->ghqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     scores = scores if bias is None else scores + bias
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    seen = jnp.einsum("ghqk,ghkc->ghqc", weights.astype(qkv.dtype), value, preferred_element_type=jnp.float32)
-    seen = seen / weights.sum(axis=-1, keepdims=True)
-    return seen.transpose(0, 2, 1, 3).reshape(groups, tokens, -1)
+    attended = jnp.einsum("ghqk,ghkc->ghqc", weights.astype(qkv.dtype), value, preferred_element_type=jnp.float32)
+    attended = attended / weights.sum(axis=-1, keepdims=True)
+    return attended.transpose(0, 2, 1, 3).reshape(groups, tokens, -1)
 
 
 class _Attention(nnx.Module):
@@ -108,8 +108,8 @@ class _Attention(nnx.Module):
         if not (self.fused and (implementation := kernel(self.dtype, width // self.heads))):
             return scale(self.proj, self_attention(qkv, self.heads))
         query, key, value = jnp.moveaxis(qkv.reshape(tiles, count, 3, self.heads, -1), 2, 0)
-        seen = attend_on_chip(query, key, value, jnp.full(tiles, count), implementation)
-        return scale(self.proj, seen.reshape(tokens.shape))
+        attended = attend_on_chip(query, key, value, jnp.full(tiles, count), implementation)
+        return scale(self.proj, attended.reshape(tokens.shape))
 
 
 class _Block(nnx.Module):

@@ -265,22 +265,22 @@ def _copy_tiff(path: Path, files: list[Path], handle: openslide.OpenSlide, parti
         out.flush()
         os.fsync(out.fileno())
     tiles = sum(len(plan.page.dataoffsets) for plan in plans)
-    kept = tuple(dict.fromkeys(_tag_name(code) for plan in plans for code in sorted(plan.tags)))
-    return _Copied(streams, tiles, kept, removed, _leak(partial, streams, secrets), scale)
+    kept_tags = tuple(dict.fromkeys(_tag_name(code) for plan in plans for code in sorted(plan.tags)))
+    return _Copied(streams, tiles, kept_tags, removed, _leak(partial, streams, secrets), scale)
 
 
 def _levels(handle: openslide.OpenSlide, tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
     """The images that are copied. Raises UnsafeError where one could be no level, or a level could be lost."""
     generic = handle.properties["openslide.vendor"] == "generic-tiff"
     tiled = [page for page in _pages(tiff) if page.is_tiled]
-    kept = [page for page in tiled if not generic or page.index == 0 or page.subfiletype & 1]
+    levels = [page for page in tiled if not generic or page.index == 0 or page.subfiletype & 1]
     if generic:
-        _check_scan_comes_first(_pages(tiff), kept)
-    sizes = sorted(((page.imagewidth, page.imagelength) for page in kept), reverse=True)
+        _check_scan_comes_first(_pages(tiff), levels)
+    sizes = sorted(((page.imagewidth, page.imagelength) for page in levels), reverse=True)
     if sizes != list(handle.level_dimensions):
         raise UnsafeError("its tiled images are not just the levels that OpenSlide finds")
     width, height = sizes[0]
-    for page in kept:
+    for page in levels:
         expected = height * page.imagewidth / width
         if abs(page.imagelength - expected) > max(2, 0.02 * expected) or _image_name(page) in _KNOWN_IMAGES:
             raise UnsafeError(f"image {page.index} is tiled as levels are, but may be a label or macro image")
@@ -289,16 +289,16 @@ def _levels(handle: openslide.OpenSlide, tiff: tifffile.TiffFile) -> list[tifffi
         if page.compression not in CHECKED or page.fillorder != 1:
             known = "JPEG, JPEG 2000 (Aperio) and deflate are known"
             raise UnsafeError(f"image {page.index} is stored in a way that may hide something; {known}")
-    return kept
+    return levels
 
 
-def _check_scan_comes_first(pages: list[tifffile.TiffPage], kept: list[tifffile.TiffPage]) -> None:
+def _check_scan_comes_first(pages: list[tifffile.TiffPage], levels: list[tifffile.TiffPage]) -> None:
     """Raises UnsafeError if another image than the first may be the scan: the first may then be a macro or label image."""
     first = pages[0]
     if _OVERVIEW_NAME.search(f"{_ome_name(first.description)} {first.tags.valueof(_PAGE_NAME, '')}"):
         raise UnsafeError("its first image is named as a label, macro or overview image is", _SCAN_ALONE)
     for page in pages:
-        if page in kept:
+        if page in levels:
             continue
         if page.is_tiled:
             raise UnsafeError(f"image {page.index} is tiled as the first is, and either may be the scan", _SCAN_ALONE)
@@ -331,11 +331,11 @@ def _removals(
     path: Path, source: BinaryIO, tiff: tifffile.TiffFile, plans: list[PagePlan]
 ) -> tuple[tuple[str, ...], set[bytes]]:
     """What the copy leaves out: for the report, where it was; and the texts themselves, to be looked for in the copy."""
-    kept = {plan.page.index: plan for plan in plans}
+    plan_of_page = {plan.page.index: plan for plan in plans}
     removed: list[str] = []
     texts = [path.stem.encode()]
     for page in _pages(tiff):
-        plan = kept.get(page.index)
+        plan = plan_of_page.get(page.index)
         if plan:
             removed += _removed_tags(page, plan)
         else:

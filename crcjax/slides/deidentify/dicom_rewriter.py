@@ -129,8 +129,8 @@ def plan_series(files: list[Path]) -> Series:
         written = written.replace(known.encode(), b"")  # a short number may stand in them by chance
     if leaked := [secret for secret in ledger.secrets if secret in written]:
         raise UnsafeError(f"{len(leaked)} texts that are to be removed stand among its allowed attributes too")
-    told = [f"{name} ({count} times)" if count > 1 else name for name, count in ledger.removed.items()]
-    return Series(instances, tuple(ledger.kept), (*told, "UIDs, replaced by new ones"), ledger.secrets)
+    removals = [f"{name} ({count} times)" if count > 1 else name for name, count in ledger.removed.items()]
+    return Series(instances, tuple(ledger.kept), (*removals, "UIDs, replaced by new ones"), ledger.secrets)
 
 
 def _plan_instance(number: int, path: Path, original: Dataset, pixels_at: int, ledger: _Ledger) -> Instance | None:
@@ -228,8 +228,8 @@ def write_series(series: Series, folder: Path) -> str:
             out.write(itemize_fragment(_table_bytes(table)))
             frame_offsets, at = [], 0
             for frame in _frames(source, digest):
-                if foreign := foreign_part(frame, instance.compression, 0):
-                    raise UnsafeError(f"a frame of file {number} carries {foreign}, and frames are copied as they are")
+                if metadata := foreign_part(frame, instance.compression, 0):
+                    raise UnsafeError(f"a frame of file {number} carries {metadata}, and frames are copied as they are")
                 frame_offsets.append(at)
                 at += out.write(itemize_fragment(frame))
             if len(frame_offsets) != instance.frames:

@@ -71,8 +71,8 @@ def plan_page(
             tags[tag.code] = (int(tag.dtype), tag.count, raw_value(source, tag))
         elif tag.code == JPEG_TABLES:
             tables = raw_value(source, tag)
-            if foreign := foreign_part(tables, JPEG, 0):
-                raise UnsafeError(f"the tables of image {page.index} carry {foreign}, and are copied as they are")
+            if metadata := foreign_part(tables, JPEG, 0):
+                raise UnsafeError(f"the tables of image {page.index} carry {metadata}, and are copied as they are")
             tags[tag.code] = (7, len(tables), tables)
         elif tag.code == PROFILE:
             profile = bare_profile(raw_value(source, tag))
@@ -107,10 +107,10 @@ def raw_value(source: BinaryIO, tag: tifffile.TiffTag) -> bytes:
 def _bare_description(page: tifffile.TiffPage) -> str:
     """As Aperio writes it, of nothing but the sizes and the numbers of `KEPT_KEYS`."""
     pairs = [piece.partition("=") for piece in page.description.split("|")[1:]]
-    found = {key.strip(): value.strip() for key, _, value in pairs}
+    fields = {key.strip(): value.strip() for key, _, value in pairs}
     about = PAINTED if PAINTED in page.description else "Image Library"
     text = f"Aperio {about}\r\n{page.imagewidth}x{page.imagelength} ({page.tilewidth}x{page.tilelength})"
-    return text + "".join(f"|{key} = {found[key]}" for key in KEPT_KEYS if _NUMBER.fullmatch(found.get(key, "")))
+    return text + "".join(f"|{key} = {fields[key]}" for key in KEPT_KEYS if _NUMBER.fullmatch(fields.get(key, "")))
 
 
 def write_tiff(source: BinaryIO, out: BinaryIO, plans: list[PagePlan], order: str, big: bool) -> str:
@@ -126,9 +126,9 @@ def write_tiff(source: BinaryIO, out: BinaryIO, plans: list[PagePlan], order: st
     for plan in plans:
         offsets = []
         for stream in read_streams(source, plan.page, digest):
-            if stream and (foreign := foreign_part(stream, plan.page.compression, plan.raw_bytes)):
+            if stream and (metadata := foreign_part(stream, plan.page.compression, plan.raw_bytes)):
                 raise UnsafeError(
-                    f"a tile of image {plan.page.index} carries {foreign}, and tiles are copied as they are"
+                    f"a tile of image {plan.page.index} carries {metadata}, and tiles are copied as they are"
                 )
             offsets.append(out.tell() if stream else 0)
             out.write(stream)
@@ -186,10 +186,10 @@ def read_metadata(source: BinaryIO, pages: list[tifffile.TiffPage]) -> bytes:
         for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)
         if count
     )
-    size, at, found = os.fstat(source.fileno()).st_size, 0, []
+    size, at, parts = os.fstat(source.fileno()).st_size, 0, []
     for start, stop in [*tiles, (size, size)]:
         if start > at:
             source.seek(at)
-            found.append(source.read(start - at))
+            parts.append(source.read(start - at))
         at = stop
-    return b"\n".join(found)
+    return b"\n".join(parts)

@@ -64,11 +64,11 @@ def _kept_tiles(slide: TileStore) -> dict[str, tuple[Float64[np.ndarray, "tile 2
 
 
 def _write_geojson(slide: TileStore, out: Path) -> None:
-    judged = slide.pixels != NO_PIXELS
+    has_scores = slide.pixels != NO_PIXELS
     boxes = []
     for name, (corners, side, places) in _kept_tiles(slide).items():
         for corner, (region, slot) in zip(corners, places.tolist(), strict=True):
-            scores = slide.quality[region, slot].tolist() if judged else []
+            scores = slide.quality[region, slot].tolist() if has_scores else []
             boxes.append((corner, side, f"Tile {name}", dict(zip(slide.attributes["quality"], scores, strict=False))))
     write_boxes(out / f"{slide.slide_id}.geojson", boxes, slide.info.corner)
 

@@ -64,17 +64,17 @@ def import_files(
     if side_px is not None and not side_px > 0:
         raise InputError(f"--side-px {side_px}: give the side of a tile in level-0 px")
     open_h5py()
-    found = foreign_files(paths)
-    check_slide_ids([(slide_id, files[0]) for slide_id, files in found.items()])
+    input_files = foreign_files(paths)
+    check_slide_ids([(slide_id, files[0]) for slide_id, files in input_files.items()])
     store = store_path(store)
     remove_partials(store)
     outcomes = []
-    for slide_id, files in found.items():
+    for slide_id, files in input_files.items():
         begun, outcome = time.monotonic(), Outcome(slide_id, str(files[0]), "imported")
         try:
             tiles = merged([read_foreign(file) for file in files])
             tiles = replace(tiles, side=tiles.side or side_px)
-            _check_name(tiles, slide_id, {*found, *(slides or ())})
+            _check_name(tiles, slide_id, {*input_files, *(slides or ())})
             if slides is not None and slide_id not in slides:
                 remedy = "add it, or import without --slides and --cohort, and so without pixels"
                 raise SlideError(tiles.path, "missing", f"the slides named have no {slide_id}", remedy)
@@ -121,8 +121,8 @@ def _import_slide(
             outcome = replace(outcome, status="already imported")
     if name and not _keep_features(store, there, tiles, name):
         outcome = replace(outcome, status="already imported")
-    kept, hashed = int(there.mask.sum()), there.info.content_hash
-    outcome = replace(outcome, regions=len(there.origin), tiles=kept, content_hash=hashed)
+    tile_count, hashed = int(there.mask.sum()), there.info.content_hash
+    outcome = replace(outcome, regions=len(there.origin), tiles=tile_count, content_hash=hashed)
     return with_qc_result(outcome, there.info, there.attributes)
 
 
@@ -227,11 +227,11 @@ def _write_from_slide(
         origin, side = _placed(tiles, info)
         params = _params_of(store, tiles, side * sum(info.mpp) / 2, side)
         ordered = origin[_row_by_row(origin)]
-        found = plan_tiles(slide, params)
-        plan = replace(found, origin=ordered, mask=np.ones((len(ordered), 1), bool), region_px=side, rejected={})
+        slide_plan = plan_tiles(slide, params)
+        plan = replace(slide_plan, origin=ordered, mask=np.ones((len(ordered), 1), bool), region_px=side, rejected={})
         with StoreWriter(store, slide_id, slide, plan, "none", locked=True) as writer:
-            for first, some in read_ahead(slide, plan, threads, writer.pack):
-                writer.write(first, some)
+            for first, pack in read_ahead(slide, plan, threads, writer.pack):
+                writer.write(first, pack)
             writer.commit({"imported": _about(tiles)})
     return open_store(store, slide_id)
 
@@ -319,11 +319,11 @@ def _keep_features(store: Path, there: TileStore, tiles: ForeignTiles, name: str
         "width": width,
         "imported": _about(tiles),
     }
-    found = feature_attributes(store, there.slide_id, name)
-    if found == attributes:
+    stored = feature_attributes(store, there.slide_id, name)
+    if stored == attributes:
         return False
     _check_same_encoder(store, tiles, name)
-    if found is not None:
+    if stored is not None:
         reason = f"the store has other features of the name {name}"
         raise SlideError(tiles.path, "unsupported", reason, "give another --encoder, or delete those")
     values = np.zeros((*there.mask.shape, width), tiles.features.dtype)
@@ -336,10 +336,10 @@ def _check_same_encoder(store: Path, tiles: ForeignTiles, name: str) -> None:
     """Raises SlideError if the store's features of the name come, by what their file said or their width, of another encoder."""
     assert tiles.features is not None
     for slide_id in tiled_slides(store):
-        found = feature_attributes(store, slide_id, name)
-        if found is None:
+        stored = feature_attributes(store, slide_id, name)
+        if stored is None:
             continue
-        stated, width = found.get("stated_encoder"), found.get("width", tiles.features.shape[1])
+        stated, width = stored.get("stated_encoder"), stored.get("width", tiles.features.shape[1])
         if (stated, width) != (tiles.encoder, tiles.features.shape[1]):
             reason = f"its features are {tiles.features.shape[1]} numbers of {tiles.encoder or 'an encoder not named'}"
             reason += f", {slide_id}'s of the name {name} are {width} of {stated or 'another'}"

@@ -56,14 +56,14 @@ def foreign_files(paths: Sequence[Path]) -> dict[str, list[Path]]:
     out. Raises InputError for a folder without such files, or one that cannot be searched.
     """
     files_of: dict[str, list[Path]] = {}
-    seen: set[str] = set()
+    visited: set[str] = set()
     for path in paths:
         below = list(_files_below(path)) if path.is_dir() else [path]
         if not below:
             raise InputError(f"{path}: no HDF5 files (.h5) in it; name a folder of CLAM, TRIDENT or STAMP")
         for file in below:
-            if (target := os.path.realpath(file)) not in seen:
-                seen.add(target)
+            if (target := os.path.realpath(file)) not in visited:
+                visited.add(target)
                 files_of.setdefault(file.stem.removesuffix("_patches"), []).append(file)
     return files_of
 
@@ -106,12 +106,12 @@ def read_foreign(path: Path) -> ForeignTiles:
                 if name in datasets:
                     attributes |= {key: _plain(value) for key, value in datasets[name].attrs.items()}
             arrays = {name: datasets[name][()] for name in ("coords", *_FEATURES) if name in datasets}
-            held = ", ".join(file) or "nothing"
+            dataset_names = ", ".join(file) or "nothing"
     except FileNotFoundError:
         raise SlideError(path, "missing", "no such file", "check the path") from None
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise SlideError(path, "corrupt", f"cannot be read ({error})", "copy it again") from error
-    return _tiles(path, sha256, arrays, attributes, held)
+    return _tiles(path, sha256, arrays, attributes, dataset_names)
 
 
 def merged(files: Sequence[ForeignTiles]) -> ForeignTiles:
@@ -150,10 +150,10 @@ def _plain(value: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _tiles(path: Path, sha256: str, arrays: dict, attributes: dict, held: str) -> ForeignTiles:
+def _tiles(path: Path, sha256: str, arrays: dict, attributes: dict, datasets: str) -> ForeignTiles:
     if "coords" not in arrays:
         remedy = "import the file that has coords and features of every tile"
-        raise SlideError(path, "unsupported", f"has no coordinates of tiles (it holds {held})", remedy)
+        raise SlideError(path, "unsupported", f"has no coordinates of tiles (it holds {datasets})", remedy)
     corner, features = _corner(path, arrays["coords"]), _features_of(path, arrays)
     tiles = ForeignTiles(path, "", {path.name: sha256}, corner, features=features)
     name = attributes.get("name")
@@ -173,7 +173,7 @@ def _tiles(path: Path, sha256: str, arrays: dict, attributes: dict, held: str) -
         reason = f"its attributes are damaged ({type(error).__name__}: {error})"
         raise SlideError(path, "corrupt", reason, "write it again with the tool that made it") from error
     known = "patch_size_level0 (TRIDENT), patch_level (CLAM), feats (STAMP)"
-    reason = f"is of an unknown layout (it holds {held}, with {', '.join(attributes) or 'no'} attributes)"
+    reason = f"is of an unknown layout (it holds {datasets}, with {', '.join(attributes) or 'no'} attributes)"
     raise SlideError(path, "unsupported", reason, f"known are files with {known}")
 
 
