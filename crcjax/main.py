@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         status = 0
     except CrcjaxError as error:
         log.error(f"crcjax: {error}")
-        status = STATUS.get(type(error), 1)
+        status = exit_status(error)
     except KeyboardInterrupt:
         log.error(_INTERRUPTED)
         status = INTERRUPTED_STATUS
@@ -103,6 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         os._exit(status)  # jax would wait at the end for processes that have gone
     return status
+
+
+def exit_status(error: CrcjaxError) -> int:
+    """The exit status for an error that a user can act on: that of its class or of the nearest class above it."""
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 1)
 
 
 def read_config(arguments: list[str]) -> tuple[ConfigDict, Path]:

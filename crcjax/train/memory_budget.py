@@ -139,7 +139,8 @@ def memory_errors(made_of: Callable[[str], CrcjaxError]) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        # Where a later computation waits for the one that lacked memory, JAX reports an internal error with these words.
+        if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
         raise made_of(str(error).splitlines()[0]) from error
 

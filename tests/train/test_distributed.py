@@ -23,7 +23,7 @@ from crcjax.slides.store.features import write_features
 from crcjax.slides.store.tile_store import open_store
 from crcjax.train.loop import train
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 SMALL = """

@@ -105,6 +105,7 @@ def test_what_a_step_is_said_to_take_is_what_it_takes(painted: Path, tmp_path: P
     np.testing.assert_allclose(measured, predicted, rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_run_whose_memory_no_longer_suffices_goes_on_in_smaller_parts_with_the_same_losses(
     painted: Path, tmp_path: Path

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
 # python -c PROGRAM FOLDER NAME PROCESSES PROCESS ADDRESS CHANGES: 50 steps, then parameters and losses to FOLDER/NAME.npz.
 PROGRAM = """
 import json, sys
@@ -147,7 +149,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     return _run(tmp_path_factory.mktemp("alone"), "one", 1, 1, ONE)
 
 
-@pytest.mark.multiprocess
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_gives_the_losses_and_parameters_of_one_device(
     layout: str, alone: dict[str, np.ndarray], tmp_path: Path
@@ -165,7 +166,6 @@ def test_any_layout_gives_the_losses_and_parameters_of_one_device(
     assert far[worst] < 1e-5, {name: value for name, value in far.items() if value > 1e-6}
 
 
-@pytest.mark.multiprocess
 def test_a_state_saved_by_two_processes_is_restored_by_one_and_both_evaluate_as_one_does(
     painted: Path, tmp_path: Path
 ) -> None:

@@ -488,6 +488,7 @@ def test_a_kernel_of_attention_gives_what_blocks_give(monkeypatch: pytest.Monkey
     assert called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mil", ["hierarchical", "transmil"])
 def test_blocks_have_the_gradients_of_all_at_once_whatever_is_made_again(
