@@ -9,11 +9,14 @@ Several processes find each other by the variables of SLURM, Open MPI or Kuberne
     --coordinator HOST:PORT --processes N --process I    address of process 0, number of processes, index of this one
     --wait_s S                                           seconds that processes wait for each other at the start (300)
 
+Processes that meet over a network share a secret of at least 16 characters: CRCJAX_RENDEZVOUS_SECRET, or a file named by
+CRCJAX_RENDEZVOUS_SECRET_FILE. The launchers in launch/ set it.
+
 Exit status: 0 trained; 2 the config, cohort, store, run directory or set of processes is not usable; 3 the output cannot
-be written; 4 another process of the run failed, was lost or stood still; 5 the loss became infinite or undefined; 85
-stopped by SIGTERM, SIGUSR1 or Ctrl-C, with everything saved, or a device of several processes ran out of memory: the same
-command goes on from there, or in smaller parts from the last checkpoint; 130 interrupted by Ctrl-C before the first step,
-or by a second Ctrl-C: the same command goes on from the last checkpoint.
+be written; 4 another process of the run failed, was lost or stopped responding; 5 the loss became infinite or undefined;
+85 stopped by SIGTERM, SIGUSR1 or Ctrl-C with everything saved, or a device of several processes ran out of memory: the same
+command resumes, in the second case with smaller micro-batches; 130 interrupted by Ctrl-C before the first step, or by a
+second Ctrl-C: the same command resumes from the last checkpoint.
 """
 
 # ruff: noqa: E402 - signals and the environment are set before the packages load
