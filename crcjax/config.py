@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     # Magnifications of the store that the model sees, such as ("10x", "20x"). () takes all of them; with data.features, all
     # that have features.
     data.magnifications = ()
-    # What one bag holds: "slide", or "case" for all slides of a case. Choose "case" where the label belongs to the case.
+    # Content of a bag: "slide", or "case" for all slides of a case. Choose "case" where the label belongs to the case.
     data.unit = "slide"
     # Names of the classes in the cohort's column subtype. For the consensus molecular subtypes: CMS1,CMS2,CMS3,CMS4.
     data.classes = ("canonical", "immune", "stromal")
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     data.folds = 0
     # Index of the test fold, from 0. Training never reads it. `crcjax crossvalidate` sets it.
     data.fold = 0
-    # What stays together in one fold: "case", or "site" to estimate performance at a new hospital.
+    # The unit that is never divided between folds: "case", or "site" to estimate performance at a new hospital.
     data.fold_by = "case"
     # Seed of the bags of every step. -1 uses `seed`. Set it so that runs of different seeds see the same bags.
     data.sampling_seed = -1
@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     config.mesh = mesh = Section()
     # Devices that divide the bags of a step between them. 0 takes as many as divide data.batch_size.
     mesh.data = 0
-    # Devices that divide the regions of each bag. 0 takes those that `data` and `model` leave. For bags too large for one
+    # Devices that divide the regions of each bag. 0 uses the devices that `data` and `model` leave. For bags too large for one
     # device.
     mesh.bag = 0
     # Devices that divide the weights of each layer. For encoders too large for one device.
@@ -128,8 +128,8 @@ def get_config() -> ConfigDict:
     model.batch_norm_momentum = 0.0
     # Regions of each bag that are encoded at a time in training. Lower it where memory is short.
     model.encode_regions = 64
-    # What the backward pass recomputes, in the encoder and in blocks of transmil and hierarchical: "full", all activations;
-    # "dots", all but matrix products; "none", nothing. "none" is fastest and takes the most memory.
+    # Rematerialisation in the encoder and in blocks of transmil and hierarchical: "full" recomputes all activations in the
+    # backward pass; "dots" all except matrix products; "none" recomputes nothing. "none" is fastest and takes the most memory.
     model.remat = "full"
     # Channels of the compact encoder's first stage; each later stage doubles them.
     model.width = 32

@@ -42,7 +42,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The sampled parameters, by batch, region and slot; those that a whole slide shares have one region and one slot.
+    """The sampled parameters of one step, with axes batch, region and slot; a parameter shared by a slide has 1 region and 1 slot.
 
     Attributes:
       flips: whether a tile is mirrored in x, mirrored in y, and transposed.

@@ -19,7 +19,7 @@ from crcjax.errors import InputError
 _DELIMITERS = ",;\t"
 _WORKBOOKS = {b"PK\x03\x04": "an Excel or LibreOffice workbook", b"\xd0\xcf\x11\xe0": "an Excel workbook"}
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-# What R, pandas and Excel write into an empty cell.
+# The words that R, pandas and Excel write for an empty cell.
 _MISSING = {"na", "n/a", "#n/a", "nan", "null"}
 # A column name this similar to one that the reader knows is taken for a misspelling of it.
 _MISSPELLED = 0.8

@@ -1,7 +1,8 @@
-"""What training remembers of its slides, so that sampling returns to what was hard; kept in the training state.
+"""Hard mining: losses and attention of the training slides, by which sampling returns to hard slides and regions.
 
-The loader is ahead of the device. So that what it draws depends neither on how far, nor on when a run was killed, it draws
-a period of `config.data.mine_every` steps by the memory as it was when the period before began, which it waits for.
+The memory is part of the training state. The loader samples ahead of the device; its samples must depend neither on how far
+ahead it is nor on when a run was killed. It therefore samples a period of `config.data.mine_every` steps by the memory from
+the beginning of the period before, and waits for that memory.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
 
-_KEPT = 0.7  # of a slide's running loss, when it is seen again
+# Weight of the old running loss of a slide when the slide is sampled again.
+_DECAY = 0.7
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Memory:
-    """Of every training slide, in the cohort's order, when it was last seen.
+    """The last results of every training slide, in the cohort's order.
 
-    `loss` is running (nats; -1 if never seen), `wrong` whether it was misclassified, `region` the regions of highest
-    attention (store indices, -1 for none).
+    Attributes:
+      loss: running loss in nats; -1 for a slide that was never sampled.
+      wrong: whether the slide was misclassified.
+      region: store indices of the regions of highest attention; -1 for none.
     """
 
     loss: Any  # Float32[Array, " slide"]; in an abstract state its shape
@@ -98,7 +102,7 @@ def remember(
     last = jnp.where(here, jnp.arange(len(slide)), -1).max(axis=1)
     observed = last >= 0
     mean = jnp.where(here, loss, 0.0).sum(axis=1) / jnp.maximum(here.sum(axis=1), 1)
-    running = jnp.where(memory.loss < 0, mean, _KEPT * memory.loss + (1 - _KEPT) * mean)
+    running = jnp.where(memory.loss < 0, mean, _DECAY * memory.loss + (1 - _DECAY) * mean)
     _, place = jax.lax.top_k(jnp.where(region >= 0, attention, -1.0), mined)
     best = jnp.take_along_axis(region, place, axis=1)
     return Memory(

@@ -35,7 +35,7 @@ class Miner:
         self._config, self._cohort, self._log = config, cohort, run / "mined.jsonl"
         self._sampler = sampler_of(cohort, config, self.board)
         period = start // config.data.mine_every
-        # What a killed run had logged of this period and later, is logged again.
+        # A killed run may have logged this period already; these lines are written again.
         lines = self._log.read_text().splitlines(keepends=True) if self._log.exists() else []
         earlier_lines = [
             line for line in lines if line.endswith("\n") and json.loads(line)["first_step"] < period * self.every
