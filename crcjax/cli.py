@@ -160,7 +160,7 @@ def tile(
     """
     from crcjax.data.slide_selection import named_slides
     from crcjax.slides.jobs.worker_pool import JobLimits
-    from crcjax.slides.preprocess.tile_slides import TileJob, shard_of, size_of, tile_slides
+    from crcjax.slides.preprocess.tile_slides import TileJob, shard_of, tile_slides
     from crcjax.slides.tiling.plan import TilingParams
     from crcjax.slides.tiling.quality_control import QualityLimits, parse_limits
     from crcjax.slides.tiling.regions_of_interest import areas_of
@@ -191,7 +191,7 @@ def tile(
     if shard is not None:
         jobs = shard_of(jobs, shard)
     # The largest come first: by their number alone, the time that is left would be guessed too long.
-    sizes = {job.slide_id: size_of(job) or 1 for job in jobs}
+    sizes = {job.slide_id: job.size_bytes or 1 for job in jobs}
     columns = ("{task.fields[slides]} of {task.fields[of]} slides", "{task.fields[speed]:.0f} tiles/s")
     with _progress(*columns) as progress:
         task = progress.add_task("tiling", total=sum(sizes.values()), slides=0, of=len(jobs), speed=0.0)

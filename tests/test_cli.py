@@ -114,6 +114,32 @@ def test_tiling_names_each_bad_slide_finishes_the_good_one_and_exits_1(slides: P
     assert "tile_px 64, not 128" in other.stderr
 
 
+def test_tiling_looks_up_the_files_of_each_slide_once(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crcjax.data import slide_selection
+    from crcjax.slides.preprocess import tile_slides
+
+    searches, lookups = [], []
+
+    def find_slides(paths: list[Path]) -> list[Path]:
+        searches.append(paths)
+        return find_all(paths)
+
+    def slide_files(path: Path) -> list[Path]:
+        lookups.append(path.name)
+        return files_of(path)
+
+    find_all, files_of = slide_selection.find_slides, tile_slides.slide_files
+    monkeypatch.setattr(slide_selection, "find_slides", find_slides)
+    monkeypatch.setattr(tile_slides, "slide_files", slide_files)
+    done = _crcjax("tile", slides / "empty.svs", slides / "text.svs", "--out", tmp_path, "--shard", "1/1")
+    assert done.returncode == 1
+    assert "0 of 2 slides tiled" in done.stderr
+    assert len(searches) == 1
+    assert sorted(lookups) == ["empty.svs", "text.svs"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

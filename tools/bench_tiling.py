@@ -17,7 +17,7 @@ import tifffile
 from record import PeakMemory, Row, largest_worker_mib, record
 
 from crcjax.slides.jobs.worker_pool import run_jobs
-from crcjax.slides.preprocess.tile_slides import TileJob, size_of, tile_slides
+from crcjax.slides.preprocess.tile_slides import TileJob, check_slide_ids, tile_slides
 from crcjax.slides.store.tile_pixels import shard_regions
 from crcjax.slides.store.tile_store import StoreWriter
 from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
@@ -68,7 +68,7 @@ def decode_with_libjpeg_turbo(reading: Reading) -> float:
 def main() -> None:
     rows = []
     # Starts the server of worker processes, as `crcjax tile` would: the painter would start it with less in it.
-    list(run_jobs(size_of, [TileJob("", Path())], 1))
+    list(run_jobs(check_slide_ids, [[]], 1))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         painted = paint_slide(folder / "slide0.svs", SlideSpec("immune", 0, size_px=SIZE_PX), workers=len(CORES))

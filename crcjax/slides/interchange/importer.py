@@ -221,8 +221,8 @@ def _params_of(store: Path, tiles: ForeignTiles, side_um: float, side_px: float)
 def _write_from_slide(
     store: Path, slide_id: str, tiles: ForeignTiles, path: Path, mpp: tuple[float | None, float | None], threads: int
 ) -> TileStore:
-    with open_slide(path, *mpp) as slide:
-        slide.info = info = replace(slide.info, path=os.path.abspath(path))
+    with open_slide(path, *mpp, info_path=os.path.abspath(path)) as slide:
+        info = slide.info
         _check_statements(tiles, info)
         origin, side = _placed(tiles, info)
         params = _params_of(store, tiles, side * sum(info.mpp) / 2, side)

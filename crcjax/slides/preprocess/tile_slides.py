@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,14 @@ class TileJob:
     def name(self) -> str:
         """The slide's name in outcomes: its path, or its id if the path must not be named."""
         return str(self.path) if self.names_path else self.slide_id
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """The bytes of all files of the slide when first asked for; 0 if it is missing or cannot be read."""
+        try:
+            return sum(file.stat().st_size for file in slide_files(self.path))
+        except OSError:
+            return 0
 
 
 def tile_slides(
@@ -150,8 +159,11 @@ class _TileTask:
 
 def _tile_slide(task: _TileTask) -> Outcome:
     job = task.job
-    with slide_lock(task.store, job.slide_id), open_slide(job.path, job.mpp, job.fallback_mpp) as slide:
-        slide.info = replace(slide.info, path=os.path.abspath(job.path) if job.names_path else "")
+    path_in_store = os.path.abspath(job.path) if job.names_path else ""
+    with (
+        slide_lock(task.store, job.slide_id),
+        open_slide(job.path, job.mpp, job.fallback_mpp, info_path=path_in_store) as slide,
+    ):
         outcome = Outcome(job.slide_id, job.name, "already tiled", content_hash=slide.info.content_hash)
         with _region_files_of(job):
             done = _already_tiled(task, slide.info)
@@ -284,15 +296,7 @@ def _check_same_params(store: Path, params: TilingParams) -> None:
 
 def _largest_first(jobs: Sequence[TileJob]) -> list[TileJob]:
     """Orders jobs by size, so that no large slide is left to the end; slides of one size are ordered by their ids."""
-    return sorted(jobs, key=lambda job: (-size_of(job), job.slide_id))
-
-
-def size_of(job: TileJob) -> int:
-    """The bytes of all files of its slide; 0 if it is missing or cannot be read."""
-    try:
-        return sum(file.stat().st_size for file in slide_files(job.path))
-    except OSError:
-        return 0
+    return sorted(jobs, key=lambda job: (-job.size_bytes, job.slide_id))
 
 
 def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:
@@ -311,7 +315,7 @@ def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:
     loads, mine = [0] * count, []
     for job in _largest_first(jobs):
         least = loads.index(min(loads))
-        loads[least] += max(1, size_of(job))
+        loads[least] += max(1, job.size_bytes)
         if least == number - 1:
             mine.append(job)
     return mine

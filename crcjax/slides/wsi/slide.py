@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 import cv2
 import numpy as np
@@ -85,7 +86,7 @@ class Slide:
     """An open slide. Reading is thread-safe; close it, or use it as a context manager."""
 
     def __init__(self, path: Path, file: Path, handle: openslide.OpenSlide | OmeTiff, info: SlideInfo):
-        self.info = info
+        self.info: Final = info
         self._path = path
         self._handle = handle
         self._level_sizes = handle.level_dimensions
@@ -209,11 +210,20 @@ def _edges(source: int, target: int) -> list[tuple[tuple[int, int], tuple[int, i
     return [((ends[i], ends[i + 1]), (cuts[i], cuts[i + 1])) for i in range(blocks) if cuts[i + 1] > cuts[i]]
 
 
-def open_slide(path: str | Path, mpp: float | None = None, fallback_mpp: float | None = None) -> Slide:
+def open_slide(
+    path: str | Path, mpp: float | None = None, fallback_mpp: float | None = None, *, info_path: str | None = None
+) -> Slide:
     """Opens a slide file, or a DICOM series by its folder or any of its files.
 
-    `mpp` (µm per level-0 px) overrides the file's. `fallback_mpp` is used if the file states none or an impossible one. Raises SlideError: `missing`, `corrupt`,
-    `unsupported`, `mpp_missing`; InputError if an mpp that is given is out of range.
+    Args:
+      path: the file or folder.
+      mpp: µm per level-0 px, in place of what the file states.
+      fallback_mpp: µm per level-0 px where the file states none or an impossible one.
+      info_path: the path that `Slide.info` states and stores record, by default `path`; empty hides it.
+
+    Raises:
+      SlideError: `missing`, `corrupt`, `unsupported`, `mpp_missing`.
+      InputError: an mpp that is given is out of range.
     """
     path = Path(path)
     check_mpp(mpp)
@@ -228,7 +238,8 @@ def open_slide(path: str | Path, mpp: float | None = None, fallback_mpp: float |
     try:
         if handle.properties.get("openslide.vendor") == "generic-tiff" and (fault := _plain_tiff_fault(file)):
             raise _unsupported(path, fault)
-        return Slide(path, file, handle, _info(path, handle, mpp, fallback_mpp))
+        info = _info(path, handle, mpp, fallback_mpp)
+        return Slide(path, file, handle, info if info_path is None else replace(info, path=info_path))
     except Exception:
         handle.close()
         raise

@@ -11,7 +11,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import UID, JPEGBaseline8Bit, generate_uid
 
 from crcjax.errors import InputError, SlideError
-from crcjax.slides.preprocess.tile_slides import TileJob, size_of
+from crcjax.slides.preprocess.tile_slides import TileJob
 from crcjax.slides.wsi.discovery import content_hash, dicom_files, find_slides, slide_files, slide_id_of, without_names
 from crcjax.slides.wsi.slide import open_slide
 
@@ -182,12 +182,12 @@ def test_all_files_of_a_slide_count_in_its_size_and_its_hash(slide: str, tmp_pat
         (tmp_path / name).write_bytes(bytes(1000))
     (tmp_path / "other.jpg").write_bytes(bytes(1000))
     assert sorted(slide_files(path)) == sorted([path, *(tmp_path / name for name in data)])
-    assert size_of(TileJob("s", path)) == path.stat().st_size + 2000
+    assert TileJob("s", path).size_bytes == path.stat().st_size + 2000
     for name in data:
         before = content_hash(path)
         (tmp_path / name).write_bytes(bytes(999) + b"1")
         assert content_hash(path) != before
-    assert size_of(TileJob("s", tmp_path / "absent.vms")) == 0
+    assert TileJob("s", tmp_path / "absent.vms").size_bytes == 0
 
 
 def test_links_unreadable_and_hidden_entries_neither_stop_a_search_nor_hide_slides(

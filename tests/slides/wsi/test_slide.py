@@ -221,6 +221,14 @@ def test_what_is_known_of_a_slide_survives_json(small_slide: Path) -> None:
     assert info.level_downsamples == pytest.approx((1, 4), rel=1e-2)
 
 
+def test_the_recorded_path_of_a_slide_may_be_another_or_hidden(small_slide: Path, tmp_path: Path) -> None:
+    for info_path, recorded in ((None, str(small_slide)), ("/archive/s.svs", "/archive/s.svs"), ("", "")):
+        with open_slide(small_slide, info_path=info_path) as slide:
+            assert slide.info.path == recorded
+    with pytest.raises(SlideError, match=r"absent\.svs: no such file"):
+        open_slide(tmp_path / "absent.svs", info_path="")
+
+
 def test_the_corner_of_the_scanned_part_is_kept(small_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stated = {"openslide.vendor": "mirax", "openslide.bounds-x": "1200", "openslide.bounds-y": "340"}
     monkeypatch.setattr(openslide.OpenSlide, "properties", stated)
