@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int8
 from ml_collections import ConfigDict
@@ -14,6 +13,7 @@ from crcjax.data.case_bags import CaseStore
 from crcjax.data.corruptions import ARTEFACTS
 from crcjax.slides.store.tile_store import TileStore
 from crcjax.slides.synthetic.truth import load_truth
+from crcjax.slides.tiling.box_shares import box_shares
 from crcjax.slides.tiling.plan import slot_boxes
 from crcjax.slides.tiling.regions_of_interest import read_classes
 
@@ -72,8 +72,4 @@ def _covered(
 ) -> Float[np.ndarray, "region slot"]:
     boxes = slot_boxes(store.params) * store.region_px
     corner = store.origin[:, None] + boxes[:, :2]
-    limit, integral = np.array(mask.shape[::-1]), cv2.integral(mask.astype(np.uint8))
-    x0, y0 = np.moveaxis(np.clip(np.rint(corner / cells_px), 0, limit).astype(int), -1, 0)
-    x1, y1 = np.moveaxis(np.clip(np.rint((corner + boxes[:, 2:]) / cells_px), 0, limit).astype(int), -1, 0)
-    inside = integral[y1, x1] - integral[y0, x1] - integral[y1, x0] + integral[y0, x0]
-    return inside / np.maximum((x1 - x0) * (y1 - y0), 1)
+    return box_shares(mask, corner / cells_px, (corner + boxes[:, 2:]) / cells_px, outside_counts=False)

@@ -5,25 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from zipfile import BadZipFile
 
-import cv2
 import numpy as np
-from jaxtyping import Bool, Float
 
 from crcjax.errors import InputError
 from crcjax.slides.synthetic.truth import Truth, load_truth
+from crcjax.slides.tiling.box_shares import box_shares
 from crcjax.validation.statistics import auroc
-
-
-def region_shares(
-    where: Bool[np.ndarray, "y x"], um_per_px: float, corner_um: Float[np.ndarray, "region 2"], side_um: float
-) -> Float[np.ndarray, " region"]:
-    """The share of each square region (its corner x, y and side in µm) that a map covers; outside the map is False."""
-    integral = cv2.integral(where.astype(np.uint8))
-    limit = np.array(where.shape[::-1])
-    x0, y0 = np.clip(np.rint(corner_um / um_per_px), 0, limit).astype(int).T
-    x1, y1 = np.clip(np.rint((corner_um + side_um) / um_per_px), 0, limit).astype(int).T
-    inside = integral[y1, x1] - integral[y0, x1] - integral[y1, x0] + integral[y0, x0]
-    return inside / np.maximum((x1 - x0) * (y1 - y0), 1)
 
 
 def attention_auroc(truth: Truth, attention_file: Path) -> float:
@@ -33,12 +20,13 @@ def attention_auroc(truth: Truth, attention_file: Path) -> float:
     """
     try:
         with open(attention_file, "rb") as file, np.load(file) as saved:
-            corner = saved["origin"] * float(saved["mpp"])
-            side = float(saved["region_px"]) * float(saved["mpp"])
+            corner_um = saved["origin"].astype(float) * float(saved["mpp"])
+            side_um = float(saved["region_px"]) * float(saved["mpp"])
             attention = saved["attention"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise InputError(f"{attention_file}: no attention of a slide ({error}); run crcjax predict again") from error
-    share = region_shares(truth.carriers, truth.um_per_px, corner.astype(float), side)
+    start, end = corner_um / truth.um_per_px, (corner_um + side_um) / truth.um_per_px
+    share = box_shares(truth.carriers, start, end, outside_counts=False)
     return auroc(share >= 0.5, attention)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 
-import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
 from crcjax.errors import InputError, SlideError
+from crcjax.slides.tiling.box_shares import box_shares
 from crcjax.slides.tiling.quality_control import QualityLimits
 from crcjax.slides.tiling.regions_of_interest import Areas
 from crcjax.slides.tiling.tissue_segmentation import (
@@ -211,21 +211,11 @@ def thumbnail_px(info: SlideInfo) -> int:
 def _tile_fractions(
     mask: np.ndarray, region: float, rows: int, columns: int, params: TilingParams
 ) -> Float32[np.ndarray, "row column slot"]:
-    """Tissue fraction of every tile, by an integral image; the area outside the slide counts as background."""
-    height, width = mask.shape
-    integral = cv2.integral(mask.astype(np.uint8))
-
-    def area(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return integral[np.clip(np.rint(y), 0, height).astype(int), np.clip(np.rint(x), 0, width).astype(int)]
-
-    top = (np.arange(rows) * region)[:, None, None]
-    left = (np.arange(columns) * region)[None, :, None]
-    dx, dy, side = (slot_boxes(params) * region).T
-    x0, y0 = left + dx, top + dy
-    x1, y1 = x0 + side, y0 + side
-    inside = area(x1, y1) - area(x0, y1) - area(x1, y0) + area(x0, y0)
-    whole = np.maximum(np.rint(x1) - np.rint(x0), 1) * np.maximum(np.rint(y1) - np.rint(y0), 1)
-    return (inside / whole).astype(np.float32)
+    """Tissue fraction of every tile; the area outside the slide counts as background."""
+    boxes = slot_boxes(params) * region
+    row, column = np.mgrid[:rows, :columns]
+    start = np.stack([column, row], axis=-1)[:, :, None] * region + boxes[:, :2]
+    return box_shares(mask, start, start + boxes[:, 2:], outside_counts=True).astype(np.float32)
 
 
 Transform = Callable[[UInt8[np.ndarray, "tile y x 3"]], UInt8[np.ndarray, "tile y x 3"]]
