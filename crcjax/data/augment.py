@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
 from crcjax.data.corruptions import Artefacts, blur, draw_artefacts, jpeg, spoil
-from crcjax.slides.stain.methods import Estimate, StainMatrix
+from crcjax.slides.stain.methods import StainEstimate, StainMatrix
 
 _NO_JPEG = 100  # the value of jpeg_min_quality that disables JPEG compression
 # Ruifrok and Johnston 2001: haematoxylin and eosin. The third direction is at right angles to both.
@@ -69,7 +69,7 @@ jax.tree_util.register_dataclass(
 
 
 def sample_augmentation(
-    key: Key[Array, ""], bag_shape: tuple[int, int, int], config: ConfigDict, stain: Estimate | None = None
+    key: Key[Array, ""], bag_shape: tuple[int, int, int], config: ConfigDict, stain: StainEstimate | None = None
 ) -> Augmentation:
     """Samples the random parameters of one step's augmentation.
 
@@ -142,7 +142,7 @@ def _sample_noise(
 
 
 def _sample_colour(
-    key: Key[Array, ""], parameter_shape: tuple[int, int, int], config: ConfigDict, stain: Estimate | None
+    key: Key[Array, ""], parameter_shape: tuple[int, int, int], config: ConfigDict, stain: StainEstimate | None
 ) -> ColourChange:
     """Samples all changes of colour as one matrix: another slide's stains, then a gain per stain, then one per channel.
 

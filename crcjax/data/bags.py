@@ -18,7 +18,7 @@ from crcjax.data.case_bags import CaseFeatures, CaseStore
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.data.tile_labels import UNKNOWN
 from crcjax.errors import InputError
-from crcjax.slides.stain.methods import Estimate
+from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import StainNormaliser, stored_estimate
 from crcjax.slides.store.features import FeatureReader
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
@@ -39,7 +39,7 @@ class Bag:
     weight: Float[Any, " batch"]  # of each bag in the loss
     region: Int[Any, "batch region"] | None = None  # its index in the store, -1 for padding
     slide: Int[Any, " batch"] | None = None  # of the training slides, in the cohort's order
-    stain: Estimate | None = None  # of each bag's slide, if the config needs it (`slide_stains`)
+    stain: StainEstimate | None = None  # of each bag's slide, if the config needs it (`slide_stains`)
     tile_labels: Int[Any, "batch region slot 2"] | None = None  # tissue and artefact (data.labels), if tasks need them
 
 
@@ -71,7 +71,7 @@ def read_bag(
     regions: Sequence[Int[np.ndarray, " _"]],
     labels: Int[np.ndarray, " batch"],
     padded: int,
-    stain: Estimate | None = None,
+    stain: StainEstimate | None = None,
     features: Sequence[FeatureReader | CaseFeatures] = (),
     tile_labels: Sequence[Int[np.ndarray, "_ slot 2"]] = (),
 ) -> Bag:
@@ -195,7 +195,9 @@ def open_features(
     return readers
 
 
-def slide_stains(stores: Sequence[TileStore], config: ConfigDict, normaliser: StainNormaliser | None) -> list[Estimate]:
+def slide_stains(
+    stores: Sequence[TileStore], config: ConfigDict, normaliser: StainNormaliser | None
+) -> list[StainEstimate]:
     """Each slide's stain estimate if it is needed, else none: the normaliser's, or Macenko's for augmentation and the task.
 
     Raises InputError: a store is damaged, or its tiles have another stain than the slide had.

@@ -26,7 +26,7 @@ from crcjax.data.sampler import Sampler, sampler_of
 from crcjax.data.sampling import slide_weights
 from crcjax.data.tile_labels import bag_labels
 from crcjax.errors import InputError
-from crcjax.slides.stain.methods import Estimate
+from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.slides.store.features import FeatureReader
 from crcjax.slides.store.tile_store import TileStore
@@ -224,7 +224,7 @@ class _Reader:
 
     stores: list[TileStore | CaseStore]
     features: list[FeatureReader | CaseFeatures]
-    stains: list[Estimate]
+    stains: list[StainEstimate]
     tile_labels: list[Int8[np.ndarray, "_ slot 2"]]
     sampler: Sampler
     weights: Float32[np.ndarray, " slide"]

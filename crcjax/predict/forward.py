@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float32, Key, Num
 
 from crcjax.models.mil import MILModel, Params, Prediction
 from crcjax.parallel.mesh import over_data, replicated
-from crcjax.slides.stain.methods import Estimate
+from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import StainNormaliser
 
 
@@ -41,7 +41,7 @@ class Forward:
         self.normaliser, self.stored = normaliser, stored
         self._over_data, self._replicated = over_data(mesh), replicated(mesh)
 
-        def encode(params: Params, tiles: Array, stain: Estimate | None) -> Array:
+        def encode(params: Params, tiles: Array, stain: StainEstimate | None) -> Array:
             model = nnx.merge(graph, params)
             if stored:
                 return model.encode_stored(tiles)
@@ -55,7 +55,7 @@ class Forward:
         self._pool = jax.jit(lambda params, *bag: nnx.merge(graph, params).pool(*bag))
 
     def encode(
-        self, params: Params, tiles: Num[np.ndarray, "region slot *tile"], stain: Estimate | None = None
+        self, params: Params, tiles: Num[np.ndarray, "region slot *tile"], stain: StainEstimate | None = None
     ) -> Array:
         """Features of at most `chunk` regions, padded to `chunk`; not waited for. `stain` is for the normaliser.
 
@@ -105,13 +105,13 @@ class Forward:
         chunks: Iterable[Num[np.ndarray, "region slot *tile"]],
         mask: Bool[np.ndarray, "region slot"],
         position: Float32[np.ndarray, "region 2"],
-        stain: Estimate | None = None,
+        stain: StainEstimate | None = None,
     ) -> Prediction:
         """The prediction for one bag from its regions, `chunk` at a time."""
         return self.pool(params, self.features(params, chunks, stain), mask, position)
 
     def features(
-        self, params: Params, chunks: Iterable[Num[np.ndarray, "region slot *tile"]], stain: Estimate | None = None
+        self, params: Params, chunks: Iterable[Num[np.ndarray, "region slot *tile"]], stain: StainEstimate | None = None
     ) -> Float32[np.ndarray, "region slot feature"]:
         """One bag's features from its regions, `chunk` at a time."""
         return np.concatenate([jax.device_get(self.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks])

@@ -24,7 +24,7 @@ from crcjax.predict.forward import Forward
 from crcjax.runs.checkpoint import restore_params
 from crcjax.runs.run_directory import Run, open_run
 from crcjax.slides.preprocess.tile_slides import read_ahead
-from crcjax.slides.stain.methods import Estimate
+from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import slide_stain
 from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
 from crcjax.slides.wsi.slide import Slide
@@ -169,7 +169,9 @@ class Member:
         self.params = jax.device_put(params, replicated(mesh))
         self.attribute = None if attribution == "attention" else attributor(model, attribution)
 
-    def encode(self, pixels: UInt8[np.ndarray, "region slot y x 3"], stain: Estimate | None) -> Iterator[np.ndarray]:
+    def encode(
+        self, pixels: UInt8[np.ndarray, "region slot y x 3"], stain: StainEstimate | None
+    ) -> Iterator[np.ndarray]:
         """The features of a shard's regions, some at a time."""
         chunk = self.forward.chunk
         for chunk_pixels in (pixels[first : first + chunk] for first in range(0, len(pixels), chunk)):

@@ -16,7 +16,7 @@ from crcjax.data.augment import Augmentation, augment
 from crcjax.data.bags import Bag
 from crcjax.errors import InputError
 from crcjax.models.mil import MILModel, Params, Statistics, every
-from crcjax.slides.stain.methods import Estimate
+from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import StainNormaliser
 
 Encode = Callable[[Params, Bag, Augmentation], tuple[Float32[Array, "batch region slot feature"], Statistics | None]]
@@ -28,7 +28,7 @@ def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser
     axes = ("data", "bag") if mesh.shape["data"] * devices > 1 else ()
 
     def encode(
-        params: Params, tiles: Array, mask: Array, stain: Estimate | None, augmentation: Augmentation
+        params: Params, tiles: Array, mask: Array, stain: StainEstimate | None, augmentation: Augmentation
     ) -> tuple[Float32[Array, "batch region slot feature"], Statistics | None]:
         model = nnx.merge(graph, params)
         if config.data.features:
@@ -76,7 +76,7 @@ def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser
 def encode_drawn(
     model: MILModel,
     pixels: Num[Array, "batch region slot y x 3"],
-    stain: Estimate | None,
+    stain: StainEstimate | None,
     augmentation: Augmentation,
     normaliser: StainNormaliser | None,
 ) -> Float32[Array, "batch region slot feature"]:
@@ -114,5 +114,5 @@ def _encoded_parts(encode_regions: int, regions: int, devices: int) -> int:
     return parts
 
 
-def _normalised(pixels: Array, stain: Estimate | None, normaliser: StainNormaliser | None) -> Array:
+def _normalised(pixels: Array, stain: StainEstimate | None, normaliser: StainNormaliser | None) -> Array:
     return normaliser.batch(pixels, stain) if normaliser and stain is not None else pixels

@@ -104,7 +104,7 @@ def _opened(store: Path, slide_ids: Iterable[str], faults: dict[str, str]) -> tu
     for slide_id in slide_ids:
         try:
             slide = open_store(store, slide_id)
-            stains |= slide_stains([slide])
+            stains |= stain_vectors([slide])
             slides.append(slide)
         except InputError as error:
             faults[slide_id] = str(error)
@@ -195,8 +195,8 @@ def _legend(slide: TileStore, width: int) -> np.ndarray:
     return legend
 
 
-def slide_stains(slides: Iterable[TileStore]) -> Stains:
-    """Macenko's estimate of every slide with reliable stains; slides whose pixels are missing are left out.
+def stain_vectors(slides: Iterable[TileStore]) -> Stains:
+    """Macenko's stain vectors of every slide with reliable stains; slides whose pixels are missing are left out.
 
     Raises InputError for a damaged estimate.
     """

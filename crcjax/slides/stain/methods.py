@@ -54,7 +54,7 @@ class ColourMoments:
     reliable: Bool[Any, "*slide"]
 
 
-Estimate = StainMatrix | ColourMoments
+StainEstimate = StainMatrix | ColourMoments
 Pixels = UInt8[Array | np.ndarray, "pixel 3"]
 Mask = Bool[Array | np.ndarray, " pixel"]
 White = Num[Array | np.ndarray, " 3"]
@@ -77,10 +77,14 @@ STANDARD_MOMENTS = ColourMoments(
 )
 
 
-def optical_density(
+def clipped_optical_density(
     pixels: UInt8[Array | np.ndarray, "*pixel"], white: Num[Array | np.ndarray, "*channel"]
 ) -> Float32[Array, "*pixel"]:
-    """Optical density, not below 0, of RGB pixels or of one channel. 8-bit values are widened first: 255 + 1 would be 0."""
+    """Optical density of RGB pixels or of one channel on the device, 0 for pixels brighter than the background.
+
+    Otherwise equal to tissue_segmentation.optical_density, which is for NumPy. 8-bit values are widened first, because
+    255 + 1 would be 0.
+    """
     transmitted = (jnp.asarray(pixels).astype(jnp.float32) + 1.0) / (jnp.asarray(white, jnp.float32) + 1.0)
     return jnp.maximum(-jnp.log(transmitted), 0.0)
 
@@ -88,7 +92,7 @@ def optical_density(
 @jax.jit
 def fit_macenko(pixels: Pixels, mask: Mask, white: White) -> StainMatrix:
     """Macenko et al. 2009: the extreme directions of the plane that holds most of the tissue's optical density."""
-    density = optical_density(pixels, white)
+    density = clipped_optical_density(pixels, white)
     tissue = jnp.asarray(mask) & (density.mean(axis=1) >= BETA)
     return _checked(_extreme_directions(density, tissue), density, tissue, white)
 
@@ -99,7 +103,7 @@ def fit_vahadane(pixels: Pixels, mask: Mask, white: White) -> StainMatrix:
 
     Multiplicative updates (Hoyer 2002) of min |V - WH|^2 / 2 + lambda |H|_1 with unit stains.
     """
-    density = optical_density(pixels, white)
+    density = clipped_optical_density(pixels, white)
     tissue = jnp.asarray(mask) & (density.mean(axis=1) >= BETA)
     values = jnp.where(tissue[:, None], density, 0.0)
 
@@ -122,7 +126,7 @@ def fit_vahadane(pixels: Pixels, mask: Mask, white: White) -> StainMatrix:
 @jax.jit
 def fit_reinhard(pixels: Pixels, mask: Mask, white: White) -> ColourMoments:
     """Reinhard et al. 2001: mean and deviation of the tissue in l-alpha-beta."""
-    density = optical_density(pixels, white)
+    density = clipped_optical_density(pixels, white)
     tissue = jnp.asarray(mask) & (density.mean(axis=1) >= BETA)
     values = _to_lab(jnp.asarray(pixels).astype(jnp.float32))
     weight = tissue / jnp.maximum(tissue.sum(), 1)
@@ -137,7 +141,7 @@ def fit_reinhard(pixels: Pixels, mask: Mask, white: White) -> ColourMoments:
     )
 
 
-METHODS: dict[str, tuple[Callable[[Pixels, Mask, White], Estimate], Estimate]] = {
+METHODS: dict[str, tuple[Callable[[Pixels, Mask, White], StainEstimate], StainEstimate]] = {
     "macenko": (fit_macenko, STANDARD),
     "vahadane": (fit_vahadane, STANDARD),
     "reinhard": (fit_reinhard, STANDARD_MOMENTS),
@@ -155,7 +159,7 @@ def normalise_stain(
     """
     tiles, vectors = jnp.asarray(tiles), jnp.asarray(source.vectors)
     # Computed channel by channel: compilers do not fuse matrix products with the logarithm and the exponential.
-    density = [optical_density(tiles[..., i], jnp.asarray(source.white)[i]) for i in range(3)]
+    density = [clipped_optical_density(tiles[..., i], jnp.asarray(source.white)[i]) for i in range(3)]
     codes = _lasso(density, vectors) if sparse else [jnp.maximum(c, 0.0) for c in _mixed(_unmixing(vectors), density)]
     changed = jnp.asarray(reference.vectors).T * (reference.concentration / source.concentration)
     passed = [jnp.exp(-mixed) for mixed in _mixed(changed, codes)]
@@ -185,7 +189,7 @@ def normalise_colour(
 
 
 def normalise(
-    method: str, tiles: UInt8[Array | np.ndarray, "*tile y x 3"], source: Estimate, reference: Estimate
+    method: str, tiles: UInt8[Array | np.ndarray, "*tile y x 3"], source: StainEstimate, reference: StainEstimate
 ) -> UInt8[Array, "*tile y x 3"]:
     """Normalises tiles by one of METHODS."""
     if isinstance(source, ColourMoments) and isinstance(reference, ColourMoments):

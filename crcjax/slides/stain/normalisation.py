@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, UInt8
 
 from crcjax.errors import InputError
-from crcjax.slides.stain.methods import METHODS, Estimate, normalise
+from crcjax.slides.stain.methods import METHODS, StainEstimate, normalise
 from crcjax.slides.store.tile_store import TileStore, open_store
 from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
 from crcjax.slides.tiling.quality_control import QUALITY_NAMES
@@ -36,28 +36,28 @@ class StainNormaliser:
     """One of methods.METHODS with the reference to which every slide is normalised."""
 
     method: str
-    reference: Estimate
+    reference: StainEstimate
 
     def __call__(
-        self, pixels: UInt8[Array | np.ndarray, "*tile y x 3"], source: Estimate
+        self, pixels: UInt8[Array | np.ndarray, "*tile y x 3"], source: StainEstimate
     ) -> UInt8[Array, "*tile y x 3"]:
         """Normalises tiles of the slide with the estimate `source`; to be jitted together with the model."""
         return normalise(self.method, pixels, source, self.reference)
 
     def batch(
-        self, pixels: UInt8[Array, "batch region slot y x 3"], source: Estimate
+        self, pixels: UInt8[Array, "batch region slot y x 3"], source: StainEstimate
     ) -> UInt8[Array, "batch region slot y x 3"]:
         """Normalises tiles of several slides; their estimates have a leading axis."""
         return jax.vmap(self)(pixels, source)
 
-    def of_store(self, store: TileStore) -> Estimate:
+    def of_store(self, store: TileStore) -> StainEstimate:
         """A tiled slide's estimate. Raises InputError like `stored_estimate`, and if its tiles are already normalised."""
         if store.params.stain:
             done = store.params.stain["method"]
             raise InputError(f"{store.path}: was normalised ({done}) when it was tiled; set config.stain.method none")
         return stored_estimate(store, self.method)
 
-    def of_slide(self, slide: Slide, plan: TilePlan) -> Estimate:
+    def of_slide(self, slide: Slide, plan: TilePlan) -> StainEstimate:
         """An open slide's estimate, equal to that of its lossless store. Raises SlideError."""
         chosen = _sampled_regions(len(plan.origin))
         read = [read_regions(slide, plan, index, index + 1) for index in chosen]
@@ -81,7 +81,7 @@ class SlideStain:
     """A slide's estimates by method; normalises its tiles to the reference of its tiling (`TilingParams.stain`)."""
 
     normaliser: StainNormaliser
-    estimates: dict[str, Estimate]
+    estimates: dict[str, StainEstimate]
 
     def __call__(self, tiles: UInt8[np.ndarray, "tile y x 3"]) -> UInt8[np.ndarray, "tile y x 3"]:
         """Normalises tiles in batches of one size, so that memory does not grow and one compiled program serves all."""
@@ -122,7 +122,7 @@ def reference_stain(method: str, slide: str | Path | None, params: TilingParams,
     return StainNormaliser(method, _reliable(estimate, str(slide))).to_json()
 
 
-def _reliable(estimate: Estimate, name: str) -> Estimate:
+def _reliable(estimate: StainEstimate, name: str) -> StainEstimate:
     if not bool(estimate.reliable):
         raise InputError(f"{name}: its stains cannot be distinguished; choose another slide as the reference")
     return estimate
@@ -143,7 +143,7 @@ def stain_normaliser(method: str, reference: str, store: str | Path) -> StainNor
     return StainNormaliser(method, _reliable(estimate, f"config.stain.reference {reference}"))
 
 
-def stored_estimate(store: TileStore, method: str) -> Estimate:
+def stored_estimate(store: TileStore, method: str) -> StainEstimate:
     """A tiled slide's estimate by one of methods.METHODS, read from its store, or computed and stored there.
 
     Raises InputError if the store is damaged, or its tiles cannot be read.
@@ -183,7 +183,7 @@ def _spotless(mask: TileMask, scores: Float32[np.ndarray, "region slot score"]) 
     return spotless if spotless.any() else mask
 
 
-def _fit(method: str, tiles: Tiles, mask: TileMask, params: TilingParams, white: Sequence[float]) -> Estimate:
+def _fit(method: str, tiles: Tiles, mask: TileMask, params: TilingParams, white: Sequence[float]) -> StainEstimate:
     """Fits a method to pixels of the finest unmasked magnification of each region, where stains are the least mixed."""
     rng = np.random.default_rng(_SEED)
     last = np.cumsum(np.square(params.factors))
@@ -200,15 +200,15 @@ def _fit(method: str, tiles: Tiles, mask: TileMask, params: TilingParams, white:
     return jax.device_get(estimate)
 
 
-def _text(estimate: Estimate) -> str:
+def _text(estimate: StainEstimate) -> str:
     return json.dumps(_to_json(estimate), indent=1) + "\n"
 
 
-def _to_json(estimate: Estimate) -> dict:
+def _to_json(estimate: StainEstimate) -> dict:
     return {field.name: np.asarray(getattr(estimate, field.name)).tolist() for field in fields(estimate)}
 
 
-def _from_json(method: str, values: dict) -> Estimate:
+def _from_json(method: str, values: dict) -> StainEstimate:
     kind = type(METHODS[method][1])
     arrays = {name: np.asarray(value, bool if name == "reliable" else np.float32) for name, value in values.items()}
     return kind(**arrays)

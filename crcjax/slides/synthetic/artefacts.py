@@ -24,7 +24,7 @@ SCORE_OF = {
     "pale": ("pale", 1),
     "dense": ("stain", 1),
 }
-ARTEFACTS = tuple(SCORE_OF)
+SYNTHETIC_ARTEFACTS = tuple(SCORE_OF)
 _TIMES = {"fold": 2.0, "pale": 0.25, "dense": 3.0}  # factor of the stain
 # Particles (as often as named), their distance in µm, the optical density of one (RGB), the least amount between them, the
 # part of the stain that remains. Red cells, in plasma, replace tissue; dust lies on top of it.

@@ -26,7 +26,7 @@ from jaxtyping import Float32, UInt8
 from crcjax.errors import InputError, writing
 from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.jobs.worker_pool import check_main_guard, run_jobs
-from crcjax.slides.synthetic.artefacts import ARTEFACTS, artefact_mask, spoil_picture, spoil_section
+from crcjax.slides.synthetic.artefacts import SYNTHETIC_ARTEFACTS, artefact_mask, spoil_picture, spoil_section
 from crcjax.slides.synthetic.tissue_map import MAP_UM, SUBTYPES, Tissue, architecture
 from crcjax.slides.synthetic.tissue_textures import REACH_UM, Ground, draw_stains
 from crcjax.slides.synthetic.truth import load_truth, truth_path
@@ -63,7 +63,7 @@ SITES = (
 
 @dataclass(frozen=True)
 class SlideSpec:
-    """One slide to paint. `artefacts` are names of artefacts.ARTEFACTS; the same spec gives the same bytes."""
+    """One slide to paint. `artefacts` are names of artefacts.SYNTHETIC_ARTEFACTS; the same spec gives the same bytes."""
 
     subtype: str
     seed: int
@@ -80,8 +80,10 @@ def paint_slide(path: str | Path, spec: SlideSpec, workers: int = 1) -> Path:
     a sixteenth, whatever the size. Raises InputError for an unknown subtype or artefact, OutputError if the disk is full.
     """
     path = Path(path)
-    if spec.subtype not in SUBTYPES or not set(spec.artefacts) <= set(ARTEFACTS):
-        raise InputError(f"cannot paint {spec.subtype} with {spec.artefacts}: know {SUBTYPES} with {ARTEFACTS}")
+    if spec.subtype not in SUBTYPES or not set(spec.artefacts) <= set(SYNTHETIC_ARTEFACTS):
+        raise InputError(
+            f"cannot paint {spec.subtype} with {spec.artefacts}: know {SUBTYPES} with {SYNTHETIC_ARTEFACTS}"
+        )
     scene, partial = _scene(spec), path.with_suffix(".partial")
     with writing(path, "choose another folder"):
         try:

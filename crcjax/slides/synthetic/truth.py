@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from crcjax.errors import InputError
-from crcjax.slides.synthetic.artefacts import ARTEFACTS
+from crcjax.slides.synthetic.artefacts import SYNTHETIC_ARTEFACTS
 from crcjax.slides.synthetic.tissue_map import CARRIER, Tissue
 
 
@@ -67,7 +67,7 @@ def load_truth(path: str | Path) -> Truth:
     try:
         # Opened here, because np.load does not close a file that is not a zip.
         with open(path, "rb") as file, np.load(file) as saved:
-            artefacts = {name: saved[f"artefact_{name}"] for name in ARTEFACTS if f"artefact_{name}" in saved}
+            artefacts = {name: saved[f"artefact_{name}"] for name in SYNTHETIC_ARTEFACTS if f"artefact_{name}" in saved}
             return Truth(
                 str(saved["subtype"]),
                 saved["kinds"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crcjax.errors import InputError
-from crcjax.slides.preprocess.qc_report import contact_sheet, slide_stains, stain_degrees, tiles_off, write_overview
+from crcjax.slides.preprocess.qc_report import contact_sheet, stain_degrees, stain_vectors, tiles_off, write_overview
 from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.store.tile_store import open_store
 from crcjax.slides.synthetic.painter import SITES, SlideSpec, paint_slide
@@ -70,12 +70,12 @@ def test_a_stain_far_from_the_cohorts_asks_for_a_review(store: Path) -> None:
     near = [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]]
     far = [[0.29, 0.70, 0.65], [0.07, 0.99, 0.11]]
     kept = {name: store / f"{name}.zarr" / "stain" / "macenko.json" for name in ("penned", "plain", "plain <b>")}
-    slide_stains(open_store(store, name) for name in kept)
+    stain_vectors(open_store(store, name) for name in kept)
     before = {name: path.read_text() for name, path in kept.items()}
     try:
         for name, vectors in {"penned": near, "plain": near, "plain <b>": far}.items():
             kept[name].write_text(json.dumps(json.loads(before[name]) | {"vectors": vectors}))
-        degrees = stain_degrees(slide_stains(open_store(store, name) for name in kept))
+        degrees = stain_degrees(stain_vectors(open_store(store, name) for name in kept))
         assert degrees["penned"] == pytest.approx(0, abs=1e-3)
         assert degrees["plain <b>"] == pytest.approx(30, abs=1)
         text = write_overview(store).read_text()

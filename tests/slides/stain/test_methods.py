@@ -10,15 +10,16 @@ from crcjax.slides.stain.methods import (
     METHODS,
     STANDARD,
     STANDARD_MOMENTS,
+    clipped_optical_density,
     fit_macenko,
     fit_reinhard,
     fit_vahadane,
     normalise,
     normalise_colour,
     normalise_stain,
-    optical_density,
 )
 from crcjax.slides.synthetic.painter import SITES, SlideSpec, paint_block
+from crcjax.slides.tiling.tissue_segmentation import optical_density
 
 WHITE = np.full(3, 240.0, np.float32)
 
@@ -122,8 +123,15 @@ def test_the_white_of_the_slide_decides_the_eosin_vector() -> None:
 
 
 def test_white_pixels_do_not_wrap_and_black_ones_are_finite() -> None:
-    density = np.asarray(optical_density(np.array([[255] * 3, [240] * 3, [0] * 3], np.uint8), WHITE))
+    density = np.asarray(clipped_optical_density(np.array([[255] * 3, [240] * 3, [0] * 3], np.uint8), WHITE))
     np.testing.assert_allclose(density[:, 0], [0, 0, np.log(241)], atol=1e-6)
+
+
+def test_the_density_on_the_device_is_that_of_tissue_segmentation_not_below_0() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    expected = np.maximum(optical_density(picture, tuple(WHITE.tolist())), 0)
+    density = np.moveaxis(np.asarray(clipped_optical_density(picture, WHITE)), -1, 0)
+    np.testing.assert_allclose(density, expected, atol=1e-6)
 
 
 def test_normalising_to_ones_own_stains_changes_nothing() -> None:
@@ -173,7 +181,7 @@ def test_every_round_of_vahadanes_factors_lowers_their_objective_and_none_is_neg
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pixels = _painted(0, "stromal", 12, 4000)
-    density = np.asarray(stain.optical_density(pixels, WHITE), np.float64)
+    density = np.asarray(stain.clipped_optical_density(pixels, WHITE), np.float64)
     values = density * (density.mean(axis=1, keepdims=True) >= stain.BETA)
     costs = []
     for steps in (0, 1, 2, 4, 8, 16, 32, stain._NMF_STEPS):

@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from crcjax.errors import InputError, OutputError
-from crcjax.slides.synthetic.artefacts import ARTEFACTS
+from crcjax.slides.synthetic.artefacts import SYNTHETIC_ARTEFACTS
 from crcjax.slides.synthetic.painter import SITES, SlideSpec, _scene, paint_block, paint_cohort, paint_slide
 from crcjax.slides.synthetic.tissue_map import CARRIER, MAP_UM, SUBTYPES, Tissue, architecture
 from crcjax.slides.synthetic.truth import load_truth, truth_path
@@ -67,7 +67,7 @@ def test_the_same_spec_gives_the_same_bytes_with_any_number_of_workers(painted: 
 
 @pytest.mark.parametrize("subtype", SUBTYPES)
 def test_a_block_painted_alone_equals_the_crop_of_the_whole(subtype: str) -> None:
-    spec = SlideSpec(subtype, seed=21, size_px=(3000, 2000), artefacts=ARTEFACTS)
+    spec = SlideSpec(subtype, seed=21, size_px=(3000, 2000), artefacts=SYNTHETIC_ARTEFACTS)
     whole = paint_block(spec, 0, 0, 3000, 2000)
     rng = np.random.default_rng(0)
     for _ in range(6):
@@ -125,7 +125,7 @@ def test_every_case_holds_every_tissue_and_most_of_its_own_signature(subtype: st
         assert ((amounts[:, kind] > low) & (amounts[:, kind] < high)).all()
 
 
-@pytest.mark.parametrize("name", ARTEFACTS)
+@pytest.mark.parametrize("name", SYNTHETIC_ARTEFACTS)
 def test_an_artefact_changes_pixels_only_within_its_mask(name: str, tmp_path: Path) -> None:
     spec = SlideSpec("stromal", seed=9, size_px=(1536, 1024), mpp=1.0, artefacts=(name,))
     truth = load_truth(truth_path(paint_slide(tmp_path / "a.svs", spec)))
@@ -139,7 +139,7 @@ def test_an_artefact_changes_pixels_only_within_its_mask(name: str, tmp_path: Pa
     assert changed[tissue].mean() > 0.5
 
 
-@pytest.mark.parametrize("name", ARTEFACTS[4:])
+@pytest.mark.parametrize("name", SYNTHETIC_ARTEFACTS[4:])
 def test_an_artefact_neither_moves_nor_changes_those_before_it(name: str) -> None:
     spec = SlideSpec("immune", seed=14, size_px=(1024, 768), mpp=1.0, artefacts=("pen", "fold"))
     before, scene = paint_block(spec, 0, 0, *spec.size_px), _scene(spec)
