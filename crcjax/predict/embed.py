@@ -6,8 +6,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,6 +23,7 @@ from crcjax.models.mil import DTYPES
 from crcjax.parallel.compilation_cache import use_compilation_cache
 from crcjax.parallel.mesh import device_mesh, over_data, replicated
 from crcjax.runs.pretrained_weights import load_encoder
+from crcjax.slides.jobs.read_ahead import read_ahead
 from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.store.features import feature_attributes, write_features
 from crcjax.slides.store.tile_store import TileStore, readable, tiled_slides
@@ -234,21 +235,13 @@ def _tiles(
     """The tiles where the mask is True, in its order, some regions at a time, decoded by threads ahead of the devices."""
     together = max(1, _READ_TOGETHER // mask.shape[1])
     regions = np.flatnonzero(mask.any(axis=1))
-    starts = deque(range(0, len(regions), together))
-    ahead: deque[Future[np.ndarray]] = deque()
 
     def read(start: int) -> UInt8[np.ndarray, "tile y x 3"]:
         chunk = regions[start : start + together]
         return store.read_pixels(chunk)[mask[chunk]]
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            while starts or ahead:
-                while starts and len(ahead) <= 2 * threads:
-                    ahead.append(pool.submit(read, starts.popleft()))
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    reads = (partial(read, start) for start in range(0, len(regions), together))
+    return read_ahead(reads, threads, ahead=2 * threads)
 
 
 def _encoded(

@@ -23,7 +23,7 @@ from crcjax.predict.feature_density import load_density, summary
 from crcjax.predict.forward import Forward
 from crcjax.runs.checkpoint import restore_params
 from crcjax.runs.run_directory import Run, open_run
-from crcjax.slides.preprocess.tile_slides import read_ahead
+from crcjax.slides.preprocess.tile_slides import read_shards
 from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import slide_stain
 from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
@@ -106,7 +106,7 @@ class Predictor:
         seconds["stain"] = time.monotonic() - start - seconds["plan"]
         features: list[list[np.ndarray]] = [[] for _ in self.members]
         masks = []
-        shards = self._timed(read_ahead(slide, plan, threads, transform=transform), seconds, "wait")
+        shards = self._timed(read_shards(slide, plan, threads, transform=transform), seconds, "wait")
         for _, tiles in shards:
             begun = time.monotonic()
             for member, stain, parts in zip(self.members, stains, features, strict=True):

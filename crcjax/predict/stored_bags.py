@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import islice
-from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,9 +18,9 @@ from crcjax.models.mil import Params, Prediction
 from crcjax.predict.evaluation_metrics import validation_metrics
 from crcjax.predict.feature_density import Summaries, summary
 from crcjax.predict.forward import Forward
+from crcjax.slides.jobs.read_ahead import read_ahead
 from crcjax.slides.store.tile_store import TileStore
 
-T = TypeVar("T")
 # The features, mask and positions of one bag.
 PooledBag = tuple[
     Float32[np.ndarray, "region slot feature"], Bool[np.ndarray, "region slot"], Float32[np.ndarray, "region 2"]
@@ -109,22 +106,6 @@ class Evaluation:
         regions, chunk = range(len(self.stores[index].mask)), self._forward.chunk
         for start in range(0, len(regions), chunk):
             yield partial(self._readers[index], regions[start : start + chunk])
-
-
-def read_ahead(reads: Iterable[Callable[[], T]], ahead: int = 2) -> Generator[T]:
-    """The results of `reads` in their order, at most `ahead` of them read in a thread before they are asked for."""
-    with ThreadPoolExecutor(1, "read-ahead") as thread:
-        pending: deque[Future[T]] = deque()
-        try:
-            for read in reads:
-                pending.append(thread.submit(read))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def _sum_over_processes(values: np.ndarray) -> np.ndarray:

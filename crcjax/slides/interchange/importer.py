@@ -16,7 +16,7 @@ from crcjax.errors import BusyError, InputError, SlideError
 from crcjax.slides.interchange.third_party_h5 import ForeignTiles, foreign_files, merged, open_h5py, read_foreign
 from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.preprocess.manifest import Outcome, append_outcome
-from crcjax.slides.preprocess.tile_slides import check_slide_ids, read_ahead, with_qc_result
+from crcjax.slides.preprocess.tile_slides import check_slide_ids, read_shards, with_qc_result
 from crcjax.slides.store.features import feature_attributes, write_features
 from crcjax.slides.store.locks import slide_lock
 from crcjax.slides.store.tile_pixels import NO_PIXELS
@@ -230,7 +230,7 @@ def _write_from_slide(
         slide_plan = plan_tiles(slide, params)
         plan = replace(slide_plan, origin=ordered, mask=np.ones((len(ordered), 1), bool), region_px=side, rejected={})
         with StoreWriter(store, slide_id, slide, plan, "none", locked=True) as writer:
-            for first, pack in read_ahead(slide, plan, threads, writer.pack):
+            for first, pack in read_shards(slide, plan, threads, writer.pack):
                 writer.write(first, pack)
             writer.commit({"imported": _about(tiles)})
     return open_store(store, slide_id)

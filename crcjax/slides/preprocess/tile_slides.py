@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crcjax.errors import InputError, SlideError
+from crcjax.slides.jobs.read_ahead import read_ahead
 from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.jobs.worker_pool import NO_LIMITS, Done, JobFailed, JobLimits, run_jobs
 from crcjax.slides.preprocess.manifest import Outcome, append_outcome, tiled_in_manifest
@@ -176,7 +176,7 @@ def _tile_slide(task: _TileTask) -> Outcome:
         stain = _stain_of(slide, plan)
         kept_tiles = 0
         with StoreWriter(task.store, job.slide_id, slide, plan, task.pixels, locked=True) as writer:
-            for first, tiles in read_ahead(slide, plan, task.threads, writer.pack, stain):
+            for first, tiles in read_shards(slide, plan, task.threads, writer.pack, stain):
                 writer.write(first, tiles)
                 kept_tiles += int(tiles.mask.sum())
             if stain:
@@ -213,29 +213,20 @@ def _stain_of(slide: Slide, plan: TilePlan) -> SlideStain | None:
     return slide_stain(slide, plan)
 
 
-def read_ahead(
+def read_shards(
     slide: Slide, plan: TilePlan, threads: int, pack: Pack | None = None, transform: Transform | None = None
 ) -> Iterator[tuple[int, RegionTiles]]:
     """Yields (first region, tiles) shard by shard in order, decoded and packed by `threads` threads, a few shards ahead.
 
     Raises SlideError: `corrupt`, and at the end `no_tissue` if not one tile passed quality control.
     """
-    step, reason_counts = shard_regions(plan.params), Counter[int]()
-    starts = deque(range(0, len(plan.origin), step))
-    ahead: deque[tuple[int, Future[RegionTiles]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            while starts or ahead:
-                while starts and len(ahead) <= threads:
-                    first = starts.popleft()
-                    last = min(first + step, len(plan.origin))
-                    ahead.append((first, pool.submit(read_regions, slide, plan, first, last, pack, transform)))
-                first, future = ahead.popleft()
-                tiles = future.result()
-                reason_counts.update(tiles.reason.ravel().tolist())
-                yield first, tiles
-        finally:
-            pool.shutdown(cancel_futures=True)
+    regions, step, reason_counts = len(plan.origin), shard_regions(plan.params), Counter[int]()
+    firsts = range(0, regions, step)
+    reads = (partial(read_regions, slide, plan, first, min(first + step, regions), pack, transform) for first in firsts)
+    with closing(read_ahead(reads, threads, ahead=threads)) as shards:
+        for first, tiles in zip(firsts, shards, strict=True):
+            reason_counts.update(tiles.reason.ravel().tolist())
+            yield first, tiles
     if not reason_counts[KEPT]:
         faults = ", ".join(f"{count} {REASONS[code]}" for code, count in reason_counts.most_common() if code != ABSENT)
         reason = f"has no tile that passed quality control ({faults})"

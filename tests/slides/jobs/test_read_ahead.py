@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from crcjax.predict.stored_bags import read_ahead
+from crcjax.slides.jobs.read_ahead import read_ahead
 
 
 def test_the_next_reads_run_while_the_consumer_works_and_results_keep_their_order() -> None:
@@ -30,3 +30,8 @@ def test_the_error_of_a_read_is_raised_in_its_turn_and_leaving_early_ends_the_th
     next(results)
     results.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_as_many_reads_as_there_are_threads_run_at_once() -> None:
+    both = threading.Barrier(2, timeout=30)
+    assert len(list(read_ahead([both.wait] * 6, threads=2, ahead=2))) == 6
