@@ -1,7 +1,14 @@
-"""Locks on stores and slides. The system releases a lock when the process that has it dies."""
+"""Locks on stores and slides. The system releases a lock when the process that has it dies.
+
+The package filelock is not used, because it is not safe together with the removal of released lock files, and a store of
+thousands of slides must not keep thousands of them. It recognises a lock file that another process has removed by its link
+count of 0. On NFS, a file that is removed while it is open keeps a link under a hidden name until it is closed, so that two
+processes could have the lock of one slide. `_lock` compares the locked file with the one that has the name instead.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -9,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from crcjax.errors import BusyError, OutputError
+
+# After it was opened, another process released and removed the file. NFS reports a stale handle.
+_REMOVED = (errno.ENOENT, errno.ESTALE)
 
 
 @contextmanager
@@ -47,9 +57,8 @@ def _lock(path: Path, flags: int) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        except FileNotFoundError:
-            pass  # another process released and removed it after it was opened
-        except OSError:
-            os.close(descriptor)
-            raise
+        except OSError as error:
+            if error.errno not in _REMOVED:
+                os.close(descriptor)
+                raise
         os.close(descriptor)

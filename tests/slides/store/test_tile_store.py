@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -9,7 +11,7 @@ import pytest
 import tensorstore as ts
 
 from crcjax.errors import BusyError, InputError, OutputError
-from crcjax.slides.store.locks import slide_lock
+from crcjax.slides.store.locks import file_lock, slide_lock
 from crcjax.slides.store.tile_pixels import shard_regions
 from crcjax.slides.store.tile_store import StoreWriter, open_store, remove_partials, tiled_slides
 from crcjax.slides.tiling.plan import TilingParams, plan_tiles
@@ -194,6 +196,30 @@ for _ in range(300):
     for running in [subprocess.Popen(command) for _ in range(4)]:
         assert running.wait(timeout=60) == 0
     assert (tmp_path / "count").read_text() == "1200"
+
+
+def test_a_lock_file_that_was_removed_before_it_was_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, attempts = tmp_path / "locks" / "a.lock", []
+
+    def lock(descriptor: int, flags: int) -> None:
+        attempts.append(flags)
+        # The process that has the lock releases it at this moment, on a local disk and on NFS.
+        if len(attempts) == 1:
+            path.unlink()
+        if len(attempts) == 2:
+            path.rename(path.with_name(".nfs1"))
+        if len(attempts) == 3:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        flock(descriptor, flags)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with file_lock(path, "busy"):
+        assert len(attempts) == 4
+        assert path.exists()
+    assert not path.exists()
 
 
 def test_a_slide_that_another_writes_is_busy_and_then_free(small_slide: Path, tmp_path: Path) -> None:
