@@ -185,12 +185,17 @@ def open_features(
     for reader, store in zip(readers, stores, strict=True):
         for name in ("weights_sha256", "dtype", "stated_encoder", "width"):
             if reader.attributes.get(name) != first.attributes.get(name):
-                raise InputError(f"{reader.path}: was made with another {name} than {first.path}; embed both anew")
+                raise InputError(
+                    f"{reader.path}: its features have the {name} {reader.attributes.get(name)}, those of {first.path} "
+                    f"{first.attributes.get(name)}, and a run needs one for all; leave one of these slides out of the "
+                    "cohort, or delete the features that you do not want and run crcjax embed as for the others"
+                )
         wanted, known = magnifications or store.params.magnifications, reader.attributes.get("magnifications", ())
-        if lacking := [name for name in wanted if name not in known]:
+        if not set(wanted) <= set(known):
             raise InputError(
-                f"{reader.path}: lacks the features of {', '.join(lacking)}, which the run sees; delete it "
-                f"and run crcjax embed --mag {','.join(wanted)}"
+                f"{reader.path}: has features of {', '.join(known) or 'no magnification'}, and the run needs "
+                f"{', '.join(wanted)}; set config.data.magnifications to use these features, or to replace them delete "
+                f"the folder and run crcjax embed --mag {','.join(wanted)}"
             )
     return readers
 

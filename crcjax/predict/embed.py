@@ -34,6 +34,8 @@ _PROBED = 4  # tiles a device of the program whose memory is measured
 _MOST = {"cpu": 16}  # tiles a device and batch: more keep a CPU no busier
 _MOST_ELSEWHERE = 256
 _MEMORY_USED = 0.8  # of what is free
+# The option of crcjax embed that decides each attribute of stored features.
+_OPTIONS = {"weights_sha256": "--weights", "mpp": "--mag", "magnifications": "--mag", "dtype": "--dtype"}
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,13 @@ def _is_done(store: Path, slide_id: str, attributes: dict) -> bool:
     for name, value in attributes.items():
         if stored.get(name) != value:
             folder = store / f"{slide_id}.zarr" / "features" / attributes["encoder"]
-            raise InputError(f"{folder}: was made with {name} {stored.get(name)}, not {value}; remove it to embed anew")
+            to_keep = f"give the {_OPTIONS.get(name, '--encoder')} that they were made with"
+            if "imported" in stored:
+                to_keep = "train on them"
+            raise InputError(
+                f"{folder}: its features have the {name} {stored.get(name)}, and this command would compute {value}; "
+                f"{to_keep} to keep them, or delete the folder to replace them"
+            )
     return True
 
 

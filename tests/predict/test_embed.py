@@ -17,9 +17,9 @@ from crcjax.models.encoders import registry as encoders
 from crcjax.models.encoders.convnets import ResNet
 from crcjax.models.encoders.registry import PRETRAINED, PretrainedEncoder
 from crcjax.models.encoders.torch_weights import torch_tensors
-from crcjax.predict.embed import choose_view, embed_store
+from crcjax.predict.embed import _is_done, choose_view, embed_store
 from crcjax.runs.pretrained_weights import load_encoder
-from crcjax.slides.store.features import feature_attributes, feature_names, read_features
+from crcjax.slides.store.features import feature_attributes, feature_names, read_features, write_features
 from crcjax.slides.store.tile_store import open_store, tiled_slides
 from crcjax.slides.tiling.plan import TilingParams
 
@@ -108,8 +108,28 @@ def test_a_slide_that_cannot_be_opened_is_failed_and_the_others_are_embedded(
 def test_other_weights_do_not_mix_with_those_that_the_store_has(encoder: Path, store: Path) -> None:
     embed_store(store, "small", encoder, batch=8)
     save_file(torch_tensors(SMALL.build(rngs=nnx.Rngs(4))), encoder)
-    with pytest.raises(InputError, match=r"features/small: was made with weights_sha256 .* remove it"):
+    with pytest.raises(
+        InputError, match=r"features/small: its features have the weights_sha256 .* give the --weights "
+    ):
         embed_store(store, "small", encoder, batch=8)
+
+
+def test_features_of_other_settings_are_kept_and_the_message_names_the_choice(store: Path) -> None:
+    made = {"encoder": "small", "weights_sha256": "0", "mpp": [0.5], "magnifications": ["20x"], "dtype": "float32"}
+    slide_id = tiled_slides(store)[0]
+    features = np.ones((*open_store(store, slide_id).mask.shape, 3), np.float16)
+    write_features(store, slide_id, "small", features, made)
+    assert _is_done(store, slide_id, made)
+    for name, value, option in (("magnifications", ["10x"], "--mag"), ("dtype", "bfloat16", "--dtype")):
+        with pytest.raises(InputError) as caught:
+            _is_done(store, slide_id, made | {name: value})
+        assert str(caught.value) == (
+            f"{store}/{slide_id}.zarr/features/small: its features have the {name} {made[name]}, and this command would compute "
+            f"{value}; give the {option} that they were made with to keep them, or delete the folder to replace them"
+        )
+    write_features(store, slide_id, "small", features, made | {"imported": {}, "dtype": None})
+    with pytest.raises(InputError, match="compute float32; train on them to keep them, or delete the folder"):
+        _is_done(store, slide_id, made)
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(encoder: Path, store: Path) -> None:

@@ -133,7 +133,7 @@ def test_features_of_some_magnifications_are_refused(config, embedded: tuple[Pat
         write_features(
             copy, slide.stem, "small", read_features(copy, slide.stem, "small"), made | {"magnifications": []}
         )
-    with pytest.raises(InputError, match="lacks the features of 10x"):
+    with pytest.raises(InputError, match=r"has features of no magnification, and the run needs 10x"):
         train(config, tmp_path / "run")
 
 
@@ -156,7 +156,9 @@ def test_a_store_of_two_magnifications_is_trained_on_and_predicted_by_the_one_th
     # The store's tiles are JPEG.
     np.testing.assert_allclose(logit(stored[0].probs), logit(found.probs), atol=0.02)
     config.data.magnifications = ("5x",)
-    with pytest.raises(InputError, match="lacks the features of 5x"):
+    with pytest.raises(
+        InputError, match=r"has features of 10x, and the run needs 5x; set config\.data\.magnifications to use these"
+    ):
         train(config, tmp_path / "other")
     config.data.magnifications = ("40x",)
     with pytest.raises(InputError, match=r"has 5x, 10x, and config\.data\.magnifications 40x"):
