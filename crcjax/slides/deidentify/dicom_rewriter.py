@@ -1,4 +1,4 @@
-"""A DICOM slide written anew from allow-listed attributes and its frames, whose streams are copied as they are."""
+"""Rewrites a DICOM slide from allow-listed attributes and its compressed frames, which are copied byte for byte."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pydicom.encaps import generate_fragments, itemize_fragment, parse_basic_off
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, generate_uid
 
-from crcjax.slides.deidentify.embedded_metadata import JPEG, JPEG2000, bare_profile, foreign_part
+from crcjax.slides.deidentify.embedded_metadata import JPEG, JPEG2000, embedded_metadata, stripped_profile
 from crcjax.slides.deidentify.tiff_rewriter import UnsafeError
 
-# The allow-list (attributes of PS3.3 A.32.8): numbers that say how frames are decoded and where they lie.
+# The allow-list (attributes of PS3.3 A.32.8): numbers that decoding and placing the frames needs.
 _NUMBERS = {
     *("SamplesPerPixel", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored"),
     *("HighBit", "PixelRepresentation", "LossyImageCompressionRatio", "InstanceNumber", "RepresentativeFrameNumber"),
@@ -60,12 +60,13 @@ _SEQUENCES = {
     "OpticalPathSequence",
 }
 _NUMBER_TYPES = {"US", "UL", "SS", "SL", "FL", "FD", "IS", "DS", "AT"}
-_EMPTY = (  # which readers may ask for, of type 2
+# Attributes of type 2: readers may require them, but they may be empty.
+_EMPTY = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
     *("AccessionNumber", "ReferringPhysicianName"),
 )
 _SLIDE_CLASS = "1.2.840.10008.5.1.4.1.1.77.1.6"
-_STANDARD = "1.2.840.10008."  # begins the UIDs that the standard gives
+_STANDARD = "1.2.840.10008."  # prefix of the UIDs that the standard defines
 _COMPRESSIONS = {
     "1.2.840.10008.1.2.4.50": JPEG,
     "1.2.840.10008.1.2.4.90": JPEG2000[0],
@@ -73,12 +74,12 @@ _COMPRESSIONS = {
 }
 _PIXEL_DATA, _END = b"\xe0\x7f\x10\x00", b"\xfe\xff\xdd\xe0" + bytes(4)
 _UNDEFINED = 0xFFFFFFFF
-_SHORTEST = 4  # bytes of a text that is no chance among a few kilobytes of attributes
+_SHORTEST = 4  # bytes: shorter texts occur by chance in a few kilobytes of attributes
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One file of the copy: all that comes before the pixels, and where they lie in the original."""
+    """One file of the copy: the bytes before its pixels, and the place of the pixels in the original (`path`, `pixels_at`)."""
 
     path: Path
     header: bytes
@@ -89,31 +90,36 @@ class Instance:
 
 @dataclass(frozen=True)
 class Series:
-    """What is copied of a DICOM slide; `removed` names what is not, and `secrets` are the texts of that."""
+    """The copy of a DICOM slide; `removed` names what is left out, `removed_texts` are the texts of that."""
 
     instances: list[Instance]
-    kept: tuple[str, ...]
+    copied_attributes: tuple[str, ...]
     removed: tuple[str, ...]
-    secrets: set[bytes]
+    removed_texts: set[bytes]
 
 
 @dataclass
 class _Ledger:
-    """What was met in a series so far: new UIDs by old, how often each attribute was kept or removed, and texts."""
+    """Collects, over the files of a series, new UIDs by old ones, counts of copied and removed attributes, and texts."""
 
     uids: dict[str, str] = field(default_factory=dict)
-    kept: Counter[str] = field(default_factory=Counter)
+    copied: Counter[str] = field(default_factory=Counter)
     removed: Counter[str] = field(default_factory=Counter)
-    secrets: set[bytes] = field(default_factory=set)
+    removed_texts: set[bytes] = field(default_factory=set)
 
 
 def plan_series(files: list[Path]) -> Series:
-    """Reads all files of one series. Raises UnsafeError for what cannot be copied safely, ValueError if damaged."""
+    """Plans the copy of all files of one series.
+
+    Raises:
+      UnsafeError: the series cannot be copied safely.
+      ValueError: a file is damaged.
+    """
     ledger, series, instances = _Ledger(), set(), []
     with pydicom.config.disable_value_validation(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd values are not copied, or are numbers
         for number, path in enumerate(files):
-            ledger.secrets |= {name.encode() for name in (path.stem, path.parent.name) if len(name) >= _SHORTEST}
+            ledger.removed_texts |= {name.encode() for name in (path.stem, path.parent.name) if len(name) >= _SHORTEST}
             try:
                 with open(path, "rb") as file:
                     original = pydicom.dcmread(file, stop_before_pixels=True)
@@ -125,17 +131,18 @@ def plan_series(files: list[Path]) -> Series:
     if len(series) > 1:
         raise UnsafeError(f"the folder holds {len(series)} series; a slide is one")
     written = b"\n".join(instance.header for instance in instances)
+    # These may contain a short number by chance.
     for known in (*ledger.uids.values(), _SLIDE_CLASS, *_COMPRESSIONS):
-        written = written.replace(known.encode(), b"")  # a short number may stand in them by chance
-    if leaked := [secret for secret in ledger.secrets if secret in written]:
-        raise UnsafeError(f"{len(leaked)} texts that are to be removed stand among its allowed attributes too")
+        written = written.replace(known.encode(), b"")
+    if leaked := [text for text in ledger.removed_texts if text in written]:
+        raise UnsafeError(f"{len(leaked)} texts that are to be removed occur in its allowed attributes too")
     removals = [f"{name} ({count} times)" if count > 1 else name for name, count in ledger.removed.items()]
-    return Series(instances, tuple(ledger.kept), (*removals, "UIDs, replaced by new ones"), ledger.secrets)
+    return Series(instances, tuple(ledger.copied), (*removals, "UIDs, replaced by new ones"), ledger.removed_texts)
 
 
 def _plan_instance(number: int, path: Path, original: Dataset, pixels_at: int, ledger: _Ledger) -> Instance | None:
-    """None for a label, an overview, or any other image that is no level."""
-    ledger.secrets |= set(_texts(original))
+    """Plans the copy of one file; None for a label, an overview, or any other image that is no level."""
+    ledger.removed_texts |= set(_texts(original))
     kind = (*original.get("ImageType", ()), "", "", "")[2]
     if kind != "VOLUME":
         word = kind.lower() if kind in ("LABEL", "OVERVIEW", "THUMBNAIL") else "further"
@@ -149,7 +156,7 @@ def _plan_instance(number: int, path: Path, original: Dataset, pixels_at: int, l
 
 def _check(original: Dataset, number: int) -> None:
     if original.get("SOPClassUID") != _SLIDE_CLASS:
-        raise UnsafeError(f"file {number} is no whole-slide image")
+        raise UnsafeError(f"file {number} is not a whole-slide image")
     if original.file_meta.TransferSyntaxUID not in _COMPRESSIONS:
         raise UnsafeError(f"file {number} is compressed in a way that may hide something; JPEG and JPEG 2000 are known")
     for name in ("ImageType", "PhotometricInterpretation"):
@@ -161,7 +168,7 @@ def _check(original: Dataset, number: int) -> None:
 
 
 def _allowed(original: Dataset, ledger: _Ledger, within: str = "") -> Dataset:
-    """The part of a data set that is on the list; UIDs are replaced, equal ones by equal ones."""
+    """Copies the attributes of a data set that are on the list; equal UIDs are replaced by equal new ones."""
     copied = Dataset()
     for element in original:
         name, value = element.keyword, element.value
@@ -172,17 +179,18 @@ def _allowed(original: Dataset, ledger: _Ledger, within: str = "") -> Dataset:
         elif name == "SOPClassUID":
             copied.SOPClassUID = _SLIDE_CLASS
         elif name == "ICCProfile":
-            copied.ICCProfile = bare_profile(value)
+            copied.ICCProfile = stripped_profile(value)
         elif _is_plain(element):
             copied.add(element)
         else:
             ledger.removed[f"{within}{name or 'private attribute'}"] += 1
             continue
-        ledger.kept[name] += 1
+        ledger.copied[name] += 1
     return copied
 
 
 def _is_plain(element: DataElement) -> bool:
+    """Whether an element is a number or a code of the lists above, which cannot identify anyone."""
     if element.keyword in _NUMBERS:
         return element.VR in _NUMBER_TYPES
     values = element.value if element.VM > 1 else [element.value]
@@ -190,7 +198,7 @@ def _is_plain(element: DataElement) -> bool:
 
 
 def _texts(original: Dataset) -> Iterator[bytes]:
-    """All words of a file that could tell whose it is."""
+    """All texts of a file that could identify a person."""
     for element in original.iterall():
         if element.VR == "SQ" or element.VR in _NUMBER_TYPES or _is_plain(element) or element.keyword == "ICCProfile":
             continue
@@ -214,9 +222,11 @@ def _header(copied: Dataset, syntax: str) -> bytes:
 
 
 def write_series(series: Series, folder: Path) -> str:
-    """Writes the copy's files, named by number; returns the hash of their frames.
+    """Writes the copy's files, named by number, and returns the hash of their frames.
 
-    Raises UnsafeError, and ValueError if a frame is damaged.
+    Raises:
+      UnsafeError: a frame carries something beside pixels.
+      ValueError: a frame is damaged.
     """
     digest = hashlib.sha256()
     folder.mkdir()
@@ -228,15 +238,15 @@ def write_series(series: Series, folder: Path) -> str:
             out.write(itemize_fragment(_table_bytes(table)))
             frame_offsets, at = [], 0
             for frame in _frames(source, digest):
-                if metadata := foreign_part(frame, instance.compression, 0):
-                    raise UnsafeError(f"a frame of file {number} carries {metadata}, and frames are copied as they are")
+                if metadata := embedded_metadata(frame, instance.compression, 0):
+                    raise UnsafeError(f"a frame of file {number} carries {metadata}, and frames are copied unchanged")
                 frame_offsets.append(at)
                 at += out.write(itemize_fragment(frame))
             if len(frame_offsets) != instance.frames:
                 raise UnsafeError(f"file {number} has frames in several pieces")
-            # A table may be left empty. OpenSlide's reader crashes on one that is wrong.
+            # A table may be empty. OpenSlide's reader crashes on a wrong one.
             if table and table != frame_offsets:
-                raise ValueError(f"the offset table of file {number} is not that of its frames")
+                raise ValueError(f"the offset table of file {number} does not fit its frames")
             out.write(_END)
             out.flush()
             os.fsync(out.fileno())
@@ -244,7 +254,7 @@ def write_series(series: Series, folder: Path) -> str:
 
 
 def frames_hash(folder: Path) -> str:
-    """The hash of a written copy's frames, read again."""
+    """Reads the frames of a written copy and returns their hash."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.dcm")):
         with open(path, "rb") as file:
@@ -272,7 +282,7 @@ def _table_bytes(table: list[int]) -> bytes:
 
 
 def _frames(source: BinaryIO, digest: Any) -> Iterator[bytes]:
-    """The frames after the offset table, each added to the digest. Raises ValueError if they are damaged or cut off."""
+    """Yields the frames after the offset table and adds each to the digest. Raises ValueError if they are damaged or cut off."""
     try:
         for frame in generate_fragments(source):
             digest.update(struct.pack("<I", len(frame)) + frame)

@@ -1,4 +1,4 @@
-"""What may hide beside pixels: segments of a tile's stream (`foreign_part`), words of a colour profile (`bare_profile`)."""
+"""Metadata within pixels' streams and colour profiles: finds it in a compressed tile, removes it from a profile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tifffile import COMPRESSION
 JPEG = COMPRESSION.JPEG
 JPEG2000 = (COMPRESSION.APERIO_JP2000_YCBC, COMPRESSION.APERIO_JP2000_RGB)
 DEFLATE = (COMPRESSION.ADOBE_DEFLATE, COMPRESSION.DEFLATE)
-CHECKED = {COMPRESSION.NONE, JPEG, *JPEG2000, *DEFLATE}  # the compressions whose streams `foreign_part` knows
+CHECKED = {COMPRESSION.NONE, JPEG, *JPEG2000, *DEFLATE}  # the compressions that `embedded_metadata` can search
 
 _JPEG_PIXELS = {0xC0, 0xC1, 0xC2, 0xC4, 0xDA, 0xDB, 0xDD}  # frames, tables, scans, restart intervals
 _JPEG_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -24,16 +24,22 @@ _ENCODER = re.compile(  # comments that encoders write into every stream
 _PADDING = b"\0\xff"
 
 
-def foreign_part(stream: bytes, compression: int, raw_bytes: int) -> str:
-    """What a tile's stream carries that is no pixel, in words; "" if nothing: comments, metadata, bytes after the end.
+def embedded_metadata(stream: bytes, compression: int, raw_bytes: int) -> str:
+    """Describes what a compressed tile carries beside pixels: a comment, metadata, bytes after its end; "" if nothing.
 
-    `raw_bytes` is the size of the decoded tile. Only compressions of `CHECKED`. Raises ValueError if it is damaged.
+    Args:
+      stream: the compressed tile.
+      compression: one of `CHECKED`.
+      raw_bytes: the size of the decoded tile.
+
+    Raises:
+      ValueError: the stream is damaged.
     """
     try:
         if compression == JPEG:
-            return _foreign_in_jpeg(stream)
+            return _metadata_in_jpeg(stream)
         if compression in JPEG2000:
-            return _foreign_in_codestream(stream)
+            return _metadata_in_jpeg2000(stream)
         if compression in DEFLATE:
             inflater = zlib.decompressobj()
             size = len(inflater.decompress(stream, raw_bytes + 1))
@@ -43,7 +49,7 @@ def foreign_part(stream: bytes, compression: int, raw_bytes: int) -> str:
     return "bytes after its end" if len(stream) > raw_bytes else ""
 
 
-def _foreign_in_jpeg(stream: bytes) -> str:
+def _metadata_in_jpeg(stream: bytes) -> str:
     """Walks the segments of ITU-T T.81 annex B."""
     at = _after_marker(stream, 0, 0xD8)
     while True:
@@ -68,7 +74,7 @@ def _foreign_in_jpeg(stream: bytes) -> str:
             at = end.start()
 
 
-def _foreign_in_codestream(stream: bytes) -> str:
+def _metadata_in_jpeg2000(stream: bytes) -> str:
     """Walks the headers of ISO/IEC 15444-1 annex A: the main one, and each tile-part's."""
     at = _after_marker(stream, 0, 0x4F)
     part_end = 0
@@ -98,12 +104,12 @@ def _foreign_in_codestream(stream: bytes) -> str:
 
 def _after_marker(stream: bytes, at: int, wanted: int) -> int:
     if stream[at : at + 2] != bytes((0xFF, wanted)):
-        raise ValueError("a damaged stream (it does not begin as one)")
+        raise ValueError("a damaged stream (wrong first bytes)")
     return at + 2
 
 
-# Of a profile's parts, those that a colour transform is made of (ICC.1:2022 section 9.2). Descriptions, copyright,
-# maker, model and measurements name the scanner, often with its serial number.
+# The parts of a profile that define its colour transform (ICC.1:2022 section 9.2). The others, such as descriptions,
+# copyright, maker, model and measurements, name the scanner, often with its serial number.
 _COLOUR = {
     *(b"wtpt", b"bkpt", b"chad", b"lumi", b"gamt", b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC", b"kTRC"),
     *(b"A2B0", b"A2B1", b"A2B2", b"B2A0", b"B2A1", b"B2A2", b"D2B0", b"D2B1", b"D2B2", b"D2B3", b"B2D0", b"B2D1"),
@@ -113,8 +119,8 @@ _NUMBERS = {b"XYZ ", b"curv", b"para", b"mft1", b"mft2", b"mAB ", b"mBA ", b"sf3
 _HEADER, _TAG = 128, struct.Struct(">4sII")
 
 
-def bare_profile(profile: bytes) -> bytes:
-    """The colour profile with the same transform, and without its names, dates and devices. Raises ValueError if damaged."""
+def stripped_profile(profile: bytes) -> bytes:
+    """The colour profile with the same transform, without its names, dates and devices. Raises ValueError if it is damaged."""
     try:
         (count,) = struct.unpack_from(">I", profile, _HEADER)
         tags = [_TAG.unpack_from(profile, _HEADER + 4 + i * _TAG.size) for i in range(min(count, 1000))]
@@ -132,8 +138,8 @@ def bare_profile(profile: bytes) -> bytes:
         table += _TAG.pack(name, at + len(bodies), len(body))
         bodies += body + bytes(-len(body) % 4)
     header = bytearray(profile[:_HEADER])
-    # The maker's software, the date, the platform, the device's maker, model and attributes, the creator, the
-    # profile's own hash, and what is reserved.
+    # Fields set to zero: software, date, platform, the device's maker, model and attributes, creator, the profile's own
+    # hash, and the reserved bytes.
     for start, stop in ((4, 8), (24, 36), (40, 44), (48, 64), (80, _HEADER)):
         header[start:stop] = bytes(stop - start)
     header[:4] = struct.pack(">I", at + len(bodies))
@@ -141,7 +147,7 @@ def bare_profile(profile: bytes) -> bytes:
 
 
 def _text(version: int, text: str, copyright: bool = False) -> bytes:
-    """A text as profiles of version 4 (multiLocalizedUnicode) or 2 (textDescription; plain text for the copyright) hold it."""
+    """Encodes a text for a profile of version 4 (multiLocalizedUnicode) or 2 (textDescription; plain text for a copyright)."""
     if version >= 4:
         encoded = text.encode("utf-16-be")
         return struct.pack(">4sIII2s2sII", b"mluc", 0, 1, 12, b"en", b"US", len(encoded), 28) + encoded

@@ -17,24 +17,24 @@ from typing import Any, BinaryIO
 
 import tifffile
 
-from crcjax.slides.deidentify.embedded_metadata import JPEG, bare_profile, foreign_part
+from crcjax.slides.deidentify.embedded_metadata import JPEG, embedded_metadata, stripped_profile
 from crcjax.slides.wsi.slide import PAINTED
 
 TILE_OFFSETS, TILE_BYTES, DESCRIPTION, JPEG_TABLES, PROFILE = 324, 325, 270, 347, 34675
-# The allow-list. Numbers that say how tiles are decoded and, in 282, 283 and 296, the micrometres per pixel.
+# The allow-list. Numbers that decoding needs and, in 282, 283 and 296, the micrometres per pixel.
 _NUMERIC_TAGS = {254, 256, 257, 258, 259, 262, 274, 277, 282, 283, 284, 296, 317, 322, 323, 338, 339, 530, 531, 532}
-KEPT_TAGS = _NUMERIC_TAGS | {TILE_OFFSETS, TILE_BYTES, JPEG_TABLES, PROFILE, DESCRIPTION}
+COPIED_TAGS = _NUMERIC_TAGS | {TILE_OFFSETS, TILE_BYTES, JPEG_TABLES, PROFILE, DESCRIPTION}
 _NUMERIC_TYPES = {1: 1, 3: 2, 4: 4, 5: 8, 16: 8}  # TIFF's numbers without sign, and their bytes
-_MOST_VALUES = 8  # of such a tag: no room for a text
-KEPT_KEYS = ("AppMag", "MPP")  # of the Aperio description
-_MOST_BYTES = 1 << 24  # of any tag, so that a damaged count fills no memory
+_MOST_VALUES = 8  # of a numeric tag, so that it has no room for a text
+COPIED_KEYS = ("AppMag", "MPP")  # of the Aperio description
+_MOST_BYTES = 1 << 24  # read of a tag, so that a damaged count does not fill the memory
 _CENTIMETER = 3  # of ResolutionUnit
 _PER_CM_STEPS = 10_000  # resolutions of 0.05 to 20 µm per px fit in 32 bits, to within 1e-7
 _NUMBER = re.compile(r"\d{1,3}(\.\d{1,6})?")
 
 
 class UnsafeError(Exception):
-    """Something that cannot be copied safely; the message says what, and where. `remedy` is empty for the usual one."""
+    """A slide that cannot be copied safely; the message gives the reason and the place. An empty `remedy` is the usual one."""
 
     def __init__(self, message: str, remedy: str = ""):
         super().__init__(message)
@@ -43,7 +43,10 @@ class UnsafeError(Exception):
 
 @dataclass(frozen=True)
 class PagePlan:
-    """One image of the copy: its tags as (type, count, bytes), and where the original has its tiles."""
+    """One image of the copy: the original's page, from which the tiles are copied, and the new tags.
+
+    `tags` are (type, count, bytes) by code; `raw_bytes` is the size of a decoded tile.
+    """
 
     page: tifffile.TiffPage
     tags: dict[int, tuple[int, int, bytes]]
@@ -71,16 +74,16 @@ def plan_page(
             tags[tag.code] = (int(tag.dtype), tag.count, raw_value(source, tag))
         elif tag.code == JPEG_TABLES:
             tables = raw_value(source, tag)
-            if metadata := foreign_part(tables, JPEG, 0):
-                raise UnsafeError(f"the tables of image {page.index} carry {metadata}, and are copied as they are")
+            if metadata := embedded_metadata(tables, JPEG, 0):
+                raise UnsafeError(f"the tables of image {page.index} carry {metadata}, and would be copied unchanged")
             tags[tag.code] = (7, len(tables), tables)
         elif tag.code == PROFILE:
-            profile = bare_profile(raw_value(source, tag))
+            profile = stripped_profile(raw_value(source, tag))
             tags[tag.code] = (7, len(profile), profile)
     if mpp:
         tags |= _resolution(mpp, order)
     if page.index == 0 and page.description.startswith("Aperio"):
-        text = _bare_description(page).encode() + b"\0"
+        text = _stripped_description(page).encode() + b"\0"
         tags[DESCRIPTION] = (2, len(text), text)
     across, down = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
     planes = page.samplesperpixel if page.planarconfig == 2 else 1
@@ -99,36 +102,49 @@ def _resolution(mpp: tuple[float, float], order: str) -> dict[int, tuple[int, in
 
 
 def raw_value(source: BinaryIO, tag: tifffile.TiffTag) -> bytes:
-    """A tag's bytes as the file has them; only of numbers without sign, and of texts."""
+    """A tag's bytes in the file; for unsigned numbers and texts only."""
     source.seek(tag.valueoffset)
     return source.read(min(tag.count * _NUMERIC_TYPES.get(int(tag.dtype), 1), _MOST_BYTES))
 
 
-def _bare_description(page: tifffile.TiffPage) -> str:
-    """As Aperio writes it, of nothing but the sizes and the numbers of `KEPT_KEYS`."""
+def _stripped_description(page: tifffile.TiffPage) -> str:
+    """An Aperio description with the sizes and the numbers of `COPIED_KEYS` alone."""
     pairs = [piece.partition("=") for piece in page.description.split("|")[1:]]
     fields = {key.strip(): value.strip() for key, _, value in pairs}
     about = PAINTED if PAINTED in page.description else "Image Library"
     text = f"Aperio {about}\r\n{page.imagewidth}x{page.imagelength} ({page.tilewidth}x{page.tilelength})"
-    return text + "".join(f"|{key} = {fields[key]}" for key in KEPT_KEYS if _NUMBER.fullmatch(fields.get(key, "")))
+    return text + "".join(f"|{key} = {fields[key]}" for key in COPIED_KEYS if _NUMBER.fullmatch(fields.get(key, "")))
 
 
 def write_tiff(source: BinaryIO, out: BinaryIO, plans: list[PagePlan], order: str, big: bool) -> str:
-    """Writes a TIFF (`order` "<" or ">", BigTIFF if `big`), streams before their tags; returns the streams' hash.
+    """Writes the copy; each image's tiles come before its tags.
 
-    Raises UnsafeError, and ValueError if a tile is damaged.
+    Args:
+      source: the original, open.
+      out: the copy, open.
+      plans: its images.
+      order: its byte order, "<" or ">".
+      big: whether it is a BigTIFF.
+
+    Returns:
+      The hash of the compressed tiles.
+
+    Raises:
+      UnsafeError: a tile carries something beside pixels.
+      ValueError: a tile is damaged.
     """
     pointer, digest = struct.Struct(order + ("Q" if big else "I")), hashlib.sha256()
     out.write(b"II" if order == "<" else b"MM")
     out.write(struct.pack(order + "HHH", 43, 8, 0) if big else struct.pack(order + "H", 42))
-    link = out.tell()  # where the place of the next image's tags is to be written
+    # The place in the file where the offset of the next image's tags is written.
+    link = out.tell()
     out.write(bytes(pointer.size))
     for plan in plans:
         offsets = []
         for stream in read_streams(source, plan.page, digest):
-            if stream and (metadata := foreign_part(stream, plan.page.compression, plan.raw_bytes)):
+            if stream and (metadata := embedded_metadata(stream, plan.page.compression, plan.raw_bytes)):
                 raise UnsafeError(
-                    f"a tile of image {plan.page.index} carries {metadata}, and tiles are copied as they are"
+                    f"a tile of image {plan.page.index} carries {metadata}, and tiles are copied unchanged"
                 )
             offsets.append(out.tell() if stream else 0)
             out.write(stream)
@@ -149,7 +165,7 @@ def write_tiff(source: BinaryIO, out: BinaryIO, plans: list[PagePlan], order: st
 
 
 def read_streams(source: BinaryIO, page: tifffile.TiffPage, digest: Any) -> Iterator[bytes]:
-    """The tiles' streams, b"" where none was recorded; each is added to the digest with its place. Raises ValueError."""
+    """Yields the compressed tiles, b"" for one that was not recorded, and adds each to the digest. Raises ValueError."""
     for i, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=True)):
         source.seek(offset)
         stream = source.read(count)
@@ -161,7 +177,7 @@ def read_streams(source: BinaryIO, page: tifffile.TiffPage, digest: Any) -> Iter
 
 
 def _write_tags(out: BinaryIO, tags: dict[int, tuple[int, int, bytes]], order: str, big: bool) -> tuple[int, int]:
-    """Writes an image's tags; returns where they begin and where the next image's place belongs."""
+    """Writes an image's tags; returns the offset of the tags, and the place for the offset of the next image's."""
     entry, number, room = ("HHQ", "Q", 8) if big else ("HHI", "H", 4)
     table = struct.pack(order + number, len(tags))
     for code, (kind, count, value) in sorted(tags.items()):
@@ -179,7 +195,7 @@ def _write_tags(out: BinaryIO, tags: dict[int, tuple[int, int, bytes]], order: s
 
 
 def read_metadata(source: BinaryIO, pages: list[tifffile.TiffPage]) -> bytes:
-    """All of a file that is no tile."""
+    """All bytes of a file outside its tiles."""
     tiles = sorted(
         (offset, offset + count)
         for page in pages

@@ -26,7 +26,7 @@ from PIL import Image, ImageCms
 
 from crcjax.errors import InputError, OutputError, SlideError
 from crcjax.slides.deidentify.deidentify import REFUSED, SAFE, Report, deidentify_slide, deidentify_slides, report_path
-from crcjax.slides.deidentify.embedded_metadata import bare_profile
+from crcjax.slides.deidentify.embedded_metadata import stripped_profile
 from crcjax.slides.jobs.worker_pool import JobFailed
 from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
 from crcjax.slides.tiling.plan import TilingParams, plan_tiles
@@ -128,6 +128,8 @@ def test_the_report_names_what_was_removed_and_where_without_repeating_it(labell
     written = json.loads(report_path(tmp_path / "copy.svs").read_text())
     assert written["removed"] == list(report.removed)
     assert written["streams"] == report.streams
+    assert {"TileWidth", "ImageDescription"} <= set(written["copied_tags"])
+    assert "DateTime" not in written["copied_tags"]
 
 
 def test_the_tiles_streams_and_all_pixels_are_the_same_bits(labelled: Path, tmp_path: Path) -> None:
@@ -228,9 +230,9 @@ def test_a_colour_profile_keeps_its_transform_and_loses_its_words(picture: np.nd
 
 def test_a_damaged_colour_profile_is_an_error() -> None:
     with pytest.raises(ValueError, match="damaged colour profile"):
-        bare_profile(_profile()[:300])
+        stripped_profile(_profile()[:300])
     with pytest.raises(ValueError, match="damaged colour profile"):
-        bare_profile(b"")
+        stripped_profile(b"")
 
 
 def _with_streams(path: Path, picture: np.ndarray, change: Callable[[bytes], bytes], compression: str) -> Path:
@@ -375,7 +377,7 @@ def test_a_file_whose_first_image_may_not_be_the_scan_is_refused(picture: np.nda
     ):
         path = _images(tmp_path / (f"{number}.ome.tif" if ome else f"{number}.tif"), images, ome)
         with pytest.raises(
-            SlideError, match=r"scan|only one would be read|named as a label, macro or overview"
+            SlideError, match=r"scan|only one would be read|named like a label, macro or overview"
         ) as caught:
             deidentify_slide(path, tmp_path / "copy.tif")
         assert caught.value.status == "unsupported"
@@ -463,7 +465,7 @@ def test_any_damage_gives_a_named_error_or_a_right_copy(picture: np.ndarray, tmp
     assert endings == {"copied", "corrupt", "unsupported"}
 
 
-def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
+def test_missing_files_and_other_files_than_slides_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.svs").write_text("no slide")
     for name, status in (("absent.svs", "missing"), ("text.svs", "unsupported")):
         with pytest.raises(SlideError) as caught:
