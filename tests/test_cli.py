@@ -360,7 +360,7 @@ def test_what_is_exported_for_trident_is_imported_and_bad_files_are_one_line(sli
     done = _crcjax("import", files, "--slides", slides / "good.svs", "--out", tmp_path / "theirs")
     assert done.returncode == 1
     assert "1 of 2 slides imported" in done.stderr
-    assert [line for line in done.stderr.splitlines() if "bad.h5: is no HDF5 file; give" in line]
+    assert [line for line in done.stderr.splitlines() if "bad.h5: is not an HDF5 file; give" in line]
     ours, theirs = (open_store(tmp_path / name, "good") for name in ("store", "theirs"))
     assert theirs.origin.tolist() == ours.origin[ours.mask[:, 0]].tolist()
     assert theirs.info.content_hash == ours.info.content_hash

@@ -1,4 +1,4 @@
-"""A store's kept tiles for other tools: GeoJSON for QuPath, and HDF5 files of coordinates as TRIDENT's."""
+"""Exports a store's kept tiles: GeoJSON for QuPath, and HDF5 files of coordinates in TRIDENT's layout."""
 
 from __future__ import annotations
 
@@ -22,11 +22,21 @@ FORMATS = ("geojson", "trident")
 def export_store(
     store: Path, out: Path, layout: str, on_slide: Callable[[Outcome], None] = lambda outcome: None
 ) -> list[Outcome]:
-    """Writes the kept tiles of every slide of a store, as `layout` says; a damaged slide is an outcome.
+    """Writes the kept tiles of every slide of a store.
 
-    `geojson`: OUT/SLIDE_ID.geojson, for QuPath. `trident`: OUT/20x_256px_0px_overlap/patches/SLIDE_ID_patches.h5 for each
-    magnification, as TRIDENT reads it. Raises InputError for another layout or an empty store, OutputError if OUT cannot
-    be written.
+    Args:
+      store: the store.
+      out: the folder of the files.
+      layout: `geojson` writes OUT/SLIDE_ID.geojson for QuPath; `trident` writes, for each magnification,
+        OUT/20x_256px_0px_overlap/patches/SLIDE_ID_patches.h5, which TRIDENT reads.
+      on_slide: called with each outcome.
+
+    Returns:
+      The outcome of every slide. A damaged slide has the status `failed`.
+
+    Raises:
+      InputError: another layout, or an empty store.
+      OutputError: `out` cannot be written.
     """
     if layout not in FORMATS:
         raise InputError(f"format {layout!r}: choose {' or '.join(FORMATS)}")
@@ -34,7 +44,7 @@ def export_store(
         open_h5py()
     slide_ids, outcomes = tiled_slides(store), []
     if not slide_ids:
-        raise InputError(f"{store}: holds no slides; name the --out of crcjax tile or crcjax import")
+        raise InputError(f"{store}: has no slides; name the --out of crcjax tile or crcjax import")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for slide_id in slide_ids:
@@ -51,7 +61,10 @@ def export_store(
 
 
 def _kept_tiles(slide: TileStore) -> dict[str, tuple[Float64[np.ndarray, "tile 2"], float, Int[np.ndarray, "tile 2"]]]:
-    """By magnification, if it has any, the kept tiles: corners and side in level-0 px, and each one's region and slot."""
+    """The kept tiles by magnification: corners and side in level-0 px, and each tile's (region, slot).
+
+    Magnifications without kept tiles are left out.
+    """
     boxes = slot_boxes(slide.params).astype(np.float64) * slide.region_px
     of_slot = np.repeat(slide.params.magnifications, np.square(slide.params.factors))
     tiles = {}
@@ -80,7 +93,7 @@ def _write_trident(slide: TileStore, out: Path) -> None:
         folder = out / f"{name}_{params.tile_px}px_{overlap}px_overlap" / "patches"
         folder.mkdir(parents=True, exist_ok=True)
         path, target = folder / f"{slide.slide_id}_patches.h5", float(name.removesuffix("x"))
-        # TRIDENT finds the side again as patch_size * level0_magnification / target_magnification.
+        # TRIDENT computes the side as patch_size * level0_magnification / target_magnification.
         power = round(target * side / params.tile_px)
         exact = round(params.tile_px * power / target) == round(side)
         partial = path.with_suffix(".partial")

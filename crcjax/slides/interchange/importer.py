@@ -1,4 +1,4 @@
-"""Tiles and features that other tools made, into a store."""
+"""Imports tiles and features that other tools made into a store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from crcjax.errors import BusyError, InputError, SlideError
-from crcjax.slides.interchange.third_party_h5 import ForeignTiles, foreign_files, merged, open_h5py, read_foreign
+from crcjax.slides.interchange.third_party_h5 import (
+    ThirdPartyTiles,
+    merged,
+    open_h5py,
+    read_third_party,
+    third_party_files,
+)
 from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.preprocess.manifest import Outcome, append_outcome
 from crcjax.slides.preprocess.tile_slides import check_slide_ids, read_shards, with_qc_result
@@ -34,7 +40,7 @@ from crcjax.slides.tiling.quality_control import QUALITY_NAMES, slide_verdict
 from crcjax.slides.tiling.tissue_segmentation import TissueModel
 from crcjax.slides.wsi.slide import SlideInfo, check_mpp, open_slide
 
-_POWERS = (1.25, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)  # that scanners are named by
+_POWERS = (1.25, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)  # objectives of scanners
 # TRIDENT rounds the objective to 5, 10, 20, 40, 60 or 80; its ranges of µm per px reach 1.7 times as far.
 _SAME_POWER = 1.8
 _WHITE = 255
@@ -52,19 +58,32 @@ def import_files(
     threads: int | None = None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Imports HDF5 files of CLAM, TRIDENT or STAMP, one slide after another; what is there already stays as it is.
+    """Imports HDF5 files of CLAM, TRIDENT or STAMP, one slide after another; tiles and features in the store are not changed.
 
-    `slides` are the slide files by slide id: their tiles are read, judged as any, and read again from there when pixels
-    are needed; `slide_mpp` (µm per level-0 px) overrides what they state. Without `slides` a store has neither pixels nor
-    quality. `encoder` names the features, by default as the file does; `mpp` overrides the files', and is for slides that
-    state none; `side_px` (level-0 px) is of tiles whose files do not state it. A file that cannot be used is an outcome; every outcome is a line of STORE/manifest.jsonl too.
-    Raises InputError for wrong arguments, OutputError if the store cannot be written.
+    Every outcome is also a line of STORE/manifest.jsonl. A file that cannot be imported, or contradicts its slide, has an
+    outcome with the reason; the others are still imported.
+
+    Args:
+      paths: files, and folders to search.
+      store: the store.
+      slides: the slide files by slide id. Their tiles are read and pass quality control, and pixels are read from the slide
+        files later. Without it, the store has neither pixels nor scores.
+      slide_mpp: µm per level-0 px by slide id, in place of what the slide states.
+      encoder: name of the features, by default the file's.
+      mpp: µm per level-0 px, in place of what the files state, and for slides that state none.
+      side_px: side of a tile in level-0 px, for files that do not state it.
+      threads: threads that read the slides; by default, all cores.
+      on_outcome: called with each outcome.
+
+    Raises:
+      InputError: a wrong argument.
+      OutputError: the store cannot be written.
     """
     check_mpp(mpp)
     if side_px is not None and not side_px > 0:
-        raise InputError(f"--side-px {side_px}: give the side of a tile in level-0 px")
+        raise InputError(f"--side-px must be above 0, got {side_px}; give the side of a tile in level-0 px")
     open_h5py()
-    input_files = foreign_files(paths)
+    input_files = third_party_files(paths)
     check_slide_ids([(slide_id, files[0]) for slide_id, files in input_files.items()])
     store = store_path(store)
     remove_partials(store)
@@ -72,19 +91,20 @@ def import_files(
     for slide_id, files in input_files.items():
         begun, outcome = time.monotonic(), Outcome(slide_id, str(files[0]), "imported")
         try:
-            tiles = merged([read_foreign(file) for file in files])
+            tiles = merged([read_third_party(file) for file in files])
             tiles = replace(tiles, side=tiles.side or side_px)
             _check_name(tiles, slide_id, {*input_files, *(slides or ())})
             if slides is not None and slide_id not in slides:
-                remedy = "add it, or import without --slides and --cohort, and so without pixels"
-                raise SlideError(tiles.path, "missing", f"the slides named have no {slide_id}", remedy)
+                remedy = "add it, or import without pixels: without --slides and --cohort"
+                raise SlideError(tiles.path, "missing", f"{slide_id} is not among the given slides", remedy)
             slide = None if slides is None else slides[slide_id]
             given = (slide_mpp or {}).get(slide_id), mpp
             with slide_lock(store, slide_id):
                 outcome = _import_slide(store, outcome, tiles, slide, given, encoder, threads)
         except SlideError as error:
             outcome = replace(outcome, status=error.status, reason=f"{error.reason}; {error.remedy}")
-        except (BusyError, InputError) as error:  # another process writes it, or what is there is damaged
+        # Another process writes the slide, or its tiles or features in the store are damaged.
+        except (BusyError, InputError) as error:
             outcome = replace(outcome, status="failed", reason=str(error))
         outcome = replace(outcome, seconds=time.monotonic() - begun)
         append_outcome(store, outcome)
@@ -96,66 +116,66 @@ def import_files(
 def _import_slide(
     store: Path,
     outcome: Outcome,
-    tiles: ForeignTiles,
+    tiles: ThirdPartyTiles,
     slide: Path | None,
     mpp: tuple[float | None, float | None],
     encoder: str | None,
     threads: int | None,
 ) -> Outcome:
     name = _encoder_name(tiles, encoder)
-    there = _open_if_there(store, outcome.slide_id)
-    if there is None:
+    stored = _open_if_stored(store, outcome.slide_id)
+    if stored is None:
         if slide is None:
-            there = _write_alone(store, outcome.slide_id, replace(tiles, mpp=mpp[1] or tiles.mpp))
+            stored = _write_without_slide(store, outcome.slide_id, replace(tiles, mpp=mpp[1] or tiles.mpp))
         else:
-            there = _write_from_slide(store, outcome.slide_id, tiles, slide, mpp, threads or usable_cores())
-    elif slide and there.pixels == NO_PIXELS:
+            stored = _write_from_slide(store, outcome.slide_id, tiles, slide, mpp, threads or usable_cores())
+    elif slide and stored.pixels == NO_PIXELS:
         reason = "the store has the slide without its pixels"
         raise SlideError(tiles.path, "unsupported", reason, "import it into another --out")
     else:
-        # Without a content hash, all that the store knows of the slide is what an earlier file stated.
-        if there.info.content_hash:
-            _check_statements(tiles, there.info)
+        # A store without a content hash knows only what an earlier file stated of the slide.
+        if stored.info.content_hash:
+            _check_statements(tiles, stored.info)
         if not name:
-            _rows_of(there, tiles)
+            _rows_of(stored, tiles)
             outcome = replace(outcome, status="already imported")
-    if name and not _keep_features(store, there, tiles, name):
+    if name and not _store_features(store, stored, tiles, name):
         outcome = replace(outcome, status="already imported")
-    tile_count, hashed = int(there.mask.sum()), there.info.content_hash
-    outcome = replace(outcome, regions=len(there.origin), tiles=tile_count, content_hash=hashed)
-    return with_qc_result(outcome, there.info, there.attributes)
+    tile_count, content_hash = int(stored.mask.sum()), stored.info.content_hash
+    outcome = replace(outcome, regions=len(stored.origin), tiles=tile_count, content_hash=content_hash)
+    return with_qc_result(outcome, stored.info, stored.attributes)
 
 
-def _encoder_name(tiles: ForeignTiles, encoder: str | None) -> str | None:
+def _encoder_name(tiles: ThirdPartyTiles, encoder: str | None) -> str | None:
     if tiles.features is None:
         return None
     name = encoder or tiles.encoder
     if not name:
         raise SlideError(
-            tiles.path, "unsupported", "does not say which encoder made its features", "give --encoder NAME"
+            tiles.path, "unsupported", "does not state which encoder made its features", "give --encoder NAME"
         )
     if name.startswith(".") or "/" in name:
         raise SlideError(tiles.path, "unsupported", f"the encoder {name!r} cannot name a folder", "give --encoder NAME")
     return name
 
 
-def _open_if_there(store: Path, slide_id: str) -> TileStore | None:
+def _open_if_stored(store: Path, slide_id: str) -> TileStore | None:
     return open_store(store, slide_id) if slide_id in tiled_slides(store) else None
 
 
-def _check_name(tiles: ForeignTiles, slide_id: str, known: set[str]) -> None:
-    """Raises SlideError if the file says that it is of another slide of this import; slides may have been renamed."""
+def _check_name(tiles: ThirdPartyTiles, slide_id: str, known: set[str]) -> None:
+    """Raises SlideError if the file names another slide of this import. Other names pass, because slides may be renamed."""
     stated = (tiles.slide_name or "").strip()
     stated = next((name for name in (stated, stated.rpartition(".")[0]) if name in known), slide_id)
     if stated != slide_id:
-        reason = f"is named after slide {slide_id}, but says that it is of slide {stated}"
+        reason = f"has the name of slide {slide_id}, but states that it is of slide {stated}"
         raise SlideError(tiles.path, "corrupt", reason, "give the file its slide's name, or write it again")
 
 
-def _check_statements(tiles: ForeignTiles, info: SlideInfo) -> None:
-    """Raises SlideError if the file states another size, scale, objective or origin than its slide has.
+def _check_statements(tiles: ThirdPartyTiles, info: SlideInfo) -> None:
+    """Raises SlideError if the file contradicts its slide in size, scale or objective, or in whether it is synthetic.
 
-    A scale that the user gave (`mpp_source`) overrides both, and is not compared.
+    A scale that the user gave (`mpp_source`) overrides both and is not compared.
     """
     differences = []
     if tiles.size and np.abs(np.subtract(tiles.size, info.size)).max() > tiles.size_error_px:
@@ -173,8 +193,8 @@ def _check_statements(tiles: ForeignTiles, info: SlideInfo) -> None:
         raise SlideError(tiles.path, "corrupt", reason, "check that the file is this slide's, and write it again")
 
 
-def _placed(tiles: ForeignTiles, info: SlideInfo) -> tuple[Int32[np.ndarray, "tile 2"], float]:
-    """The tiles' corners, in the file's order, and their side in level-0 px. Raises SlideError."""
+def _placed(tiles: ThirdPartyTiles, info: SlideInfo) -> tuple[Int32[np.ndarray, "tile 2"], float]:
+    """The tiles' corners, in the file's order, and their side, both in level-0 px. Raises SlideError if a tile is impossible."""
     if tiles.side is None:
         reason = f"{tiles.layout}'s files of features do not state the side of a tile"
         remedy = "import it together with the file of coordinates, or give --side-px"
@@ -189,14 +209,21 @@ def _placed(tiles: ForeignTiles, info: SlideInfo) -> tuple[Int32[np.ndarray, "ti
         remedy = "check that the file is this slide's, and its mpp"
         raise SlideError(tiles.path, "corrupt", reason, remedy)
     if len(np.unique(origin, axis=0)) < len(origin):
-        raise SlideError(tiles.path, "corrupt", "has two tiles at one place", "write it again")
+        raise SlideError(tiles.path, "corrupt", "has two tiles at one place", "write the file again")
     return origin.astype(np.int32), side
 
 
-def _params_of(store: Path, tiles: ForeignTiles, side_um: float, side_px: float) -> TilingParams:
-    """The tiling that these tiles are: the store's if they are of its size to within 2 %, else of their own magnification.
+def _params_of(store: Path, tiles: ThirdPartyTiles, side_um: float, side_px: float) -> TilingParams:
+    """The tiling parameters of these tiles.
 
-    Raises SlideError if the store's tiles are of another size.
+    Args:
+      store: its parameters are used if it has slides and the tiles' size agrees with them within 2 %.
+      tiles: the tiles.
+      side_um: their side in µm.
+      side_px: their side in level-0 px.
+
+    Raises:
+      SlideError: the store's tiles have another size, or the parameters are out of range.
     """
     tile_px = tiles.tile_px or round(side_px)
     for slide_id in tiled_slides(store)[:1]:
@@ -219,7 +246,7 @@ def _params_of(store: Path, tiles: ForeignTiles, side_um: float, side_px: float)
 
 
 def _write_from_slide(
-    store: Path, slide_id: str, tiles: ForeignTiles, path: Path, mpp: tuple[float | None, float | None], threads: int
+    store: Path, slide_id: str, tiles: ThirdPartyTiles, path: Path, mpp: tuple[float | None, float | None], threads: int
 ) -> TileStore:
     with open_slide(path, *mpp, info_path=os.path.abspath(path)) as slide:
         info = slide.info
@@ -232,12 +259,12 @@ def _write_from_slide(
         with StoreWriter(store, slide_id, slide, plan, "none", locked=True) as writer:
             for first, pack in read_shards(slide, plan, threads, writer.pack):
                 writer.write(first, pack)
-            writer.commit({"imported": _about(tiles)})
+            writer.commit({"imported": _origin(tiles)})
     return open_store(store, slide_id)
 
 
-def _write_alone(store: Path, slide_id: str, tiles: ForeignTiles) -> TileStore:
-    """A slide of which there are the tiles' places alone: every tile is kept, and none was judged."""
+def _write_without_slide(store: Path, slide_id: str, tiles: ThirdPartyTiles) -> TileStore:
+    """Writes a slide without its file: the places of the tiles. All tiles are kept, because none can be scored."""
     info = _info_of(tiles)
     origin, side = _placed(tiles, info)
     params = _params_of(store, tiles, side * info.mpp[0], side)
@@ -258,15 +285,15 @@ def _write_alone(store: Path, slide_id: str, tiles: ForeignTiles) -> TileStore:
         covered,
     )
     scores = np.zeros((len(ordered), 1, len(QUALITY_NAMES)), np.float32)
-    unseen = slide_verdict(scores, np.zeros((len(ordered), 1), np.uint8), params.quality)
-    verdict = unseen | {"verdict": "review", "reasons": ["imported without its slide: no tile was judged"]}
+    no_scores = slide_verdict(scores, np.zeros((len(ordered), 1), np.uint8), params.quality)
+    qc_result = no_scores | {"verdict": "review", "reasons": ["imported without its slide: no tile was scored"]}
     with StoreWriter(store, slide_id, info, plan, NO_PIXELS, locked=True) as writer:
-        writer.commit({"imported": _about(tiles), "verdict": verdict})
+        writer.commit({"imported": _origin(tiles), "verdict": qc_result})
     return open_store(store, slide_id)
 
 
-def _info_of(tiles: ForeignTiles) -> SlideInfo:
-    """What the tiles' file says of its slide. Raises SlideError (`mpp_missing`) where nothing says the resolution."""
+def _info_of(tiles: ThirdPartyTiles) -> SlideInfo:
+    """The slide's properties as the file of the tiles states them. Raises SlideError (`mpp_missing`) without a resolution."""
     if tiles.mpp is None and tiles.power is None:
         reason = f"{tiles.layout}'s files do not state the slide's micrometres per pixel"
         raise SlideError(tiles.path, "mpp_missing", reason, "give --slides FOLDER, --cohort CSV or --mpp")
@@ -288,52 +315,57 @@ def _row_by_row(origin: Int32[np.ndarray, "tile 2"]) -> Int[np.ndarray, " tile"]
     return np.lexsort(origin.T)
 
 
-def _about(tiles: ForeignTiles) -> dict:
+def _origin(tiles: ThirdPartyTiles) -> dict:
+    """Where imported tiles or features come from, for the store's attributes."""
     return {"layout": tiles.layout, "sources": tiles.sources, "overlap_px": tiles.overlap_px}
 
 
-def _rows_of(there: TileStore, tiles: ForeignTiles) -> Int[np.ndarray, " region"]:
-    """For every region of the store the file's tile there. Raises SlideError if they are other tiles."""
-    origin, side = _placed(tiles, there.info)
+def _rows_of(stored: TileStore, tiles: ThirdPartyTiles) -> Int[np.ndarray, " region"]:
+    """The file's tile at every region of the store, -1 for a masked region without one. Raises SlideError for other tiles."""
+    origin, side = _placed(tiles, stored.info)
     order = {place: row for row, place in enumerate(map(tuple, origin.tolist()))}
-    rows = np.array([order.get(place, -1) for place in map(tuple, there.origin.tolist())])
-    same = there.params.slots == 1 and abs(side / there.region_px - 1) <= SAME_SCALE
-    if not same or (rows[there.mask[:, 0]] < 0).any():
-        reason = f"the store has other tiles of {there.slide_id} than this file"
+    rows = np.array([order.get(place, -1) for place in map(tuple, stored.origin.tolist())])
+    same = stored.params.slots == 1 and abs(side / stored.region_px - 1) <= SAME_SCALE
+    if not same or (rows[stored.mask[:, 0]] < 0).any():
+        reason = f"the store has other tiles of {stored.slide_id} than this file"
         raise SlideError(tiles.path, "unsupported", reason, "import it into another --out")
     return rows
 
 
-def _keep_features(store: Path, there: TileStore, tiles: ForeignTiles, name: str) -> bool:
-    """Writes the features beside the tiles, unless they are there. Raises SlideError if others of the name are."""
+def _store_features(store: Path, stored: TileStore, tiles: ThirdPartyTiles, name: str) -> bool:
+    """Writes the features beside the tiles; returns False if the store has them.
+
+    Raises SlideError if the store has other features of that name.
+    """
     assert tiles.features is not None
-    rows = _rows_of(there, tiles)
-    width, mpp = tiles.features.shape[1], mpp_of(there.params.magnifications[0])
+    rows = _rows_of(stored, tiles)
+    width, mpp = tiles.features.shape[1], mpp_of(stored.params.magnifications[0])
     attributes = {
         "encoder": name,
-        "weights_sha256": None,  # not known: nobody can say that some file of weights made them
+        # Not known: nothing proves which file of weights made them.
+        "weights_sha256": None,
         "dtype": None,
         "mpp": [mpp],
-        "magnifications": list(there.params.magnifications),
+        "magnifications": list(stored.params.magnifications),
         "stated_encoder": tiles.encoder,
         "width": width,
-        "imported": _about(tiles),
+        "imported": _origin(tiles),
     }
-    stored = feature_attributes(store, there.slide_id, name)
-    if stored == attributes:
+    earlier = feature_attributes(store, stored.slide_id, name)
+    if earlier == attributes:
         return False
     _check_same_encoder(store, tiles, name)
-    if stored is not None:
+    if earlier is not None:
         reason = f"the store has other features of the name {name}"
-        raise SlideError(tiles.path, "unsupported", reason, "give another --encoder, or delete those")
-    values = np.zeros((*there.mask.shape, width), tiles.features.dtype)
+        raise SlideError(tiles.path, "unsupported", reason, "give another --encoder to have both, or delete the others")
+    values = np.zeros((*stored.mask.shape, width), tiles.features.dtype)
     values[rows >= 0, 0] = tiles.features[rows[rows >= 0]]
-    write_features(store, there.slide_id, name, values, attributes)
+    write_features(store, stored.slide_id, name, values, attributes)
     return True
 
 
-def _check_same_encoder(store: Path, tiles: ForeignTiles, name: str) -> None:
-    """Raises SlideError if the store's features of the name come, by what their file said or their width, of another encoder."""
+def _check_same_encoder(store: Path, tiles: ThirdPartyTiles, name: str) -> None:
+    """Raises SlideError if the store's features of that name have another width or, as their file states, another encoder."""
     assert tiles.features is not None
     for slide_id in tiled_slides(store):
         stored = feature_attributes(store, slide_id, name)
@@ -341,7 +373,7 @@ def _check_same_encoder(store: Path, tiles: ForeignTiles, name: str) -> None:
             continue
         stated, width = stored.get("stated_encoder"), stored.get("width", tiles.features.shape[1])
         if (stated, width) != (tiles.encoder, tiles.features.shape[1]):
-            reason = f"its features are {tiles.features.shape[1]} numbers of {tiles.encoder or 'an encoder not named'}"
-            reason += f", {slide_id}'s of the name {name} are {width} of {stated or 'another'}"
+            reason = f"its features are {tiles.features.shape[1]} numbers of {tiles.encoder or 'an unnamed encoder'}"
+            reason += f", those of {slide_id} with the name {name} are {width} of {stated or 'an unnamed encoder'}"
             raise SlideError(tiles.path, "unsupported", reason, "give another --encoder")
         return

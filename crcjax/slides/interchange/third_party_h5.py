@@ -1,4 +1,4 @@
-"""Tiles and features as the HDF5 files of other tools hold them: CLAM's, TRIDENT's and STAMP's layouts."""
+"""Reads tiles and features from the HDF5 files of CLAM, TRIDENT and STAMP."""
 
 from __future__ import annotations
 
@@ -16,19 +16,31 @@ from jaxtyping import Float, Float64
 from crcjax.errors import InputError, SlideError
 
 SUFFIXES = (".h5", ".hdf5")
-_FEATURES = ("features", "feats", "patch_embeddings")  # CLAM and TRIDENT; STAMP and HistoBistro; STAMP's older ones
-_CLAM_SIZE_ERROR = 0.005  # relative, of level-0 sizes that are computed from another level's
-_HISTORIC_PX, _HISTORIC_UM = 224, 256.0  # of a tile, where STAMP's first files count its own pixels
+# Datasets of features: of CLAM and TRIDENT; of STAMP and HistoBistro; of older versions of STAMP.
+_FEATURES = ("features", "feats", "patch_embeddings")
+_CLAM_SIZE_ERROR = 0.005  # relative, of a level-0 size that is computed from another level's
+_HISTORIC_PX, _HISTORIC_UM = 224, 256.0  # side of a tile in STAMP's first files, which count in pixels of the tiles
 
 
 @dataclass(frozen=True)
-class ForeignTiles:
-    """The tiles of one slide as another tool's file states them; what it does not state is None.
+class ThirdPartyTiles:
+    """The tiles of one slide as another tool's file states them; None for values that it does not state.
 
-    `corner` (x, y, top-left) and the tiles' `side` are in `unit`: level-0 px (`px`) or micrometres (`um`). `tile_px` is
-    the side as the encoder saw it, and `overlap_px` by how much of it neighbours overlap; `mpp` is of level 0, `power` its
-    objective as the tool took it, `size` (width, height) of level 0 in px, correct to within `size_error_px`. `slide_name`
-    is the slide that the file says it is of. `sources` are the files' names and SHA-256.
+    Attributes:
+      path: the file.
+      layout: the tool whose layout it has.
+      sources: names and SHA-256 of the slide's files.
+      corner: top-left corners (x, y) in `unit`.
+      unit: `px` (level-0 px) or `um` (micrometres).
+      side: of the tiles, in `unit`.
+      tile_px: side in px of the encoder's input.
+      mpp: µm per level-0 px.
+      power: the objective that the tool assumed.
+      size: (width, height) of level 0 in px, correct to within `size_error_px`.
+      slide_name: the slide that the file names.
+      overlap_px: overlap of neighbours, in px of the encoder's input.
+      encoder: the encoder that made `features`.
+      synthetic: whether the slide was painted by crcjax.
     """
 
     path: Path
@@ -49,11 +61,11 @@ class ForeignTiles:
     synthetic: bool = False
 
 
-def foreign_files(paths: Sequence[Path]) -> dict[str, list[Path]]:
-    """The HDF5 files among files and folders, by the slide that their names state.
+def third_party_files(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """Lists the HDF5 files among files and folders, by slide id: the file's name without suffix and `_patches`.
 
-    Folders are searched to any depth, through links; a file that is reached twice counts once, and hidden files are left
-    out. Raises InputError for a folder without such files, or one that cannot be searched.
+    Folders are searched to any depth, through links. A file that is reached twice counts once. Hidden files are skipped.
+    Raises InputError for a folder that has no such files or cannot be searched.
     """
     files_of: dict[str, list[Path]] = {}
     visited: set[str] = set()
@@ -76,7 +88,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
     searched: set[str] = set()
     for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        # A link to a folder above would be followed for ever.
+        # A link to a folder above would be followed without end.
         searched.add(os.path.realpath(parent))
         folders[:] = [
             name
@@ -88,17 +100,19 @@ def _files_below(folder: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def read_foreign(path: Path) -> ForeignTiles:
-    """The tiles of a file, its layout recognised by what it holds.
+def read_third_party(path: Path) -> ThirdPartyTiles:
+    """Reads the tiles of a file, whose layout is recognised by its datasets and attributes.
 
-    Raises SlideError: `missing`, `corrupt`, `unsupported` (another layout), `no_tissue` (no tiles); InputError without h5py.
+    Raises:
+      SlideError: `missing`; `corrupt`; `unsupported` for another layout; `no_tissue` for a file without tiles.
+      InputError: h5py is not installed.
     """
     h5py = open_h5py()
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if not h5py.is_hdf5(path):
-            raise SlideError(path, "unsupported", "is no HDF5 file", "give the .h5 of CLAM, TRIDENT or STAMP")
+            raise SlideError(path, "unsupported", "is not an HDF5 file", "give the .h5 of CLAM, TRIDENT or STAMP")
         with h5py.File(path) as file:
             datasets = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset)}
             attributes = {name: _plain(value) for name, value in file.attrs.items()}
@@ -114,15 +128,16 @@ def read_foreign(path: Path) -> ForeignTiles:
     return _tiles(path, sha256, arrays, attributes, dataset_names)
 
 
-def merged(files: Sequence[ForeignTiles]) -> ForeignTiles:
-    """One slide's tiles from its files: one with features, and others of the same tiles that say what it does not.
+def merged(files: Sequence[ThirdPartyTiles]) -> ThirdPartyTiles:
+    """Merges the files of one slide: at most one with features, and others that state further values of the same tiles.
 
-    CLAM's file of features, for instance, does not state the tiles' side, that of coordinates does. Raises SlideError.
+    For instance, CLAM states the side of the tiles in its file of coordinates, not in its file of features. Raises SlideError
+    (`unsupported`) if several files have features, or the files have different tiles.
     """
     with_features = [tiles for tiles in files if tiles.features is not None]
     if len(with_features) > 1:
         other, one = with_features[:2]
-        reason = f"holds features of the slide, as {other.path} does"
+        reason = f"has features of the slide, and {other.path} has features of it too"
         raise SlideError(one.path, "unsupported", reason, "import one encoder's folder at a time")
     first, *others = with_features + [tiles for tiles in files if tiles.features is None]
     for other in others:
@@ -136,7 +151,7 @@ def merged(files: Sequence[ForeignTiles]) -> ForeignTiles:
 
 
 def open_h5py() -> Any:
-    """The module h5py. Raises InputError if it is not installed."""
+    """Imports h5py. Raises InputError if it is not installed."""
     try:
         import h5py
     except ImportError:
@@ -145,17 +160,17 @@ def open_h5py() -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Attributes as Python's numbers, texts and lists."""
+    """Converts an attribute to Python's numbers, texts and lists."""
     value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _tiles(path: Path, sha256: str, arrays: dict, attributes: dict, datasets: str) -> ForeignTiles:
+def _tiles(path: Path, sha256: str, arrays: dict, attributes: dict, datasets: str) -> ThirdPartyTiles:
     if "coords" not in arrays:
         remedy = "import the file that has coords and features of every tile"
-        raise SlideError(path, "unsupported", f"has no coordinates of tiles (it holds {datasets})", remedy)
+        raise SlideError(path, "unsupported", f"has no coordinates of tiles (it has {datasets})", remedy)
     corner, features = _corner(path, arrays["coords"]), _features_of(path, arrays)
-    tiles = ForeignTiles(path, "", {path.name: sha256}, corner, features=features)
+    tiles = ThirdPartyTiles(path, "", {path.name: sha256}, corner, features=features)
     name = attributes.get("name")
     tiles = replace(
         tiles, synthetic=bool(attributes.get("synthetic", False)), slide_name=name if isinstance(name, str) else None
@@ -168,12 +183,12 @@ def _tiles(path: Path, sha256: str, arrays: dict, attributes: dict, datasets: st
         if "feats" in arrays or "patch_embeddings" in arrays:
             return _stamp(tiles, attributes)
         if "features" in arrays:
-            return replace(tiles, layout="CLAM")  # the side is in the file of coordinates alone
+            return replace(tiles, layout="CLAM")  # only the file of coordinates states the side
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
         reason = f"its attributes are damaged ({type(error).__name__}: {error})"
         raise SlideError(path, "corrupt", reason, "write it again with the tool that made it") from error
     known = "patch_size_level0 (TRIDENT), patch_level (CLAM), feats (STAMP)"
-    reason = f"is of an unknown layout (it holds {datasets}, with {', '.join(attributes) or 'no'} attributes)"
+    reason = f"has an unknown layout (it has {datasets}, with {', '.join(attributes) or 'no'} attributes)"
     raise SlideError(path, "unsupported", reason, f"known are files with {known}")
 
 
@@ -182,7 +197,7 @@ def _corner(path: Path, coords: np.ndarray) -> np.ndarray:
         reason = f"coords of shape {coords.shape} and type {coords.dtype} are not (x, y) of tiles"
         raise SlideError(path, "unsupported", reason, "give a file of CLAM, TRIDENT or STAMP")
     if not len(coords):
-        raise SlideError(path, "no_tissue", "has no tiles", "look at the slide; leave it out if empty")
+        raise SlideError(path, "no_tissue", "has no tiles", "look at the slide; leave it out if it is empty")
     if not np.isfinite(coords).all():
         raise SlideError(path, "corrupt", "has coordinates that are not finite", "write it again")
     return coords.astype(np.float64)
@@ -194,9 +209,9 @@ def _features_of(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray | None
         return None
     features, count = arrays[name], len(arrays["coords"])
     if features.ndim == 3 and len(features) == 1:
-        features = features[0]  # early TRIDENT and CLAM forks keep a batch of one
+        features = features[0]  # early versions of TRIDENT and forks of CLAM store a batch of one
     if features.ndim != 2 or features.dtype.kind != "f":
-        reason = f"{name} of shape {features.shape} and type {features.dtype} are not one row of numbers a tile"
+        reason = f"{name} of shape {features.shape} and type {features.dtype} are not one row of numbers for each tile"
         raise SlideError(path, "unsupported", reason, "give the features of tiles, not of the slide")
     if len(features) != count:
         reason = f"has {len(features)} rows of {name} and {count} coordinates"
@@ -207,7 +222,7 @@ def _features_of(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray | None
     return features if features.dtype == np.float16 else features.astype(np.float32)
 
 
-def _trident(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
+def _trident(tiles: ThirdPartyTiles, attributes: dict) -> ThirdPartyTiles:
     width, height = (attributes.get(f"level0_{name}") for name in ("width", "height"))
     return replace(
         tiles,
@@ -222,12 +237,12 @@ def _trident(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
     )
 
 
-def _clam(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
-    """CLAM's `patch_size` is in px of `patch_level`; `coords` are in level-0 px nevertheless."""
+def _clam(tiles: ThirdPartyTiles, attributes: dict) -> ThirdPartyTiles:
+    """Reads CLAM's attributes: `patch_size` is in px of `patch_level`, while `coords` are in level-0 px."""
     given = attributes["downsample"] if attributes["patch_level"] else attributes.get("downsample", 1.0)
     downsample = float(np.mean([_positive(value) for value in np.ravel(given)]))
     patch, level = _positive(attributes["patch_size"]), attributes.get("level_dim")
-    # Levels are rounded to whole pixels: the slide may be larger by less than one of theirs.
+    # Level sizes are rounded down to whole pixels: the slide may be larger by less than one pixel of the level.
     width, height = (round(float(px) * downsample) + math.ceil(downsample) - 1 for px in level or (0, 0))
     tiles = replace(tiles, layout="CLAM", side=patch * downsample, tile_px=int(patch))
     if not level:
@@ -237,8 +252,8 @@ def _clam(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
     return replace(tiles, size=(width, height), size_error_px=error_px)
 
 
-def _stamp(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
-    """STAMP's three ages: `tile_size_um`; `tile_size` with its unit; pixels of its own of 256 / 224 µm."""
+def _stamp(tiles: ThirdPartyTiles, attributes: dict) -> ThirdPartyTiles:
+    """Reads the three generations of STAMP: `tile_size_um`; `tile_size` with its unit; coordinates in pixels of 256 / 224 µm."""
     tiles = replace(tiles, layout="STAMP", encoder=_text(attributes.get("extractor")))
     tile_px = int(_positive(attributes.get("tile_size_px", _HISTORIC_PX)))
     stated = attributes.get("tile_size_um", attributes.get("tile_size") if attributes.get("unit") == "um" else None)
@@ -250,11 +265,11 @@ def _stamp(tiles: ForeignTiles, attributes: dict) -> ForeignTiles:
     if step is not None and round(float(step)) == _HISTORIC_PX:
         corner = tiles.corner * (_HISTORIC_UM / _HISTORIC_PX)
         return replace(tiles, corner=corner, unit="um", side=_HISTORIC_UM, tile_px=_HISTORIC_PX)
-    return replace(tiles, layout="HistoBistro")  # its side, and what a pixel is, are for the user to say
+    return replace(tiles, layout="HistoBistro")  # the user must give the side and the resolution
 
 
 def _step(corner: np.ndarray) -> float | None:
-    """The least distance between columns or rows of tiles."""
+    """The smallest distance between columns or rows of tiles; None for a single tile."""
     steps = [np.diff(np.unique(along)) for along in corner.T]
     return min((float(step.min()) for step in steps if len(step)), default=None)
 
@@ -262,7 +277,7 @@ def _step(corner: np.ndarray) -> float | None:
 def _positive(value: Any) -> float:
     number = float(value)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{value} is not above 0")
+        raise ValueError(f"{value} is not a number above 0")
     return number
 
 

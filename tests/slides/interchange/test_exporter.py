@@ -83,11 +83,11 @@ def test_tiles_imported_without_their_slide_go_out_without_scores(
 
 
 def test_a_damaged_slide_is_an_outcome_and_wrong_folders_are_errors(store: Path, tmp_path: Path) -> None:
-    (tmp_path / "spoilt" / "b.zarr").mkdir(parents=True)
-    (tmp_path / "spoilt" / "b.zarr" / "zarr.json").write_text("{")
-    (outcome,) = export_store(tmp_path / "spoilt", tmp_path / "out", "geojson")
+    (tmp_path / "damaged" / "b.zarr").mkdir(parents=True)
+    (tmp_path / "damaged" / "b.zarr" / "zarr.json").write_text("{")
+    (outcome,) = export_store(tmp_path / "damaged", tmp_path / "out", "geojson")
     assert (outcome.status, outcome.slide_id) == ("failed", "b")
-    with pytest.raises(InputError, match="holds no slides"):
+    with pytest.raises(InputError, match="has no slides"):
         export_store(tmp_path / "out", tmp_path / "out", "geojson")
     with pytest.raises(InputError, match="choose geojson or trident"):
         export_store(store, tmp_path / "out", "csv")

@@ -112,8 +112,8 @@ def test_stamps_micrometres_become_level_0_pixels(write_h5: Write, slides: dict,
         ({"patch_size_level0": 66}, "its tiles are 64 px of 33 µm, the store's 64 px of 32 µm"),
         ({"patch_size": 128}, "its tiles are 128 px of 32 µm"),
         ({"level0_magnification": 40}, "its tiles are 64 px of 16 µm"),
-        ({"encoder": "conch"}, "its features are 8 numbers of conch, a's of the name x are 8 of uni_v1"),
-        ({"features": FEATURES[:, :4]}, "its features are 4 numbers of uni_v1, a's of the name x are 8"),
+        ({"encoder": "conch"}, "its features are 8 numbers of conch, those of a with the name x are 8 of uni_v1"),
+        ({"features": FEATURES[:, :4]}, "its features are 4 numbers of uni_v1, those of a with the name x are 8"),
     ],
 )
 def test_other_fields_of_view_and_encoders_are_refused(
@@ -175,8 +175,8 @@ def test_started_again_it_does_what_is_missing(write_h5: Write, tmp_path: Path) 
             {"level0_magnification": 40, "target_magnification": 40},
             "an objective of 40x, the slide has 0.5 µm per pixel",
         ),
-        ({"name": "b"}, "is named after slide a, but says that it is of slide b"),
-        ({"name": "b.svs"}, "is named after slide a, but says that it is of slide b"),
+        ({"name": "b"}, "has the name of slide a, but states that it is of slide b"),
+        ({"name": "b.svs"}, "has the name of slide a, but states that it is of slide b"),
     ],
 )
 def test_a_file_whose_statements_contradict_its_slide_is_refused(
@@ -212,7 +212,10 @@ def test_a_slide_that_was_not_named_or_came_without_pixels_says_so(
     write_h5: Write, slides: dict, tmp_path: Path
 ) -> None:
     _trident(write_h5, tmp_path / "in" / "b.h5")
-    assert "the slides named have no b" in _only(import_files([tmp_path / "in"], tmp_path / "s", slides=slides)).reason
+    assert (
+        "b is not among the given slides"
+        in _only(import_files([tmp_path / "in"], tmp_path / "s", slides=slides)).reason
+    )
     path = _trident(write_h5, tmp_path / "a.h5")
     import_files([path], tmp_path / "s")
     assert (

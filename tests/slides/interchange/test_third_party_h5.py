@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from crcjax.errors import InputError, SlideError
-from crcjax.slides.interchange.third_party_h5 import foreign_files, merged, read_foreign
+from crcjax.slides.interchange.third_party_h5 import merged, read_third_party, third_party_files
 
 Write = Callable[..., Path]
 CORNER = np.array([(0, 0), (512, 0), (512, 1024)])
@@ -31,11 +31,11 @@ CLAM = {
 
 
 def test_clam_gives_the_side_in_its_coordinates_and_the_features_beside(write_h5: Write, tmp_path: Path) -> None:
-    coords = read_foreign(write_h5(tmp_path / "a.h5", {"coords": CORNER}, coords=CLAM))
+    coords = read_third_party(write_h5(tmp_path / "a.h5", {"coords": CORNER}, coords=CLAM))
     assert (coords.layout, coords.side, coords.tile_px, coords.unit) == ("CLAM", 512.0, 256, "px")
     assert coords.size == (4001, 3001)  # a level of 2000 px may be of one px more of the slide
     assert coords.mpp is coords.power is coords.features is coords.encoder is None
-    features = read_foreign(write_h5(tmp_path / "b.h5", {"coords": CORNER, "features": FEATURES}))
+    features = read_third_party(write_h5(tmp_path / "b.h5", {"coords": CORNER, "features": FEATURES}))
     assert (features.layout, features.side) == ("CLAM", None)
     found = merged([coords, features])
     assert (found.path, found.side, found.size) == (tmp_path / "b.h5", 512.0, (4001, 3001))
@@ -46,7 +46,7 @@ def test_clam_gives_the_side_in_its_coordinates_and_the_features_beside(write_h5
 
 def test_clam_at_level_0_states_no_downsample(write_h5: Write, tmp_path: Path) -> None:
     path = write_h5(tmp_path / "a.h5", {"coords": CORNER}, coords={"patch_size": 512, "patch_level": 0})
-    assert read_foreign(path).side == 512.0
+    assert read_third_party(path).side == 512.0
 
 
 def test_trident_gives_the_side_by_patch_size_level0_and_the_encoder(write_h5: Write, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_trident_gives_the_side_by_patch_size_level0_and_the_encoder(write_h5: W
         coords=TRIDENT | {"overlap": 64},
         features={"encoder": "uni_v1"},
     )
-    found = read_foreign(path)
+    found = read_third_party(path)
     assert (found.layout, found.side, found.tile_px, found.overlap_px) == ("TRIDENT", 512.0, 256, 64)
     assert (found.power, found.size, found.encoder, found.mpp) == (40.0, (4000, 3000), "uni_v1", None)
     np.testing.assert_array_equal(found.features, FEATURES.astype(np.float16))  # of a batch of one
@@ -83,22 +83,22 @@ def test_stamps_ages_give_micrometres(
 ) -> None:
     coords = np.array([(0, 0), corner], np.float32)
     path = write_h5(tmp_path / "a.h5", {"coords": coords, "feats": FEATURES[:2]}, {"extractor": "ctranspath"} | about)
-    found = read_foreign(path)
+    found = read_third_party(path)
     assert (found.layout, found.unit, found.side, found.tile_px) == ("STAMP", "um", 256.0, tile_px)
     np.testing.assert_allclose(found.corner, [(0, 0), um])
     assert found.encoder == "ctranspath"
 
 
 def test_features_of_histobistro_state_no_side(write_h5: Write, tmp_path: Path) -> None:
-    found = read_foreign(write_h5(tmp_path / "a.h5", {"coords": CORNER, "feats": FEATURES}))
+    found = read_third_party(write_h5(tmp_path / "a.h5", {"coords": CORNER, "feats": FEATURES}))
     assert (found.layout, found.unit, found.side) == ("HistoBistro", "px", None)
 
 
 @pytest.mark.parametrize(
     ("datasets", "attributes", "status", "words"),
     [
-        ({"features": FEATURES}, {}, "unsupported", "no coordinates of tiles (it holds features); import the file"),
-        ({"coords": CORNER}, {}, "unsupported", "unknown layout (it holds coords, with no attributes)"),
+        ({"features": FEATURES}, {}, "unsupported", "no coordinates of tiles (it has features); import the file"),
+        ({"coords": CORNER}, {}, "unsupported", "unknown layout (it has coords, with no attributes)"),
         ({"coords": np.zeros((3, 5), int), "features": FEATURES}, {}, "unsupported", "coords of shape (3, 5)"),
         ({"coords": CORNER[:0], "features": FEATURES[:0]}, {}, "no_tissue", "has no tiles"),
         ({"coords": CORNER * np.nan, "feats": FEATURES}, {}, "corrupt", "not finite"),
@@ -120,7 +120,7 @@ def test_other_and_damaged_files_are_named_with_a_remedy(
 ) -> None:
     path = write_h5(tmp_path / "a.h5", datasets, coords=attributes)
     with pytest.raises(SlideError) as caught:
-        read_foreign(path)
+        read_third_party(path)
     assert caught.value.status == status
     assert words in str(caught.value)
     assert str(path) in str(caught.value)
@@ -129,29 +129,29 @@ def test_other_and_damaged_files_are_named_with_a_remedy(
 def test_bytes_that_are_no_hdf5_or_are_spoilt_never_pass(write_h5: Write, tmp_path: Path) -> None:
     datasets = {"coords": CORNER, "features": FEATURES}
     whole = write_h5(tmp_path / "a.h5", datasets, coords=TRIDENT).read_bytes()
-    rng, path, refused = np.random.default_rng(0), tmp_path / "spoilt.h5", 0
-    spoilt = [b"", b"PK\3\4", whole[: len(whole) // 2]]
+    rng, path, refused = np.random.default_rng(0), tmp_path / "damaged.h5", 0
+    damaged = [b"", b"PK\3\4", whole[: len(whole) // 2]]
     for at in rng.integers(0, len(whole), 200).tolist():
-        spoilt.append(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
-    for content in spoilt:
+        damaged.append(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+    for content in damaged:
         path.write_bytes(content)
         try:
-            read_foreign(path)
+            read_third_party(path)
         except SlideError as error:
             refused += str(path) in str(error)
     assert refused > 20
     with pytest.raises(SlideError, match="no such file"):
-        read_foreign(tmp_path / "absent.h5")
+        read_third_party(tmp_path / "absent.h5")
 
 
 def test_files_of_one_slide_must_be_of_the_same_tiles_and_one_encoder(write_h5: Write, tmp_path: Path) -> None:
     one, other = (
-        read_foreign(write_h5(tmp_path / name, {"coords": CORNER, "features": FEATURES}, coords=TRIDENT))
+        read_third_party(write_h5(tmp_path / name, {"coords": CORNER, "features": FEATURES}, coords=TRIDENT))
         for name in ("one.h5", "other.h5")
     )
-    with pytest.raises(SlideError, match=r"as .*one\.h5 does; import one encoder's folder at a time"):
+    with pytest.raises(SlideError, match=r"one\.h5 has features of it too; import one encoder's folder at a time"):
         merged([one, other])
-    elsewhere = read_foreign(write_h5(tmp_path / "a.h5", {"coords": CORNER + 1}, coords=CLAM))
+    elsewhere = read_third_party(write_h5(tmp_path / "a.h5", {"coords": CORNER + 1}, coords=CLAM))
     with pytest.raises(SlideError, match="has other tiles than"):
         merged([one, elsewhere])
 
@@ -161,11 +161,11 @@ def test_files_go_by_the_slides_of_their_names(write_h5: Write, tmp_path: Path) 
     patches = write_h5(job / "patches" / "a_patches.h5", {"coords": CORNER})
     features = write_h5(job / "features_uni_v1" / "a.h5", {"coords": CORNER})
     (job / "patches" / "notes.txt").touch()
-    assert foreign_files([job, patches]) == {"a": [features, patches]}
+    assert third_party_files([job, patches]) == {"a": [features, patches]}
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(InputError, match=r"empty: no HDF5 files"):
-        foreign_files([empty])
+        third_party_files([empty])
 
 
 def test_folders_are_searched_through_links_without_hidden_files_or_doubles(write_h5: Write, tmp_path: Path) -> None:
@@ -180,6 +180,6 @@ def test_folders_are_searched_through_links_without_hidden_files_or_doubles(writ
     (job / ".trash").mkdir()
     (job / ".trash" / "c.h5").touch()
     (job / "gone.h5").symlink_to("nowhere.h5")
-    assert foreign_files([job]) == {"A": [a], "gone": [job / "gone.h5"], "b": [job / "linked" / "b.h5"]}
+    assert third_party_files([job]) == {"A": [a], "gone": [job / "gone.h5"], "b": [job / "linked" / "b.h5"]}
     with pytest.raises(SlideError, match="no such file"):
-        read_foreign(job / "gone.h5")
+        read_third_party(job / "gone.h5")
