@@ -65,7 +65,7 @@ def _disc(mask: np.ndarray, at: np.ndarray, radius: int) -> None:
     cv2.circle(mask, at.astype(int).tolist(), radius, 1.0, -1)
 
 
-def spoil_section(
+def corrupt_section(
     ground: Ground, masks: Masks, haematoxylin: np.ndarray, eosin: np.ndarray, x: int, y: int
 ) -> list[tuple[Float32[np.ndarray, "y x"], tuple[float, ...]]]:
     """Changes the stains of a block at (x, y) in place; returns other absorbing layers: amounts, and the density per amount."""
@@ -83,7 +83,7 @@ def spoil_section(
     return layers
 
 
-def spoil_picture(
+def corrupt_picture(
     pixels: UInt8[np.ndarray, "y x 3"], masks: Masks, white: tuple[int, int, int], mpp: float
 ) -> UInt8[np.ndarray, "y x 3"]:
     """Adds defocus, ink and air bubbles to the picture of a block."""

@@ -26,7 +26,7 @@ from jaxtyping import Float32, UInt8
 from crcjax.errors import InputError, writing
 from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.jobs.worker_pool import check_main_guard, run_jobs
-from crcjax.slides.synthetic.artefacts import SYNTHETIC_ARTEFACTS, artefact_mask, spoil_picture, spoil_section
+from crcjax.slides.synthetic.artefacts import SYNTHETIC_ARTEFACTS, artefact_mask, corrupt_picture, corrupt_section
 from crcjax.slides.synthetic.tissue_map import MAP_UM, SUBTYPES, Tissue, architecture
 from crcjax.slides.synthetic.tissue_textures import REACH_UM, Ground, draw_stains
 from crcjax.slides.synthetic.truth import load_truth, truth_path
@@ -34,7 +34,8 @@ from crcjax.slides.wsi.slide import PAINTED
 
 TILE_PX = 256
 BLOCK_PX = 1024  # a block at a quarter of its side is one tile of the next level
-_OPTICS_UM, _SPOIL_UM = 2.0, 10.0  # reach of the optics' blur alone, and with an artefact's
+# How far the optics' blur reaches, and how far it reaches with an artefact's blur.
+_OPTICS_UM, _CORRUPT_UM = 2.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ SITES = (
 
 @dataclass(frozen=True)
 class SlideSpec:
-    """One slide to paint. `artefacts` are names of artefacts.SYNTHETIC_ARTEFACTS; the same spec gives the same bytes."""
+    """One slide to paint. `artefacts` are names of SYNTHETIC_ARTEFACTS; the same spec gives the same bytes."""
 
     subtype: str
     seed: int
@@ -192,11 +193,11 @@ def _scene(spec: SlideSpec) -> _Scene:
 def paint_block(spec: SlideSpec, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "y x 3"]:
     """RGB of a block at (x, y) in level-0 px, identical whether painted alone or with its neighbours."""
     scene, site = _scene(spec), spec.site
-    margin = int(np.ceil((REACH_UM + (_SPOIL_UM if spec.artefacts else _OPTICS_UM)) / spec.mpp))
+    margin = int(np.ceil((REACH_UM + (_CORRUPT_UM if spec.artefacts else _OPTICS_UM)) / spec.mpp))
     box = (x - margin, y - margin, width + 2 * margin, height + 2 * margin)
     haematoxylin, eosin = draw_stains(scene.ground, *box)
     masks = {name: _block_of(mask, spec.mpp, *box) for name, mask in scene.artefacts.items()}
-    layers = spoil_section(scene.ground, masks, haematoxylin, eosin, *box[:2])
+    layers = corrupt_section(scene.ground, masks, haematoxylin, eosin, *box[:2])
     vectors = scene.stain[0] * _unit(site.haematoxylin), scene.stain[1] * _unit(site.eosin)
     channels = []
     for i, (white, h, e) in enumerate(zip(site.white, *vectors, strict=True)):
@@ -205,7 +206,7 @@ def paint_block(spec: SlideSpec, x: int, y: int, width: int, height: int) -> UIn
             exponent = exponent - density[i] * amount
         channels.append(cv2.convertScaleAbs(cv2.exp(exponent), alpha=white))
     pixels = cv2.GaussianBlur(cv2.merge(channels), (0, 0), site.blur_um / spec.mpp)
-    return spoil_picture(pixels, masks, site.white, spec.mpp)[margin:-margin, margin:-margin]
+    return corrupt_picture(pixels, masks, site.white, spec.mpp)[margin:-margin, margin:-margin]
 
 
 def _block_of(mask: np.ndarray, mpp: float, x: int, y: int, width: int, height: int) -> Float32[np.ndarray, "y x"]:

@@ -126,7 +126,7 @@ def test_other_and_damaged_files_are_named_with_a_remedy(
     assert str(path) in str(caught.value)
 
 
-def test_bytes_that_are_no_hdf5_or_are_spoilt_never_pass(write_h5: Write, tmp_path: Path) -> None:
+def test_bytes_that_are_no_hdf5_or_are_damaged_never_pass(write_h5: Write, tmp_path: Path) -> None:
     datasets = {"coords": CORNER, "features": FEATURES}
     whole = write_h5(tmp_path / "a.h5", datasets, coords=TRIDENT).read_bytes()
     rng, path, refused = np.random.default_rng(0), tmp_path / "damaged.h5", 0

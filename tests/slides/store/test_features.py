@@ -112,9 +112,9 @@ def test_what_is_absent_damaged_or_of_another_shape_is_named(slide: tuple) -> No
     shard = next(path for path in (store / f"{name}.zarr" / "features" / "a").rglob("*") if path.name == "0")
     while shard.is_dir():
         shard = next(shard.iterdir())
-    spoilt = bytearray(shard.read_bytes())
-    spoilt[len(spoilt) // 2] ^= 1
-    shard.write_bytes(spoilt)
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
     with pytest.raises(InputError, match=r"features/a: damaged"):
         read_features(store, name, "a")
 

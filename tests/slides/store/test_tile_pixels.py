@@ -199,9 +199,9 @@ def test_a_flipped_byte_anywhere_in_the_pixels_is_an_error_that_names_the_slide(
     for path in files:
         content = path.read_bytes()
         for position in rng.integers(0, len(content), 12):
-            spoilt = bytearray(content)
-            spoilt[position] ^= 1 << rng.integers(0, 8)
-            path.write_bytes(spoilt)
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << rng.integers(0, 8)
+            path.write_bytes(damaged)
             with pytest.raises(InputError, match=r"a\.zarr.*run crcjax tile again"):
                 _all(open_store(copy, "a"))
         path.write_bytes(content)

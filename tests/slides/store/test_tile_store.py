@@ -41,7 +41,7 @@ def written(small_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.fixture
 def store(written: tuple[Path, RegionTiles], tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     subprocess.run(["cp", "-r", str(written[0]), str(tmp_path / "store")], check=True)
     return tmp_path / "store"
 
@@ -124,9 +124,9 @@ def _truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("array", ["pixels/20x", "pixels/10x", "mask", "origin", "quality"])
-@pytest.mark.parametrize("spoil", [_flip, _truncate, Path.unlink])
-def test_a_damaged_or_lost_file_is_an_error_that_names_it(array: str, spoil, store: Path) -> None:
-    spoil(_shards(store, array)[0])
+@pytest.mark.parametrize("damage", [_flip, _truncate, Path.unlink])
+def test_a_damaged_or_lost_file_is_an_error_that_names_it(array: str, damage, store: Path) -> None:
+    damage(_shards(store, array)[0])
     with pytest.raises(InputError, match=rf"a\.zarr: damaged .*{array}.*run crcjax tile again"):
         _read_all(store)
 

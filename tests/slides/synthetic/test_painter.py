@@ -156,12 +156,12 @@ def test_an_artefact_neither_moves_nor_changes_those_before_it(name: str) -> Non
 def test_thin_and_thick_tissue_absorbs_as_many_times_as_much_light(name: str, times: float) -> None:
     site = replace(SITES[0], blur_um=0.01)
     spec = SlideSpec("stromal", seed=9, site=site, size_px=(1024, 768), mpp=1.0, artefacts=(name,))
-    spoilt, clean = (
+    corrupted, clean = (
         paint_block(replace(spec, artefacts=names), 0, 0, *spec.size_px).astype(float) for names in ((name,), ())
     )
     solid = (clean.min(axis=2) > 120) & (clean.max(axis=2) < 235)  # where rounding to a byte is small
     inner = solid & ~_at_pixels(_grown(_scene(spec).artefacts[name] < 1, 1), solid.shape, 1.0)
-    ratio = np.log(spoilt[inner] / site.white).sum(axis=1) / np.log(clean[inner] / site.white).sum(axis=1)
+    ratio = np.log(corrupted[inner] / site.white).sum(axis=1) / np.log(clean[inner] / site.white).sum(axis=1)
     assert inner.sum() > 500
     assert np.median(ratio) == pytest.approx(times, rel=0.03)
 
@@ -169,8 +169,8 @@ def test_thin_and_thick_tissue_absorbs_as_many_times_as_much_light(name: str, ti
 def test_blood_is_red_orange_and_dust_is_dark_and_grey_on_tissue_and_on_glass() -> None:
     spec = SlideSpec("canonical", seed=4, size_px=(1024, 768), mpp=1.0)
     for name in ("blood", "dust"):
-        spoilt = replace(spec, artefacts=(name,))
-        pixels, truth = paint_block(spoilt, 0, 0, *spec.size_px), _scene(spoilt)
+        corrupted = replace(spec, artefacts=(name,))
+        pixels, truth = paint_block(corrupted, 0, 0, *spec.size_px), _scene(corrupted)
         inner = _at_pixels(truth.artefacts[name] == 1, pixels.shape[:2], 1.0)
         for tissue in (True, False):
             here = pixels[inner & (_at_pixels(truth.ground.kinds > 0, inner.shape, 1.0) == tissue)]

@@ -66,9 +66,9 @@ def _scores(**changes: float) -> np.ndarray:
 
 def _under(tile: np.ndarray, density: tuple[float, float, float]) -> np.ndarray:
     """The tile, its left half under something of that optical density in red, green and blue."""
-    spoilt = tile.copy()
-    spoilt[:, :128] = (tile[:, :128] * np.exp(-np.array(density))).astype(np.uint8)
-    return spoilt
+    corrupted = tile.copy()
+    corrupted[:, :128] = (tile[:, :128] * np.exp(-np.array(density))).astype(np.uint8)
+    return corrupted
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
@@ -306,7 +306,7 @@ def test_a_verdict_follows_from_what_was_kept() -> None:
 
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """Scores of all tiles of slides of four sites, with the spoilt share of each tile by artefact, and `smooth`."""
+    """Scores of all tiles of slides of four sites, with the corrupted share of each tile by artefact, and `smooth`."""
     folder, params = tmp_path_factory.mktemp("painted"), TilingParams()
     side = params.tile_px * 0.5
     tiles: dict[str, list] = {name: [] for name in ("scores", "slide", "smooth", *SCORE_OF)}
@@ -333,10 +333,10 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("artefact", SCORE_OF)
 def test_each_artefact_of_the_painter_stands_out(artefact: str, painted: dict[str, np.ndarray]) -> None:
     clean = ~np.any([painted[name] for name in SCORE_OF], axis=0)
-    spoilt, (name, sign) = painted[artefact] >= 0.25, SCORE_OF[artefact]
+    corrupted, (name, sign) = painted[artefact] >= 0.25, SCORE_OF[artefact]
     score = sign * painted["scores"][:, QUALITY_NAMES.index(name)]
-    assert spoilt.sum() >= 5
-    assert roc_auc_score(spoilt[spoilt | clean], score[spoilt | clean]) >= 0.95
+    assert corrupted.sum() >= 5
+    assert roc_auc_score(corrupted[corrupted | clean], score[corrupted | clean]) >= 0.95
 
 
 def test_smooth_tissue_is_not_taken_for_blurred(painted: dict[str, np.ndarray]) -> None:

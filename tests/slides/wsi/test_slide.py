@@ -297,7 +297,7 @@ def _folder_of_text(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "status"),
+    ("damage", "status"),
     [
         (Path.unlink, "missing"),
         (_empty, "corrupt"),
@@ -307,10 +307,10 @@ def _folder_of_text(path: Path) -> None:
     ],
 )
 def test_a_bad_file_is_one_clear_error(
-    spoil: Callable[[Path], None], status: str, small_slide: Path, tmp_path: Path
+    damage: Callable[[Path], None], status: str, small_slide: Path, tmp_path: Path
 ) -> None:
     path = Path(shutil.copy(small_slide, tmp_path / "bad.svs"))
-    spoil(path)
+    damage(path)
     with pytest.raises(SlideError, match=r"bad\.svs: .+; .+") as caught:
         open_slide(path)
     assert caught.value.status == status
