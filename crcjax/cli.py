@@ -103,7 +103,7 @@ def tile(
         typer.Option(help="folder of SLIDE_ID.geojson (QuPath) or SLIDE_ID.png: tile only these areas of each slide"),
     ] = None,
     exclude: Annotated[
-        Path | None, typer.Option(help="a folder of the same form: tile everything but these areas")
+        Path | None, typer.Option(help="folder of such files: tile everything except these areas")
     ] = None,
     icc: Annotated[bool, typer.Option("--icc", help="convert colours to sRGB by each slide's ICC profile")] = False,
     stain: Annotated[
@@ -117,7 +117,9 @@ def tile(
     ] = None,
     pixels: Annotated[
         Literal["jpeg", "lossless"],
-        typer.Option(help="JPEG streams (the slide's own if grids agree), or the bits as read, 7 times larger"),
+        typer.Option(
+            help="native JPEG tiles where the grids agree, else JPEG of quality 90; or lossless, 7 times larger"
+        ),
     ] = "jpeg",
     no_pixels: Annotated[
         bool,
@@ -128,8 +130,8 @@ def tile(
     limit: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=NUMBER, a limit of quality control, by default min_tissue=0.25, the least fraction of a tile within "
-            "the tissue, max_pen=0.1, the largest under ink, and others (docs/slides.md); repeatable"
+            help="NAME=NUMBER, a limit of quality control: by default min_tissue=0.25, the smallest fraction of a tile that "
+            "must be tissue, max_pen=0.1, the largest fraction under ink, and others (docs/slides.md); repeatable"
         ),
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="cores to use; all by default")] = None,
@@ -150,7 +152,7 @@ def tile(
     ] = None,
     pseudonym_key: PseudonymKey = None,
 ) -> None:
-    """Cuts slides into tiles and stores them for training. Started again, it tiles only the slides that are missing.
+    """Cuts slides into tiles and stores them for training. Run again, it tiles only the slides that are missing.
 
     Several runs may share a store, such as those of a SLURM array:
 
@@ -190,7 +192,7 @@ def tile(
         raise InputError(f"--exclude {exclude}: no file there belongs to a slide; name them {jobs[0].slide_id}.geojson")
     if shard is not None:
         jobs = shard_of(jobs, shard)
-    # The largest come first: by their number alone, the time that is left would be guessed too long.
+    # Progress is weighted by size. The largest slides come first, and a mere count would overestimate the time remaining.
     sizes = {job.slide_id: job.size_bytes or 1 for job in jobs}
     columns = ("{task.fields[slides]} of {task.fields[of]} slides", "{task.fields[speed]:.0f} tiles/s")
     with _progress(*columns) as progress:
@@ -227,8 +229,8 @@ def overview(
     limit: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=DEGREES, by default max_stain_degrees=15, the largest angle of a slide's stains to the cohort's, and "
-            "max_tile_degrees=10, of a tile's colour to every mixture of these; repeatable"
+            help="NAME=DEGREES: by default max_stain_degrees=15, the largest angle between a slide's stains and the "
+            "cohort's, and max_tile_degrees=10, between a tile's colour and every mixture of these; repeatable"
         ),
     ] = None,
 ) -> None:
@@ -254,21 +256,23 @@ def import_(
     out: Annotated[Path, typer.Option(help="folder of the tile stores")],
     slides: Annotated[
         list[Path] | None,
-        typer.Option(help="slide file, or folder to search: their pixels can then be read; repeatable"),
+        typer.Option(help="slide file, or folder to search; pixels are read from these slides; repeatable"),
     ] = None,
     cohort: Annotated[Path | None, typer.Option(help="CSV with slide_id, case_id and path of the slides")] = None,
-    encoder: Annotated[str | None, typer.Option(help="name of the features, by default the file's")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="name of the features, by default the one that the file states")
+    ] = None,
     mpp: Annotated[
-        float | None, typer.Option(help="µm per level-0 pixel, for all files, and slides that state none")
+        float | None, typer.Option(help="µm per level-0 pixel of all files, and of slides that state none")
     ] = None,
     side_px: Annotated[
         float | None, typer.Option(help="side of a tile in level-0 pixels, for files that do not state it")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="cores to use; all by default")] = None,
 ) -> None:
-    """Imports other tools' tiles and features, in a store that training reads (see docs/interchange.md).
+    """Imports other tools' tiles and features into a store that training reads (see docs/interchange.md).
 
-    Started again, it does what is missing.
+    A file that contradicts its slide is refused. Run again, the command imports only the files that are missing.
     """
     from crcjax.data.slide_selection import named_slides
     from crcjax.slides.interchange.importer import import_files
@@ -488,16 +492,16 @@ def validate(
 @app.command()
 def deidentify(
     slides: Annotated[list[Path], typer.Argument(metavar="SLIDE_OR_FOLDER...", help="Aperio, tiled TIFF or DICOM")],
-    out: Annotated[Path, typer.Option(help="the copy of one slide; with --pseudonym-key a folder")],
+    out: Annotated[Path, typer.Option(help="the copy of one slide; with --pseudonym-key, the folder of all copies")],
     pseudonym_key: Annotated[
         Path | None, typer.Option(help="file of a secret key: each copy is named by its slide's pseudonym")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="slides at a time; as many as cores by default")] = None,
 ) -> None:
-    """Copies slides without label, macro image and identifying tags; pixels stay bit-identical.
+    """Copies slides without label, macro image and identifying tags; the pixels stay bit-identical.
 
-    A report lies beside each copy. Formats that cannot be copied safely are refused. The picture itself is not searched
-    for writing or pen marks. Started again, it does what is missing.
+    Each copy has a report beside it. Formats that cannot be copied safely are refused. The pixels are not searched for
+    writing or pen marks. Run again, the command copies only the slides that are missing.
     """
     from crcjax.data.slide_selection import named_copies
     from crcjax.slides.deidentify.deidentify import Report, deidentify_slides, report_path
@@ -506,7 +510,7 @@ def deidentify(
 
     paths = find_slides(slides)
     copies = list(zip(paths, named_copies(paths, out, pseudonym_key), strict=True))
-    # Under a pseudonym, what is there is this slide's copy.
+    # A file under a slide's pseudonym is a copy of that slide.
     jobs = [(path, copy) for path, copy in copies if not (pseudonym_key and copy.exists())]
     refused = 0
     for path, copy, result in deidentify_slides(jobs, workers or usable_cores()):
@@ -518,8 +522,8 @@ def deidentify(
         for removed in result.removed:
             _stderr.print(f"  removed: {removed}", markup=False)
         _stderr.print(f"  remains: {result.remains}", markup=False)
-    there = f", {len(paths) - len(jobs)} were there" if len(jobs) < len(paths) else ""
-    _stderr.print(f"{len(jobs) - refused} of {len(paths)} slides copied{there}", markup=False)
+    existing = f", {len(paths) - len(jobs)} copied before" if len(jobs) < len(paths) else ""
+    _stderr.print(f"{len(jobs) - refused} of {len(paths)} slides copied{existing}", markup=False)
     raise typer.Exit(1 if refused else 0)
 
 
@@ -530,9 +534,11 @@ def pseudonyms(
         Path, typer.Option(help="file of a secret key of 32 bytes or more (openssl rand -hex 32)")
     ],
     out: Annotated[Path, typer.Option(help="the new CSV: pseudonyms, subtype, site, scanner and split, no paths")],
-    keep: Annotated[list[str] | None, typer.Option(help="a further column to keep; may be repeated")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="a further column to keep, such as mpp; path is refused; repeatable")
+    ] = None,
 ) -> None:
-    """Writes a cohort under the pseudonyms that `tile --pseudonym-key` and `predict --pseudonym-key` use."""
+    """Writes a cohort under the pseudonyms that `tile --pseudonym-key` and `predict --pseudonym-key` give."""
     from crcjax.data.pseudonyms import load_key, write_pseudonymous
 
     rows = write_pseudonymous(cohort, load_key(pseudonym_key), out, keep or ())

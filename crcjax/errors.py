@@ -1,4 +1,4 @@
-"""The exceptions of crcjax. Every message says where, what was found, and what to do."""
+"""The exceptions of crcjax. Every message names the file or field, the fault, and a remedy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 
-AGAIN_STATUS = 85  # the exit status of a run that the same command goes on with, by itself (launch/slurm/train.sbatch)
-# What helps against a failed write, beside another place; a file where a folder is needed has no other remedy.
+# Exit status of a run that stopped with everything saved; launch/slurm/train.sbatch starts the same command again.
+AGAIN_STATUS = 85
+# Remedies for a failed write, in addition to another place. A file where a folder is needed has no other remedy.
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space",
@@ -29,16 +30,17 @@ class CrcjaxError(Exception):
 
 
 class SlideError(CrcjaxError):
-    """One slide cannot be used; the other slides of the run go through.
+    """One slide cannot be processed; the other slides of the run still are.
 
-    `status` is the word for tables and manifests: one of `missing`, `corrupt`, `unsupported`, `mpp_missing`,
-    `too_coarse`, `no_tissue`, `storage`, `failed`. `reason` and `remedy` do not name the path, which may have to stay hidden.
+    `status` is written to tables and manifests: one of `missing`, `corrupt`, `unsupported`, `mpp_missing`, `too_coarse`,
+    `no_tissue`, `storage`, `failed`. `reason` and `remedy` do not name the path, which may be confidential.
     """
 
     def __init__(self, path: str | PathLike[str], status: str, reason: str, remedy: str):
         name = str(path)
-        if "/" in name or re.search(r"\.[A-Za-z]", name):  # a folder `1` or `slide` would match numbers and words
-            # A library's message may name the path; longer paths that contain it stay whole.
+        # A folder named `1` or `slide` would match numbers and words.
+        if "/" in name or re.search(r"\.[A-Za-z]", name):
+            # A library's message may name the path. Longer paths that contain it are not changed.
             reason = re.sub(rf"(?<![\w./~-]){re.escape(name)}(?![\w/-]|\.\w)", "the file", reason)
         super().__init__(f"{path}: {reason}; {remedy}")
         self.path = str(path)
@@ -51,24 +53,25 @@ class SlideError(CrcjaxError):
 
 
 class InputError(CrcjaxError):
-    """The cohort, the config, the store or the run directory is not usable: nothing is started."""
+    """The cohort, the config, the store or the run directory cannot be used; nothing was started."""
 
 
 class OutputError(CrcjaxError):
-    """The output cannot be written (disk full, no permission): the run stops, what is finished is kept."""
+    """The output cannot be written (disk full, no permission); the run stops, and finished results are kept."""
 
 
 class StoppedError(CrcjaxError):
-    """A signal asked the run to stop; what is done is saved, and the same command goes on from there."""
+    """A signal stopped the run; everything is saved, and the same command resumes."""
 
 
 class DivergedError(CrcjaxError):
-    """The loss of a run became infinite or undefined: its last checkpoint is finite, but training on gives no result."""
+    """The loss of a run became infinite or NaN; its last checkpoint is finite, but training further gives no result."""
 
 
 class DeviceMemoryError(CrcjaxError):
-    """A device's memory ran out within a step; the same command goes on from the last checkpoint, in smaller parts than
-    the `parts` that were tried.
+    """A device's memory ran out within a step; the same command resumes from the last checkpoint with smaller micro-batches.
+
+    `parts` is the number of micro-batches of the step that failed.
     """
 
     def __init__(self, message: str, parts: int):
@@ -77,19 +80,19 @@ class DeviceMemoryError(CrcjaxError):
 
 
 class BusyError(CrcjaxError):
-    """Another process holds what is needed; it will be free again."""
+    """Another process uses the resource; it will be free again."""
 
 
 @contextmanager
 def writing(
     path: str | PathLike[str], instead: str = "choose another --out", catch: tuple[type[Exception], ...] = (OSError,)
 ) -> Iterator[None]:
-    """Turns an error of the file system, raised while `path` is written, into one line.
+    """Converts a file system error that is raised while `path` is written to an OutputError of one line.
 
     Args:
       path: the file or folder that the message names.
-      instead: what the user can do whatever the reason is, such as "choose another --workdir".
-      catch: the errors that are file system errors here; TensorStore and Orbax raise ValueError for some.
+      instead: a remedy that helps for every reason, such as "choose another --workdir".
+      catch: the exceptions that report file system errors here; TensorStore and Orbax raise ValueError for some.
 
     Raises:
       OutputError: "PATH: cannot be written (REASON); REMEDY".
@@ -104,7 +107,7 @@ def writing(
 
 
 def _error_code(error: Exception) -> int:
-    """The system's error number, also where a library quotes only its text; 0 if there is none."""
+    """The system's error number, also if a library quotes only its text; 0 if there is none."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
     return next((code for code in _WRITE_REMEDIES if os.strerror(code) in str(error)), 0)
