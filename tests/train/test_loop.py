@@ -247,7 +247,7 @@ def test_evidence_by_density_falls_beyond_what_validation_slides_are(
     train(small_config, run)
     density = load_density(run)
     train(small_config, run)
-    assert capsys.readouterr().err.count("seeing all training slides") == 1
+    assert capsys.readouterr().err.count("encoding all training slides for the feature density") == 1
     predictor = Predictor(run)
     (member,) = predictor.members
     validation = [painted / "slides" / f"{row.slide_id}.svs" for row in load_cohort(table, None).split("val").rows]

@@ -113,7 +113,8 @@ def test_a_run_whose_memory_no_longer_suffices_goes_on_in_smaller_parts_with_the
     _run(LIMITED, str(painted), str(tmp_path / "free"), "free")
     # The limit counts what the C library reserves for each thread too, which takes all that is left and is no use of it.
     done = _run(LIMITED, str(painted), str(tmp_path / "limited"), "limited", MALLOC_ARENA_MAX="2")
-    assert "RESOURCE_EXHAUSTED" in done.stderr
+    # JAX reports the computation that lacked memory, or a later one that waited for it.
+    assert "RESOURCE_EXHAUSTED" in done.stderr or "Out of memory allocating" in done.stderr
     assert "Steps are computed in 2 parts from now on" in done.stderr
     assert "going on from step 2" in done.stderr
     free, limited = _losses(tmp_path / "free"), _losses(tmp_path / "limited")
