@@ -1,1 +1,1 @@
-"""Stores and a cohort to sharded device arrays."""
+"""From a cohort and a tile store to sharded batches on the devices."""

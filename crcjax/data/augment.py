@@ -1,6 +1,6 @@
-"""Augmentation on the device: parameters are sampled once a step, and applied to a few regions of the bags at a time.
+"""Augmentation on the device: samples parameters once a step and applies them to a few regions of each bag at a time.
 
-A change that the config switches off is None in the sampled parameters, and absent from the compiled program.
+A change that the config disables is None in the sampled parameters and absent from the compiled program.
 """
 
 from __future__ import annotations
@@ -13,53 +13,62 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
-from crcjax.data.corruptions import Artefacts, blur, draw_artefacts, jpeg, spoil
+from crcjax.data.corruptions import Artefacts, add_artefacts, blur, jpeg, sample_artefacts
 from crcjax.slides.stain.methods import StainEstimate, StainMatrix
 
-_NO_JPEG = 100  # the value of jpeg_min_quality that disables JPEG compression
-# Ruifrok and Johnston 2001: haematoxylin and eosin. The third direction is at right angles to both.
+# The value of jpeg_min_quality that disables JPEG compression.
+_NO_JPEG = 100
+# Unit vectors of haematoxylin and eosin in optical density (Ruifrok and Johnston 2001).
 _RUIFROK = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]], np.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ColourChange:
-    """A linear change of optical densities: densities under the light `before`, times `density`, under the light `after`."""
+    """A linear change of optical density.
 
-    density: Float32[Array, "batch some_region some_slot 3 3"]
+    Attributes:
+      density: the matrix that optical densities are multiplied by.
+      before: the background intensities that optical densities are computed with before the change.
+      after: the background intensities after the change.
+    """
+
+    density: Float32[Array, "batch parameter_region parameter_slot 3 3"]
     before: Float32[Array, "batch 1 1 3"]
-    after: Float32[Array, "batch some_region some_slot 3"]
+    after: Float32[Array, "batch parameter_region parameter_slot 3"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Noise:
-    """Gaussian noise: its standard deviation (8-bit intensities) and the key of each tile's noise."""
+    """Gaussian noise: its standard deviation (8-bit intensities) and each tile's random key."""
 
-    deviation: Float32[Array, "batch some_region some_slot"]
+    deviation: Float32[Array, "batch parameter_region parameter_slot"]
     key: Key[Array, "batch region slot"]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The sampled parameters of one step, with axes batch, region and slot; a parameter shared by a slide has 1 region and 1 slot.
+    """The sampled parameters of one step.
+
+    The leading axes are batch, region and slot. A parameter that the tiles of a slide share has one region and one slot.
 
     Attributes:
-      flips: whether a tile is mirrored in x, mirrored in y, and transposed.
+      flips: whether each tile is mirrored in x, mirrored in y, and transposed.
       colour: the change of stain and colour.
-      artefacts: the simulated artefact of each tile.
-      blur_px: standard deviation of the Gaussian blur, px.
+      artefacts: each tile's simulated artefact.
+      blur_px: standard deviation of the Gaussian blur, in px.
       noise: the added noise.
-      jpeg_quality: quality of the JPEG compression, 1 to 100 as libjpeg counts.
-      chroma_subsampled: whether that JPEG stores colours at half the resolution (4:2:0).
+      jpeg_quality: quality of the JPEG compression, from 1 to 100 on libjpeg's scale.
+      chroma_subsampled: whether the JPEG stores colours at half the resolution (4:2:0).
     """
 
     flips: Bool[Array, "batch region slot 3"] | None = None
     colour: ColourChange | None = None
     artefacts: Artefacts | None = None
-    blur_px: Float32[Array, "batch some_region some_slot"] | None = None
+    blur_px: Float32[Array, "batch parameter_region parameter_slot"] | None = None
     noise: Noise | None = None
-    jpeg_quality: Float32[Array, "batch some_region some_slot"] | None = None
+    jpeg_quality: Float32[Array, "batch parameter_region parameter_slot"] | None = None
     chroma_subsampled: bool = False
 
 
@@ -89,7 +98,7 @@ def sample_augmentation(
     return Augmentation(
         flips=jax.random.bernoulli(flip_key, 0.5, (*bag_shape, 3)) if config.flips else None,
         colour=_sample_colour(colour_key, parameter_shape, config, stain) if changes_colour else None,
-        artefacts=draw_artefacts(artefact_key, bag_shape, config.artefacts) if config.artefacts else None,
+        artefacts=sample_artefacts(artefact_key, bag_shape, config.artefacts) if config.artefacts else None,
         blur_px=jax.random.uniform(blur_key, parameter_shape, maxval=config.blur) if config.blur else None,
         noise=_sample_noise(noise_key, bag_shape, parameter_shape, config.noise) if config.noise else None,
         jpeg_quality=jax.random.uniform(jpeg_key, parameter_shape, minval=jpeg_min_quality, maxval=100.0)
@@ -100,30 +109,31 @@ def sample_augmentation(
 
 
 def augment(
-    pixels: Num[Array, "batch region slot y x 3"], augmentation: Augmentation, first: Int[Array, ""] | int = 0
+    pixels: Num[Array, "batch region slot y x 3"], augmentation: Augmentation, first_region: Int[Array, ""] | int = 0
 ) -> Num[Array, "batch region slot y x 3"]:
-    """Augmented pixels (8-bit intensities, 0 to 255).
+    """Augments tiles; intensities are 0 to 255.
 
     Args:
       pixels: consecutive regions of each bag.
-      augmentation: the parameters of whole bags (`sample_augmentation`).
-      first: the index in its bag of the first region of `pixels`.
+      augmentation: the parameters of all regions of the bags, from `sample_augmentation`.
+      first_region: the index within the bag of the first region of `pixels`.
     """
-    count = pixels.shape[1]
+    regions = pixels.shape[1]
 
-    def of_regions(parameter: Array) -> Array:
-        if parameter.shape[1] == 1:  # shared by the whole slide
-            return parameter
-        return jax.lax.dynamic_slice_in_dim(parameter, first, count, axis=1)
+    def select_regions(parameter: Array) -> Array:
+        is_shared_by_slide = parameter.shape[1] == 1
+        return (
+            parameter if is_shared_by_slide else jax.lax.dynamic_slice_in_dim(parameter, first_region, regions, axis=1)
+        )
 
-    augmentation = jax.tree.map(of_regions, augmentation)
+    augmentation = jax.tree.map(select_regions, augmentation)
     if augmentation.flips is not None:
         pixels = _flip(pixels, augmentation.flips[:, :, :, None, None, None])
     if augmentation.colour is not None:
         pixels = _change_colour(pixels, augmentation.colour)
     intensities = pixels.astype(jnp.float32)
     if augmentation.artefacts is not None:
-        pixels = intensities = spoil(intensities, augmentation.artefacts)
+        pixels = intensities = add_artefacts(intensities, augmentation.artefacts)
     if augmentation.blur_px is not None:
         pixels = intensities = blur(intensities, augmentation.blur_px)
     if augmentation.noise is not None:
@@ -134,21 +144,21 @@ def augment(
 
 
 def _sample_noise(
-    key: Key[Array, ""], bag_shape: tuple[int, int, int], parameter_shape: tuple[int, int, int], most: float
+    key: Key[Array, ""], bag_shape: tuple[int, int, int], parameter_shape: tuple[int, int, int], max_deviation: float
 ) -> Noise:
     deviation_key, tile_key = jax.random.split(key)
-    deviation = jax.random.uniform(deviation_key, parameter_shape, maxval=most)
+    deviation = jax.random.uniform(deviation_key, parameter_shape, maxval=max_deviation)
     return Noise(deviation, jax.random.split(tile_key, bag_shape))
 
 
 def _sample_colour(
     key: Key[Array, ""], parameter_shape: tuple[int, int, int], config: ConfigDict, stain: StainEstimate | None
 ) -> ColourChange:
-    """Samples all changes of colour as one matrix: another slide's stains, then a gain per stain, then one per channel.
+    """Samples all changes of colour as one matrix: stain swapping, then a gain per stain, then a gain per colour channel.
 
-    Gains are exp(N(0, strength²)). A channel's log gain is the sum of one sample that all channels share and one of its
-    own. Stain gains act along the slide's own stain vectors where these are known, else along Ruifrok's, which Tellez et
-    al. 2019 use for all slides.
+    Gains are exp(N(0, strength²)). A channel's log gain is the sum of a sample that all channels share and a sample for this
+    channel alone. Stain gains act along the slide's estimated stain vectors; without an estimate, along the vectors of
+    Ruifrok and Johnston 2001, which Tellez et al. 2019 use for all slides.
     """
     swap_key, hed_key, channel_key = jax.random.split(key, 3)
     batch = parameter_shape[0]
@@ -161,11 +171,14 @@ def _sample_colour(
     density = jnp.broadcast_to(jnp.eye(3), (*parameter_shape, 3, 3))
     if config.stain_swap_prob:
         if not isinstance(stain, StainMatrix):
-            raise TypeError("stain swapping needs each slide's stain matrix; the config was to be checked before")
+            raise TypeError(
+                "stain swapping needs each slide's stain matrix; check_config should have refused this config"
+            )
         reliable, concentration = jnp.asarray(stain.reliable), jnp.asarray(stain.concentration)
         donor = _sample_donor(swap_key, parameter_shape, config.stain_swap_prob, reliable)
-        ratio = concentration[donor] / concentration[:, None, None]
-        ratio = jnp.concatenate([ratio, jnp.ones((*parameter_shape, 1))], axis=-1)
+        # The residual, which is no stain, keeps its concentration.
+        stain_ratio = concentration[donor] / concentration[:, None, None]
+        ratio = jnp.concatenate([stain_ratio, jnp.ones((*parameter_shape, 1))], axis=-1)
         after, donor_basis = white[donor], _basis(vectors)[donor]
         density, basis = jnp.linalg.inv(basis) @ (ratio[..., None] * donor_basis), donor_basis
     if config.hed:
@@ -179,21 +192,24 @@ def _sample_colour(
 
 def _sample_donor(
     key: Key[Array, ""], parameter_shape: tuple[int, int, int], probability: float, reliable: Bool[Array, " batch"]
-) -> Int[Array, "batch some_region some_slot"]:
-    """Samples the bag whose stains each bag gets: another bag with `probability`, if both stain estimates are reliable."""
+) -> Int[Array, "batch parameter_region parameter_slot"]:
+    """Samples the index of the bag whose stains each bag gets.
+
+    With `probability` it is another bag, provided that the stain estimates of both are reliable; else the bag itself.
+    """
     swap_key, donor_key = jax.random.split(key)
     batch = parameter_shape[0]
-    itself = jnp.arange(batch)[:, None, None]
-    donor = (itself + jax.random.randint(donor_key, parameter_shape, 1, max(2, batch))) % batch
-    swaps = jax.random.bernoulli(swap_key, probability, parameter_shape) & reliable[itself] & reliable[donor]
-    return jnp.where(swaps, donor, itself)
+    receiver = jnp.arange(batch)[:, None, None]
+    donor = (receiver + jax.random.randint(donor_key, parameter_shape, 1, max(2, batch))) % batch
+    swaps = jax.random.bernoulli(swap_key, probability, parameter_shape) & reliable[receiver] & reliable[donor]
+    return jnp.where(swaps, donor, receiver)
 
 
 def _basis(vectors: Float32[Array, "*slide 2 3"]) -> Float32[Array, "*slide 3 3"]:
-    """Unit vectors of two stains, and a third at right angles to both."""
-    rest = jnp.cross(vectors[..., 0, :], vectors[..., 1, :])
-    whole = jnp.concatenate([vectors, rest[..., None, :]], axis=-2)
-    return whole / jnp.linalg.norm(whole, axis=-1, keepdims=True)
+    """Unit vectors of the two stains and of the residual, which is orthogonal to both."""
+    residual = jnp.cross(vectors[..., 0, :], vectors[..., 1, :])
+    basis = jnp.concatenate([vectors, residual[..., None, :]], axis=-2)
+    return basis / jnp.linalg.norm(basis, axis=-1, keepdims=True)
 
 
 def _flip(
@@ -207,16 +223,17 @@ def _flip(
 def _change_colour(
     pixels: Num[Array, "batch region slot y x 3"], change: ColourChange
 ) -> Float32[Array, "batch region slot y x 3"]:
-    # Channel by channel, which compilers fuse into one pass. Light above `before` has a negative density.
-    before, after = (light[..., None, None, :] + 1.0 for light in (change.before, change.after))
-    log = jnp.log((pixels.astype(jnp.float32) + 1.0) / before)
+    before, after = (background[..., None, None, :] + 1.0 for background in (change.before, change.after))
+    # The negative optical density; positive where a pixel is brighter than the background.
+    log_ratio = jnp.log((pixels.astype(jnp.float32) + 1.0) / before)
     matrix = change.density[..., None, None, :, :]
-    mixed = [sum(log[..., i] * matrix[..., i, j] for i in range(3)) for j in range(3)]
-    return jnp.clip(after * jnp.exp(jnp.stack(mixed, axis=-1)) - 1.0, 0.0, 255.0)
+    # A sum per channel, not a matrix product: XLA fuses it with the rest into one pass over the pixels.
+    channels = [sum(log_ratio[..., i] * matrix[..., i, j] for i in range(3)) for j in range(3)]
+    return jnp.clip(after * jnp.exp(jnp.stack(channels, axis=-1)) - 1.0, 0.0, 255.0)
 
 
 def _add_noise(
     intensities: Float32[Array, "batch region slot y x 3"], noise: Noise
 ) -> Float32[Array, "batch region slot y x 3"]:
-    sample = jnp.vectorize(lambda key: jax.random.normal(key, intensities.shape[3:]), signature="()->(y,x,c)")
-    return jnp.clip(intensities + noise.deviation[..., None, None, None] * sample(noise.key), 0.0, 255.0)
+    sample_tile = jnp.vectorize(lambda key: jax.random.normal(key, intensities.shape[3:]), signature="()->(y,x,c)")
+    return jnp.clip(intensities + noise.deviation[..., None, None, None] * sample_tile(noise.key), 0.0, 255.0)

@@ -1,4 +1,4 @@
-"""Bags of several slides, padded to one shape."""
+"""Batches of bags: the regions of several slides, padded to one shape."""
 
 from __future__ import annotations
 
@@ -27,33 +27,45 @@ from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bag:
-    """The regions of some slides or cases; `mask` is False for padding and for tiles that the store masks. On the host, of NumPy arrays.
+    """A batch of bags; each holds regions of one slide or one case.
 
-    `tiles` are pixels (y x 3, 8 bits) or stored features. On devices its arrays are JAX's; to compile for, their shapes.
+    Arrays are NumPy's on the host, JAX's on the devices, and shapes where a program is compiled without data.
+
+    Attributes:
+      tiles: pixels (y x 3, 8 bits) or stored features.
+      mask: False for padding and for tiles that the store masks.
+      position: (x, y) of each region, in sides of a region.
+      label: class index of each bag.
+      weight: weight of each bag in the loss.
+      region: index of each region in the store; -1 for padding.
+      slide: index of each bag among the training slides (or cases), in the cohort's order.
+      stain: stain estimate of each bag's slide, where the config needs it (`slide_stains`).
+      tile_labels: tissue and artefact of each tile (`data.tile_labels`), where auxiliary tasks need them.
     """
 
     tiles: Num[Any, "batch region slot *tile"]
     mask: Bool[Any, "batch region slot"]
-    position: Float32[Any, "batch region 2"]  # (x, y) in sides of a region
+    position: Float32[Any, "batch region 2"]
     label: Int[Any, " batch"]
-    weight: Float[Any, " batch"]  # of each bag in the loss
-    region: Int[Any, "batch region"] | None = None  # its index in the store, -1 for padding
-    slide: Int[Any, " batch"] | None = None  # of the training slides, in the cohort's order
-    stain: StainEstimate | None = None  # of each bag's slide, if the config needs it (`slide_stains`)
-    tile_labels: Int[Any, "batch region slot 2"] | None = None  # tissue and artefact (data.labels), if tasks need them
+    weight: Float[Any, " batch"]
+    region: Int[Any, "batch region"] | None = None
+    slide: Int[Any, " batch"] | None = None
+    stain: StainEstimate | None = None
+    tile_labels: Int[Any, "batch region slot 2"] | None = None
 
 
-_WITH_REGIONS = ("tiles", "mask", "position", "region", "tile_labels")  # the parts of a bag with an axis of regions
+# The fields of a Bag with an axis of regions.
+_WITH_REGIONS = ("tiles", "mask", "position", "region", "tile_labels")
 
 
 def bag_spec(path: tuple) -> PartitionSpec:
-    """How the part of a Bag at `path` of the tree is divided: bags over `data`, and their regions over `bag`."""
+    """Returns the sharding of a Bag's field (`path` in the tree): bags over `data`, and their regions over `bag`."""
     return PartitionSpec("data", "bag") if path[0].name in _WITH_REGIONS else PartitionSpec("data")
 
 
 @dataclass(frozen=True)
 class StoredSlides:
-    """The slides of a cohort, row by row: their open stores, and the readers of their features (empty: pixels are read)."""
+    """A cohort with the open store and the feature reader of each of its slides; without readers, pixels are read."""
 
     cohort: Cohort
     stores: list[TileStore]
@@ -70,72 +82,85 @@ def read_bag(
     stores: Sequence[TileStore | CaseStore],
     regions: Sequence[Int[np.ndarray, " _"]],
     labels: Int[np.ndarray, " batch"],
-    padded: int,
+    padded_regions: int,
     stain: StainEstimate | None = None,
     features: Sequence[FeatureReader | CaseFeatures] = (),
     tile_labels: Sequence[Int[np.ndarray, "_ slot 2"]] = (),
 ) -> Bag:
-    """The chosen regions of each slide or case, padded to `padded` regions: their pixels, or each one's features if given."""
-    shape = (len(stores), padded, stores[0].params.slots)
+    """Reads regions of several slides or cases into one batch of bags.
+
+    Args:
+      stores: the store of each slide or case.
+      regions: the store indices of the regions to read from each.
+      labels: the class index of each slide or case.
+      padded_regions: regions of each bag in the batch, with padding.
+      stain: the stain estimates of the slides, stacked.
+      features: a reader for each slide or case; if empty, pixels are read.
+      tile_labels: the labels of all tiles of each slide or case; if empty, the batch has none.
+    """
+    shape = (len(stores), padded_regions, stores[0].params.slots)
     mask = np.zeros(shape, bool)
-    position = np.zeros((len(stores), padded, 2), np.float32)
-    region = np.full((len(stores), padded), -1, np.int32)
+    position = np.zeros((len(stores), padded_regions, 2), np.float32)
+    region = np.full((len(stores), padded_regions), -1, np.int32)
     if features:
-        tiles = _lent((*shape, features[0].width), features[0].dtype)
+        tiles = _recycled_array((*shape, features[0].width), features[0].dtype)
     else:
-        tiles = _lent((*shape, *(stores[0].params.tile_px,) * 2, 3), np.dtype(np.uint8))
-    reads = [reader.read for reader in features] or [store.read_pixels for store in stores]
-    for i, (store, read, chosen) in enumerate(zip(stores, reads, regions, strict=True)):
-        read(chosen, tiles[i, : len(chosen)])  # where they stay
-        tiles[i, len(chosen) :] = 0
-        mask[i, : len(chosen)] = store.mask[chosen]
-        position[i, : len(chosen)] = store.origin[chosen] / store.region_px
-        region[i, : len(chosen)] = chosen
-    label_array = np.full((*shape, 2), UNKNOWN, np.int8)
-    for i, of_slide in enumerate(tile_labels):
-        label_array[i, : len(regions[i])] = of_slide[regions[i]]
+        tiles = _recycled_array((*shape, *(stores[0].params.tile_px,) * 2, 3), np.dtype(np.uint8))
+    readers = [reader.read for reader in features] or [store.read_pixels for store in stores]
+    for i, (store, read, indices) in enumerate(zip(stores, readers, regions, strict=True)):
+        # Tiles are decoded into their place in the batch, without a copy.
+        read(indices, tiles[i, : len(indices)])
+        tiles[i, len(indices) :] = 0
+        mask[i, : len(indices)] = store.mask[indices]
+        position[i, : len(indices)] = store.origin[indices] / store.region_px
+        region[i, : len(indices)] = indices
+    padded_labels = np.full((*shape, 2), UNKNOWN, np.int8)
+    for i, slide_labels in enumerate(tile_labels):
+        padded_labels[i, : len(regions[i])] = slide_labels[regions[i]]
     weight = np.ones(len(stores), np.float32)
-    known = label_array if tile_labels else None
-    return Bag(tiles, mask, position, labels.astype(np.int32), weight, region, stain=stain, tile_labels=known)
+    batch_labels = padded_labels if tile_labels else None
+    return Bag(tiles, mask, position, labels.astype(np.int32), weight, region, stain=stain, tile_labels=batch_labels)
 
 
-class _Lent:
-    """Memory that is kept for the next batch of its size when no array, on the host or on its way to a device, holds it.
+class _RecycledMemory:
+    """Memory that returns to a pool when no array on the host, and no transfer to a device, uses it any longer.
 
-    New memory would be cleared by the system page by page, which takes a third of the time that decoding into it does.
+    The system clears new memory page by page, which takes a third of the time of decoding tiles into it.
     """
 
     def __init__(self, size: int):
-        self._free = _free_memory(size)
+        self._pool = _memory_pool(size)
         try:
-            self._memory = self._free.pop()
+            self._memory = self._pool.pop()
         except IndexError:
-            room = np.empty(size + 64, np.uint8)
-            first = -room.ctypes.data % 64  # JAX on a CPU takes multiples of 64 bytes without a copy
-            self._memory = room[first : first + size]
+            unaligned = np.empty(size + 64, np.uint8)
+            # On a CPU, JAX takes memory at a multiple of 64 bytes without a copy.
+            first = -unaligned.ctypes.data % 64
+            self._memory = unaligned[first : first + size]
         self.__array_interface__ = self._memory.__array_interface__
 
     def __del__(self) -> None:
-        self._free.append(self._memory)
+        self._pool.append(self._memory)
 
 
-@lru_cache(2)  # sizes: of training, and of its evaluation
-def _free_memory(size: int) -> list[np.ndarray]:
-    """The memory of that many bytes that is free."""
+# Two sizes: one of training, one of its evaluation.
+@lru_cache(2)
+def _memory_pool(size: int) -> list[np.ndarray]:
+    """The unused memory of `size` bytes."""
     return []
 
 
-def _lent(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array of what its memory held before."""
-    return np.asarray(_Lent(math.prod(shape) * dtype.itemsize)).view(dtype).reshape(shape)
+def _recycled_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array in recycled memory; its values are arbitrary."""
+    return np.asarray(_RecycledMemory(math.prod(shape) * dtype.itemsize)).view(dtype).reshape(shape)
 
 
 def open_slides(
     store: str, cohort: Cohort, magnifications: Collection[str] = (), encoder: str | None = None
 ) -> StoredSlides:
-    """Opens the stores of a cohort's slides, and their features by `encoder` if one is given.
+    """Opens the stores of a cohort's slides and, with an encoder, the features that it computed.
 
-    Raises InputError as `open_stores` and `open_features`.
+    Raises InputError like `open_stores` and `open_features`.
     """
     stores = open_stores(store, cohort, encoder is None, magnifications) if cohort.rows else []
     return StoredSlides(cohort, stores, open_features(stores, encoder, magnifications) if encoder and stores else [])
@@ -144,41 +169,50 @@ def open_slides(
 def open_stores(
     store: str, cohort: Cohort, pixels: bool = True, magnifications: Collection[str] = ()
 ) -> list[TileStore]:
-    """The store of every slide of the cohort, its pixels at hand if they are to be read; other `magnifications` are masked.
+    """Opens the store of every slide of a cohort.
 
-    Raises InputError: slides not tiled, or in different ways.
+    Args:
+      store: the folder of tile stores.
+      cohort: the slides to open.
+      pixels: whether pixels will be read; a store without pixels then needs its slide.
+      magnifications: the magnifications that stay visible; all others are masked. Empty keeps all.
+
+    Raises:
+      InputError: slides are not tiled, were tiled in different ways, or lack a magnification or their pixels.
     """
     tiled = set(tiled_slides(store))
     missing = [row.slide_id for row in cohort.rows if row.slide_id not in tiled]
     if missing:
-        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        shown_ids = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise InputError(
-            f"{store}: {len(missing)} of {len(cohort.rows)} slides of the cohort are not in the store ({shown}); run "
+            f"{store}: {len(missing)} of {len(cohort.rows)} slides of the cohort are not in the store ({shown_ids}); run "
             "crcjax tile for them, or take them out of the cohort"
         )
     stores = [open_store(store, row.slide_id) for row in cohort.rows]
-    for opened in stores:
+    for slide in stores:
         if pixels:
-            opened.check_slide()
-        if opened.params != stores[0].params:
-            raise InputError(f"{opened.path}: tiled in another way than {stores[0].path}; tile it again")
-        opened.see(magnifications)
+            slide.check_slide()
+        if slide.params != stores[0].params:
+            raise InputError(f"{slide.path}: tiled in another way than {stores[0].path}; tile it again")
+        slide.see(magnifications)
     return stores
 
 
 def featured(stores: Sequence[TileStore], encoder: str) -> tuple[str, ...]:
-    """The magnifications that the first slide has features of; the empty tuple if it has those of all, or of none."""
-    about = FeatureReader(stores[0].path.parent, stores[0].slide_id, encoder).attributes
-    magnifications = tuple(name for name in stores[0].params.magnifications if name in about.get("magnifications", ()))
+    """The magnifications that the first slide has features of; empty if it has features of all, or of none."""
+    attributes = FeatureReader(stores[0].path.parent, stores[0].slide_id, encoder).attributes
+    embedded = attributes.get("magnifications", ())
+    magnifications = tuple(name for name in stores[0].params.magnifications if name in embedded)
     return magnifications if len(magnifications) < len(stores[0].params.magnifications) else ()
 
 
 def open_features(
     stores: Sequence[TileStore], encoder: str, magnifications: Collection[str] = ()
 ) -> list[FeatureReader]:
-    """The features of every slide by one encoder, at those magnifications, or at all of the store.
+    """Opens the features that an encoder computed of every slide, at the given magnifications or at all of the store.
 
-    Raises InputError: a slide has none, they were made by other weights than the first's, or lack one of these.
+    Raises InputError for a slide without features, with features by other weights than the first slide's, or without
+    features of a magnification.
     """
     readers = [FeatureReader(store.path.parent, store.slide_id, encoder) for store in stores]
     first = readers[0]
@@ -190,12 +224,12 @@ def open_features(
                     f"{first.attributes.get(name)}, and a run needs one for all; leave one of these slides out of the "
                     "cohort, or delete the features that you do not want and run crcjax embed as for the others"
                 )
-        wanted, known = magnifications or store.params.magnifications, reader.attributes.get("magnifications", ())
-        if not set(wanted) <= set(known):
+        required, embedded = magnifications or store.params.magnifications, reader.attributes.get("magnifications", ())
+        if not set(required) <= set(embedded):
             raise InputError(
-                f"{reader.path}: has features of {', '.join(known) or 'no magnification'}, and the run needs "
-                f"{', '.join(wanted)}; set config.data.magnifications to use these features, or to replace them delete "
-                f"the folder and run crcjax embed --mag {','.join(wanted)}"
+                f"{reader.path}: has features of {', '.join(embedded) or 'no magnification'}, and the run needs "
+                f"{', '.join(required)}; set config.data.magnifications to use these features, or to replace them delete "
+                f"the folder and run crcjax embed --mag {','.join(required)}"
             )
     return readers
 
@@ -203,9 +237,10 @@ def open_features(
 def slide_stains(
     stores: Sequence[TileStore], config: ConfigDict, normaliser: StainNormaliser | None
 ) -> list[StainEstimate]:
-    """Each slide's stain estimate if it is needed, else none: the normaliser's, or Macenko's for augmentation and the task.
+    """Each slide's stain estimate: the normaliser's, or Macenko's for augmentation and the stain task.
 
-    Raises InputError: a store is damaged, or its tiles have another stain than the slide had.
+    The list is empty if `config` (the whole config) does not need estimates. Raises InputError for a damaged store, and
+    for tiles whose stains were normalised already.
     """
     if normaliser:
         return [normaliser.of_store(store) for store in stores]
@@ -216,8 +251,8 @@ def slide_stains(
         raise InputError(f"{normalised.path}: its tiles were given one stain; set config.augment.stain_swap_prob to 0")
     if config.tasks.stain and normalised:
         raise InputError(f"{normalised.path}: its tiles were given one stain; set config.tasks.stain to 0")
-    known = config.augment.stain_swap_prob or config.tasks.stain or (config.augment.hed and not normalised)
-    return [stored_estimate(store, "macenko") for store in stores] if known else []
+    needs_estimates = config.augment.stain_swap_prob or config.tasks.stain or (config.augment.hed and not normalised)
+    return [stored_estimate(store, "macenko") for store in stores] if needs_estimates else []
 
 
 def label_of(row: SlideRow, classes: Sequence[str]) -> int:

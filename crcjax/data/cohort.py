@@ -1,4 +1,4 @@
-"""The cohort: a table of slides with case, site, scanner, split and labels, validated as it is read."""
+"""The cohort: a table of slides with case, site, scanner, split and labels, checked while it is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crcjax.slides.wsi.slide import MPP_RANGE
 
 SPLITS = ("train", "val", "test")
 _REQUIRED = ("slide_id", "case_id")
-_KNOWN = (*_REQUIRED, "path", "subtype", "site", "scanner", "split", "mpp")
+_COLUMNS = (*_REQUIRED, "path", "subtype", "site", "scanner", "split", "mpp")
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ def load_cohort(path: str | Path, classes: Sequence[str] | None) -> Cohort:
         an impossible mpp, a case in two splits or with two subtypes.
     """
     path = Path(path)
-    table = read_table(path, _KNOWN)
+    table = read_table(path, _COLUMNS)
     _check_columns(path, table.columns)
     if not table.rows:
         raise InputError(f"{path}: has no rows; write one for each slide")
     if classes is None:
-        stated = {row.cells.get("subtype", "") for row in table.rows}
-        classes = sorted(subtype for subtype in stated if not is_missing(subtype))
+        subtypes = {row.cells.get("subtype", "") for row in table.rows}
+        classes = sorted(subtype for subtype in subtypes if not is_missing(subtype))
     rows = [_row(path, row, tuple(classes)) for row in table.rows]
     _check_rows(path, [row.line for row in table.rows], rows)
     return Cohort(tuple(rows), tuple(classes))
@@ -88,25 +88,26 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def _row(path: Path, row: TableRow, classes: tuple[str, ...]) -> SlideRow:
-    where = f"{path}, line {row.line}"
-    values = {name: None if is_missing(text) else text for name, text in row.cells.items() if name in _KNOWN}
+    location = f"{path}, line {row.line}"
+    stated = {name: None if is_missing(text) else text for name, text in row.cells.items() if name in _COLUMNS}
     for name in _REQUIRED:
-        if values[name] is None:
-            raise InputError(f"{where}: {name} is empty; fill it in")
-    subtype, split = values.get("subtype"), values.get("split")
+        if stated[name] is None:
+            raise InputError(f"{location}: {name} is empty; fill it in")
+    values: dict[str, Any] = {name: stated.get(name) for name in _COLUMNS}
+    subtype, split = values["subtype"], values["split"]
     if subtype is not None and subtype not in classes:
         near = difflib.get_close_matches(subtype, classes, 1)
         hint = f"did you mean {near[0]!r}?" if near else "leave it empty if unknown, or set config.data.classes"
-        raise InputError(f"{where}: subtype {subtype!r} is none of {', '.join(classes)}; {hint}")
+        raise InputError(f"{location}: subtype {subtype!r} is none of {', '.join(classes)}; {hint}")
     if split is not None and split.lower() not in SPLITS:
-        raise InputError(f"{where}: split must be one of {', '.join(SPLITS)}, got {split!r}; correct it")
-    known: dict[str, Any] = {name: values.get(name) for name in _KNOWN}
-    slide_path = path.parent / known["path"] if known["path"] else None
-    typed = {"path": slide_path, "split": split and split.lower(), "mpp": _mpp(where, known["mpp"])}
-    return SlideRow(**known | typed, extra={name: text for name, text in row.cells.items() if name not in _KNOWN})
+        raise InputError(f"{location}: split must be one of {', '.join(SPLITS)}, got {split!r}; correct it")
+    slide_path = path.parent / values["path"] if values["path"] else None
+    parsed = {"path": slide_path, "split": split and split.lower(), "mpp": _mpp(location, values["mpp"])}
+    further_columns = {name: text for name, text in row.cells.items() if name not in _COLUMNS}
+    return SlideRow(**values | parsed, extra=further_columns)
 
 
-def _mpp(where: str, text: str | None) -> float | None:
+def _mpp(location: str, text: str | None) -> float | None:
     if text is None:
         return None
     least, most = MPP_RANGE
@@ -116,24 +117,26 @@ def _mpp(where: str, text: str | None) -> float | None:
             return mpp
     except ValueError:
         pass
-    asked = f"a number from {least:g} to {most:g}, the µm per pixel at level 0"
-    raise InputError(f"{where}: mpp must be {asked}, got {text!r}; correct it, or leave it empty")
+    raise InputError(
+        f"{location}: mpp must be a number from {least:g} to {most:g}, the µm per pixel at level 0, got {text!r}; correct "
+        "it, or leave it empty"
+    )
 
 
-def _check_rows(path: Path, numbers: list[int], rows: list[SlideRow]) -> None:
-    slides: dict[str, int] = {}
-    cases: dict[str, tuple[int, SlideRow]] = {}
-    for number, row in zip(numbers, rows, strict=True):
-        if row.slide_id in slides:
+def _check_rows(path: Path, line_numbers: list[int], rows: list[SlideRow]) -> None:
+    line_of_slide: dict[str, int] = {}
+    first_of_case: dict[str, tuple[int, SlideRow]] = {}
+    for line, row in zip(line_numbers, rows, strict=True):
+        if row.slide_id in line_of_slide:
             raise InputError(
-                f"{path}, line {number}: slide_id {row.slide_id!r} is on line {slides[row.slide_id]} too; rename one"
+                f"{path}, line {line}: slide_id {row.slide_id!r} is on line {line_of_slide[row.slide_id]} too; rename one"
             )
-        slides[row.slide_id] = number
-        first_number, first = cases.setdefault(row.case_id, (number, row))
+        line_of_slide[row.slide_id] = line
+        first_line, first_row = first_of_case.setdefault(row.case_id, (line, row))
         for name in ("split", "subtype"):
-            here, there = getattr(row, name), getattr(first, name)
-            if here != there:
+            value, first_value = getattr(row, name), getattr(first_row, name)
+            if value != first_value:
                 raise InputError(
-                    f"{path}, line {number}: case {row.case_id!r} has the {name} {here!r}, but {there!r} on line "
-                    f"{first_number}; a case has one {name}"
+                    f"{path}, line {line}: case {row.case_id!r} has the {name} {value!r}, but {first_value!r} on line "
+                    f"{first_line}; a case has one {name}"
                 )

@@ -1,4 +1,4 @@
-"""Cases per split, class and site of a cohort, and whatever is missing, doubled or unusual in it."""
+"""A summary of a cohort: cases per split, class and site, and warnings about missing, duplicated or unusual data."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from crcjax.slides.store.tile_store import open_store, tiled_slides
 
 NO_SPLIT = "no split"
 UNLABELLED = "unlabelled"
-_SMALL_CLASS = 0.2  # of the largest class's training cases
-_SITE_CASES = 5  # a site with this many training cases, all of one class, is worth a warning
+# A class is small below this fraction of the largest class's training cases.
+_SMALL_CLASS = 0.2
+# A site with this many training cases, all of one class, is worth a warning.
+_SITE_CASES = 5
 _SHOWN_SITES = 20
 _SHOWN_IDS = 5
 
@@ -32,8 +34,8 @@ class SummaryRow:
 class CohortSummary:
     """A cohort in numbers.
 
-    `warnings` name what a user should look at before training; `problems` are reasons not to train at all. Both are
-    whole sentences. `str(summary)` is the table.
+    `warnings` are sentences about data to check before training, `problems` are sentences about data that training cannot
+    use. `str(summary)` is the table.
     """
 
     splits: tuple[str, ...]
@@ -43,9 +45,9 @@ class CohortSummary:
 
     @property
     def table(self) -> str:
-        """Lines of text with aligned columns: cases, and slides in brackets where their number differs."""
-        heads = ["cases (slides)", *self.splits]
-        lines, group = [heads], ""
+        """Lines of text with aligned columns: the number of cases, and in brackets of slides."""
+        header = ["cases (slides)", *self.splits]
+        lines, group = [header], ""
         for row in self.rows:
             if row.group != group and row.group != "all":
                 lines.append([row.group] + [""] * len(self.splits))
@@ -53,7 +55,7 @@ class CohortSummary:
             counts = zip(row.cases, row.slides, strict=True)
             indent = "" if row.group == "all" else "  "
             lines.append([indent + row.name, *(f"{cases} ({slides})" for cases, slides in counts)])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
         return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
@@ -68,26 +70,26 @@ def summarise_cohort(
 
     Args:
       cohort: all slides of the table, after splits were assigned, with every class that the model will have.
-      content_hash: of each slide in the store, by slide id (`content_hashes`); None leaves files unchecked beyond their
-        paths.
-      needs_validation: whether a cohort without validation cases is a problem; if the user asked for none, it is a warning.
+      content_hash: the content hash of each slide in the store, by slide id (`content_hashes`). With None, duplicated
+        files are detected by their paths alone.
+      needs_validation: whether a cohort without validation cases is a problem. If the user asked for none, it is a warning.
 
     Returns:
       The summary. Its problems: no labelled slide, no training case, training cases of fewer than two classes, no
       validation case. Its warnings: classes without training, validation or test cases, unusually small classes, sites
-      with one class, unlabelled slides, slides without a split, cases in two splits, and files that stand in the cohort
-      more than once.
+      with one class, unlabelled slides, slides without a split, cases in two splits, and files that occur more than once
+      in the cohort.
     """
     rows = cohort.rows
     splits = (*SPLITS, *((NO_SPLIT,) if any(row.split is None for row in rows) else ()))
     classes = (*cohort.classes, *((UNLABELLED,) if any(row.subtype is None for row in rows) else ()))
-    table = [_counted("class", name, _of_class(rows, name), splits) for name in classes]
+    table = [_counts("class", name, _of_class(rows, name), splits) for name in classes]
     sites = _sites(rows)
     if len(sites) > 1:
-        table += [_counted("site", name, _of_site(rows, name), splits) for name in sites[:_SHOWN_SITES]]
+        table += [_counts("site", name, _of_site(rows, name), splits) for name in sites[:_SHOWN_SITES]]
         if rest := sites[_SHOWN_SITES:]:
-            table.append(_counted("site", f"{len(rest)} others", [row for row in rows if row.site in rest], splits))
-    table.append(_counted("all", "all", rows, splits))
+            table.append(_counts("site", f"{len(rest)} others", [row for row in rows if row.site in rest], splits))
+    table.append(_counts("all", "all", rows, splits))
     problems, unvalidated = _problems(cohort), _without_validation(cohort)
     warnings = [
         *(() if needs_validation else unvalidated),
@@ -101,38 +103,38 @@ def summarise_cohort(
 
 
 def duplicated_slides(rows: Iterable[SlideRow], content_hash: Mapping[str, str] | None = None) -> list[str]:
-    """One sentence for each slide file that stands in the cohort under several slide ids.
+    """One sentence for each slide file that has several slide ids in the cohort.
 
-    Slides are the same if the store recorded the same content hash for them, or if their paths are the same.
+    Two slides are the same file if they have the same content hash in the store, or else the same path.
     """
-    same: dict[str, list[SlideRow]] = {}
+    rows_by_file: dict[str, list[SlideRow]] = {}
     for row in rows:
-        key = (content_hash or {}).get(row.slide_id) or (str(row.path.resolve()) if row.path else "")
-        if key:
-            same.setdefault(key, []).append(row)
+        file_key = (content_hash or {}).get(row.slide_id) or (str(row.path.resolve()) if row.path else "")
+        if file_key:
+            rows_by_file.setdefault(file_key, []).append(row)
     sentences = []
-    for key, doubles in same.items():
-        if len(doubles) == 1:
+    for file_key, duplicates in rows_by_file.items():
+        if len(duplicates) == 1:
             continue
-        why = "the same content_hash" if key in (content_hash or {}).values() else "the same path"
-        named = " and ".join(f"{row.slide_id} (case {row.case_id}, {row.split or NO_SPLIT})" for row in doubles)
-        leak = len({row.split for row in doubles if row.split}) > 1
-        effect = "; the model would be tested on slides that it was trained on" if leak else ""
-        sentences.append(f"slides {named} have {why}{effect}; keep one, or correct the path of the others")
+        reason = "the same content_hash" if file_key in (content_hash or {}).values() else "the same path"
+        names = " and ".join(f"{row.slide_id} (case {row.case_id}, {row.split or NO_SPLIT})" for row in duplicates)
+        leaks = len({row.split for row in duplicates if row.split}) > 1
+        effect = "; the model would be tested on slides that it was trained on" if leaks else ""
+        sentences.append(f"slides {names} have {reason}{effect}; keep one, or correct the path of the others")
     return sentences
 
 
 def content_hashes(store: str | Path, rows: Iterable[SlideRow]) -> dict[str, str]:
-    """The content hash that the store recorded for each slide, by slide id; without slides that it lacks or that are damaged."""
+    """The content hash of each slide in the store, by slide id. Slides that are missing or damaged are left out."""
     tiled, hashes = set(tiled_slides(store)), {}
     for row in rows:
         if row.slide_id in tiled:
             try:
-                recorded = open_store(store, row.slide_id).info.content_hash
+                content_hash = open_store(store, row.slide_id).info.content_hash
             except InputError:
                 continue
-            if recorded:
-                hashes[row.slide_id] = recorded
+            if content_hash:
+                hashes[row.slide_id] = content_hash
     return hashes
 
 
@@ -145,15 +147,15 @@ def _of_site(rows: Sequence[SlideRow], name: str) -> list[SlideRow]:
 
 
 def _sites(rows: Sequence[SlideRow]) -> list[str]:
-    """The sites of the cohort, those with most cases first."""
+    """The sites of the cohort, sorted by falling number of cases."""
     cases = {row.site: len({other.case_id for other in _of_site(rows, row.site)}) for row in rows if row.site}
     return sorted(cases, key=lambda site: (-cases[site], site))
 
 
-def _counted(group: str, name: str, rows: Sequence[SlideRow], splits: Sequence[str]) -> SummaryRow:
-    by_split = [[row for row in rows if (row.split or NO_SPLIT) == split] for split in splits]
-    cases = tuple(len({row.case_id for row in split_rows}) for split_rows in by_split)
-    return SummaryRow(group, name, cases, tuple(map(len, by_split)))
+def _counts(group: str, name: str, rows: Sequence[SlideRow], splits: Sequence[str]) -> SummaryRow:
+    rows_by_split = [[row for row in rows if (row.split or NO_SPLIT) == split] for split in splits]
+    cases = tuple(len({row.case_id for row in split_rows}) for split_rows in rows_by_split)
+    return SummaryRow(group, name, cases, tuple(map(len, rows_by_split)))
 
 
 def _cases(rows: Sequence[SlideRow], split: str, name: str | None = None) -> set[str]:
@@ -168,15 +170,15 @@ def _problems(cohort: Cohort) -> list[str]:
     train = _cases(rows, "train")
     splits = sorted({row.split for row in rows if row.split})
     if not train and not _cases(rows, "val"):
-        stated = f"all labelled cases have split {' or '.join(splits)}" if splits else "no case has a split"
-        return [f"no labelled case has split train or val ({stated}); correct the column split, or leave it empty"]
+        reason = f"all labelled cases have split {' or '.join(splits)}" if splits else "no case has a split"
+        return [f"no labelled case has split train or val ({reason}); correct the column split, or leave it empty"]
     problems = []
-    with_training = [name for name in cohort.classes if _cases(rows, "train", name)]
+    trained_classes = [name for name in cohort.classes if _cases(rows, "train", name)]
     if not train:
         problems.append("no labelled case has split train; correct the column split, or leave it empty")
-    elif len(with_training) < 2:
+    elif len(trained_classes) < 2:
         problems.append(
-            f"all {len(train)} training cases are {with_training[0]}; training needs cases of two classes or more"
+            f"all {len(train)} training cases are {trained_classes[0]}; training needs cases of two classes or more"
         )
     return problems
 
@@ -228,15 +230,15 @@ def _unused_slides(rows: Sequence[SlideRow]) -> list[str]:
     unlabelled = [row.slide_id for row in rows if row.subtype is None]
     unsplit = [row.slide_id for row in rows if row.subtype and row.split is None]
     return [
-        f"training and validation leave out {_counted_ids(slide_ids)} without a {column}"
+        f"training and validation leave out {_id_list(slide_ids)} without a {column}"
         for column, slide_ids in (("subtype", unlabelled), ("split", unsplit))
         if slide_ids
     ]
 
 
-def _counted_ids(slide_ids: Sequence[str]) -> str:
-    shown = ", ".join(slide_ids[:_SHOWN_IDS]) + (", …" if len(slide_ids) > _SHOWN_IDS else "")
-    return f"{len(slide_ids)} slide{'s' * (len(slide_ids) > 1)} ({shown})"
+def _id_list(slide_ids: Sequence[str]) -> str:
+    first_ids = ", ".join(slide_ids[:_SHOWN_IDS]) + (", …" if len(slide_ids) > _SHOWN_IDS else "")
+    return f"{len(slide_ids)} slide{'s' * (len(slide_ids) > 1)} ({first_ids})"
 
 
 def _cases_in_two_splits(rows: Sequence[SlideRow]) -> list[str]:

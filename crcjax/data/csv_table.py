@@ -1,7 +1,7 @@
 """CSV files as spreadsheets write them, read into rows by column name.
 
 Excel, LibreOffice, R and pandas differ in encoding, delimiter, header case and trailing blanks. `read_table` accepts all
-of these and refuses whatever it would have to guess.
+of these, and refuses ambiguous files in place of guessing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def is_missing(text: str) -> bool:
 
 
 def parse_number(text: str) -> float:
-    """A number with a decimal point or a decimal comma. Raises ValueError for anything else."""
+    """Parses a number with a decimal point or a decimal comma. Raises ValueError for other text."""
     return float(text.replace(",", ".") if text.count(",") == 1 and "." not in text else text)
 
 
@@ -82,7 +82,8 @@ def read_table(path: str | Path, known: Sequence[str]) -> Table:
         raise InputError(
             f"{path}, line {reader.line_num}: is not a CSV ({error}); save the table as CSV again"
         ) from error
-    if lines and lines[0][1][0].casefold().startswith("sep="):  # Excel's declaration of the delimiter
+    # Excel's declaration of the delimiter.
+    if lines and lines[0][1][0].casefold().startswith("sep="):
         lines = lines[1:]
     lines = [(number, cells) for number, cells in lines if any(cells)]
     header = lines[0][1] if lines else []
@@ -143,10 +144,10 @@ def _columns(path: Path, header: list[str], known: Sequence[str]) -> tuple[str, 
     for number, written in enumerate(header, 1):
         name = name_of.get(column_key(written), written) if written else f"column {number}"
         if name in columns:
-            both = f"the column {name!r} twice"
+            duplicate = f"the column {name!r} twice"
             if columns[name] != written:
-                both = f"the columns {columns[name]!r} and {written!r}, which are the same"
-            raise InputError(f"{path}: has {both}; keep one")
+                duplicate = f"the columns {columns[name]!r} and {written!r}, which are the same"
+            raise InputError(f"{path}: has {duplicate}; keep one")
         columns[name] = written
     further = [name for name in columns if name not in known]
     for name in known:

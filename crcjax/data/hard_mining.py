@@ -1,8 +1,9 @@
-"""Hard mining: losses and attention of the training slides, by which sampling returns to hard slides and regions.
+"""Hard mining: sampling hard slides and regions more often, by the losses and attention of earlier steps.
 
-The memory is part of the training state. The loader samples ahead of the device; its samples must depend neither on how far
-ahead it is nor on when a run was killed. It therefore samples a period of `config.data.mine_every` steps by the memory from
-the beginning of the period before, and waits for that memory.
+The memory of losses and attention is part of the training state. The loader reads ahead of the step, and its samples must
+depend neither on how far ahead it reads nor on when a run was killed. Steps are therefore grouped into periods of
+`config.data.mine_every` steps. The loader samples a period by the memory from the start of the previous period, and waits
+until that memory is published.
 """
 
 from __future__ import annotations
@@ -20,30 +21,38 @@ from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
 
-# Weight of the old running loss of a slide when the slide is sampled again.
+# Weight of a slide's previous running loss when the slide is sampled again.
 _DECAY = 0.7
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Memory:
-    """The last results of every training slide, in the cohort's order.
+    """The latest results of every training slide, in the cohort's order.
+
+    Fields are arrays, or their shapes in an abstract state. Checkpoints contain their names.
 
     Attributes:
-      loss: running loss in nats; -1 for a slide that was never sampled.
-      wrong: whether the slide was misclassified.
-      region: store indices of the regions of highest attention; -1 for none.
+      loss: [slide] running loss in nats; -1 for a slide that was never sampled.
+      wrong: [slide] whether the slide was misclassified when it was last sampled.
+      region: [slide, mined] store indices of the slide's regions of highest attention; -1 for none.
     """
 
-    loss: Any  # Float32[Array, " slide"]; in an abstract state its shape
-    wrong: Any  # Bool[Array, " slide"]
-    region: Any  # Int[Array, "slide mined"]
+    loss: Any
+    wrong: Any
+    region: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mining:
-    """The memory that this period is sampled by, that of the next period, and the current one."""
+    """Three memories; checkpoints contain the names of the fields.
+
+    Attributes:
+      used: the memory that the current period is sampled by.
+      next: the memory that the next period is sampled by.
+      live: the memory after the latest step.
+    """
 
     used: Memory
     next: Memory
@@ -51,19 +60,21 @@ class Mining:
 
 
 def start_mining(config: ConfigDict, slides: int) -> Mining | None:
-    """The memory before the first step, by `config` (config.data); None if nothing is mined."""
+    """The memories before the first step, for a number of training slides; None if `config` (config.data) mines nothing."""
     if not (config.mine_slides or config.mine_regions):
         return None
-    regions = max(1, mined_regions(config))  # checkpoints hold no empty arrays
-    memory = [
+    # At least one region: Orbax cannot save empty arrays.
+    regions = max(1, mined_regions(config))
+    memories = [
         Memory(jnp.full(slides, -1.0), jnp.zeros(slides, bool), jnp.full((slides, regions), -1, jnp.int32))
         for _ in fields(Mining)
     ]
-    return Mining(*memory)
+    return Mining(*memories)
 
 
 def mined_regions(config: ConfigDict) -> int:
-    """How many of a bag's regions may be mined, by `config` (config.data)."""
+    """The number of mined regions in the bag of a misclassified slide, by `config` (config.data)."""
+    # The small number corrects products such as 0.29 x 100, which is 28.999… in floating point.
     return int(config.mine_regions * config.regions_per_bag + 1e-9)
 
 
@@ -77,14 +88,21 @@ def after_step(
     wrong: Bool[Array, " batch"],
     attention: Float[Array, "batch region"],
 ) -> Mining:
-    """The memory after the step that made `step` of them; at every `every`-th a new period begins."""
+    """Updates the memories after a step.
+
+    Args:
+      mining: the memories before the step.
+      step: the number of finished steps, this one included. A new period starts after every `every` steps.
+      every: config.data.mine_every.
+      slide, region, loss, wrong, attention: the results of the step's bags, as in `remember`.
+    """
     live = remember(mining.live, slide, region, loss, wrong, attention)
-    turns = step % every == 0
+    period_ends = step % every == 0
 
-    def turned(new: Array, old: Array) -> Array:
-        return jnp.where(turns, new, old)
+    def select(new: Array, old: Array) -> Array:
+        return jnp.where(period_ends, new, old)
 
-    return Mining(jax.tree.map(turned, mining.next, mining.used), jax.tree.map(turned, live, mining.next), live)
+    return Mining(jax.tree.map(select, mining.next, mining.used), jax.tree.map(select, live, mining.next), live)
 
 
 def remember(
@@ -95,37 +113,49 @@ def remember(
     wrong: Bool[Array, " batch"],
     attention: Float[Array, "batch region"],
 ) -> Memory:
-    """The memory with what a step saw: a slide's loss is averaged, the rest is that of its last bag."""
+    """Adds the results of a step's bags to a memory.
+
+    The running loss takes the mean over a slide's bags; the other fields take the slide's last bag.
+
+    Args:
+      memory: the memory before the step.
+      slide: each bag's index among the training slides.
+      region: store indices of each bag's regions; -1 for padding.
+      loss: each bag's loss, in nats.
+      wrong: whether each bag was misclassified.
+      attention: attention of each region.
+    """
     slides, mined = memory.region.shape
-    # Sums and maxima over all bags, not scatters: those would take a doubled slide's bags in any order on a GPU.
-    here = slide[None] == jnp.arange(slides)[:, None]
-    last = jnp.where(here, jnp.arange(len(slide)), -1).max(axis=1)
-    observed = last >= 0
-    mean = jnp.where(here, loss, 0.0).sum(axis=1) / jnp.maximum(here.sum(axis=1), 1)
-    running = jnp.where(memory.loss < 0, mean, _DECAY * memory.loss + (1 - _DECAY) * mean)
-    _, place = jax.lax.top_k(jnp.where(region >= 0, attention, -1.0), mined)
-    best = jnp.take_along_axis(region, place, axis=1)
+    # Sums and maxima over all bags: on a GPU, a scatter would take the bags of a slide in no fixed order.
+    is_bag_of_slide = slide[None] == jnp.arange(slides)[:, None]
+    last_bag = jnp.where(is_bag_of_slide, jnp.arange(len(slide)), -1).max(axis=1)
+    is_sampled = last_bag >= 0
+    mean_loss = jnp.where(is_bag_of_slide, loss, 0.0).sum(axis=1) / jnp.maximum(is_bag_of_slide.sum(axis=1), 1)
+    running_loss = jnp.where(memory.loss < 0, mean_loss, _DECAY * memory.loss + (1 - _DECAY) * mean_loss)
+    _, places = jax.lax.top_k(jnp.where(region >= 0, attention, -1.0), mined)
+    attended_regions = jnp.take_along_axis(region, places, axis=1)
     return Memory(
-        jnp.where(observed, running, memory.loss),
-        jnp.where(observed, wrong[last], memory.wrong),
-        jnp.where(observed[:, None], best[last], memory.region),
+        jnp.where(is_sampled, running_loss, memory.loss),
+        jnp.where(is_sampled, wrong[last_bag], memory.wrong),
+        jnp.where(is_sampled[:, None], attended_regions[last_bag], memory.region),
     )
 
 
-class Board:
-    """A folder in which the loop lays each period's memory, for loaders in any thread or process."""
+class MemoryFolder:
+    """A folder through which the training loop passes each period's memory to loaders in other threads and processes."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._read: dict[int, Memory | None] = {}
 
     def publish(self, period: int, memory: Memory) -> None:
+        """Writes the memory of a period, on the host; the file appears when it is complete."""
         partial = self._folder / f".{period}.npz"
         np.savez(partial, loss=memory.loss, wrong=memory.wrong, region=memory.region)
         partial.rename(self._folder / f"{period}.npz")
 
     def memory(self, period: int) -> Memory:
-        """The memory of a period, waited for. Raises InputError if the run ends before."""
+        """Waits for the memory of a period and returns it. Raises InputError if training ends first."""
         memory = self._read.get(period)
         if memory is None:
             path = self._folder / f"{period}.npz"

@@ -1,4 +1,4 @@
-"""Training batches: Grain from stores to the devices, ahead of the step."""
+"""Training batches: reads stores with Grain and places batches on the devices ahead of the step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from crcjax.data.bags import Bag, StoredSlides, bag_spec, open_slides, read_bag, slide_stains
 from crcjax.data.case_bags import CaseFeatures, CaseStore, by_unit
 from crcjax.data.cohort import Cohort
-from crcjax.data.hard_mining import Board
+from crcjax.data.hard_mining import MemoryFolder
 from crcjax.data.sampler import Sampler, sampler_of
 from crcjax.data.sampling import slide_weights
 from crcjax.data.tile_labels import bag_labels
@@ -31,7 +31,8 @@ from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.slides.store.features import FeatureReader
 from crcjax.slides.store.tile_store import TileStore
 
-Block = tuple[range, range]  # places of a batch: its bags, and their regions
+# A block of a batch: a range of its bags, and a range of their regions.
+Block = tuple[range, range]
 
 
 def train_batches(
@@ -40,26 +41,27 @@ def train_batches(
     mesh: Mesh,
     start_step: int,
     normaliser: StainNormaliser | None = None,
-    board: Board | None = None,
+    memory_folder: MemoryFolder | None = None,
 ) -> Batches:
-    """The batches of every step from `start_step` to config.train.steps, of stores that this opens."""
-    return open_feed(training_slides(cohort, config), config, mesh, normaliser).batches(start_step, board)
+    """Opens the stores of a cohort, and returns the batches from `start_step` to config.train.steps."""
+    return open_feed(training_slides(cohort, config), config, mesh, normaliser).batches(start_step, memory_folder)
 
 
 def training_slides(cohort: Cohort, config: ConfigDict) -> StoredSlides:
-    """Opens the slides of a cohort as `config` (the whole config) says that training reads them."""
+    """Opens the slides of a cohort for training by `config` (the whole config)."""
     data = config.data
     return open_slides(data.store, cohort, data.magnifications, config.model.encoder if data.features else None)
 
 
 def open_feed(slides: StoredSlides, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None = None) -> Feed:
-    """The source of every step's batch on the mesh, slides over `data`, regions over `bag`.
+    """The source of the training batches, divided over the mesh: bags over `data`, their regions over `bag`.
 
-    A batch depends only on the seed, the step and the memory published on the `board`: a resumed run reads the same
-    batches as an undisturbed one, whatever its workers. Each process reads only what its devices hold.
+    A batch depends on the seed, the step and the published mining memory alone. A resumed run therefore reads the same
+    batches as an uninterrupted one, with any number of reader processes. Each process reads only the blocks of its devices.
 
-    Raises InputError, here or while reading: an empty split, stores that are damaged or gone, bags that the devices do
-    not divide.
+    Raises:
+      InputError: here or while reading, for an empty split, a damaged or missing store, or a batch that cannot be divided
+        evenly over the devices.
     """
     cohort, data = slides.cohort, config.data
     if not cohort.rows:
@@ -89,30 +91,31 @@ def open_feed(slides: StoredSlides, config: ConfigDict, mesh: Mesh, normaliser: 
 
 @dataclass(frozen=True)
 class Feed:
-    """The training bags of all steps; `config` is config.data."""
+    """The training batches of all steps; `config` is config.data."""
 
     reader: _Reader
     mesh: Mesh
     config: ConfigDict
     steps: int
 
-    def batches(self, start_step: int, board: Board | None = None) -> Batches:
-        """The bags from a step on. Nothing is read before the first is asked for."""
+    def batches(self, start_step: int, memory_folder: MemoryFolder | None = None) -> Batches:
+        """The batches from a step on. Reading starts with the first request."""
         config = self.config
-        reader = replace(self.reader, sampler=replace(self.reader.sampler, board=board))
+        reader = replace(self.reader, sampler=replace(self.reader.sampler, memory_folder=memory_folder))
         options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=config.prefetch)
-        read = grain.MapDataset.range(start_step, self.steps).map(reader).to_iter_dataset(options)
+        blocks = grain.MapDataset.range(start_step, self.steps).map(reader).to_iter_dataset(options)
         if config.workers:
+            # Grain reads its flags from absl's global registry, which crcjax does not use.
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own there; ours are parsed elsewhere
-            read = read.mp_prefetch(
+                flags.FLAGS.mark_as_parsed()
+            blocks = blocks.mp_prefetch(
                 grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
             )
-        placed = read.map(self._place)
-        return Batches(iter(ThreadPrefetchIterDataset(placed, prefetch_buffer_size=config.device_prefetch)))
+        batches = blocks.map(self._place)
+        return Batches(iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.device_prefetch)))
 
     def shapes(self) -> Bag:
-        """The shapes, types and shardings of a step's batch, for compiling. No tile is read."""
+        """The shapes, types and shardings of a batch, for compiling the step without reading tiles."""
         reader = self.reader
         bags, regions = reader.shape
         params = reader.stores[0].params
@@ -136,42 +139,43 @@ class Feed:
             tile_labels=abstract((*instances, 2), np.int8) if reader.tile_labels else None,
         )
         return jax.tree_util.tree_map_with_path(
-            lambda path, part: part.update(sharding=NamedSharding(self.mesh, bag_spec(path))), bag
+            lambda path, field: field.update(sharding=NamedSharding(self.mesh, bag_spec(path))), bag
         )
 
     def _place(self, blocks: list[Bag]) -> Bag:
-        """The global batch on the devices, from the blocks that this process has read."""
-        shape, places = self.reader.shape, self.reader.blocks
+        """The global batch on the devices, from the blocks that this process read."""
+        batch_shape, ranges_of_blocks = self.reader.shape, self.reader.blocks
 
         def place(path: tuple[jax.tree_util.GetAttrKey, ...], *leaves: np.ndarray) -> jax.Array:
             spec = bag_spec(path)
             axes = len(spec)
-            leaf_at = {
-                tuple((span.start, span.stop) for span in block[:axes]): leaf
-                for block, leaf in zip(places, leaves, strict=True)
+            leaf_by_bounds = {
+                tuple((range_.start, range_.stop) for range_ in ranges[:axes]): leaf
+                for ranges, leaf in zip(ranges_of_blocks, leaves, strict=True)
             }
 
-            def leaf_of(index: tuple[slice, ...] | None) -> np.ndarray:
+            def leaf_at(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None
-                return leaf_at[tuple(part.indices(size)[:2] for part, size in zip(index, shape[:axes], strict=False))]
+                bounds = (along.indices(size)[:2] for along, size in zip(index, batch_shape[:axes], strict=False))
+                return leaf_by_bounds[tuple(bounds)]
 
-            whole = (*shape[:axes], *leaves[0].shape[axes:])
-            return jax.make_array_from_callback(whole, NamedSharding(self.mesh, spec), leaf_of, dtype=leaves[0].dtype)
+            shape = (*batch_shape[:axes], *leaves[0].shape[axes:])
+            return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), leaf_at, dtype=leaves[0].dtype)
 
         return jax.tree_util.tree_map_with_path(place, *blocks)
 
 
 class Batches:
-    """An iterator over batches on the devices, read ahead of the step; to be closed.
+    """An iterator over batches on the devices, read ahead of the step. Close it after use.
 
-    `waited_s` is the time in seconds in which no step ran because its batch was not ready.
+    `waited_s` is the time in seconds during which no step ran because the next batch was not ready.
     """
 
     def __init__(self, bags: DatasetIterator[Bag]):
         self._bags = bags
         self._running: jax.Array | None = None
         self._running_ended: Future[float] | None = None
-        # Notes when the running step ends, while the main thread waits for the next batch.
+        # Records when the running step ends, while the main thread waits for the next batch.
         self._watcher = ThreadPoolExecutor(1, "step-end")
         self.waited_s = 0.0
 
@@ -189,9 +193,9 @@ class Batches:
         return bag
 
     def follow(self, result: jax.Array) -> None:
-        """Registers the step that was started last, by one of its results, and waits for the step before it.
+        """Registers the latest step by one of its results, and waits for the step before it.
 
-        One step runs and one is queued: more would only keep their batches in the devices' memory.
+        So one step runs and one is queued. A longer queue would only fill the devices' memory with batches.
         """
         if self._running is not None:
             self._running.block_until_ready()
@@ -199,20 +203,21 @@ class Batches:
         self._running_ended = self._watcher.submit(_end_of, result)
 
     def close(self) -> None:
-        """Ends the threads and workers that read ahead."""
+        """Ends the threads and processes that read ahead."""
         self._watcher.shutdown(wait=False)
         self._bags.close()
 
 
 def _end_of(result: Any) -> float:
-    """The time at which a result is ready, or its computation has failed, which the main thread learns by itself."""
+    """Waits until a result is ready, or its computation failed, and returns the time."""
+    # The main thread meets the same error when it uses the result.
     with suppress(jax.errors.JaxRuntimeError):
         result.block_until_ready()
     return time.perf_counter()
 
 
 def local_blocks(mesh: Mesh, shape: tuple[int, int]) -> list[Block]:
-    """The places of a batch of `shape` (bags, regions) that the devices of this process hold, each once."""
+    """The blocks of a batch of `shape` (bags, regions) on the devices of this process, without repetition."""
     indices = NamedSharding(mesh, PartitionSpec("data", "bag")).addressable_devices_indices_map(shape).values()
     block_bounds = {(index[0].indices(shape[0])[:2], index[1].indices(shape[1])[:2]) for index in indices if index}
     return [(range(*bags), range(*regions)) for bags, regions in sorted(block_bounds)]
@@ -220,7 +225,11 @@ def local_blocks(mesh: Mesh, shape: tuple[int, int]) -> list[Block]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads what this process holds of a step's bags; each worker has a copy of it."""
+    """Reads this process's blocks of a step's batch; each reader process has a copy.
+
+    `shape` is (bags, regions) of the whole batch. Lists have an entry per training slide; features, stains and tile_labels
+    are empty where training does not use them.
+    """
 
     stores: list[TileStore | CaseStore]
     features: list[FeatureReader | CaseFeatures]
@@ -228,28 +237,27 @@ class _Reader:
     tile_labels: list[Int8[np.ndarray, "_ slot 2"]]
     sampler: Sampler
     weights: Float32[np.ndarray, " slide"]
-    shape: tuple[int, int]  # bags, regions
+    shape: tuple[int, int]
     blocks: list[Block]
 
     def __call__(self, step: int) -> list[Bag]:
         slides = self.sampler.slides(step)
-        chosen = {
-            bag: self.sampler.regions(step, bag, int(slides[bag]), self.stores[slides[bag]])
-            for bag in sorted({bag for bag_range, _ in self.blocks for bag in bag_range})
+        local_bags = sorted({bag for bags, _ in self.blocks for bag in bags})
+        regions_of_bag = {
+            bag: self.sampler.regions(step, bag, int(slides[bag]), self.stores[slides[bag]]) for bag in local_bags
         }
-        return [
-            self._block(
-                slides[bags.start : bags.stop], [chosen[bag][places.start : places.stop] for bag in bags], places
-            )
-            for bags, places in self.blocks
-        ]
+        blocks = []
+        for bags, places in self.blocks:
+            regions = [regions_of_bag[bag][places.start : places.stop] for bag in bags]
+            blocks.append(self._read_block(slides[bags.start : bags.stop], regions, len(places)))
+        return blocks
 
-    def _block(self, slides: np.ndarray, chosen: list[np.ndarray], places: range) -> Bag:
+    def _read_block(self, slides: np.ndarray, regions: list[np.ndarray], padded_regions: int) -> Bag:
         stains = [self.stains[slide] for slide in slides] if self.stains else []
-        # Their leaves are stacked, since a batch is one estimate with a leading axis.
+        # A batch has one estimate, whose arrays have an axis of bags.
         stain = jax.tree.map(lambda *leaves: np.stack(leaves), *stains) if stains else None
         features = [self.features[slide] for slide in slides] if self.features else []
         stores = [self.stores[slide] for slide in slides]
-        labels_of_slides = [self.tile_labels[slide] for slide in slides] if self.tile_labels else []
-        bag = read_bag(stores, chosen, self.sampler.labels[slides], len(places), stain, features, labels_of_slides)
+        tile_labels = [self.tile_labels[slide] for slide in slides] if self.tile_labels else []
+        bag = read_bag(stores, regions, self.sampler.labels[slides], padded_regions, stain, features, tile_labels)
         return replace(bag, weight=self.weights[slides], slide=slides.astype(np.int32))

@@ -13,27 +13,27 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crcjax.data.cohort import Cohort
-from crcjax.data.hard_mining import Board, Memory, Mining, mined_regions
+from crcjax.data.hard_mining import Memory, MemoryFolder, Mining, mined_regions
 from crcjax.data.sampler import sampler_of
 from crcjax.data.sampling import mined_places
 from crcjax.errors import writing
 
 
 class Miner:
-    """Lays the memory out for the loader while a run trains, and logs what it is mined for; a context manager.
+    """Publishes the mining memory to the loader while a run trains, and logs the mined slides; a context manager.
 
-    RUN/mined.jsonl has a line a period: its first step, how often each slide is mined in it, and the regions that slides
-    were misclassified are shown again. Raises OutputError if the run cannot be written.
+    RUN/mined.jsonl has one line per period: its first step, how often each slide is mined, and the regions of misclassified
+    slides that are shown again. Raises OutputError if the run directory cannot be written.
     """
 
     def __init__(self, run: Path, cohort: Cohort, config: ConfigDict, mining: Mining | None, start: int):
-        self.board: Board | None = None
+        self.memory_folder: MemoryFolder | None = None
         if mining is None:
             return
         self._folder = tempfile.TemporaryDirectory(prefix="crcjax-mining-")
-        self.board = Board(Path(self._folder.name))
+        self.memory_folder = MemoryFolder(Path(self._folder.name))
         self._config, self._cohort, self._log = config, cohort, run / "mined.jsonl"
-        self._sampler = sampler_of(cohort, config, self.board)
+        self._sampler = sampler_of(cohort, config, self.memory_folder)
         period = start // config.data.mine_every
         # A killed run may have logged this period already; these lines are written again.
         lines = self._log.read_text().splitlines(keepends=True) if self._log.exists() else []
@@ -46,37 +46,43 @@ class Miner:
 
     @property
     def every(self) -> int:
+        """Steps of a period."""
         return self._config.data.mine_every
 
     def __enter__(self) -> Miner:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.board:
-            self._folder.cleanup()  # whoever waits for a period sees that none will come
+        if self.memory_folder:
+            # A loader that waits for a period notices that the folder is gone.
+            self._folder.cleanup()
 
-    def after(self, number: int, mining: Mining | None) -> None:
-        """To be called after every step, with its number from 1 and the state's mining."""
-        if mining is not None and number % self.every == 0:
-            self._publish(number // self.every + 1, mining.next)
+    def after_step(self, step: int, mining: Mining | None) -> None:
+        """Publishes the next memory where a period ends; call it after every step (counted from 1) with the new state's."""
+        if mining is not None and step % self.every == 0:
+            self._publish(step // self.every + 1, mining.next)
 
     def _publish(self, period: int, memory: Memory) -> None:
-        assert self.board
+        assert self.memory_folder
         memory = jax.device_get(memory)
-        self.board.publish(period, memory)
-        first, ids = period * self.every, [row.slide_id for row in self._cohort.rows]
-        steps = range(first, min(first + self.every, self._config.train.steps))
+        self.memory_folder.publish(period, memory)
+        first_step = period * self.every
+        steps = range(first_step, min(first_step + self.every, self._config.train.steps))
         if not len(steps) or jax.process_index():
             return
-        share = self._config.data.mine_slides if (memory.loss >= 0).any() else 0.0
-        mined: Counter[str] = Counter()
+        slide_ids = [row.slide_id for row in self._cohort.rows]
+        fraction = self._config.data.mine_slides if (memory.loss >= 0).any() else 0.0
+        mined_count: Counter[str] = Counter()
         for step in steps:
-            places = mined_places(step, self._config.data.batch_size, share)
-            mined.update(ids[slide] for slide in self._sampler.slides(step)[places])
+            places = mined_places(step, self._config.data.batch_size, fraction)
+            mined_count.update(slide_ids[slide] for slide in self._sampler.slides(step)[places])
         count = mined_regions(self._config.data)
-        wrong = np.flatnonzero(memory.wrong) if count else ()
-        regions = {ids[slide]: [int(at) for at in memory.region[slide, :count] if at >= 0] for slide in wrong}
-        self._write("a", json.dumps({"first_step": first, "slides": dict(mined), "regions": regions}) + "\n")
+        misclassified = np.flatnonzero(memory.wrong) if count else ()
+        regions = {
+            slide_ids[slide]: [int(region) for region in memory.region[slide, :count] if region >= 0]
+            for slide in misclassified
+        }
+        self._write("a", json.dumps({"first_step": first_step, "slides": dict(mined_count), "regions": regions}) + "\n")
 
     def _write(self, mode: str, text: str) -> None:
         if jax.process_index():

@@ -1,4 +1,4 @@
-"""Pseudonyms of slides and cases by keyed hash: who has the key can find them again, nobody else can."""
+"""Pseudonyms of slides and cases: keyed hashes, which only an owner of the key can match with the ids."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from crcjax.data.csv_table import column_key
 from crcjax.errors import InputError, writing
 
 _KEY_BYTES = 32
-_DIGITS = 20  # 80 bits: two of a million ids share a pseudonym once in 10^12 cohorts
+# Hexadecimal digits of a pseudonym, 80 bits: two of a million ids collide with a probability of 4 x 10^-13.
+_DIGITS = 20
 
 
 def load_key(path: str | Path) -> bytes:
-    """The key in a file, less the line's end. Raises InputError if it is short, or the file open to all users."""
+    """Reads a key from a file, without the end of the line.
+
+    Raises InputError if the key is short, or if every user can read the file.
+    """
     path = Path(path)
     try:
         key, mode = path.read_bytes().rstrip(b"\r\n"), path.stat().st_mode
     except OSError as error:
         raise InputError(f"{path}: the key cannot be read ({error.strerror}); check the path") from error
     if mode & 0o007:
-        raise InputError(f"{path}: every user can read the key; chmod 600 it, and make a new one if it was seen")
+        raise InputError(f"{path}: every user can read the key; chmod 600 it, and make a new one if anybody read it")
     if len(key) < _KEY_BYTES:
         raise InputError(
             f"{path}: a key of {len(key)} bytes can be guessed; make one of {_KEY_BYTES} or more: openssl rand -hex 32"
@@ -34,18 +38,24 @@ def load_key(path: str | Path) -> bytes:
 
 
 def pseudonym(key: bytes, identifier: str) -> str:
-    """HMAC-SHA256 (RFC 2104) of an id, cut to 80 bits: equal ids have equal pseudonyms, of slides and cases alike.
+    """The HMAC-SHA256 (RFC 2104) of an id, truncated to 80 bits.
 
-    It begins with a letter, for spreadsheets take some hexadecimal numbers for floats.
+    Equal ids have equal pseudonyms, whether they name slides or cases.
     """
+    # The letter at the start keeps spreadsheets from reading digits such as 1e5 as a number.
     return "p" + hmac.new(key, identifier.encode(), hashlib.sha256).hexdigest()[:_DIGITS]
 
 
 def write_pseudonymous(cohort: str | Path, key: bytes, out: str | Path, keep: Sequence[str] = ()) -> int:
     """Writes a cohort's CSV with pseudonyms in place of its ids.
 
-    The new table has the columns subtype, site, scanner and split, and those that `keep` names, whatever their case;
-    never the slides' paths.
+    The new table has the columns slide_id, case_id, subtype, site, scanner and split. Slide paths are never written.
+
+    Args:
+      cohort: the table to read.
+      key: the key of the pseudonyms.
+      out: the table to write.
+      keep: further columns to write. Names may differ in case, blanks, underscores and hyphens.
 
     Returns:
       The number of rows.
@@ -64,8 +74,8 @@ def write_pseudonymous(cohort: str | Path, key: bytes, out: str | Path, keep: Se
                 table = csv.writer(file)
                 table.writerow([*columns, *further_columns])
                 for row in rows:
-                    hidden = {name: pseudonym(key, getattr(row, name)) for name in ("slide_id", "case_id")}
-                    values = [hidden.get(name) or getattr(row, name) or "" for name in columns]
+                    pseudonyms = {name: pseudonym(key, getattr(row, name)) for name in ("slide_id", "case_id")}
+                    values = [pseudonyms.get(name) or getattr(row, name) or "" for name in columns]
                     table.writerow([*values, *(_cell(row, name) for name in further_columns)])
         except FileExistsError:
             raise InputError(f"{out}: exists, and is not overwritten; choose another --out") from None
@@ -73,7 +83,7 @@ def write_pseudonymous(cohort: str | Path, key: bytes, out: str | Path, keep: Se
 
 
 def _further_column(cohort: str | Path, row: SlideRow, name: str) -> str:
-    """The column that `--keep name` means, as the table writes it. Raises InputError."""
+    """The column of the table that `--keep name` refers to. Raises InputError if there is none."""
     if column_key(name) == "path":
         raise InputError(f"{cohort}: --keep {name}: paths identify, and are never kept; leave it out")
     available = [field.name for field in fields(SlideRow) if field.name not in ("path", "extra")] + list(row.extra)

@@ -1,4 +1,4 @@
-"""The slides that a user names, by paths or by a cohort, with their ids or under pseudonyms."""
+"""Slides that a user selects by paths or by a cohort, with their ids or with pseudonyms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crcjax.slides.wsi.discovery import find_slides, slide_id_of
 
 @dataclass(frozen=True)
 class NamedSlide:
-    """A slide with its ids; `mpp` and `site` are those of the cohort, if it states any."""
+    """A slide with its ids; `mpp` (µm per level-0 px) and `site` come from the cohort, and are None without one."""
 
     slide_id: str
     case_id: str
@@ -27,48 +27,55 @@ class NamedSlide:
 def named_slides(
     paths: Sequence[Path] | None, cohort: Path | None, pseudonym_key: Path | None = None
 ) -> list[NamedSlide]:
-    """The slides of a cohort's rows, of those alone that are named if any are; or of the files as they are called.
+    """Returns the slides that a command works on.
 
-    With the file of a key, ids are pseudonyms. Raises InputError.
+    Args:
+      paths: slide files and folders. With a cohort they select rows of it; without paths all rows are selected.
+      cohort: the cohort, which states the ids. Without one, ids are file names.
+      pseudonym_key: file of a key; ids are then replaced with pseudonyms.
+
+    Raises:
+      InputError: neither is given, a path is not in the cohort, or a selected row has no path.
     """
-    named = _of_cohort(paths, cohort) if cohort else _by_file(paths)
+    slides = _slides_of_cohort(cohort, paths) if cohort else _slides_of_paths(paths)
     if pseudonym_key is None:
-        return named
+        return slides
     key = load_key(pseudonym_key)
-    return [replace(s, slide_id=pseudonym(key, s.slide_id), case_id=pseudonym(key, s.case_id)) for s in named]
+    return [replace(s, slide_id=pseudonym(key, s.slide_id), case_id=pseudonym(key, s.case_id)) for s in slides]
 
 
 def named_copies(paths: Sequence[Path], out: Path, pseudonym_key: Path | None) -> list[Path]:
-    """Where copies of slides go: `out` for one slide, or below it, named by pseudonyms. Raises InputError."""
+    """The paths of copies of slides: `out` itself for one slide, or names in `out` that are pseudonyms. Raises InputError."""
     if pseudonym_key:
         key = load_key(pseudonym_key)
         check_slide_ids([(slide_id_of(path), path) for path in paths])
         suffixes = ["" if path.is_dir() else path.suffix.lower() for path in paths]
-        return [out / (pseudonym(key, slide_id_of(path)) + end) for path, end in zip(paths, suffixes, strict=True)]
+        names = [pseudonym(key, slide_id_of(path)) for path in paths]
+        return [out / (name + suffix) for name, suffix in zip(names, suffixes, strict=True)]
     if len(paths) != 1 or out.is_dir():
         raise InputError("file names often identify: give --pseudonym-key to name copies, or --out COPY for one slide")
     return [out]
 
 
-def _by_file(paths: Sequence[Path] | None) -> list[NamedSlide]:
+def _slides_of_paths(paths: Sequence[Path] | None) -> list[NamedSlide]:
     if not paths:
         raise InputError("name slides or folders, or give --cohort")
     return [NamedSlide(slide_id_of(path), slide_id_of(path), path) for path in find_slides(paths)]
 
 
-def _of_cohort(paths: Sequence[Path] | None, cohort: Path) -> list[NamedSlide]:
+def _slides_of_cohort(cohort: Path, paths: Sequence[Path] | None) -> list[NamedSlide]:
     rows = load_cohort(cohort, None).rows
     if not paths:
         return [NamedSlide(row.slide_id, row.case_id, _path_of(row, cohort), row.mpp, row.site) for row in rows]
-    by_path = {row.path.resolve(): row for row in rows if row.path}
-    by_id = {row.slide_id: row for row in rows}
-    chosen = []
+    row_by_path = {row.path.resolve(): row for row in rows if row.path}
+    row_by_id = {row.slide_id: row for row in rows}
+    selected = []
     for path in find_slides(paths):
-        row = by_path.get(path.resolve()) or by_id.get(slide_id_of(path))
+        row = row_by_path.get(path.resolve()) or row_by_id.get(slide_id_of(path))
         if row is None:
             raise InputError(f"{path}: is not in {cohort}; add a row, or leave the slide out")
-        chosen.append(NamedSlide(row.slide_id, row.case_id, path, row.mpp, row.site))
-    return chosen
+        selected.append(NamedSlide(row.slide_id, row.case_id, path, row.mpp, row.site))
+    return selected
 
 
 def _path_of(row: SlideRow, cohort: Path) -> Path:

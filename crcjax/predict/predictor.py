@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
-from crcjax.data.case_bags import side_by_side
+from crcjax.data.case_bags import separate_slides
 from crcjax.errors import InputError
 from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import Params, Prediction, abstract_model, combine
@@ -119,7 +119,7 @@ class Predictor:
     def predict_encoded(self, slides: Sequence[EncodedSlide]) -> list[SlidePrediction]:
         """The prediction of slides as one bag: the same for each, but that each has its own part of the attention."""
         begun = time.monotonic()
-        position = side_by_side([(slide.plan.origin / slide.plan.region_px).astype(np.float32) for slide in slides])
+        position = separate_slides([(slide.plan.origin / slide.plan.region_px).astype(np.float32) for slide in slides])
         mask = np.concatenate([slide.mask for slide in slides])
         features = [np.concatenate(parts) for parts in zip(*(slide.features for slide in slides), strict=True)]
         prediction, attribution = self.pool(features, mask, np.concatenate(position))

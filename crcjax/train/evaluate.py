@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from crcjax.data.augment import Augmentation
 from crcjax.data.bags import Bag, StoredSlides, read_bag, slide_stains
 from crcjax.data.case_bags import by_unit
-from crcjax.data.corruptions import draw_artefacts
+from crcjax.data.corruptions import sample_artefacts
 from crcjax.data.tile_labels import bag_labels
 from crcjax.models.mil import MILModel, Params
 from crcjax.slides.stain.normalisation import StainNormaliser
@@ -48,7 +48,7 @@ class TaskEvaluation:
         def counts(params: Params, bag: Bag, index: Int[Array, ""]) -> dict[str, Array]:
             key = jax.random.key(index)  # the same at every evaluation
             share = config.augment.artefacts if "artefact" in tasks.weights else 0.0
-            augmentation = Augmentation(artefacts=draw_artefacts(key, bag.mask.shape, share) if share else None)
+            augmentation = Augmentation(artefacts=sample_artefacts(key, bag.mask.shape, share) if share else None)
             model, tiles = nnx.merge(graph, params), jnp.asarray(bag.tiles)
             encoded = (
                 model.encode_stored(tiles)

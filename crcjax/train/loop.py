@@ -48,7 +48,7 @@ def _train(config: ConfigDict, run: Path, group: ProcessGroup) -> None:
     state = record.restored(plan.model)
     start = int(state.step)
     miner = Miner(run, plan.data.training_units, config, state.mining, start)
-    batches = plan.data.feed.batches(start, miner.board)
+    batches = plan.data.feed.batches(start, miner.memory_folder)
     # The miner is left before the batches are closed: readers that wait for it would never end.
     with memory_of_step(parts), record.opened(start), closing(batches), miner:
         log_plan(plan, state.params, budget, parts)
@@ -59,7 +59,7 @@ def _train(config: ConfigDict, run: Path, group: ProcessGroup) -> None:
                 state, metrics = step(state, batch)
                 record.metrics.add(metrics)
                 batches.follow(metrics["loss"])
-                miner.after(number, state.mining)
+                miner.after_step(number, state.mining)
                 stops = group.should_stop(number)
                 due = due_after(number, config.train, stops)
                 if due.replica_check:

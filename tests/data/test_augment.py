@@ -191,7 +191,7 @@ def test_parameters_of_different_changes_are_independent_over_steps_and_bags() -
             "flips": augmentation.flips,
             "gains": jnp.diagonal(augmentation.colour.density, axis1=-2, axis2=-1),
             "artefacts": augmentation.artefacts.kind > 0,
-            "places": augmentation.artefacts.shape,
+            "places": augmentation.artefacts.geometry,
             "blur": augmentation.blur_px,
             "noise": augmentation.noise.deviation,
             "jpeg": augmentation.jpeg_quality,

@@ -11,7 +11,7 @@ import pytest
 from scipy.special import logit
 
 from crcjax.data.bags import open_slides, open_stores
-from crcjax.data.case_bags import by_unit, side_by_side
+from crcjax.data.case_bags import by_unit, separate_slides
 from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.loader import train_batches
 from crcjax.errors import InputError
@@ -74,12 +74,12 @@ def test_a_cases_bag_holds_the_regions_of_all_its_slides_and_no_slide_lies_over_
 def test_slides_of_a_case_lie_where_they_do_whatever_their_order() -> None:
     rng = np.random.default_rng(0)
     slides = [rng.uniform(0, 30, (n, 2)).astype(np.float32) for n in (5, 9, 0, 7)]
-    moved = side_by_side(slides)
+    moved = separate_slides(slides)
     np.testing.assert_array_equal(moved[1], slides[1])
-    again = side_by_side(slides[::-1])[::-1]
+    again = separate_slides(slides[::-1])[::-1]
     for one, other in zip(moved, again, strict=True):
         np.testing.assert_array_equal(one, other)
-    np.testing.assert_array_equal(side_by_side(slides[:1])[0], slides[0])
+    np.testing.assert_array_equal(separate_slides(slides[:1])[0], slides[0])
 
 
 def test_training_draws_cases_and_takes_regions_of_all_their_slides(pairs: Path, small_config) -> None:

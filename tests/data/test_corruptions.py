@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from crcjax.data.corruptions import ARTEFACTS, Artefacts, blur, draw_artefacts, jpeg, spoil
+from crcjax.data.corruptions import ARTEFACTS, Artefacts, add_artefacts, blur, jpeg, sample_artefacts
 from crcjax.slides.synthetic.painter import SITES, SlideSpec, paint_block
 
 TILE = paint_block(SlideSpec("stromal", 3, SITES[1]), 1400, 1200, 96, 96)
@@ -45,9 +45,9 @@ def test_jpeg_takes_any_side_and_a_quality_for_each_tile() -> None:
 
 
 def test_artefacts_change_the_tiles_that_are_labelled_and_no_others() -> None:
-    drawn = draw_artefacts(jax.random.key(0), (4, 50, 2), 0.4)
+    drawn = sample_artefacts(jax.random.key(0), (4, 50, 2), 0.4)
     tiles = jnp.broadcast_to(jnp.asarray(TILE[:32, :32], jnp.float32), (4, 50, 2, 32, 32, 3))
-    found = jax.jit(spoil)(tiles, drawn)
+    found = jax.jit(add_artefacts)(tiles, drawn)
     changed = np.asarray((found != tiles).any(axis=(-3, -2, -1)))
     np.testing.assert_array_equal(changed, np.asarray(drawn.kind) > 0)
     assert 0.3 < changed.mean() < 0.5
@@ -58,9 +58,9 @@ def test_artefacts_change_the_tiles_that_are_labelled_and_no_others() -> None:
 
 @pytest.mark.parametrize("kind", range(1, len(ARTEFACTS)))
 def test_each_artefact_is_what_its_name_says(kind: int) -> None:
-    drawn = draw_artefacts(jax.random.key(1), (8,), 1.0)
+    drawn = sample_artefacts(jax.random.key(1), (8,), 1.0)
     tiles = jnp.broadcast_to(jnp.asarray(TILE, jnp.float32), (8, *TILE.shape))
-    found = np.asarray(spoil(tiles, Artefacts(jnp.full(8, kind, jnp.int32), drawn.shape, drawn.specks)))
+    found = np.asarray(add_artefacts(tiles, Artefacts(jnp.full(8, kind, jnp.int32), drawn.geometry, drawn.specks)))
     before = np.asarray(tiles)
     darker, sharpness = (
         found < before - 1,

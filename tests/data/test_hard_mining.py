@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crcjax.data.cohort import load_cohort
-from crcjax.data.hard_mining import Board, Memory, Mining, after_step, remember
+from crcjax.data.hard_mining import Memory, MemoryFolder, Mining, after_step, remember
 from crcjax.errors import InputError
 from crcjax.train.loop import train
 
@@ -45,18 +45,18 @@ def test_a_period_is_drawn_by_the_memory_at_the_beginning_of_the_one_before() ->
 
 
 def test_a_loader_waits_for_its_period_and_ends_when_the_run_has(tmp_path: Path) -> None:
-    folder = tmp_path / "board"
+    folder = tmp_path / "mining"
     folder.mkdir()
-    board, got = Board(folder), []
-    waiting = threading.Thread(target=lambda: got.append(board.memory(3).loss.tolist()))
+    memory_folder, losses = MemoryFolder(folder), []
+    waiting = threading.Thread(target=lambda: losses.append(memory_folder.memory(3).loss.tolist()))
     waiting.start()
-    Board(folder).publish(3, jax.tree.map(np.asarray, EMPTY))
+    MemoryFolder(folder).publish(3, jax.tree.map(np.asarray, EMPTY))
     waiting.join(5)
-    assert got == [[-1.0] * 4]
+    assert losses == [[-1.0] * 4]
     (folder / "3.npz").unlink()
     folder.rmdir()
     with pytest.raises(InputError, match="training ended before this period"):
-        board.memory(9)
+        memory_folder.memory(9)
 
 
 def test_only_training_slides_are_mined_and_their_ids_logged(small_config, tmp_path: Path) -> None:

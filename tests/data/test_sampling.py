@@ -3,31 +3,31 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from crcjax.data.sampling import draw_regions, draw_slides, hardness, mined_places, slide_weights, spread_cells
+from crcjax.data.sampling import hardness, mined_places, sample_regions, sample_slides, slide_weights, spread_cells
 
 LABELS = np.array([0] * 10 + [1] * 3 + [2] * 5)
 
 
 def test_every_class_is_drawn_alike_and_every_slide_of_a_class_once_a_round() -> None:
-    drawn = np.concatenate([draw_slides(LABELS, 7, step, 6) for step in range(30)])
-    assert Counter(LABELS[drawn].tolist()) == {0: 60, 1: 60, 2: 60}
-    of_class = [slide for slide in drawn.tolist() if LABELS[slide] == 0]
+    sampled = np.concatenate([sample_slides(LABELS, 7, step, 6) for step in range(30)])
+    assert Counter(LABELS[sampled].tolist()) == {0: 60, 1: 60, 2: 60}
+    of_class = [slide for slide in sampled.tolist() if LABELS[slide] == 0]
     for start in range(0, 60, 10):
         assert sorted(of_class[start : start + 10]) == list(range(10))
 
 
 def test_a_step_is_the_same_whether_others_were_drawn_before() -> None:
-    assert (draw_slides(LABELS, 7, 12, 6) == draw_slides(LABELS, 7, 12, 6)).all()
-    assert not (draw_slides(LABELS, 7, 12, 6) == draw_slides(LABELS, 8, 12, 6)).all()
+    assert (sample_slides(LABELS, 7, 12, 6) == sample_slides(LABELS, 7, 12, 6)).all()
+    assert not (sample_slides(LABELS, 7, 12, 6) == sample_slides(LABELS, 8, 12, 6)).all()
 
 
 def test_regions_are_different_filled_and_all_when_few() -> None:
     mask = np.ones((40, 2), bool)
     mask[::2] = False
-    drawn = draw_regions(mask, 0, 3, 1, 12)
-    assert len(set(drawn.tolist())) == 12
-    assert (drawn % 2 == 1).all()
-    assert draw_regions(mask, 0, 3, 1, 30).tolist() == list(range(1, 40, 2))
+    sampled = sample_regions(mask, 0, 3, 1, 12)
+    assert len(set(sampled.tolist())) == 12
+    assert (sampled % 2 == 1).all()
+    assert sample_regions(mask, 0, 3, 1, 30).tolist() == list(range(1, 40, 2))
 
 
 def test_drawing_times_weight_counts_each_class_by_its_effective_number() -> None:
@@ -43,18 +43,20 @@ def test_drawing_times_weight_counts_each_class_by_its_effective_number() -> Non
 def test_sites_of_a_class_are_drawn_alike_over_a_round() -> None:
     labels = np.array([0] * 12 + [1] * 9)
     sites = np.array([0] * 8 + [1] * 3 + [2] + [0] * 6 + [2] * 3)  # class 1 has no slide of site 1
-    drawn = np.concatenate([draw_slides(labels, 3, step, 4, sites=sites) for step in range(36)])
-    counts = Counter(zip(labels[drawn].tolist(), sites[drawn].tolist(), strict=True))
+    sampled = np.concatenate([sample_slides(labels, 3, step, 4, sites=sites) for step in range(36)])
+    counts = Counter(zip(labels[sampled].tolist(), sites[sampled].tolist(), strict=True))
     assert counts == {(0, 0): 24, (0, 1): 24, (0, 2): 24, (1, 0): 36, (1, 2): 36}
-    of_site = [slide for slide in drawn.tolist() if labels[slide] == 0 and sites[slide] == 0]
+    of_site = [slide for slide in sampled.tolist() if labels[slide] == 0 and sites[slide] == 0]
     assert all(sorted(of_site[start : start + 8]) == list(range(8)) for start in range(0, 24, 8))
 
 
 def test_mined_slides_are_drawn_by_their_loss_within_their_share_and_classes_stay_alike() -> None:
     losses = np.full(18, 0.01, np.float32)
     losses[[2, 11, 14]] = 3.0  # one of each class
-    plain = np.concatenate([draw_slides(LABELS, 7, step, 8) for step in range(300)])
-    mined = np.concatenate([draw_slides(LABELS, 7, step, 8, losses=losses, mined_share=0.25) for step in range(300)])
+    plain = np.concatenate([sample_slides(LABELS, 7, step, 8) for step in range(300)])
+    mined = np.concatenate(
+        [sample_slides(LABELS, 7, step, 8, losses=losses, mined_fraction=0.25) for step in range(300)]
+    )
     places = np.concatenate([mined_places(step, 8, 0.25) for step in range(300)])
     assert places.sum() == 600
     assert np.isin(mined[places], [2, 11, 14]).mean() > 0.95
@@ -90,11 +92,11 @@ def test_spread_regions_lie_further_apart_than_uniform_ones_and_every_region_is_
     for step in range(1500):
         for spread in (True, False):
             given = {"cells": cells, "tissue": even} if spread else {}
-            drawn = draw_regions(mask, 0, step, 0, 12, **given)
-            assert len(set(drawn.tolist())) == 12
-            assert mask[drawn].all()
-            times[drawn] += spread
-            apart = np.linalg.norm(origin[drawn][:, None] - origin[drawn], axis=-1) + 1e9 * np.eye(12)
+            sampled = sample_regions(mask, 0, step, 0, 12, **given)
+            assert len(set(sampled.tolist())) == 12
+            assert mask[sampled].all()
+            times[sampled] += spread
+            apart = np.linalg.norm(origin[sampled][:, None] - origin[sampled], axis=-1) + 1e9 * np.eye(12)
             nearest[spread].append(apart.min(axis=1).mean())
     assert np.mean(nearest[True]) > 1.2 * np.mean(nearest[False])
     expected = 1500 * 12 / mask.sum()
@@ -105,8 +107,8 @@ def test_within_a_part_of_the_tissue_regions_are_drawn_in_proportion_to_their_ti
     mask, origin = _grid(16)
     tissue = np.where(np.arange(256) % 2, 0.75, 0.25)
     cells = spread_cells(mask, origin, 8)
-    drawn = np.concatenate([draw_regions(mask, 0, step, 0, 8, cells=cells, tissue=tissue) for step in range(500)])
-    assert abs((drawn % 2).mean() - 0.75) < 0.03
+    sampled = np.concatenate([sample_regions(mask, 0, step, 0, 8, cells=cells, tissue=tissue) for step in range(500)])
+    assert abs((sampled % 2).mean() - 0.75) < 0.03
 
 
 def test_mined_regions_are_shown_among_as_many_others_as_fit() -> None:
@@ -114,9 +116,9 @@ def test_mined_regions_are_shown_among_as_many_others_as_fit() -> None:
     mask[40] = False
     cells, mined = spread_cells(mask, origin, 10), np.array([5, 40, -1, 200])
     for given in ({}, {"cells": cells, "tissue": np.ones(256)}):
-        drawn = draw_regions(mask, 0, 1, 0, 10, mined=mined, **given)
-        assert len(set(drawn.tolist())) == 10
-        assert {5, 200} <= set(drawn.tolist())
-        assert mask[drawn].all()
-    assert len(set(cells[drawn].tolist())) == 10
-    assert (draw_regions(mask, 0, 1, 0, 10, mined=mined) == draw_regions(mask, 0, 1, 0, 10, mined=mined)).all()
+        sampled = sample_regions(mask, 0, 1, 0, 10, mined=mined, **given)
+        assert len(set(sampled.tolist())) == 10
+        assert {5, 200} <= set(sampled.tolist())
+        assert mask[sampled].all()
+    assert len(set(cells[sampled].tolist())) == 10
+    assert (sample_regions(mask, 0, 1, 0, 10, mined=mined) == sample_regions(mask, 0, 1, 0, 10, mined=mined)).all()

@@ -104,9 +104,9 @@ def test_what_the_table_calls_test_is_in_no_fold() -> None:
 @pytest.mark.parametrize(
     ("folds", "fold", "by", "message"),
     [
-        (5, 5, "case", "config.data.fold 5: choose one from 0 to 4"),
-        (1, 0, "case", "config.data.folds 1: choose from 2 to 60, the cases"),
-        (3, 0, "hospital", "config.data.fold_by 'hospital': choose one of case, site"),
+        (5, 5, "case", "config.data.fold must be from 0 to 4, one of config.data.folds 5, got 5"),
+        (1, 0, "case", "config.data.folds must be from 2 to 60, the number of cases of the cohort, got 1; try 5"),
+        (3, 0, "hospital", "config.data.fold_by must be one of case, site, got 'hospital'"),
         (3, 0, "site", "slide s0-0 of the cohort has no site"),
     ],
 )
@@ -125,5 +125,5 @@ def test_a_case_of_two_sites_is_in_no_fold_by_site() -> None:
 def test_a_fold_of_no_number_of_folds_is_refused() -> None:
     config = get_config().data
     config.fold = 2
-    with pytest.raises(InputError, match=r"config\.data\.fold 2: of how many\? set config\.data\.folds"):
+    with pytest.raises(InputError, match=r"config\.data\.fold must be 0 without config\.data\.folds, got 2; set"):
         divide(_cohort(), config)
