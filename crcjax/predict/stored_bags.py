@@ -65,7 +65,7 @@ class Evaluation:
         for index, bag in self._bags(params, each):
             probs[index] = self._forward.pool(params, *bag).probs[0]
         # Each row is of one process, and zero in the others.
-        collection = jax.device_get(validation_metrics(*jax.device_put((_sum_over_processes(probs), self.labels))))
+        collection = jax.device_get(validation_metrics(*jax.device_put((sum_over_processes(probs), self.labels))))
         return {name: float(value) for name, value in collection.compute().items()}
 
     def prediction(self, params: Params, index: int) -> Prediction:
@@ -77,7 +77,7 @@ class Evaluation:
         summary_array = np.zeros((len(self.stores), 2, params["norm"]["bias"].size), np.float32)
         for index, bag in self._bags(params, each):
             summary_array[index] = summary(*bag[:2])
-        return _sum_over_processes(summary_array).astype(np.float64)
+        return sum_over_processes(summary_array).astype(np.float64)
 
     @property
     def labels(self) -> Int[np.ndarray, " bag"]:
@@ -108,7 +108,8 @@ class Evaluation:
             yield partial(self._readers[index], regions[start : start + chunk])
 
 
-def _sum_over_processes(values: np.ndarray) -> np.ndarray:
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """The sum of the arrays of all processes, which call it together."""
     if jax.process_count() == 1:
         return values
     with jax.transfer_guard("allow"):  # JAX converts to device arrays and back implicitly

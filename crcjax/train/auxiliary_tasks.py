@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float32, Int, Int8
+from jaxtyping import Array, Bool, Float32, Int8
 from ml_collections import ConfigDict
 
 from crcjax.data.augment import Augmentation, ColourChange
@@ -198,14 +198,6 @@ def stain_numbers(stain: StainMatrix, change: ColourChange | None = None) -> Flo
     elif vectors.ndim > 2:
         vectors, concentration = vectors[:, None, None], concentration[:, None, None]
     return jnp.concatenate([vectors.reshape(*vectors.shape[:-2], 6), concentration], axis=-1)
-
-
-def confusion(
-    predicted: Float32[Array, "*instance class"], target: Int[Array, "*instance"], valid: Bool[Array, "*instance"]
-) -> Float32[Array, "class class"]:
-    """How many known instances of each class (rows) were called what."""
-    counts = jnp.zeros((predicted.shape[-1],) * 2)
-    return counts.at[jnp.maximum(target, 0), predicted.argmax(axis=-1)].add(valid)
 
 
 def _log_variances(params: Params) -> Float32[Array, " loss"]:

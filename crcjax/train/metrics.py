@@ -1,4 +1,4 @@
-"""Training metrics: clu collections that are accumulated on the devices between two reports."""
+"""Training metrics as clu metrics: of steps, accumulated on the devices between two reports; and of auxiliary tasks."""
 
 from __future__ import annotations
 
@@ -6,40 +6,90 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import metrics
-from jaxtyping import Array
+from jaxtyping import Array, Bool
+
+from crcjax.predict.evaluation_metrics import BalancedAccuracy
 
 
 class IntervalMetrics:
-    """The metrics of all steps since the last report; adding a step's does not wait for the step.
+    """The metrics of all steps since the last report.
 
-    A metric is the mean over the interval's steps, except for the settings that training itself adapts: of `loss_scale`
-    and `NAME_weight` it is the last step's value. Metrics may have a leading axis, of ensemble members.
+    A metric is the mean over these steps, except for the settings that training adapts: `loss_scale` and `NAME_weight` have
+    the value of the last step. Metrics may have a leading axis of ensemble members.
     """
 
     def __init__(self) -> None:
         self._collection: metrics.Collection | None = None
 
     def add(self, step_metrics: Mapping[str, Array]) -> None:
-        """Adds one step's metrics, which stay on the devices."""
+        """Adds the metrics of one step. They stay on the devices, so that this does not wait for the step."""
         collect, merge = _functions(tuple(step_metrics), next(iter(step_metrics.values())).ndim)
         collection = collect(step_metrics)
         self._collection = collection if self._collection is None else merge(self._collection, collection)
 
     def compute(self) -> dict[str, np.ndarray]:
-        """The interval's metrics, on the host. The next interval begins."""
+        """Returns the metrics on the host, and starts the next interval."""
         if self._collection is None:
             return {}
-        # Computed metric by metric: Collection.compute refuses the leading axis of ensemble members.
+        # One by one, since Collection.compute refuses the leading axis of ensemble members.
         on_host, self._collection = jax.device_get(self._collection), None
         return {name: np.asarray(getattr(on_host, name).compute()) for name in type(on_host).__annotations__}
 
 
+@flax.struct.dataclass
+class ConstantAccuracy(BalancedAccuracy):
+    """The balanced accuracy of a constant prediction: 1 divided by the number of classes that have an instance."""
+
+    def compute(self) -> Any:
+        return 1.0 / np.count_nonzero(np.asarray(self.confusion).sum(axis=1))
+
+
+def task_metrics(
+    predicted: Mapping[str, Array], targets: Mapping[str, tuple[Array, Bool[Array, "*instance"]]]
+) -> metrics.Collection:
+    """The validation metrics of the auxiliary tasks on one bag. Collections of several bags are merged.
+
+    Args:
+      predicted: the outputs of the heads, by task.
+      targets: the targets by task, and whether each instance has one: class indices, or for `stain` the standardised stain
+        numbers.
+
+    Returns:
+      `NAME_balanced_accuracy`, and `NAME_constant`, the value of the best constant prediction. For `stain`, `stain_error`
+      (the mean squared error), and `stain_constant`, the error of the training slides' mean, which is 0 after
+      standardisation.
+    """
+    values: dict[str, metrics.Metric] = {}
+    for name, (target, is_labelled) in targets.items():
+        if name == "stain":
+            error, constant_error = (jnp.square(value).mean(axis=-1) for value in (predicted[name] - target, target))
+            values["stain_error"] = metrics.Average.from_model_output(error, mask=is_labelled)
+            values["stain_constant"] = metrics.Average.from_model_output(constant_error, mask=is_labelled)
+        else:
+            counted = predicted[name], target, is_labelled
+            values[f"{name}_balanced_accuracy"] = BalancedAccuracy.from_model_output(*counted)
+            values[f"{name}_constant"] = ConstantAccuracy.from_model_output(*counted)
+    return metrics.Collection.create_collection(**values)
+
+
+def compute_task_metrics(collection: metrics.Collection) -> dict[str, float]:
+    """Computes a collection of `task_metrics`, without the metrics of tasks that no instance has a target for."""
+    # Without an instance, a metric consists of zeros.
+    has_instances = {
+        name: any(np.any(leaf) for leaf in jax.tree.leaves(getattr(collection, name)))
+        for name in type(collection).__annotations__
+    }
+    return {name: float(getattr(collection, name).compute()) for name, has_any in has_instances.items() if has_any}
+
+
 @lru_cache
 def _functions(names: tuple[str, ...], leading_axes: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The jitted functions that make a collection of one step's metrics, and that merge two collections."""
+    """Two jitted functions: one makes a collection from a step's metrics, the other merges two collections."""
     kinds = {
         name: metrics.LastValue if name == "loss_scale" or name.endswith("_weight") else metrics.Average
         for name in names

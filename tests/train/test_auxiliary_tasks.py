@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clu import metrics
 
 from crcjax.config import get_config
 from crcjax.data.augment import Augmentation, ColourChange
@@ -22,8 +23,9 @@ from crcjax.predict.predictor import Predictor
 from crcjax.runs.checkpoint import restore_params
 from crcjax.slides.stain.methods import StainMatrix
 from crcjax.slides.wsi.slide import open_slide
-from crcjax.train.auxiliary_tasks import Tasks, add_heads, confusion, open_tasks
+from crcjax.train.auxiliary_tasks import Tasks, add_heads, open_tasks
 from crcjax.train.loop import train
+from crcjax.train.metrics import compute_task_metrics, task_metrics
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import build_step, init_state
 
@@ -215,10 +217,27 @@ def test_without_tasks_the_model_has_no_heads_and_with_them_the_rest_of_it_is_th
     assert open_tasks(config, [], []) is None
 
 
-def test_a_confusion_matrix_counts_known_instances() -> None:
-    told = jnp.eye(3)[jnp.array([0, 1, 1, 2, 2])]
-    found = confusion(told, jnp.array([0, 0, 1, -1, 2]), jnp.array([True, True, True, False, True]))
-    np.testing.assert_array_equal(found, [[1, 1, 0], [0, 1, 0], [0, 0, 1]])
+def test_metrics_of_tasks_are_of_labelled_instances_alone_and_add_up_over_bags() -> None:
+    classes, tissue = jnp.eye(4)[jnp.array([0, 1, 1, 2, 2, 0])], jnp.array([0, 0, 1, -1, 2, 0])
+    numbers, stain = jnp.array([[1.0, 3.0], [9.0, 9.0]] * 3), jnp.array([[2.0, 1.0], [0.0, 0.0]] * 3)
+    is_labelled = {"tissue": jnp.array([True, True, True, False, True, True]), "stain": jnp.array([True, False] * 3)}
+
+    def of_bag(at: np.ndarray) -> metrics.Collection:
+        predicted = {"tissue": classes[at], "stain": numbers[at], "artefact": classes[at]}
+        targets = {"tissue": (tissue[at], is_labelled["tissue"][at]), "stain": (stain[at], is_labelled["stain"][at])}
+        return task_metrics(predicted, targets | {"artefact": (tissue[at], jnp.zeros(len(at), bool))})
+
+    first, second = (of_bag(at) for at in np.split(np.arange(6), [2]))
+    for collection in (of_bag(np.arange(6)), first.merge(second)):
+        assert compute_task_metrics(collection) == pytest.approx(
+            {
+                # Class 0 is predicted for two of three instances, classes 1 and 2 always; no instance is of class 3.
+                "tissue_balanced_accuracy": (2 / 3 + 1 + 1) / 3,
+                "tissue_constant": 1 / 3,
+                "stain_error": (1 + 4) / 2,
+                "stain_constant": (4 + 1) / 2,
+            }
+        )
 
 
 def _set(config, changes: dict) -> None:
