@@ -1,1 +1,1 @@
-"""What a run directory and a checkpoint are."""
+"""Run directories, checkpoints and files of weights."""

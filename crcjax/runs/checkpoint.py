@@ -1,4 +1,4 @@
-"""Checkpoints: asynchronous, the newest and the best kept, resumed from on the next start."""
+"""Checkpoints of a run: written asynchronously; the newest and the best ones are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from crcjax.errors import InputError, writing
 from crcjax.models.mil import MILModel, Params, params_of
@@ -19,14 +19,19 @@ FOLDER = "checkpoints"
 
 
 class Checkpointer:
-    """The checkpoints of one run directory; close it so that the last save is finished."""
+    """The checkpoints of one run directory. Close it, so that the last save is finished.
+
+    `keep_best` is the number of checkpoints kept for their validation metrics, besides the newest one.
+    """
 
     def __init__(self, run: Path, keep_best: int):
-        # The newest is kept for resuming, whatever its metrics: a rule of the best alone would lose progress.
-        best = keep.BestN(get_metric_fn=rank, n=keep_best, keep_checkpoints_without_metrics=False)
+        best = preservation_policy.BestN(get_metric_fn=rank, n=keep_best, keep_checkpoints_without_metrics=False)
+        # The newest is kept whatever its metrics: a run resumes from it.
+        newest = preservation_policy.LatestN(1)
         options = ocp.CheckpointManagerOptions(
-            best_fn=rank,  # else Orbax writes no metrics, and nobody finds the best again
-            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(1), best]),
+            # Without best_fn, Orbax does not write metrics, and the best checkpoint could not be found again.
+            best_fn=rank,
+            preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
@@ -35,27 +40,29 @@ class Checkpointer:
         self._closed = False
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest saved state with the layout and sharding of `state`, or `state` itself if there is none."""
+        """Restores the newest checkpoint with the shapes and shardings of `state`; without one, returns `state`."""
         step = self._manager.latest_step()
         if step is None:
             return state
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, vars(state))
-        return TrainState(**self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract, _exactly(abstract))))
+        arguments = ocp.args.PyTreeRestore(abstract, _restore_args(abstract))
+        return TrainState(**self._manager.restore(step, args=arguments))
 
     def save(self, state: TrainState, metrics: dict[str, float] | None) -> None:
-        """Starts a save; with validation metrics it may become the best.
+        """Starts to write a checkpoint. With validation metrics, it may become the best one.
 
-        Raises OutputError if this or the save before it cannot be written.
+        Raises OutputError if this checkpoint or the one before cannot be written.
         """
         with (
             writing(self._folder, "choose another --workdir", catch=(OSError, ValueError)),
-            _unwarned(),
-            jax.transfer_guard("allow"),  # Orbax copies to the host in its own ways
+            _without_orbax_warnings(),
+            # Orbax copies arrays to the host implicitly.
+            jax.transfer_guard("allow"),
         ):
             self._manager.save(int(state.step), args=ocp.args.PyTreeSave(vars(state)), metrics=metrics)
 
     def close(self) -> None:
-        """Waits for the last save; again, it does nothing. Raises OutputError if it cannot be written."""
+        """Waits until the last checkpoint is written. A second call does nothing. Raises OutputError."""
         if self._closed:
             return
         self._closed = True
@@ -65,61 +72,62 @@ class Checkpointer:
 
 
 def rank(metrics: dict[str, float]) -> float:
-    """What the best checkpoint has most of: validation sets are small and tie, so that the loss decides among equals."""
+    """The score of a checkpoint; the best one has the highest. The loss breaks ties in balanced accuracy."""
+    # Ties are frequent, since validation sets are small.
     return metrics["balanced_accuracy"] - 1e-3 * metrics["loss"]
 
 
 def newest_step(run: Path) -> int:
-    """The step that a run goes on from, 0 if it has no checkpoint."""
+    """The step that a run resumes from; 0 without a checkpoint."""
     return max((int(path.name) for path in (run / FOLDER).glob("*") if path.name.isdigit()), default=0)
 
 
 def restore_params(run: str | Path, model: MILModel) -> tuple[Params, int]:
-    """The parameters of a run's best checkpoint (the newest, if none was evaluated) and its step.
+    """The parameters and the step of a run's best checkpoint, or of the newest if none was evaluated.
 
     Raises InputError if the run has no checkpoint.
     """
-    with _opened(run) as manager:
+    with _open(run) as manager:
         step, _ = _best(run, manager)
         abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params_of(model))}
-        arguments = ocp.args.PyTreeRestore(abstract, _exactly(abstract), partial_restore=True)
+        arguments = ocp.args.PyTreeRestore(abstract, _restore_args(abstract), partial_restore=True)
         return manager.restore(step, args=arguments)["params"], step
 
 
 def best_metrics(run: str | Path) -> tuple[int, dict[str, float] | None]:
-    """The step of a run's best checkpoint and its validation metrics, if it was evaluated. Raises InputError."""
-    with _opened(run) as manager:
+    """The step and the validation metrics of a run's best checkpoint; None if none was evaluated. Raises InputError."""
+    with _open(run) as manager:
         return _best(run, manager)
 
 
-def _opened(run: str | Path) -> ocp.CheckpointManager:
+def _open(run: str | Path) -> ocp.CheckpointManager:
     folder = (Path(run) / FOLDER).absolute()
     if not folder.is_dir():
-        raise InputError(f"{run}: has no checkpoints; train it with python -m crcjax.main --workdir {run}")
+        raise InputError(f"{run}: has no checkpoints; train it with crcjax train --workdir {run}")
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-    with _unwarned():
+    with _without_orbax_warnings():
         return ocp.CheckpointManager(folder, options=options)
 
 
 @contextmanager
-def _unwarned() -> Iterator[None]:
-    """Without Orbax's warnings of what is meant so: saves that were not evaluated, runs that are only read."""
-    before = logging.get_verbosity()
+def _without_orbax_warnings() -> Iterator[None]:
+    """Silences Orbax's warnings about checkpoints without metrics and about read-only managers, which are intended."""
+    verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
 
 
 def _best(run: str | Path, manager: ocp.CheckpointManager) -> tuple[int, dict[str, float] | None]:
     metrics = {step: manager.metrics(step) for step in manager.all_steps()}
     if not metrics:
         raise InputError(f"{run}: has no checkpoint yet; train it further")
-    evaluated = {step: rank(values) for step, values in metrics.items() if values}
-    step = max(evaluated, key=lambda at: evaluated[at]) if evaluated else max(metrics)
-    return step, metrics[step]
+    rank_of_step = {step: rank(values) for step, values in metrics.items() if values}
+    best = max(rank_of_step, key=lambda step: rank_of_step[step]) if rank_of_step else max(metrics)
+    return best, metrics[best]
 
 
-def _exactly(abstract: object) -> object:
+def _restore_args(abstract: object) -> object:
     return ocp.checkpoint_utils.construct_restore_args(abstract)

@@ -1,4 +1,4 @@
-"""Files of weights, safetensors or torch's, read without torch."""
+"""Weights of published encoders, from safetensors files or torch checkpoints, read without torch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from crcjax.models.encoders.torch_weights import fill
 from crcjax.models.mil import DTYPES, MILModel, build_model
 
 _CONVERT = "convert it with torch: safetensors.torch.save_file(torch.load(FILE), 'model.safetensors')"
+# The NumPy type of each torch storage.
 _STORAGES = {
     "FloatStorage": np.float32,
     "HalfStorage": np.float16,
@@ -40,7 +41,7 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a file by their names, and the SHA-256 of the file."""
+    """The tensors of a file, by name, and the SHA-256 of the file."""
 
     path: Path
     sha256: str
@@ -48,22 +49,29 @@ class Weights:
 
 
 def load_encoder(name: str, path: Path, dtype: DTypeLike = jnp.float32) -> tuple[nnx.Module, str]:
-    """An encoder of models.encoders.PRETRAINED with the weights of a file, and the file's SHA-256. Raises InputError."""
+    """Builds the published encoder of this name with the weights of a file.
+
+    Returns:
+      The encoder, and the SHA-256 of the file.
+
+    Raises:
+      InputError: there is no such encoder, or the file cannot be read or does not fit it.
+    """
     encoder = pretrained_encoder(name)
     weights = read_weights(path)
     return fill(encoder.build, weights.tensors, dtype, f"{path} does not fit {name}"), weights.sha256
 
 
 def build_unloaded(config: ConfigDict, classes: int, seed: int, factors: tuple[int, ...]) -> MILModel:
-    """Builds the model of `config` (config.model) as `build_model` does, but with shapes in place of the published weights.
+    """Like `build_model`, but a published encoder has shapes in place of weights until `load_published`.
 
-    Sampling weights that `load_published` overwrites would take most of a start: 27 s with ResNet-50, eagerly.
+    `config` is config.model. Sampling weights that are overwritten would take most of a start: 27 s with ResNet-50.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, classes, seed, factors)))
 
     @jax.jit
     def sampled() -> list[jax.Array]:
-        # XLA drops the computation of what is not returned.
+        # XLA removes the computation of the weights that are not returned.
         flat = nnx.to_flat_state(nnx.state(build_model(config, classes, seed, factors)))
         return [leaf[...] for path, leaf in flat if "published" not in path]
 
@@ -74,28 +82,37 @@ def build_unloaded(config: ConfigDict, classes: int, seed: int, factors: tuple[i
 
 
 def load_published(model: MILModel, config: ConfigDict) -> str:
-    """Loads the encoder of a model from the file `config.weights` (config.model); returns the file's SHA-256.
+    """Loads a model's published encoder from the file config.model.weights (`config` is config.model).
 
-    Parameters stay float32, as they are trained. Raises InputError.
+    Parameters are float32, whatever the type of the computation.
+
+    Returns:
+      The SHA-256 of the file.
+
+    Raises:
+      InputError: no file is given, or it cannot be read or does not fit the encoder.
     """
     if not config.weights:
         raise InputError(f"config.model.weights is empty; give the file of {config.encoder}'s weights")
-    weights, origin = read_weights(Path(config.weights)), f"{config.weights} does not fit {config.encoder}"
+    weights, mismatch = read_weights(Path(config.weights)), f"{config.weights} does not fit {config.encoder}"
     build = pretrained_encoder(config.encoder).build
     assert isinstance(model.encoder, PublishedEncoder)
-    model.encoder.published = fill(build, weights.tensors, DTYPES[config.dtype], origin, weights_dtype=jnp.float32)
+    model.encoder.published = fill(build, weights.tensors, DTYPES[config.dtype], mismatch, weights_dtype=jnp.float32)
     return weights.sha256
 
 
-def is_kept(frozen: bool, path: tuple[str, ...]) -> bool:
-    """Whether training leaves a model's parameter as it is: a frozen encoder's all, else its batch norms' statistics."""
-    return "published" in path and (frozen or path[-1] in ("mean", "var"))
+def is_frozen(frozen_encoder: bool, path: tuple[str, ...]) -> bool:
+    """Whether the optimiser leaves the parameter at `path` unchanged.
+
+    These are all parameters of a frozen encoder; of a fine-tuned encoder, the BatchNorm running statistics.
+    """
+    return "published" in path and (frozen_encoder or path[-1] in ("mean", "var"))
 
 
 def read_weights(path: Path) -> Weights:
-    """Reads a .safetensors file, or a file of torch.save (1.6 or newer). Raises InputError for what is neither.
+    """Reads a safetensors file, or a file of torch.save (torch 1.6 or newer).
 
-    Nothing in a torch file is executed: what is no tensor is passed over.
+    Code in a torch file is not executed, and values other than tensors are ignored. Raises InputError for other files.
     """
     try:
         with open(path, "rb") as file:
@@ -126,7 +143,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("a zip file without data.pkl")
         with archive.open(index) as file:
             content = _Unpickler(file, archive, index.removesuffix("data.pkl")).load()
-    # Training scripts put the model beside the optimiser's state.
+    # Training scripts save the model next to the optimiser state, under one of these names.
     for name in ("model", "state_dict", "teacher", "module"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -135,27 +152,27 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Rebuilds tensors from a torch archive and turns all else into nothing, so that a file cannot run code."""
+    """Rebuilds the tensors of a torch archive and replaces all other objects with placeholders, so that no code runs."""
 
     def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str):
         super().__init__(file)
         self._archive, self._folder = archive, folder
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
-        known: dict[tuple[str, str], Callable[..., Any]] = {
-            **{("torch", storage): kind for storage, kind in _STORAGES.items()},
+        allowed: dict[tuple[str, str], Callable[..., Any]] = {
+            **{("torch", storage): dtype for storage, dtype in _STORAGES.items()},
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
             ("collections", "OrderedDict"): OrderedDict,
         }
-        return known.get((module, name), _Nothing)
+        return allowed.get((module, name), _Placeholder)
 
     def persistent_load(self, pid: tuple) -> np.ndarray:
-        _, kind, key, _, _ = pid
-        return np.frombuffer(self._archive.read(f"{self._folder}data/{key}"), kind)
+        _, dtype, key, _, _ = pid
+        return np.frombuffer(self._archive.read(f"{self._folder}data/{key}"), dtype)
 
 
-class _Nothing:
+class _Placeholder:
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 

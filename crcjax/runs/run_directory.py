@@ -1,4 +1,4 @@
-"""A run's directory: the resolved config, the versions and the tiling that its numbers depend on."""
+"""The run directory: the resolved config, and the versions, tiling and cases that the run's numbers depend on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.slides.tiling.plan import TilingParams
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "openslide-bin")
-# Fields that a resumed run may change: reading speed, reports and the layout of devices change its numbers by rounding alone.
+# Fields that a resumed run may change: they change reading speed, reports and the mesh, and numbers by rounding alone.
 _FREE = {
     "data.read_threads",
     "data.workers",
@@ -40,7 +40,15 @@ _FREE |= {"train.micro_batches", "train.memory_gib", "mesh.data", "mesh.bag", "m
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory read back; `split_of` holds the ids of the slides and cases it was fitted and chosen on."""
+    """An existing run directory.
+
+    Attributes:
+      path: the directory.
+      config: the config of the run.
+      tiling: how its slides were tiled.
+      split_of: the split of each training and validation slide and case, by id.
+      normaliser: the stain normaliser of config.stain.
+    """
 
     path: Path
     config: ConfigDict
@@ -49,21 +57,22 @@ class Run:
     normaliser: StainNormaliser | None
 
     def ids(self, split: str) -> list[str]:
-        """The slides and cases of one split."""
-        return [name for name, of in self.split_of.items() if of == split]
+        """The ids of the slides and cases of one split."""
+        return [name for name, name_split in self.split_of.items() if name_split == split]
 
 
 def open_run(path: str | Path) -> Run:
-    """Reads a run directory; fields that its version did not have yet are at their defaults. Raises InputError if it is none."""
+    """Opens a run directory. Config fields that did not exist when it was made have their defaults.
+
+    Raises InputError if it is no run directory.
+    """
     path, config = Path(path), get_config()
     try:
         config.update(renamed_fields(_tuples(json.loads((path / "config.json").read_text()))))
         facts = json.loads((path / "run.json").read_text())
         tiling, split_of, stain = TilingParams.from_json(facts["tiling"]), facts["split_of"], facts["stain"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"{path}: is no run directory ({error}); give the --workdir of python -m crcjax.main"
-        ) from error
+        raise InputError(f"{path}: is no run directory ({error}); give the --workdir of crcjax train") from error
     return Run(path, config, tiling, split_of, StainNormaliser.from_json(stain) if stain else None)
 
 
@@ -73,20 +82,30 @@ def start_run(
     tiling: TilingParams,
     cohort: Cohort,
     normaliser: StainNormaliser | None = None,
-    main: bool = True,
+    is_main: bool = True,
 ) -> None:
-    """Writes config.json and run.json, or checks that a run to be resumed has the same config, tiling and cases.
+    """Writes config.json and run.json, or checks them if the run exists.
 
-    A process that is not `main` only checks what the main one has written. Raises InputError naming what differs,
-    OutputError if the directory cannot be written.
+    Args:
+      path: the run directory.
+      config: the whole config.
+      tiling: how the slides were tiled.
+      cohort: the training and validation slides.
+      normaliser: the stain normaliser.
+      is_main: whether this process writes; other processes wait for the files and check them.
+
+    Raises:
+      InputError: the run was started with another config, tiling, cohort or stain reference; the message names the
+        difference.
+      OutputError: the directory cannot be written.
     """
-    if not main:
+    if not is_main:
         _await(path / "config.json")
-    # By slide and by case, so that prediction knows them under either name.
+    # By slide id and by case id, since prediction looks up both.
     split_of = {name: row.split for row in cohort.rows for name in (row.slide_id, row.case_id)}
     if (path / "config.json").exists():
         run = open_run(path)
-        # Batch norms compute their statistics over one micro-batch.
+        # Batch norms compute statistics over one micro-batch, so that its size changes the training.
         free = _FREE - {"train.micro_batches"} if config.model.batch_norm_momentum else _FREE
         if changed := _changed(_settings(run.config), _settings(config), free):
             raise InputError(
@@ -98,8 +117,8 @@ def start_run(
             )
         moved = sorted(name for name in run.split_of | split_of if run.split_of.get(name) != split_of.get(name))
         if moved:
-            shown = f"{moved[0]} was in {run.split_of.get(moved[0])}, is in {split_of.get(moved[0])}"
-            raise InputError(f"{path}: was started on another cohort ({shown}); give another --workdir")
+            difference = f"{moved[0]} was in {run.split_of.get(moved[0])}, is in {split_of.get(moved[0])}"
+            raise InputError(f"{path}: was started on another cohort ({difference}); give another --workdir")
         if normaliser and (not run.normaliser or run.normaliser.to_json() != normaliser.to_json()):
             raise InputError(
                 f"{path}: config.stain.reference was tiled anew since it was started; give another --workdir"
@@ -116,12 +135,15 @@ def start_run(
             "stain": normaliser.to_json() if normaliser else None,
         }
         (path / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
-        # Last, since its presence says that the run has started.
+        # Written last: a run with a config.json has started.
         (path / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
 
 def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
-    """Returns what must be equal in all processes of a run: config, run directory, code, packages, cohort file and store."""
+    """The facts that must be equal in all processes of a run, by name.
+
+    They are the config, the run directory, the code, the packages, and the content of the cohort, store, weights and labels.
+    """
     source = sha256()
     for file in sorted(Path(crcjax.__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
@@ -130,7 +152,7 @@ def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
     listing = sha256()
     for slide in slides:
         listing.update(slide.parent.name.encode() + slide.read_bytes())
-    others = {"the weights": config.model.weights, "the labels": config.tasks.labels}
+    other_files = {"the weights": config.model.weights, "the labels": config.tasks.labels}
     return {
         "--workdir": str(path),
         **{f"config.{name}": repr(value) for name, value in _settings(config).items()},
@@ -139,12 +161,12 @@ def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "the cohort file": sha256(cohort.read_bytes()).hexdigest()[:12] if cohort.is_file() else "absent",
         "the store": f"{len(slides)} slides, listing {listing.hexdigest()[:12]}",
-        **{name: _digest(Path(path)) for name, path in others.items() if path},
+        **{name: _digest(Path(path)) for name, path in other_files.items() if path},
     }
 
 
 def _digest(path: Path) -> str:
-    """A hash of a file, or of all files of a folder; "absent" if one cannot be read."""
+    """A hash of a file, or of all files of a folder; "absent" if a file cannot be read."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest = sha256()
     for file in files:
@@ -168,13 +190,13 @@ def _await(file: Path) -> None:
 
 
 def _settings(config: ConfigDict) -> dict[str, object]:
-    """Every field by its dotted name; paths are absolute, so that two spellings of one path are equal."""
+    """The value of every field by its dotted name. Paths are absolute, so that spellings of one path are equal."""
     leaves = dict(_leaves(config))
     return leaves | {name: str(Path(str(leaves[name])).resolve()) for name in _PATHS if leaves[name]}
 
 
 def _changed(before: dict[str, object], now: dict[str, object], free: Set[str] = frozenset()) -> str:
-    """The first five settings that differ, as text; empty if none does."""
+    """The first five settings that differ, as text; empty if all are equal."""
     names = [name for name in sorted(before | now) if name not in free and before.get(name) != now.get(name)]
     return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names[:5])
 
@@ -188,14 +210,14 @@ def _leaves(config: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _tuples(value: Any) -> Any:
-    """A JSON value with tuples in place of lists: JSON has no tuples, and the config has no lists."""
+    """Converts the lists of a JSON value to tuples, as the config has them."""
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
 
 def _commit() -> str | None:
-    """The commit of a source checkout, with a + if it was changed."""
+    """The commit of a source checkout, with a + for uncommitted changes; None without a checkout."""
     root = Path(crcjax.__file__).parents[1]
     if not (root / ".git").exists():
         return None

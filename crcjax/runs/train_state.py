@@ -1,4 +1,4 @@
-"""What a training checkpoint holds."""
+"""The training state, which checkpoints save."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import optax
 from crcjax.data.hard_mining import Mining
 from crcjax.models.mil import Params
 
-# Where a number stands on the devices, an abstract state has its shape, a layout its sharding, and jax its placeholders.
+# An array; in an abstract state its shape, in a layout its sharding, and in JAX's transformations a placeholder.
 Scalar = Any
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LossScale:
-    """What float16's loss is multiplied by, so that small gradients are not zero, and the good steps since it changed."""
+    """The loss scale of float16: the factor of the loss, and the finite steps since the factor last changed."""
 
     scale: Scalar
     good_steps: Scalar
@@ -27,9 +27,14 @@ class LossScale:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds: everything that the next step depends on, besides the config.
+    """Everything that the next step depends on, besides the config. Checkpoints contain the names of the fields.
 
-    `scaling` is None except for float16; `mining` is None without hard mining.
+    Attributes:
+      step: finished steps.
+      params: the parameters.
+      moments: the optimiser state.
+      scaling: the loss scale; None except for float16.
+      mining: the memories of hard mining; None without it.
     """
 
     step: Scalar

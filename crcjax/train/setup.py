@@ -30,7 +30,7 @@ from crcjax.monitor.logs import log
 from crcjax.parallel.compilation_cache import use_compilation_cache
 from crcjax.parallel.mesh import device_mesh
 from crcjax.predict.feature_density import check_bags
-from crcjax.runs.pretrained_weights import build_unloaded, is_kept, load_published
+from crcjax.runs.pretrained_weights import build_unloaded, is_frozen, load_published
 from crcjax.slides.stain.normalisation import StainNormaliser, stain_normaliser
 from crcjax.slides.store.features import FeatureReader, feature_attributes
 from crcjax.slides.store.tile_store import TileStore
@@ -85,11 +85,11 @@ def plan_run(config: ConfigDict) -> Plan:
     mesh = device_mesh(config)
     data = _run_data(config, cohort, stores, mesh)
     model = model_of_seed(config, data, config.seed)
-    is_frozen = _load_published(model, config, data.slides)
+    frozen = _load_published(model, config, data.slides)
     tasks = open_tasks(config, data.feed.reader.tile_labels, data.feed.reader.stains)
     if tasks:
         add_heads(model, tasks, config.seed)
-    optimizer = build_optimizer(config.optimizer, config.train.steps, is_frozen)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, frozen)
     mining = start_mining(config.data, len(data.training_units.rows))
     return Plan(config, mesh, data, on_host(model), optimizer, tasks, mining)
 
@@ -138,7 +138,7 @@ def _load_published(model: MILModel, config: ConfigDict, slides: StoredSlides) -
     log.info(f"{config.model.weights}: SHA-256 {sha256}")
     if config.data.features:
         _check_features(config, slides.features[0], sha256)
-    return partial(is_kept, config.model.frozen)
+    return partial(is_frozen, config.model.frozen)
 
 
 def training_cohort(config: ConfigDict) -> Cohort:

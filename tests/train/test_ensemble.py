@@ -26,7 +26,7 @@ from crcjax.parallel.process_group import ProcessGroup
 from crcjax.predict.embed import embed_store
 from crcjax.predict.predictor import Predictor
 from crcjax.runs.checkpoint import Checkpointer, newest_step
-from crcjax.runs.pretrained_weights import is_kept
+from crcjax.runs.pretrained_weights import is_frozen
 from crcjax.runs.run_directory import open_run
 from crcjax.runs.train_state import TrainState
 from crcjax.slides.store.features import write_features
@@ -68,7 +68,7 @@ def _state(run: Path) -> TrainState:
     """What a run goes on from."""
     config = open_run(run).config
     model = build_model(config.model, 3, config.seed)
-    kept = None if config.model.imported_features else partial(is_kept, True)
+    kept = None if config.model.imported_features else partial(is_frozen, True)
     optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
     checkpoints = Checkpointer(run, 1)
     state = checkpoints.restore(init_state(model, optimizer, config, device_mesh(config)))
