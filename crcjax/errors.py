@@ -71,12 +71,12 @@ class DivergedError(CrcjaxError):
 class DeviceMemoryError(CrcjaxError):
     """A device's memory ran out within a step; the same command resumes from the last checkpoint with smaller micro-batches.
 
-    `parts` is the number of micro-batches of the step that failed.
+    `micro_batches` is the number of micro-batches of the step that failed.
     """
 
-    def __init__(self, message: str, parts: int):
+    def __init__(self, message: str, micro_batches: int):
         super().__init__(message)
-        self.parts = parts
+        self.micro_batches = micro_batches
 
 
 class BusyError(CrcjaxError):

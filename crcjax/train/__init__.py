@@ -1,4 +1,4 @@
-"""The mesh, the step, the loop and its checkpoints.
+"""Training: the step, the loop, validation, ensembles and cross-validation.
 
 `crcjax.train(...)` of the Python API is `crcjax.api.runs.train`.
 """

@@ -1,4 +1,4 @@
-"""Cross-validation, ensembles and sweeps: many runs from one config, and one table of predictions of unseen cases."""
+"""Cross-validation, ensembles and sweeps: trains many runs from one config and predicts every case by runs that excluded it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ from crcjax.train.ensemble import train_members
 from crcjax.train.loop import train
 from crcjax.validation.predictions_table import PredictionRow, write_predictions, write_table
 
-# What decides which cases a run sees: swept, it would be chosen by other cases.
+# Fields that decide which cases a run trains on. In a sweep, points with other cases could not be compared.
 _FIXED = {"seed", "data.store", "data.cohort", "data.classes", "data.val_fraction", "data.test_fraction"}
 _FIXED |= {"data.split_seed", "data.folds", "data.fold", "data.fold_by"}
-Point = dict[str, object]  # of a sweep: config fields and their values
+# A point of a sweep: config fields and their values.
+Point = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One run of a cross-validation; `metrics` are those of its best checkpoint on its inner validation cases."""
+    """A trained run of a cross-validation.
+
+    `step` and `metrics` are those of its best checkpoint on the fold's inner validation cases; without such cases, metrics
+    are None.
+    """
 
     fold: int
     point: Point
@@ -47,14 +52,28 @@ def crossvalidate(
     sweep: Mapping[str, Sequence[str]] | None = None,
     on_line: Callable[[str], None] = print,
 ) -> None:
-    """Trains every fold, seed and point of the sweep, and predicts each case by runs that never saw it.
+    """Trains every fold, seed and point of a sweep, and predicts each case by runs that never saw it.
 
-    With config.train.ensemble_size above 1, that many seeds of a fold are trained together. The runs are written to
-    OUT/fold-F[/sweep-P]/seed-S and are resumed when the command is given again. In each fold, the point of the sweep is
-    selected whose runs are best on the fold's inner validation cases; its runs, one per seed, form an ensemble. Writes
-    OUT/runs.csv, one line per run, and OUT/predictions.csv, with one line per labelled slide of the folds as in
-    `crcjax predict`, and its fold. Raises InputError before training if the folds, the swept fields or the store are not
-    usable, and OutputError if `out` cannot be written.
+    In each fold, the point of the sweep is selected whose runs are best on the fold's inner validation cases. Its runs, one
+    per seed, form an ensemble that predicts the fold. Existing runs are resumed.
+
+    | written | content |
+    |---|---|
+    | OUT/fold-F[/sweep-P]/seed-S | the run directories |
+    | OUT/runs.csv | one line per run, and whether it was selected |
+    | OUT/predictions.csv | one line per labelled slide of the folds, as in `crcjax predict`, with its fold |
+
+    Args:
+      config: the config of all runs. With config.train.ensemble_size above 1, that many seeds of a fold train as one
+        ensemble.
+      out: the folder OUT.
+      seeds: runs of each fold and point; their seeds count up from config.seed.
+      sweep: the values of each swept config field, as text. All combinations are trained.
+      on_line: called with each line of progress.
+
+    Raises:
+      InputError: the folds, the swept fields or the store are not usable; nothing is trained.
+      OutputError: `out` cannot be written.
     """
     check_config(config)
     config, cohort = _with_folds(config), load_cohort(config.data.cohort, config.data.classes)
@@ -64,7 +83,7 @@ def crossvalidate(
             f"config.data.folds must be at least 2, got {config.data.folds}; try 5, or set config.data.fold_by to site"
         )
     for fold in range(config.data.folds):
-        divided = divide(cohort, _of_fold(config, fold).data)
+        divided = divide(cohort, _config_of_fold(config, fold).data)
     if len(points) > 1 and not divided.split("val").rows:
         raise InputError(
             "config.data.val_fraction must leave validation cases to select a point of the sweep by; raise it"
@@ -75,26 +94,26 @@ def crossvalidate(
     selected: set[Path] = set()
     rows: list[PredictionRow] = []
     for fold in range(config.data.folds):
-        folder = out / f"fold-{fold}"
-        trained: list[list[Trained]] = []
+        fold_folder = out / f"fold-{fold}"
+        runs_of_points: list[list[Trained]] = []
         for number, point in enumerate(points):
-            place = folder / f"sweep-{number}" if len(points) > 1 else folder
-            members = [(config.seed + member, place / f"seed-{config.seed + member}") for member in range(seeds)]
-            trained.append(_train(_of_fold(config, fold, point), fold, point, members))
-        chosen = max(trained, key=_rank)
-        on_line(f"fold {fold}: " + _said(chosen))
-        test = divide(cohort, _of_fold(config, fold).data).split("test")
-        test_rows = predict_stored([run.path for run in chosen], Path(config.data.store), test)
+            folder = fold_folder / f"sweep-{number}" if len(points) > 1 else fold_folder
+            members = [(config.seed + member, folder / f"seed-{config.seed + member}") for member in range(seeds)]
+            runs_of_points.append(_train(_config_of_fold(config, fold, point), fold, point, members))
+        best = max(runs_of_points, key=_rank)
+        on_line(f"fold {fold}: " + _summary(best))
+        test = divide(cohort, _config_of_fold(config, fold).data).split("test")
+        test_rows = predict_stored([run.path for run in best], Path(config.data.store), test)
         rows += [replace(row, fold=str(fold)) for row in test_rows]
-        runs += [run for members in trained for run in members]
-        selected |= {run.path for run in chosen}
+        runs += [run for point_runs in runs_of_points for run in point_runs]
+        selected |= {run.path for run in best}
         write_table(out / "runs.csv", [_run_row(run, run.path in selected, out) for run in runs])
     write_predictions(out / "predictions.csv", rows, cohort.classes)
     on_line(f"{len(rows)} slides, each predicted by runs that never saw its case: {out / 'predictions.csv'}")
 
 
 def _with_folds(config: ConfigDict) -> ConfigDict:
-    """By site without a number of folds, every site is one: leave one site out."""
+    """The config with a number of folds: by site, it defaults to the number of sites (leave one site out)."""
     config = config.copy_and_resolve_references()
     if config.data.fold_by == "site" and not config.data.folds:
         cohort = load_cohort(config.data.cohort, config.data.classes)
@@ -102,7 +121,7 @@ def _with_folds(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _of_fold(config: ConfigDict, fold: int, point: Point | None = None) -> ConfigDict:
+def _config_of_fold(config: ConfigDict, fold: int, point: Point | None = None) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.data.fold = fold
     config.update_from_flattened_dict(point or {})
@@ -110,15 +129,15 @@ def _of_fold(config: ConfigDict, fold: int, point: Point | None = None) -> Confi
 
 
 def _points(config: ConfigDict, sweep: Mapping[str, Sequence[str]]) -> list[Point]:
-    """All combinations of the values of the fields. Raises InputError."""
+    """All combinations of the swept values. Raises InputError."""
     values = {name: [_parsed(config, name, text) for text in texts] for name, texts in sweep.items()}
     return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
 
 
 def _parsed(config: ConfigDict, name: str, text: str) -> object:
     default: object = config
-    for part in name.split("."):
-        default = default.get(part) if isinstance(default, ConfigDict) else None
+    for key in name.split("."):
+        default = default.get(key) if isinstance(default, ConfigDict) else None
     if name in _FIXED or not isinstance(default, bool | int | float | str):
         raise InputError(
             f"--sweep {name} must name a number, text or true/false field of the config that does not decide the split; try "
@@ -152,15 +171,15 @@ def _rank(members: Sequence[Trained]) -> float:
     return float(np.mean([rank(run.metrics) if run.metrics else 0.0 for run in members]))
 
 
-def _said(members: Sequence[Trained]) -> str:
+def _summary(members: Sequence[Trained]) -> str:
     point = ", ".join(f"{name}={value}" for name, value in members[0].point.items())
     accuracies = [run.metrics["balanced_accuracy"] for run in members if run.metrics]
     inner = f"inner validation balanced accuracy {np.mean(accuracies):.3f}" if accuracies else "no inner validation"
     return f"{inner}, {len(members)} run(s)" + (f", chosen {point}" if point else "")
 
 
-def _run_row(run: Trained, chosen: bool, out: Path) -> dict[str, str]:
+def _run_row(run: Trained, is_selected: bool, out: Path) -> dict[str, str]:
     metrics = {f"val_{name}": f"{value:.6f}" for name, value in (run.metrics or {}).items()}
     swept = {name: str(value) for name, value in run.point.items()}
-    of = {"fold": str(run.fold), **swept, "seed": str(run.seed), "step": str(run.step), **metrics}
-    return {**of, "chosen": "yes" if chosen else "no", "run": str(run.path.relative_to(out))}
+    cells = {"fold": str(run.fold), **swept, "seed": str(run.seed), "step": str(run.step), **metrics}
+    return {**cells, "chosen": "yes" if is_selected else "no", "run": str(run.path.relative_to(out))}

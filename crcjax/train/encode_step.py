@@ -1,4 +1,4 @@
-"""The encoder within the step: augmented bags to features on every device, and batch norms' running statistics."""
+"""The encoder in the training step: from bags to features of augmented tiles, and the BatchNorm running statistics."""
 
 from __future__ import annotations
 
@@ -23,9 +23,18 @@ Encode = Callable[[Params, Bag, Augmentation], tuple[Float32[Array, "batch regio
 
 
 def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None) -> Encode:
-    """Returns a function from augmented bags to features and, with config.model.batch_norm_momentum, BatchNorm statistics."""
-    devices, by_batch = mesh.shape["bag"], bool(config.model.batch_norm_momentum)
-    axes = ("data", "bag") if mesh.shape["data"] * devices > 1 else ()
+    """Returns a function that augments and encodes bags on all devices.
+
+    With config.model.batch_norm_momentum the function also returns the BatchNorm batch statistics.
+
+    Args:
+      graph: the model's graph.
+      config: the whole config.
+      mesh: the devices.
+      normaliser: normalises stains before tiles are augmented.
+    """
+    devices_per_bag, uses_batch_statistics = mesh.shape["bag"], bool(config.model.batch_norm_momentum)
+    axes = ("data", "bag") if mesh.shape["data"] * devices_per_bag > 1 else ()
 
     def encode(
         params: Params, tiles: Array, mask: Array, stain: StainEstimate | None, augmentation: Augmentation
@@ -33,86 +42,100 @@ def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser
         model = nnx.merge(graph, params)
         if config.data.features:
             return model.encode_stored(tiles), None
-        if not by_batch:
-            return encode_drawn(model, tiles, stain, augmentation, normaliser), None
-        parts = _encoded_parts(config.model.encode_regions, tiles.shape[1], devices)
+        if not uses_batch_statistics:
+            return encode_augmented(model, tiles, stain, augmentation, normaliser), None
+        chunks = _chunk_count(config.model.encode_regions, tiles.shape[1], devices_per_bag)
 
         def prepare(pixels: Array, number: Int[Array, ""] | int) -> Array:
-            own = jax.tree.map(
-                lambda part: part if part.shape[1] == 1 else every(part, number, parts, axis=1), augmentation
+            chunk_augmentation = jax.tree.map(
+                lambda parameter: parameter if parameter.shape[1] == 1 else every(parameter, number, chunks, axis=1),
+                augmentation,
             )
-            return augment(_normalised(pixels, stain, normaliser), own)
+            return augment(_normalise(pixels, stain, normaliser), chunk_augmentation)
 
-        return model.encode_batch(tiles, mask, parts, axes, prepare)
+        return model.encode_batch(tiles, mask, chunks, axes, prepare)
 
-    # The encoder merges bags and regions into one axis of tiles, which the partitioner, where both are divided, can only
-    # do by bringing the pixels of a bag together. Mapped by hand, each device encodes what it holds; and the encoder's
-    # gradient is summed over devices once a step, in float32, not once a part in the type of the computation. Batch norms
-    # then see a device's tiles alone, and sum over the axes by themselves.
-    def mapped(
+    # The encoder merges bags and regions into one axis of tiles. XLA's partitioner can do that only by gathering the pixels
+    # of a bag on one device, if both axes are divided. With shard_map, each device encodes its own regions, and the
+    # encoder's gradient is summed over devices once per step in float32, not once per chunk in the type of the
+    # computation. Batch norms then see one device's tiles and sum their statistics over the mesh axes themselves.
+    def encode_on_mesh(
         params: Params, bag: Bag, augmentation: Augmentation
     ) -> tuple[Float32[Array, "batch region slot feature"], Statistics | None]:
-        if not axes:  # nothing to map over, which the partitioner cannot do
+        # shard_map refuses a mesh of one device.
+        if not axes:
             return encode(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, augmentation)
         by_bag, by_region = PartitionSpec("data"), PartitionSpec("data", "bag")
-        leaves, tree = jax.tree.flatten(augmentation)
-        by_draw = [
-            by_bag if draw.shape[1] == 1 else by_region for draw in leaves
-        ]  # drawn for a slide, or for its tiles
+        parameters, tree = jax.tree.flatten(augmentation)
+        # A parameter that a slide's tiles share has one region, which cannot be divided.
+        parameter_specs = [by_bag if parameter.shape[1] == 1 else by_region for parameter in parameters]
         return jax.shard_map(
-            lambda params, tiles, mask, stain, leaves: encode(
-                params, tiles, mask, stain, jax.tree.unflatten(tree, leaves)
+            lambda params, tiles, mask, stain, parameters: encode(
+                params, tiles, mask, stain, jax.tree.unflatten(tree, parameters)
             ),
             mesh=mesh,
             axis_names={"data", "bag"},
-            in_specs=(PartitionSpec(), by_region, by_region, by_bag, by_draw),
+            in_specs=(PartitionSpec(), by_region, by_region, by_bag, parameter_specs),
             out_specs=(by_region, PartitionSpec()),
             check_vma=False,
-        )(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, leaves)
+        )(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, parameters)
 
-    return mapped
+    return encode_on_mesh
 
 
-def encode_drawn(
+def encode_augmented(
     model: MILModel,
     pixels: Num[Array, "batch region slot y x 3"],
     stain: StainEstimate | None,
     augmentation: Augmentation,
     normaliser: StainNormaliser | None,
 ) -> Float32[Array, "batch region slot feature"]:
-    """The features of augmented bags, whose stains are normalised first."""
+    """The features of bags whose tiles are first normalised in stain, then augmented."""
 
-    def prepare(pixels: Array, first: Int[Array, ""] | int) -> Array:
-        return augment(_normalised(pixels, stain, normaliser), augmentation, first)
+    def prepare(pixels: Array, first_region: Int[Array, ""] | int) -> Array:
+        return augment(_normalise(pixels, stain, normaliser), augmentation, first_region)
 
     return model.encode_bag(pixels, prepare)
 
 
-def with_running(params: Params, statistics: Statistics | None, share: float) -> Params:
-    """The parameters, batch norms' running statistics with a share of the step's; none of a step without a valid tile."""
-    if statistics is None:
+def update_running_statistics(params: Params, batch_statistics: Statistics | None, momentum: float) -> Params:
+    """Moves the BatchNorm running statistics in `params` towards a step's batch statistics.
+
+    Args:
+      params: the parameters, which include the running statistics.
+      batch_statistics: those of the step; None, or statistics of no valid tile, change nothing.
+      momentum: config.model.batch_norm_momentum, the weight of the batch statistics.
+    """
+    if batch_statistics is None:
         return params
-    count, sums = statistics
+    tile_count, sums = batch_statistics
 
-    def mixed(running: Any, batch: Any) -> Any:
+    def update(running: Any, batch_sum: Any) -> Any:
         if isinstance(running, dict):
-            return {name: mixed(value, batch[name]) if name in batch else value for name, value in running.items()}
-        return running + jnp.where(count > 0, share, 0.0) * (batch / jnp.maximum(count, 1.0) - running)
+            return {
+                name: update(value, batch_sum[name]) if name in batch_sum else value for name, value in running.items()
+            }
+        batch_mean = batch_sum / jnp.maximum(tile_count, 1.0)
+        return running + jnp.where(tile_count > 0, momentum, 0.0) * (batch_mean - running)
 
-    return mixed(params, sums)
+    return update(params, sums)
 
 
-def _encoded_parts(encode_regions: int, regions: int, devices: int) -> int:
-    """The parts a bag is encoded in for batch norms, the same for any layout; `regions` are those of each of `devices`."""
-    parts = -(-regions * devices // encode_regions)
-    if regions % parts:
+def _chunk_count(encode_regions: int, device_regions: int, devices: int) -> int:
+    """The number of chunks that a bag is encoded in, the same for any mesh; the batch statistics of each are its own.
+
+    `device_regions` are the regions of a bag on each of `devices`.
+    """
+    regions = device_regions * devices
+    chunks = -(-regions // encode_regions)
+    if device_regions % chunks:
         raise InputError(
-            f"config.model.batch_norm_momentum: {regions * devices} regions (config.data.regions_per_bag) on {devices} devices along bag do not make "
-            f"{parts} equal parts of at most config.model.encode_regions {encode_regions}, of which each device has the same share; make "
-            "config.model.encode_regions a divisor of the regions and a multiple of the devices"
+            "config.model.encode_regions must divide config.data.regions_per_bag and be a multiple of the devices along bag with "
+            f"config.model.batch_norm_momentum, got {encode_regions}, which does not divide {regions} regions on {devices} "
+            f"devices into equal chunks; try {regions}"
         )
-    return parts
+    return chunks
 
 
-def _normalised(pixels: Array, stain: StainEstimate | None, normaliser: StainNormaliser | None) -> Array:
+def _normalise(pixels: Array, stain: StainEstimate | None, normaliser: StainNormaliser | None) -> Array:
     return normaliser.batch(pixels, stain) if normaliser and stain is not None else pixels

@@ -28,7 +28,7 @@ from crcjax.parallel.mesh import replicated
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.runs.checkpoint import newest_step
 from crcjax.runs.train_state import TrainState
-from crcjax.train.memory_budget import fitting_step, memory_of_step, train_in_smaller_parts
+from crcjax.train.memory_budget import fitting_step, retry_with_smaller_micro_batches, step_memory_errors
 from crcjax.train.metrics import IntervalMetrics
 from crcjax.train.record import Progress, Record, Validation, checked, due_after, log_plan, start_directory
 from crcjax.train.setup import model_of_seed, on_host, plan_run
@@ -38,48 +38,53 @@ EnsembleMetrics = dict[str, Float32[Array, " member"]]
 
 
 def train_members(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGroup | None = None) -> None:
-    """Trains runs that differ in their seed only, config.train.ensemble_size at a time in one step, on the same bags.
+    """Trains runs that differ in their seed, as ensembles of config.train.ensemble_size members in one vmapped step.
 
-    Each member has an ordinary run directory and matches training it alone with that directory's config, up to rounding.
+    All members see the same bags. Each member has an ordinary run directory and matches training it alone with that
+    directory's config, up to rounding.
 
     Args:
       config: the config of all runs.
       runs: the run directories by seed.
-      group: this process.
+      group: this process's place in its process group.
 
-    Raises as `crcjax.train.loop.train`, and InputError for runs that cannot be trained in one step.
+    Raises:
+      InputError: the runs cannot be trained in one step (`check_members`).
+      CrcjaxError: like `crcjax.train.loop.train`.
     """
     check_members(config)
-    for part in side_by_side(runs, config.train.ensemble_size, newest_step):
-        first_run = next(iter(part.values()))
-        train_in_smaller_parts(first_run, partial(_train_members, config, part, group or ProcessGroup()))
+    for members in ensembles_of_runs(runs, config.train.ensemble_size, newest_step):
+        first_run = next(iter(members.values()))
+        retry_with_smaller_micro_batches(first_run, partial(_train_ensemble, config, members, group or ProcessGroup()))
 
 
-def _train_members(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGroup) -> None:
-    """As the loop of a single run, without mining and other processes, which ensembles do not have."""
+def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGroup) -> None:
+    """Like the loop of a single run, without hard mining and without several processes, which ensembles do not support."""
     seeds = tuple(runs)
     plan = plan_run(member_config(config, seeds[0]))
     config = plan.config
-    of_seed = partial(model_of_seed, config, plan.data)
+    build_member = partial(model_of_seed, config, plan.data)
     classes, factors = len(plan.data.cohort.classes), plan.data.tiling.factors
-    abstract_model = partial(build_model, config.model, classes, seeds[0], factors)
-    ensemble = Ensemble(abstract_model, plan.optimizer, config, plan.mesh)
+    build_first = partial(build_model, config.model, classes, seeds[0], factors)
+    ensemble = Ensemble(build_first, plan.optimizer, config, plan.mesh)
     shapes, run = plan.data.feed.shapes(), runs[seeds[0]]
-    build = partial(ensemble.build, seeds)
-    step, budget, parts = fitting_step(build, config, plan.mesh, ensemble.abstract(len(seeds)), shapes, run)
-    models = [plan.model, *(on_host(with_encoder_of(plan.model, of_seed(seed))) for seed in seeds[1:])]
+    build_step = partial(ensemble.build, seeds)
+    step, budget, micro_batches = fitting_step(
+        build_step, config, plan.mesh, ensemble.abstract(len(seeds)), shapes, run
+    )
+    models = [plan.model, *(on_host(with_encoder_of(plan.model, build_member(seed))) for seed in seeds[1:])]
     for seed, path in runs.items():
-        start_directory(path, plan, member_config(config, seed), parts, group)
+        start_directory(path, plan, member_config(config, seed), micro_batches, group)
     validation = Validation(plan, group)
     records = [Record(plan, path, group, validation, path.name) for path in runs.values()]
     state = ensemble.join(record.restored(model) for record, model in zip(records, models, strict=True))
     start = int(np.max(state.step))
     batches, metrics, progress = plan.data.feed.batches(start), IntervalMetrics(), Progress(start, config)
-    with memory_of_step(parts), ExitStack() as stack:
+    with step_memory_errors(micro_batches), ExitStack() as stack:
         for record in records:
             stack.enter_context(record.opened(start))
         stack.enter_context(closing(batches))
-        log_plan(plan, state.params, budget, parts)
+        log_plan(plan, state.params, budget, micro_batches)
         with jax.transfer_guard("disallow"):
             for number, batch in enumerate(batches, start + 1):
                 group.report_progress(number, "computing")
@@ -89,11 +94,11 @@ def _train_members(config: ConfigDict, runs: Mapping[int, Path], group: ProcessG
                 stops = group.should_stop(number)
                 due = due_after(number, config.train, stops)
                 if due.report:
-                    scalars = [checked(member, number) for member in apart(metrics.compute())]
+                    member_metrics = [checked(values, number) for values in unstack(metrics.compute())]
                     speed = progress.speed(number, batches.waited_s)
-                    for record, member in zip(records, scalars, strict=True):
-                        record.write(number, member, speed)
-                    log.info(progress.line(number, [member["loss"] for member in scalars], speed))
+                    for record, values in zip(records, member_metrics, strict=True):
+                        record.write(number, values, speed)
+                    log.info(progress.line(number, [values["loss"] for values in member_metrics], speed))
                 if due.checkpoint:
                     for record, member_state in zip(records, ensemble.split(state), strict=True):
                         record.save(number, member_state, due.evaluation)
@@ -105,24 +110,24 @@ def _train_members(config: ConfigDict, runs: Mapping[int, Path], group: ProcessG
 
 
 def check_members(config: ConfigDict) -> None:
-    """Raises InputError where runs cannot be trained together: each would see other bags, or an encoder is trained."""
-    members, reason = f"config.train.ensemble_size {config.train.ensemble_size}", ""
+    """Raises InputError for a config that one vmapped step cannot train: it needs stored features and the same bags."""
+    field, reason = f"config.train.ensemble_size {config.train.ensemble_size}", ""
     if config.train.ensemble_size < 1:
-        raise InputError(f"{members}: choose 1 or more")
+        raise InputError(f"config.train.ensemble_size must be at least 1, got {config.train.ensemble_size}; try 1")
     if not config.data.features:
-        reason = "runs are trained together on stored features alone, not on pixels; set config.data.features"
+        reason = "an ensemble is trained on stored features, not on pixels; set config.data.features"
     elif config.data.mine_slides or config.data.mine_regions:
-        reason = "each run mines bags of its own, and those trained together share them; set config.data.mine_slides and mine_regions to 0"
+        reason = "hard mining would give each member other bags; set config.data.mine_slides and mine_regions to 0"
     elif config.tasks.tissue or config.tasks.stain or config.tasks.artefact:
-        reason = "runs that are trained together have no tasks; set config.tasks.tissue, stain and artefact to 0"
+        reason = "an ensemble has no auxiliary tasks; set config.tasks.tissue, stain and artefact to 0"
     elif jax.process_count() > 1:
-        reason = "one process trains runs together, not several; start one"
+        reason = "an ensemble is trained by one process, not by several; start one"
     if reason:
-        raise InputError(f"{members}: {reason}, or config.train.ensemble_size to 1")
+        raise InputError(f"{field}: {reason}, or set config.train.ensemble_size to 1")
 
 
 def member_config(config: ConfigDict, seed: int) -> ConfigDict:
-    """The config of one run of an ensemble: trained alone with it, the run sees the same bags."""
+    """The config of one ensemble member. A run trained alone with it sees the same bags."""
     config = config.copy_and_resolve_references()
     if config.data.sampling_seed < 0:
         config.data.sampling_seed = config.seed
@@ -130,20 +135,31 @@ def member_config(config: ConfigDict, seed: int) -> ConfigDict:
     return config
 
 
-def side_by_side(runs: Mapping[int, Path], most: int, step_of: Callable[[Path], int]) -> list[dict[int, Path]]:
-    """The runs (by seed) in groups that train together: at most `most`, all at the same step.
+def ensembles_of_runs(
+    runs: Mapping[int, Path], max_members: int, step_of: Callable[[Path], int]
+) -> list[dict[int, Path]]:
+    """Divides runs into ensembles of at most `max_members` that are at the same step.
 
-    Runs that a kill left at different steps train in groups of their own: to each it makes no difference but rounding.
+    A kill can leave runs at different steps. Dividing them changes no run, except for rounding.
+
+    Args:
+      runs: the run directories by seed.
+      max_members: config.train.ensemble_size.
+      step_of: the step that a run resumes from.
     """
-    at: dict[int, list[int]] = {}
+    seeds_at_step: dict[int, list[int]] = {}
     for seed, run in runs.items():
-        at.setdefault(step_of(run), []).append(seed)
-    parts = [seeds[first : first + most] for seeds in at.values() for first in range(0, len(seeds), most)]
-    return [{seed: runs[seed] for seed in seeds} for seeds in parts]
+        seeds_at_step.setdefault(step_of(run), []).append(seed)
+    ensembles = [
+        seeds[first : first + max_members]
+        for seeds in seeds_at_step.values()
+        for first in range(0, len(seeds), max_members)
+    ]
+    return [{seed: runs[seed] for seed in seeds} for seeds in ensembles]
 
 
 def with_encoder_of(first: MILModel, model: MILModel) -> MILModel:
-    """The model with the published encoder, if there is one, of the first, whose weights were read."""
+    """The model with the published encoder of `first`, whose weights were loaded, if it has one."""
     if isinstance(model.encoder, PublishedEncoder):
         assert isinstance(first.encoder, PublishedEncoder)
         model.encoder.published = first.encoder.published
@@ -151,33 +167,35 @@ def with_encoder_of(first: MILModel, model: MILModel) -> MILModel:
 
 
 class Ensemble:
-    """The states of runs as one, with a leading axis of members in every array.
+    """The states of several runs as one state, with a leading axis of members in every array.
 
-    A published encoder is in none of it: features are stored, so that no step reads its parameters. They are kept once,
-    and every run's own state has them.
+    The joint state has no published encoder: steps read stored features. Its parameters are kept once, and added to the
+    state of each run.
     """
 
     def __init__(
         self, model: Callable[[], MILModel], optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
     ):
-        whole = nnx.eval_shape(model)
-        self._whole = abstract_state(whole, optimizer, config, mesh)
-        if isinstance(whole.encoder, PublishedEncoder):
-            whole.encoder.published = None  # type: ignore[assignment]
-        self._model, self._optimizer, self._mesh = whole, optimizer, mesh
-        self._member = abstract_state(whole, optimizer, config, mesh)
+        abstract_model = nnx.eval_shape(model)
+        # The state of a run, with the published encoder.
+        self._run_state = abstract_state(abstract_model, optimizer, config, mesh)
+        if isinstance(abstract_model.encoder, PublishedEncoder):
+            abstract_model.encoder.published = None  # type: ignore[assignment]
+        self._model, self._optimizer, self._mesh = abstract_model, optimizer, mesh
+        # A member of the joint state, without it.
+        self._member_state = abstract_state(abstract_model, optimizer, config, mesh)
         self._published: Params | None = None
 
     def abstract(self, members: int) -> TrainState:
-        """The shapes and the layout of the state, for compiling without one."""
-        return with_member_axis(self._member, members)
+        """The shapes, types and shardings of the joint state, for compiling."""
+        return with_member_axis(self._member_state, members)
 
     def build(self, seeds: tuple[int, ...], config: ConfigDict) -> Callable[..., Any]:
-        """The step of all members."""
+        """The jitted step of all members."""
         return build_ensemble_step(self._model, self._optimizer, config, self._mesh, seeds)
 
     def join(self, states: Iterable[TrainState]) -> TrainState:
-        """The states of runs as one."""
+        """Joins the states of runs."""
         leaves = []
         for state in states:
             encoder = dict(state.params["encoder"])
@@ -187,30 +205,31 @@ class Ensemble:
         abstract = self.abstract(len(leaves))
         layout = [value.sharding for value in jax.tree.leaves(abstract)]
         stack = jax.jit(
-            lambda *members: [jnp.stack(parts) for parts in zip(*members, strict=True)], out_shardings=layout
+            lambda *members: [jnp.stack(values) for values in zip(*members, strict=True)], out_shardings=layout
         )
         return jax.tree.unflatten(jax.tree.structure(abstract), stack(*leaves))
 
     def split(self, state: TrainState) -> list[TrainState]:
-        """Each run's own state, as it is when trained alone."""
-        layout = jax.tree.map(lambda value: value.sharding, self._member)
-        split = jax.jit(apart, out_shardings=[layout] * len(state.step))
-        return [self._completed(member) for member in split(state)]
+        """Splits the joint state into the state of each run, with the layout that a run trained alone has."""
+        layout = jax.tree.map(lambda value: value.sharding, self._member_state)
+        split = jax.jit(unstack, out_shardings=[layout] * len(state.step))
+        return [self._with_published_encoder(member) for member in split(state)]
 
-    def _completed(self, state: TrainState) -> TrainState:
+    def _with_published_encoder(self, state: TrainState) -> TrainState:
         params = state.params
         if self._published is not None:
             params = params | {"encoder": params["encoder"] | {"published": self._published}}
-        # The optimiser has no moments of the encoder, but a place for each of its parameters.
-        moments = jax.tree.unflatten(jax.tree.structure(self._whole.moments), jax.tree.leaves(state.moments))
+        # The optimiser state has no arrays for the frozen encoder, but an empty node for each of its parameters.
+        moments = jax.tree.unflatten(jax.tree.structure(self._run_state.moments), jax.tree.leaves(state.moments))
         return replace(state, params=params, moments=moments)
 
 
 def build_ensemble_step(
     model: MILModel, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh, seeds: Sequence[int]
 ) -> Callable[[TrainState, Bag], tuple[TrainState, EnsembleMetrics]]:
-    """`train_step`, jitted and vmapped over ensemble members, one a seed, which all see the same bags."""
-    model.set_attributes(fused=False, raise_if_not_found=False)  # fused attention kernels cannot be vmapped
+    """Compiles `train_step`, vmapped over the ensemble members (one per seed), which all see the same bags."""
+    # Fused attention kernels cannot be vmapped.
+    model.set_attributes(fused=False, raise_if_not_found=False)
     setup = step_setup(model, optimizer, config, mesh)
     abstract = with_member_axis(abstract_state(model, optimizer, config, mesh), len(seeds))
     layout = jax.tree.map(lambda value: value.sharding, abstract)
@@ -224,7 +243,7 @@ def build_ensemble_step(
 
 
 def with_member_axis(state: TrainState, members: int) -> TrainState:
-    """The abstract state of an ensemble from that of a member: every device holds its part of each member."""
+    """The abstract joint state, from a member's: the axis of members is not divided over devices."""
 
     def with_axis(value: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(value.sharding.mesh, PartitionSpec(None, *value.sharding.spec))
@@ -233,7 +252,7 @@ def with_member_axis(state: TrainState, members: int) -> TrainState:
     return jax.tree.map(with_axis, state)
 
 
-def apart(values: Any) -> list[Any]:
-    """What stands along the leading axis of every array, one by one."""
+def unstack(values: Any) -> list[Any]:
+    """Splits a tree of arrays along their leading axis into a list of trees."""
     count = len(jax.tree.leaves(values)[0])
-    return [jax.tree.map(lambda value, at=at: value[at], values) for at in range(count)]
+    return [jax.tree.map(lambda value, index=index: value[index], values) for index in range(count)]

@@ -21,7 +21,7 @@ from crcjax.models.mil import MILModel, Params
 from crcjax.predict.stored_bags import sum_over_processes
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.train.auxiliary_tasks import Tasks
-from crcjax.train.encode_step import encode_drawn
+from crcjax.train.encode_step import encode_augmented
 from crcjax.train.metrics import compute_task_metrics, task_metrics
 
 
@@ -59,7 +59,7 @@ class TaskEvaluation:
             features = (
                 model.encode_stored(tiles)
                 if reads_features
-                else encode_drawn(model, tiles, bag.stain, augmentation, normaliser)
+                else encode_augmented(model, tiles, bag.stain, augmentation, normaliser)
             )
             return task_metrics(model.tasks(features), tasks.targets(bag, augmentation))
 

@@ -1,4 +1,4 @@
-"""Gradient accumulation: the gradients of a batch, computed one micro-batch at a time."""
+"""Gradient accumulation: computes the gradients of a batch one micro-batch at a time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from crcjax.models.mil import Params, every
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Outputs:
-    """What a loss function returns beside the loss.
+    """The outputs of a loss function besides the loss.
 
     Attributes:
-      summed: arrays that are added up over the micro-batches.
-      per_bag: arrays with a leading axis of bags, which are joined in the order of the batch.
+      summed: arrays that are summed over the micro-batches.
+      per_bag: arrays with a leading axis of bags, which are concatenated in the order of the batch.
     """
 
     summed: PyTree[Array]
@@ -33,14 +33,14 @@ LossFunction = Callable[[Params, Any], tuple[Array, Outputs]]
 def accumulate_gradients(
     loss_fn: LossFunction, params: Params, inputs: PyTree[Array], micro_batches: int
 ) -> tuple[Params, Outputs]:
-    """The gradients of a loss that is a sum over bags, and the loss function's outputs for the whole batch.
+    """Computes the gradients of a loss that is a sum over bags, and the loss function's outputs for the whole batch.
 
     Args:
-      loss_fn: maps parameters and the inputs of some bags to these bags' part of the loss, and to `Outputs`.
+      loss_fn: maps parameters and the inputs of a micro-batch to the micro-batch's part of the loss, and to `Outputs`.
       params: the parameters.
       inputs: arrays with a leading axis of bags.
-      micro_batches: the number of equal parts that the bags are computed in; memory falls with it. Micro-batch i holds
-        every `micro_batches`-th bag from bag i on, so that no bag moves to another device.
+      micro_batches: the number of micro-batches; more take less memory. Micro-batch i consists of every `micro_batches`-th
+        bag from bag i on, so that no bag moves to another device.
     """
     gradient_fn = jax.grad(loss_fn, has_aux=True)
     if micro_batches == 1:

@@ -1,4 +1,4 @@
-"""Training, from a config to a run directory."""
+"""The training loop: from a config to a trained run directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crcjax.data.miner import Miner
 from crcjax.errors import StoppedError
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.train.ensemble import train_members
-from crcjax.train.memory_budget import memory_of_step, train_in_smaller_parts
+from crcjax.train.memory_budget import retry_with_smaller_micro_batches, step_memory_errors
 from crcjax.train.record import Record, due_after, log_plan, start_directory
 from crcjax.train.setup import fit_step, plan_run
 
@@ -21,8 +21,13 @@ from crcjax.train.setup import fit_step, plan_run
 def train(config: ConfigDict, run: Path, group: ProcessGroup | None = None) -> None:
     """Trains to config.train.steps, resuming from the run's newest checkpoint if it has one.
 
-    With config.train.ensemble_size above 1 it trains that many runs, RUN/seed-S, in one step (`train_members`). If a
-    device runs out of memory, the micro-batch is halved and training resumes from the last checkpoint.
+    With config.train.ensemble_size above 1 it trains that many runs, RUN/seed-S, in one vmapped step (`train_members`). If
+    a device runs out of memory, the micro-batch is halved and training resumes from the last checkpoint.
+
+    Args:
+      config: the whole config.
+      run: the run directory, new or to be resumed.
+      group: this process's place in its process group; None for a single process.
 
     Raises:
       InputError: the config, the cohort, the store or the run directory is not usable, or no step fits the devices.
@@ -36,23 +41,23 @@ def train(config: ConfigDict, run: Path, group: ProcessGroup | None = None) -> N
         seeds = range(config.seed, config.seed + config.train.ensemble_size)
         train_members(config, {seed: run / f"seed-{seed}" for seed in seeds}, group)
     else:
-        train_in_smaller_parts(run, partial(_train, config, run, group))
+        retry_with_smaller_micro_batches(run, partial(_train, config, run, group))
 
 
 def _train(config: ConfigDict, run: Path, group: ProcessGroup) -> None:
     plan = plan_run(config)
     config = plan.config
-    step, budget, parts = fit_step(plan, run)
-    start_directory(run, plan, config, parts, group)
+    step, budget, micro_batches = fit_step(plan, run)
+    start_directory(run, plan, config, micro_batches, group)
     record = Record(plan, run, group)
     state = record.restored(plan.model)
     start = int(state.step)
     miner = Miner(run, plan.data.training_units, config, state.mining, start)
     batches = plan.data.feed.batches(start, miner.memory_folder)
-    # The miner is left before the batches are closed: readers that wait for it would never end.
-    with memory_of_step(parts), record.opened(start), closing(batches), miner:
-        log_plan(plan, state.params, budget, parts)
-        # An implicit transfer between host and devices is an error: it would make the devices wait.
+    # The miner exits before the batches are closed: readers that wait for a period would otherwise never end.
+    with step_memory_errors(micro_batches), record.opened(start), closing(batches), miner:
+        log_plan(plan, state.params, budget, micro_batches)
+        # An implicit transfer between host and devices would make the devices wait, so JAX raises an error for it.
         with jax.transfer_guard("disallow"):
             for number, batch in enumerate(batches, start + 1):
                 group.report_progress(number, "computing")

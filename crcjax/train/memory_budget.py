@@ -1,4 +1,4 @@
-"""Memory as a number: what a compiled step takes of its devices, and the fewest parts of a step's bags that fit them."""
+"""The memory budget of a compiled step, and the number of micro-batches with which it fits the devices."""
 
 from __future__ import annotations
 
@@ -23,109 +23,141 @@ from crcjax.errors import CrcjaxError, DeviceMemoryError, InputError, writing
 from crcjax.monitor.logs import log
 from crcjax.runs.train_state import TrainState
 
-_USABLE = 0.9  # of a device: the rest is lost between allocations, and to buffers of the communication
-_BAGS_IN_USE = 3  # of the step that runs, of the one queued, and one on its way, beside those held ready
-_NOTE = "memory.json"
+# Usable fraction of a device's memory: fragmentation and communication buffers take the rest.
+_USABLE = 0.9
+# Batches on the devices besides the prefetched ones: of the running step, of the queued step, and one in transfer.
+_BATCHES_IN_USE = 3
+_FILE = "memory.json"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of each device while steps run, by part; `step` is what one step takes, its state and bags included."""
+    """The memory of each device while steps run, in bytes.
+
+    Attributes:
+      parameters: the parameters.
+      optimizer: the optimiser state.
+      bags: the batches of running, queued and prefetched steps.
+      temporary: activations and gradients.
+      program: the compiled program.
+      step: the memory of one step alone, with its state and batch.
+    """
 
     parameters: int
     optimizer: int
     bags: int
-    temporary: int  # activations and gradients
+    temporary: int
     program: int
     step: int
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all except `step`, which is contained in the others."""
         return self.parameters + self.optimizer + self.bags + self.temporary + self.program
 
     def __str__(self) -> str:
-        parts = {
+        bytes_by_use = {
             "parameters": self.parameters,
             "optimiser": self.optimizer,
             "bags": self.bags,
             "activations and gradients": self.temporary,
             "program": self.program,
         }
-        return f"{_size(self.total)} a device: " + ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
+        uses = ", ".join(f"{name} {_size(value)}" for name, value in bytes_by_use.items())
+        return f"{_size(self.total)} a device: {uses}"
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The parts in which a step's bags are computed, and how many there can be."""
+class MicroBatches:
+    """The number of micro-batches of a step, and the numbers that are possible. RUN/memory.json has these fields."""
 
     count: int
     possible: Sequence[int]
 
 
 def step_budget(
-    step: jax.stages.Wrapped, state: TrainState, bag: Bag, bags_ahead: int = 0
+    step: jax.stages.Wrapped, state: TrainState, bag: Bag, prefetched: int = 0
 ) -> tuple[jax.stages.Compiled, Budget]:
-    """The step compiled for an abstract state and bag, and what it takes by the compiler's own account.
+    """Compiles a step and returns its memory budget by the compiler's analysis. Nothing is allocated.
 
-    `bags_ahead` is config.data.device_prefetch. Nothing is allocated. Raises InputError where the compiler does not count.
+    Args:
+      step: the jitted step.
+      state: the abstract state.
+      bag: the abstract batch.
+      prefetched: batches held ready on the devices, config.data.device_prefetch.
+
+    Raises:
+      InputError: the platform's compiler has no memory analysis.
     """
     compiled = step.lower(state, bag).compile()
-    counted = compiled.memory_analysis()
-    if counted is None:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
         raise InputError(
-            f"{jax.local_devices()[0].platform}: its compiler does not count memory; use a version of jax that does"
+            f"{jax.local_devices()[0].platform}: its compiler has no memory analysis; use a version of jax that has one"
         )
-    parameters, whole, bags = (_bytes_on_device(tree) for tree in (state.params, state, bag))
-    # The outputs of the step reuse the memory of its donated state, except where the compiler could not.
-    returned = counted.output_size_in_bytes - counted.alias_size_in_bytes
-    temporary, program = counted.temp_size_in_bytes + max(0, returned), counted.generated_code_size_in_bytes
-    bags_held = bags * (bags_ahead + _BAGS_IN_USE)
-    alone = counted.argument_size_in_bytes + temporary + program
-    return compiled, Budget(parameters, whole - parameters, bags_held, temporary, program, alone)
+    parameters, state_bytes, batch = (_bytes_on_device(tree) for tree in (state.params, state, bag))
+    # The step's outputs reuse the memory of the donated state, except for outputs that the compiler could not alias.
+    not_aliased = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    temporary, program = analysis.temp_size_in_bytes + max(0, not_aliased), analysis.generated_code_size_in_bytes
+    batches = batch * (prefetched + _BATCHES_IN_USE)
+    step_alone = analysis.argument_size_in_bytes + temporary + program
+    return compiled, Budget(parameters, state_bytes - parameters, batches, temporary, program, step_alone)
 
 
 def fitting_step(
-    build: Callable[[ConfigDict], Any],  # a jitted step
+    build: Callable[[ConfigDict], Any],
     config: ConfigDict,
     mesh: Mesh,
     state: TrainState,
     bag: Bag,
     run: Path,
-) -> tuple[jax.stages.Compiled, Budget, Parts]:
-    """The step that computes its bags in the fewest parts that fit the devices, its budget, and the parts.
+) -> tuple[jax.stages.Compiled, Budget, MicroBatches]:
+    """Compiles the step with the fewest micro-batches that fit the devices. Nothing is allocated.
 
-    At least as many as config.train.micro_batches and as were kept in the run; the step is the same whatever their number.
-    `state` and `bag` are abstract: nothing is allocated. Raises InputError, with the budget in words, if not even single
-    bags fit.
+    Args:
+      build: maps a config to a jitted step.
+      config: the whole config. config.train.micro_batches is the least number of micro-batches.
+      mesh: the devices.
+      state: the abstract state.
+      bag: the abstract batch.
+      run: the run directory. The number that an earlier start recorded there is a lower bound too.
+
+    Returns:
+      The compiled step, its budget and its micro-batches.
+
+    Raises:
+      InputError: the step does not fit even with one bag per device at a time.
     """
     limit = device_memory(config.train.memory_gib)
-    each = config.data.batch_size // mesh.shape["data"]
-    # The contrastive loss compares all bags with each other.
-    counts = [1] if config.train.contrastive_weight else [count for count in range(1, each + 1) if each % count == 0]
-    least = max(config.train.micro_batches, _recorded_parts(run).count)
-    for count in [count for count in counts if count >= least] or counts[-1:]:
-        compiled, budget = step_budget(build(_with_parts(config, count)), state, bag, config.data.device_prefetch)
+    device_bags = config.data.batch_size // mesh.shape["data"]
+    divisors = [count for count in range(1, device_bags + 1) if device_bags % count == 0]
+    # The contrastive loss compares all bags of a batch with each other.
+    possible = [1] if config.train.contrastive_weight else divisors
+    least = max(config.train.micro_batches, _recorded_micro_batches(run).count)
+    for count in [count for count in possible if count >= least] or possible[-1:]:
+        step = build(_with_micro_batches(config, count))
+        compiled, budget = step_budget(step, state, bag, config.data.device_prefetch)
         if budget.total <= limit:
-            return compiled, budget, Parts(count, tuple(counts))
+            return compiled, budget, MicroBatches(count, tuple(possible))
     raise InputError(
-        f"a step does not fit the devices: with {each // count} of {each} bags a device at a time it takes {budget}, and a "
+        f"a step does not fit the devices: with {device_bags // count} of {device_bags} bags a device at a time it takes {budget}, and a "
         f"device has {_size(limit)} to use; lower config.data.regions_per_bag, config.model.encode_regions or the model's width, "
         "or divide it over more devices (config.mesh)"
     )
 
 
-def device_memory(most_gib: float) -> int:
-    """Bytes of each device that a run may use: at most `most_gib` if that is not 0, and the same for all processes."""
+def device_memory(max_gib: float) -> int:
+    """The bytes of each device that a run may use, equal in all processes; at most `max_gib`, if that is not 0."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    counted = [memory_stats["bytes_limit"] for memory_stats in stats if "bytes_limit" in memory_stats]
-    own = min(counted) if counted else _host_memory() // jax.local_device_count()
-    least = int(np.min(process_allgather(np.int64(own // 2**20)))) * 2**20  # int64 becomes int32 on the way
-    return min(int(least * _USABLE), int(most_gib * 2**30) or least)
+    limits = [device_stats["bytes_limit"] for device_stats in stats if "bytes_limit" in device_stats]
+    local = min(limits) if limits else _host_memory() // jax.local_device_count()
+    # In MiB, since process_allgather converts int64 to int32.
+    smallest = int(np.min(process_allgather(np.int64(local // 2**20)))) * 2**20
+    return min(int(smallest * _USABLE), int(max_gib * 2**30) or smallest)
 
 
 def _host_memory() -> int:
-    """Bytes of this machine, or of the part of it that a container may use."""
+    """The bytes of this machine's memory, or of the container's memory limit."""
     limit_bytes = psutil.virtual_memory().total
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(path).exists() and (limit := Path(path).read_text().strip()).isdigit():
@@ -134,93 +166,106 @@ def _host_memory() -> int:
 
 
 @contextmanager
-def memory_errors(made_of: Callable[[str], CrcjaxError]) -> Iterator[None]:
-    """Raises what is made of JAX's own words where a device's memory does not suffice for what is within."""
+def memory_errors(make_error: Callable[[str], CrcjaxError]) -> Iterator[None]:
+    """Raises `make_error(message)` in place of JAX's error where a device runs out of memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        # Where a later computation waits for the one that lacked memory, JAX reports an internal error with these words.
-        if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
+        # A computation that depends on the failed one raises an internal error that contains one of these texts.
+        if not any(text in str(error) for text in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
-        raise made_of(str(error).splitlines()[0]) from error
+        raise make_error(str(error).splitlines()[0]) from error
 
 
-def memory_of_step(parts: Parts) -> AbstractContextManager[None]:
-    """Raises DeviceMemoryError where memory does not suffice for steps of `parts`; JAX says so when they are waited for."""
-    return memory_errors(lambda words: DeviceMemoryError(words, parts.count))
+def step_memory_errors(micro_batches: MicroBatches) -> AbstractContextManager[None]:
+    """Raises DeviceMemoryError where a step runs out of memory. JAX reports this when the step's results are awaited."""
+    return memory_errors(lambda message: DeviceMemoryError(message, micro_batches.count))
 
 
-def keep_parts(run: Path, parts: Parts) -> None:
-    """Keeps them for the next start. Raises OutputError."""
+def record_micro_batches(run: Path, micro_batches: MicroBatches) -> None:
+    """Writes RUN/memory.json, which the next start reads. Raises OutputError."""
     with writing(run, "choose another --workdir"):
-        partial = run / f".{_NOTE}.{jax.process_index()}"
-        partial.write_text(json.dumps(asdict(parts)) + "\n")
-        partial.replace(run / _NOTE)
+        partial = run / f".{_FILE}.{jax.process_index()}"
+        partial.write_text(json.dumps(asdict(micro_batches)) + "\n")
+        partial.replace(run / _FILE)
 
 
-def more_parts(run: Path, tried: int) -> int:
-    """Halves the micro-batch for the next start, after memory did not suffice for `tried` parts; returns the new parts.
+def halve_micro_batch(run: Path, tried: int) -> int:
+    """Records more micro-batches for the next start, after a step with `tried` micro-batches ran out of memory.
 
-    Several processes may say so of the same step. Raises InputError if bags came one by one already.
+    Several processes may call it for the same step.
+
+    Returns:
+      The new number: at least twice `tried`, so that a micro-batch has half the bags or fewer.
+
+    Raises:
+      InputError: a micro-batch had one bag per device already.
     """
-    parts = _recorded_parts(run)
-    larger = [count for count in parts.possible if count >= 2 * tried]
-    if not larger:
+    recorded = _recorded_micro_batches(run)
+    larger_counts = [count for count in recorded.possible if count >= 2 * tried]
+    if not larger_counts:
         raise InputError(
-            f"{run}: the devices' memory does not suffice for a step of {tried} parts, and there can be no more; lower "
-            "config.data.regions_per_bag, config.model.encode_regions or the model's width, or free the devices of other programs"
+            f"{run}: the devices ran out of memory in a step of {tried} micro-batches, and there can be no more; lower "
+            "config.data.regions_per_bag, config.model.encode_regions or the model's width, or end other programs on the devices"
         )
-    keep_parts(run, Parts(larger[0], parts.possible))
-    return larger[0]
+    record_micro_batches(run, MicroBatches(larger_counts[0], recorded.possible))
+    return larger_counts[0]
 
 
-def train_in_smaller_parts(run: Path, train: Callable[[], None]) -> None:
-    """Calls `train`, and again with half the micro-batch whenever the memory of a device did not suffice for a step.
+def retry_with_smaller_micro_batches(run: Path, train: Callable[[], None]) -> None:
+    """Calls `train` until it ends, each time with half the micro-batch after a step ran out of memory.
 
-    Training then resumes from the run's last checkpoint: a step donates its state, and a copy of it would take the memory
-    that lacks. Raises DeviceMemoryError where several processes have to be started again for that.
+    Training resumes from the run's last checkpoint, since a step donates its state; a copy of the state would need more
+    memory. Raises DeviceMemoryError in a run of several processes, which have to be started again.
     """
     while True:
         try:
             return train()
         except DeviceMemoryError as error:
-            message = f"{run}: {error} Steps are computed in {more_parts(run, error.parts)} parts from now on"
-            if jax.process_count() > 1:  # the other processes wait within the step
-                raise DeviceMemoryError(f"{message}; give the same command again", error.parts) from error
+            count = halve_micro_batch(run, error.micro_batches)
+            message = f"{run}: {error} Steps are computed in {count} micro-batches from now on"
+            # The other processes still wait in the step's communication.
+            if jax.process_count() > 1:
+                raise DeviceMemoryError(f"{message}; give the same command again", error.micro_batches) from error
             log.info(message)
-        gc.collect()  # frees what the frames of the failed step held
+        # Frees the arrays that the frames of the failed step refer to.
+        gc.collect()
 
 
-def _recorded_parts(run: Path) -> Parts:
-    """The parts of the run's last start; one part for a new run, and where memory.json is damaged, which is set aside."""
-    path = run / _NOTE
+def _recorded_micro_batches(run: Path) -> MicroBatches:
+    """The micro-batches of the run's last start; one for a new run.
+
+    A damaged memory.json is renamed, and counts as a new run.
+    """
+    path = run / _FILE
     try:
-        parts = Parts(**json.loads(path.read_text()))
-        if not (isinstance(parts.count, int) and parts.count >= 1 and all(isinstance(n, int) for n in parts.possible)):
+        recorded = MicroBatches(**json.loads(path.read_text()))
+        is_count = isinstance(recorded.count, int) and recorded.count >= 1
+        if not (is_count and all(isinstance(count, int) for count in recorded.possible)):
             raise ValueError("count must be an integer from 1, possible a list of integers")
-        return parts
+        return recorded
     except FileNotFoundError:
-        return Parts(1, (1,))
+        return MicroBatches(1, (1,))
     except (ValueError, TypeError) as error:
-        aside = path.with_name(f"{_NOTE}.damaged")
+        damaged = path.with_name(f"{_FILE}.damaged")
         log.warning(
-            f"{path}: is damaged ({str(error).partition(chr(10))[0]}); renamed to {aside.name}, and the number of "
+            f"{path}: is damaged ({str(error).partition(chr(10))[0]}); renamed to {damaged.name}, and the number of "
             "micro-batches is chosen anew"
         )
         if jax.process_index() == 0:
-            with writing(aside, "choose another --workdir"):
-                path.replace(aside)
-        return Parts(1, (1,))
+            with writing(damaged, "choose another --workdir"):
+                path.replace(damaged)
+        return MicroBatches(1, (1,))
 
 
-def _with_parts(config: ConfigDict, count: int) -> ConfigDict:
+def _with_micro_batches(config: ConfigDict, count: int) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.train.micro_batches = count
     return config
 
 
 def _bytes_on_device(tree: Any) -> int:
-    """Bytes of arrays, concrete or abstract, on each device."""
+    """The bytes of arrays, concrete or abstract, on each device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

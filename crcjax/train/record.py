@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,18 +29,19 @@ from crcjax.runs.checkpoint import Checkpointer, restore_params
 from crcjax.runs.run_directory import start_run
 from crcjax.runs.train_state import TrainState
 from crcjax.train.evaluate import TaskEvaluation
-from crcjax.train.memory_budget import Budget, Parts, keep_parts, memory_errors
+from crcjax.train.memory_budget import Budget, MicroBatches, memory_errors, record_micro_batches
 from crcjax.train.metrics import IntervalMetrics
 from crcjax.train.optimizer import learning_rate
-from crcjax.train.setup import Plan, batch_norm_note
+from crcjax.train.setup import Plan, batch_norm_message
 from crcjax.train.step import init_state
 
-_OUTSIDE = "That was in an evaluation, not in a step: lower config.data.regions_per_bag, of which it encodes as many, or the model's width"
+# An evaluation encodes as many regions at a time as a training bag has.
+_IN_EVALUATION = "That was in an evaluation, not in a step: lower config.data.regions_per_bag, which an evaluation encodes at a time, or the model's width"
 
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done after a step."""
+    """The actions that are due after a step."""
 
     report: bool
     checkpoint: bool
@@ -49,63 +50,72 @@ class Due:
 
 
 def due_after(step: int, config: ConfigDict, stops: bool) -> Due:
-    """What `config` (config.train) asks for after a step, of which `stops` says whether the run then stops."""
+    """The actions that `config` (config.train) asks for after a step; `stops` if the run stops after it."""
     evaluation = step == config.steps or step % config.eval_every == 0
     checkpoint = evaluation or stops or step % config.checkpoint_every == 0
     replica_check = bool(config.replica_check_every) and step % config.replica_check_every == 0
-    # Before every checkpoint, too: a run resumed from a checkpoint that is not finite would never recover.
+    # A report, which refuses a loss that is not finite, precedes every checkpoint: a run could not recover from that one.
     return Due(checkpoint or step % config.log_every == 0, checkpoint, evaluation, replica_check)
 
 
-def start_directory(run: Path, plan: Plan, config: ConfigDict, parts: Parts, group: ProcessGroup) -> None:
-    """The main process writes the run directory, the others then check it."""
+def start_directory(
+    run: Path, plan: Plan, config: ConfigDict, micro_batches: MicroBatches, group: ProcessGroup
+) -> None:
+    """Starts the run directory: the main process writes it, then the others check it."""
     if not group.is_main:
         group.barrier("the run directory")
     start_run(run, config, plan.data.tiling, plan.data.cohort, plan.data.normaliser, group.is_main)
     if group.is_main:
         group.barrier("the run directory")
-    keep_parts(run, parts)
+    record_micro_batches(run, micro_batches)
 
 
 class Validation:
-    """The evaluation of parameters on the validation slides and their tiles."""
+    """Evaluates parameters on the validation slides, and the auxiliary tasks on their tiles."""
 
     def __init__(self, plan: Plan, group: ProcessGroup):
         config, data = plan.config, plan.data
         self._plan, self._group = plan, group
-        sizes, stored = (config.data.region_buckets, config.data.regions_per_bag), config.data.features
-        self._forward = Forward(plan.model, *sizes, local_mesh(), data.normaliser, stored)
-        validation = data.slides.split("val")
-        self._slides = Evaluation(validation, self._forward, config.data.unit)
-        self._tiles = (
-            TaskEvaluation(plan.tasks, plan.model, config, validation, data.normaliser) if plan.tasks else None
+        buckets, chunk = config.data.region_buckets, config.data.regions_per_bag
+        self._forward = Forward(plan.model, buckets, chunk, local_mesh(), data.normaliser, config.data.features)
+        validation_slides = data.slides.split("val")
+        self._slides = Evaluation(validation_slides, self._forward, config.data.unit)
+        self._tasks = (
+            TaskEvaluation(plan.tasks, plan.model, config, validation_slides, data.normaliser) if plan.tasks else None
         )
 
     def metrics(self, step: int, params: Params, run: Path) -> dict[str, float] | None:
         """The metrics of parameters on the mesh, without the prefix `val/`; None without validation slides."""
-        each = partial(self._group.report_progress, step, "evaluating")
-        with memory_errors(lambda words: InputError(f"{run}: {words} {_OUTSIDE}")):
+        on_bag = partial(self._group.report_progress, step, "evaluating")
+        with _evaluation_memory_errors(run):
             params = on_local_mesh(params, self._plan.mesh, local_mesh())
-            slide_metrics = self._slides.metrics(params, each)
-            return slide_metrics | self._tiles.metrics(params, each) if slide_metrics and self._tiles else slide_metrics
+            slide_metrics = self._slides.metrics(params, on_bag)
+            if slide_metrics and self._tasks:
+                return slide_metrics | self._tasks.metrics(params, on_bag)
+            return slide_metrics
 
     def fit_density(self, run: Path, model: MILModel) -> None:
-        """Fits the feature density of the training slides, as the best checkpoint encodes them, into the run directory."""
+        """Fits the feature density to the training slides, encoded by the best checkpoint, and saves it in the run."""
         log.info(f"{run}: encoding all training slides for the feature density, which finds out-of-distribution slides")
         params, _ = restore_params(run, model)
         params = jax.device_put(params, replicated(local_mesh()))
-        each = partial(self._group.report_progress, self._plan.config.train.steps, "encoding the training slides")
+        on_bag = partial(self._group.report_progress, self._plan.config.train.steps, "encoding the training slides")
         training = Evaluation(self._plan.data.slides.split("train"), self._forward, self._plan.config.data.unit)
-        with memory_errors(lambda words: InputError(f"{run}: {words} {_OUTSIDE}")):
-            of_training, of_validation = (slides.summaries(params, each) for slides in (training, self._slides))
+        with _evaluation_memory_errors(run):
+            training_summaries = training.summaries(params, on_bag)
+            validation_summaries = self._slides.summaries(params, on_bag)
         if self._group.is_main:
-            fit_density(of_training, training.labels, of_validation).save(run)
+            fit_density(training_summaries, training.labels, validation_summaries).save(run)
+
+
+def _evaluation_memory_errors(run: Path) -> AbstractContextManager[None]:
+    return memory_errors(lambda message: InputError(f"{run}: {message} {_IN_EVALUATION}"))
 
 
 class Record:
-    """The log, metrics and checkpoints of one run; `metrics` takes each step's metrics.
+    """The log, metrics and checkpoints of one run; add each step's metrics to `metrics`.
 
-    Members of an ensemble pass `name`, with which their lines begin, and share one `validation`.
+    The members of an ensemble share one `validation`, and their log lines contain their `name`.
     """
 
     def __init__(
@@ -117,13 +127,13 @@ class Record:
         self.metrics = IntervalMetrics()
 
     def restored(self, model: MILModel) -> TrainState:
-        """The state of the newest checkpoint, or before the first step with the model's parameters."""
+        """The state of the newest checkpoint; without a checkpoint, the initial state with the model's parameters."""
         plan = self._plan
         return self._checkpoints.restore(init_state(model, plan.optimizer, plan.config, plan.mesh, plan.mining))
 
     @contextmanager
     def opened(self, start: int) -> Iterator[None]:
-        """Opens the log, metrics.jsonl and TensorBoard for the steps after `start`."""
+        """Opens the log, metrics.jsonl and TensorBoard files for the steps after `start`."""
         with ExitStack() as stack:
             stack.enter_context(log_to_run(self._run, self._group.process_index))
             stack.enter_context(closing(self._checkpoints))
@@ -133,46 +143,49 @@ class Record:
             yield
 
     def report(self, step: int, waited_s: float) -> None:
-        """Writes the metrics of the steps since the last report, and the step's line. Raises DivergedError."""
+        """Writes the metrics of the steps since the last report, and logs a line. Raises DivergedError.
+
+        `waited_s` is the time since the start in which steps waited for data.
+        """
         scalars = checked(self.metrics.compute(), step)
         speed = self._progress.speed(step, waited_s)
         self.write(step, scalars, speed)
         log.info(self._progress.line(step, [scalars["loss"]], speed))
 
     def write(self, step: int, scalars: Mapping[str, float], speed: Mapping[str, float]) -> None:
-        """Writes metrics of training, with the learning rate and the speed."""
-        named = {f"train/{name}": value for name, value in scalars.items()}
-        self._writer.write(step, named | {"train/learning_rate": self._progress.learning_rate(step)} | dict(speed))
+        """Writes training metrics, with the learning rate and the speed."""
+        prefixed = {f"train/{name}": value for name, value in scalars.items()}
+        self._writer.write(step, prefixed | {"train/learning_rate": self._progress.learning_rate(step)} | dict(speed))
 
     def save(self, step: int, state: TrainState, evaluates: bool) -> None:
-        """Saves a checkpoint, with the metrics of the validation slides if the step is evaluated."""
+        """Saves a checkpoint; `evaluates` adds validation metrics to it."""
         metrics = self._validation.metrics(step, state.params, self._run) if evaluates else None
         if metrics:
             self._writer.write(step, {f"val/{name}": value for name, value in metrics.items()})
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            log.info(f"step {step}: validation {f'of {self._name} ' if self._name else ''}{shown}")
+            values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            log.info(f"step {step}: validation {f'of {self._name} ' if self._name else ''}{values}")
         self._group.report_progress(step, "saving")
         self._checkpoints.save(state, metrics)
 
     def finish(self, model: MILModel) -> None:
-        """Waits for the checkpoints, and fits the feature density of the finished run."""
+        """Waits for the last checkpoint; then fits the feature density, if the head needs one."""
         self._checkpoints.close()
         if self._plan.config.model.head == BY_DENSITY and not is_fitted(self._run):
             self._validation.fit_density(self._run, model)
         log.info(f"{self._run}: trained to step {self._plan.config.train.steps}")
 
 
-def log_plan(plan: Plan, params: Params, budget: Budget, parts: Parts) -> None:
-    """Logs the size of the model, the layout of the devices and the memory of a step; every parameter, to the log file."""
+def log_plan(plan: Plan, params: Params, budget: Budget, micro_batches: MicroBatches) -> None:
+    """Logs the model's size, the mesh and the memory budget, and to the log file a table of all parameters."""
     log.info(f"{parameter_overview.count_parameters(params):,} parameters on {described(plan.mesh)}")
     log.debug("parameters\n" + parameter_overview.get_parameter_overview(params, include_stats=False))
-    log.info(f"memory {budget}; bags in {parts.count} of at most {max(parts.possible)} parts")
+    log.info(f"memory {budget}; {micro_batches.count} of at most {max(micro_batches.possible)} micro-batches")
     if plan.config.model.batch_norm_momentum:
-        log.info(batch_norm_note(plan.config, parts.count))
+        log.info(batch_norm_message(plan.config, micro_batches.count))
 
 
 def checked(metrics: Mapping[str, Any], step: int) -> dict[str, float]:
-    """Metrics as numbers. Raises DivergedError if one is not finite."""
+    """Converts metrics to numbers. Raises DivergedError if one is not finite."""
     scalars = {name: float(value) for name, value in metrics.items()}
     if not all(np.isfinite(value) for value in scalars.values()):
         raise DivergedError(
@@ -183,12 +196,12 @@ def checked(metrics: Mapping[str, Any], step: int) -> dict[str, float]:
 
 
 class Progress:
-    """The speed of training since the first report: compilation and the first batches, before it, would falsify it."""
+    """The speed of training since the first report. Steps before it include compilation and the first reading."""
 
     def __init__(self, start: int, config: ConfigDict):
         self._config = config
         self._rate = jax.jit(learning_rate(config.optimizer, config.train.steps))
-        self._began: float | None = None
+        self._first_time: float | None = None
         self._first_step, self._first_waited_s = start, 0.0
 
     def learning_rate(self, step: int) -> float:
@@ -196,21 +209,24 @@ class Progress:
         return float(jax.device_get(self._rate(jax.device_put(np.int32(step - 1)))))
 
     def speed(self, step: int, waited_s: float) -> dict[str, float]:
-        """Steps per second, slides per hour and the share of the time that steps waited for data; empty at first."""
+        """Steps per second, slides per hour, and the fraction of the time in which steps waited for data.
+
+        Empty at the first report. `waited_s` is the total waiting time since the start.
+        """
         now = time.monotonic()
-        if self._began is None:
-            self._began, self._first_step, self._first_waited_s = now, step, waited_s
+        if self._first_time is None:
+            self._first_time, self._first_step, self._first_waited_s = now, step, waited_s
             return {}
-        passed_s = now - self._began
-        steps_per_s = (step - self._first_step) / passed_s
+        elapsed_s = now - self._first_time
+        steps_per_s = (step - self._first_step) / elapsed_s
         return {
             "train/steps_per_s": steps_per_s,
             "train/slides_per_hour": steps_per_s * self._config.data.batch_size * 3600,
-            "train/data_wait": (waited_s - self._first_waited_s) / passed_s,
+            "train/data_wait": (waited_s - self._first_waited_s) / elapsed_s,
         }
 
     def line(self, step: int, losses: Sequence[float], speed: Mapping[str, float]) -> str:
-        """The line of a report, with the mean losses of its steps and the time that remains."""
+        """The log line of a report: the mean loss of each run, the speed and the remaining time."""
         steps = self._config.train.steps
         line = f"step {step}/{steps}  loss " + " ".join(f"{loss:.3f}" for loss in losses)
         if speed and speed["train/steps_per_s"] > 0:

@@ -1,4 +1,4 @@
-"""The plan of a training run: everything that is checked, read and compiled before the run writes its first file."""
+"""The setup of a training run: everything that is checked, opened and compiled before the run writes its first file."""
 
 from __future__ import annotations
 
@@ -36,31 +36,35 @@ from crcjax.slides.store.features import FeatureReader, feature_attributes
 from crcjax.slides.store.tile_store import TileStore
 from crcjax.slides.tiling.plan import TilingParams
 from crcjax.train.auxiliary_tasks import Tasks, add_heads, check_tasks, open_tasks
-from crcjax.train.memory_budget import (
-    Budget,
-    Parts,
-    fitting_step,
-)
+from crcjax.train.memory_budget import Budget, MicroBatches, fitting_step
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The slides of a run, opened once: by training, validation and the tasks that learn from tiles."""
+    """The data of a run, opened once.
+
+    Attributes:
+      cohort: the training and validation slides.
+      slides: their open stores and feature readers.
+      tiling: how the slides were tiled.
+      normaliser: the stain normaliser of config.stain.
+      feed: the source of training batches.
+      training_units: the training slides, or with config.data.unit "case" the first slide of each training case.
+    """
 
     cohort: Cohort
     slides: StoredSlides
     tiling: TilingParams
     normaliser: StainNormaliser | None
     feed: Feed
-    # The training slides, or with config.data.unit "case" the first slide of each training case.
     training_units: Cohort
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is settled before a run's first file is written. The model's parameters are on the host."""
+    """The parts of a run, without its compiled step. The model's parameters are on the host."""
 
     config: ConfigDict
     mesh: Mesh
@@ -72,15 +76,15 @@ class Plan:
 
 
 def plan_run(config: ConfigDict) -> Plan:
-    """Checks the config against the cohort, the store and the devices, and builds all parts of a run but its step.
+    """Checks the config against the cohort, the store and the devices, and builds the parts of a run.
 
-    Raises InputError; nothing is written.
+    Writes nothing. Raises InputError.
     """
     check_config(config)
     check_tasks(config)
     cohort = training_cohort(config)
     stores = open_stores(config.data.store, cohort, not config.data.features, config.data.magnifications)
-    config = _with_seen(_with_imported(config, stores), stores)
+    config = _with_embedded_magnifications(_with_imported_features(config, stores), stores)
     use_compilation_cache()
     mesh = device_mesh(config)
     data = _run_data(config, cohort, stores, mesh)
@@ -95,14 +99,14 @@ def plan_run(config: ConfigDict) -> Plan:
 
 
 def model_of_seed(config: ConfigDict, data: RunData, seed: int) -> MILModel:
-    """The model with parameters sampled from a seed, except those of a published encoder, which are loaded afterwards."""
+    """The model with parameters sampled from a seed. A published encoder has no values yet (`load_published`)."""
     published = config.model.encoder in PRETRAINED and not config.model.imported_features
     build = build_unloaded if published else build_model
     return build(config.model, len(data.cohort.classes), seed, data.tiling.factors)
 
 
-def fit_step(plan: Plan, run: Path) -> tuple[jax.stages.Compiled, Budget, Parts]:
-    """The step compiled for a batch of the plan, in as many micro-batches as fit the devices. Raises InputError."""
+def fit_step(plan: Plan, run: Path) -> tuple[jax.stages.Compiled, Budget, MicroBatches]:
+    """Compiles the step with the fewest micro-batches that fit the devices (`fitting_step`). Raises InputError."""
     model, optimizer, config, mesh = plan.model, plan.optimizer, plan.config, plan.mesh
     build = partial(build_step, model, optimizer, mesh=mesh, normaliser=plan.data.normaliser, tasks=plan.tasks)
     state = abstract_state(model, optimizer, config, mesh, plan.mining)
@@ -110,15 +114,16 @@ def fit_step(plan: Plan, run: Path) -> tuple[jax.stages.Compiled, Budget, Parts]
 
 
 def on_host(model: MILModel) -> MILModel:
-    """The model with its parameters on the host, so that the training state is their only copy on the devices."""
-    # Copied: NumPy's view of an array of a CPU would keep it there.
+    """Moves the model's parameters to the host, so that the training state has the only copy on the devices."""
+    # np.array copies; on a CPU, np.asarray would be a view that keeps the device's memory allocated.
     nnx.update(model, jax.tree.map(np.array, nnx.state(model)))
     return model
 
 
 def _run_data(config: ConfigDict, cohort: Cohort, stores: list[TileStore], mesh: Mesh) -> RunData:
     magnifications = config.data.magnifications
-    for store in stores:  # again, since features may have narrowed them
+    # Again, since only some magnifications may have features.
+    for store in stores:
         store.see(magnifications)
     features = open_features(stores, config.model.encoder, magnifications) if config.data.features else []
     slides = StoredSlides(cohort, stores, features)
@@ -131,7 +136,7 @@ def _run_data(config: ConfigDict, cohort: Cohort, stores: list[TileStore], mesh:
 
 
 def _load_published(model: MILModel, config: ConfigDict, slides: StoredSlides) -> Callable | None:
-    """Reads a published encoder's weights into the model, and returns which parameters are frozen."""
+    """Loads a published encoder's weights into the model, and returns the function that tells frozen parameters."""
     if config.model.encoder not in PRETRAINED or config.model.imported_features:
         return None
     sha256 = load_published(model, config.model)
@@ -144,7 +149,7 @@ def _load_published(model: MILModel, config: ConfigDict, slides: StoredSlides) -
 def training_cohort(config: ConfigDict) -> Cohort:
     """The labelled slides of the training and validation cases.
 
-    Logs the cases per split, class and site and what is unusual. Raises InputError where training cannot work.
+    Logs the cohort's summary and its warnings. Raises InputError for a cohort that training cannot use.
     """
     cohort = divide(load_cohort(config.data.cohort, config.data.classes), config.data)
     hashes = content_hashes(config.data.store, cohort.rows)
@@ -157,8 +162,11 @@ def training_cohort(config: ConfigDict) -> Cohort:
     return Cohort(tuple(row for row in cohort.rows if row.subtype and row.split in ("train", "val")), cohort.classes)
 
 
-def _with_imported(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
-    """The config with the width of imported features, if it trains on such: nobody knows the weights that made them."""
+def _with_imported_features(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
+    """The config with the width of imported features in config.model.imported_features; 0 if it trains on other features.
+
+    The weights that made imported features are unknown, so that the model has no encoder for them.
+    """
     config = config.copy_and_resolve_references()
     config.model.imported_features = 0
     if not config.data.features:
@@ -180,26 +188,27 @@ def _with_imported(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDic
     return config
 
 
-def _with_seen(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
-    """The config with the magnifications that have features, if not all have: prediction sees no others either."""
+def _with_embedded_magnifications(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:
+    """The config with the magnifications that have features, if not all have, so that prediction uses the same."""
     if config.data.features and not config.data.magnifications:
         config.data.magnifications = featured(stores, config.model.encoder)
     return config
 
 
 def _check_features(config: ConfigDict, features: FeatureReader, sha256: str) -> None:
-    """Prediction computes features with the run's weights: those that it was trained on must be the same."""
+    """Raises InputError for features by other weights than the run's, which prediction computes features with."""
     if features.attributes.get("weights_sha256") != sha256:
         raise InputError(f"{features.path}: was made with other weights than {config.model.weights}; embed with these")
 
 
-def batch_norm_note(config: ConfigDict, parts: int) -> str:
-    """What batch norms take their statistics of, in words."""
+def batch_norm_message(config: ConfigDict, micro_batches: int) -> str:
+    """The tiles that BatchNorm statistics are computed over, for the log."""
     regions = config.data.regions_per_bag // -(-config.data.regions_per_bag // config.model.encode_regions)
-    words = f"batch norms take statistics of {config.data.batch_size // parts} bags x {regions} regions at a time"
-    if parts > config.train.micro_batches:
-        words += (
-            f": memory does not suffice for config.train.micro_batches {config.train.micro_batches}, and in {parts} parts the run "
-            "learns otherwise, not only rounded otherwise"
+    bags = config.data.batch_size // micro_batches
+    message = f"batch norms compute statistics over {bags} bags x {regions} regions at a time"
+    if micro_batches > config.train.micro_batches:
+        message += (
+            f": memory does not suffice for config.train.micro_batches {config.train.micro_batches}, and statistics over "
+            f"{micro_batches} micro-batches change the training beyond rounding"
         )
-    return words
+    return message

@@ -1,6 +1,6 @@
 """The training step as a pure function: augment → encode → pool → loss → gradients → update.
 
-`train_step` tells the whole story. `build_step` compiles it for a mesh, with the state's sharding and donation stated.
+`train_step` reads in that order. `build_step` compiles it for a mesh, and states the state's sharding and its donation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from crcjax.parallel.sharding import state_shardings
 from crcjax.runs.train_state import TrainState
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.train.auxiliary_tasks import Tasks
-from crcjax.train.encode_step import Encode, build_encode, with_running
+from crcjax.train.encode_step import Encode, build_encode, update_running_statistics
 from crcjax.train.gradient_accumulation import Outputs, accumulate_gradients
 from crcjax.train.loss_scale import initial_loss_scale, next_loss_scale, scale_loss, unscale_gradients
 from crcjax.train.losses import bag_losses, supervised_contrastive
@@ -39,7 +39,7 @@ Metrics = dict[str, Float32[Array, ""]]
 
 @dataclass(frozen=True)
 class StepSetup:
-    """The parts of a training step that stay the same while a run trains; see `step_setup`."""
+    """The constants of a run that `train_step` needs; see `step_setup`."""
 
     graph: nnx.GraphDef
     encode: Encode
@@ -53,7 +53,7 @@ class StepSetup:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepInputs:
-    """The bags of a step or a micro-batch with their random parameters; every leading axis is the axis of bags."""
+    """The bags of a step or a micro-batch, and their random parameters. The leading axis of every array is that of bags."""
 
     bags: Bag
     augmentation: Augmentation
@@ -63,7 +63,12 @@ class StepInputs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BatchTotals:
-    """Sums over the whole batch that each micro-batch divides its losses by: bag weights, labelled instances per task."""
+    """Totals of the whole batch, which each micro-batch divides its losses by.
+
+    Attributes:
+      weight: the sum of the bags' weights.
+      labelled: the number of labelled instances of each auxiliary task.
+    """
 
     weight: Float32[Array, ""]
     labelled: Metrics
@@ -72,7 +77,7 @@ class BatchTotals:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BagResults:
-    """Results of each bag: its loss (nats), whether it was misclassified, the attention to its regions."""
+    """Each bag's loss (nats), whether it was misclassified, and the attention to its regions."""
 
     loss: Array
     misclassified: Array
@@ -86,10 +91,10 @@ def train_step(state: TrainState, batch: Bag, key: Key[Array, ""], setup: StepSe
     batch's, except for BatchNorm statistics, which with config.model.batch_norm_momentum come from each micro-batch.
 
     Args:
-      state: the state before the step. Its step number selects the step's random keys.
+      state: the state before the step. Its step number is folded into the random keys.
       batch: the bags, divided over the mesh.
       key: the run's key for training steps, the same at every step.
-      setup: the parts that stay the same while a run trains.
+      setup: the constants of the run.
 
     Returns:
       The state after the step, and the step's metrics: `loss`, `NAME_loss` of each task, `accuracy`, `gradient_norm`.
@@ -105,7 +110,7 @@ def train_step(state: TrainState, batch: Bag, key: Key[Array, ""], setup: StepSe
 
     def loss_fn(params: Params, inputs: StepInputs) -> tuple[Array, Outputs]:
         model = nnx.merge(setup.graph, params)
-        # Regions are augmented inside, a few at a time, so that memory does not hold all augmented pixels.
+        # The encoder augments a few regions at a time, so that memory does not hold all augmented pixels.
         features, batch_statistics = setup.encode(params, inputs.bags, inputs.augmentation)
         bags = inputs.bags
         prediction = model.pool(features, bags.mask, bags.position, inputs.dropout_keys, jnp.asarray(bags.label))
@@ -114,7 +119,7 @@ def train_step(state: TrainState, batch: Bag, key: Key[Array, ""], setup: StepSe
 
     gradients, outputs = accumulate_gradients(loss_fn, state.params, inputs, config.train.micro_batches)
     (terms, batch_statistics), results = outputs.summed, outputs.per_bag
-    task_weights = setup.tasks.weights_of(state.params) if setup.tasks and setup.tasks.learned else {}
+    task_weights = setup.tasks.learned_weights(state.params) if setup.tasks and setup.tasks.learned else {}
     state, update_metrics = _update(state, gradients, batch_statistics, setup)
     state = _remember_hard_bags(state, batch, results, config.data.mine_every)
     return state, {**terms, **task_weights, "accuracy": (~results.misclassified).mean(), **update_metrics}
@@ -128,12 +133,12 @@ def step_setup(
     normaliser: StainNormaliser | None = None,
     tasks: Tasks | None = None,
 ) -> StepSetup:
-    """The setup of `train_step`. Raises InputError for a loss that micro-batches cannot compute."""
+    """The constants of `train_step`. Raises InputError for the contrastive loss with micro-batches."""
     micro_batches = config.train.micro_batches
     if micro_batches > 1 and config.train.contrastive_weight:
         raise InputError(
-            f"config.train.micro_batches {micro_batches}: config.train.contrastive_weight compares all bags of a step with "
-            "each other, which needs them at once; set one of the two to 1 or 0"
+            f"config.train.micro_batches must be 1 with config.train.contrastive_weight, which compares all bags of a step, got "
+            f"{micro_batches}; set one of the two to 1 or 0"
         )
     graph = nnx.graphdef(model)
     encode = build_encode(graph, config, mesh, normaliser)
@@ -148,12 +153,23 @@ def build_step(
     normaliser: StainNormaliser | None = None,
     tasks: Tasks | None = None,
 ) -> Callable[[TrainState, Bag], tuple[TrainState, Metrics]]:
-    """`train_step`, jitted for a mesh: maps state and bags to the next state and metrics, and donates the state.
+    """Compiles `train_step` for a mesh.
 
-    `tasks` are the auxiliary tasks that `model` has heads for. Raises InputError for a loss that micro-batches cannot
-    compute.
+    Args:
+      model: the model, with heads for `tasks`.
+      optimizer: the optimiser.
+      config: the whole config.
+      mesh: the devices.
+      normaliser: normalises the stains of tiles before they are augmented.
+      tasks: the auxiliary tasks.
+
+    Returns:
+      A function from a state and bags to the next state and metrics. It donates the state.
+
+    Raises:
+      InputError: the contrastive loss with micro-batches.
     """
-    # Fused attention kernels can be divided over bags only.
+    # Fused attention kernels can be divided over bags alone.
     model.set_attributes(fused=mesh.size == mesh.shape["data"], raise_if_not_found=False)
     setup = step_setup(model, optimizer, config, mesh, normaliser, tasks)
     layout = jax.tree.map(lambda value: value.sharding, abstract_state(model, optimizer, config, mesh))
@@ -174,7 +190,7 @@ def abstract_state(
     mesh: Mesh,
     mining: Mining | None = None,
 ) -> TrainState:
-    """The shapes, types and shardings of a training state, for compiling and restoring without allocating one."""
+    """The shapes, types and shardings of a training state, for compiling and restoring without allocating a state."""
     state = jax.eval_shape(partial(_initial_state, optimizer, config.model.dtype), params_of(model), mining)
     layout = state_shardings(state, mesh, config.mesh.fsdp_min_size)
     # Every process reads and changes the whole mining memory.
@@ -191,13 +207,13 @@ def init_state(
     mesh: Mesh,
     mining: Mining | None = None,
 ) -> TrainState:
-    """The state before the first step, divided over the mesh. Every process must pass the same model."""
+    """The state before the first step, divided over the mesh. All processes must pass equal models."""
     abstract = abstract_state(model, optimizer, config, mesh, mining)
     layout = jax.tree.map(lambda value: value.sharding, abstract)
 
     def place(value: Array | np.ndarray, sharding: NamedSharding) -> Array:
-        on_host = np.asarray(value)
-        return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
+        host_value = np.asarray(value)
+        return jax.make_array_from_callback(host_value.shape, sharding, lambda index: host_value[index])
 
     params, mining = jax.tree.map(place, (params_of(model), mining), (layout.params, layout.mining))
     # Jitted, so that parameters are copied: the step donates its state, and the model keeps its own arrays.
@@ -213,7 +229,7 @@ def _initial_state(
 
 def _on_mesh(batch: Bag, mesh: Mesh) -> Bag:
     return jax.tree_util.tree_map_with_path(
-        lambda path, part: jax.lax.with_sharding_constraint(part, NamedSharding(mesh, bag_spec(path))), batch
+        lambda path, field: jax.lax.with_sharding_constraint(field, NamedSharding(mesh, bag_spec(path))), batch
     )
 
 
@@ -223,7 +239,7 @@ def _key_per_bag(key: Key[Array, ""], bags: int) -> Key[Array, " batch"]:
 
 def _batch_totals(inputs: StepInputs, tasks: Tasks | None) -> BatchTotals:
     weight = jnp.maximum(jnp.asarray(inputs.bags.weight).sum(), 1e-9)
-    return BatchTotals(weight, tasks.counted(inputs.bags, inputs.augmentation) if tasks else {})
+    return BatchTotals(weight, tasks.labelled_instances(inputs.bags, inputs.augmentation) if tasks else {})
 
 
 def _loss(
@@ -236,7 +252,7 @@ def _loss(
     step: Array,
     setup: StepSetup,
 ) -> tuple[Array, Metrics, BagResults]:
-    """These bags' part of the training loss, its terms by name, and the results of each bag."""
+    """A micro-batch's part of the training objective, of each loss by name, and the results of each bag."""
     config, bags = setup.config.train, inputs.bags
     label = jnp.asarray(bags.label)
     losses = bag_losses(prediction, label, step, config)
@@ -255,17 +271,17 @@ def _loss(
 def _update(
     state: TrainState, gradients: Params, batch_statistics: Statistics | None, setup: StepSetup
 ) -> tuple[TrainState, Metrics]:
-    """The state after the optimiser's update, and the norm of the gradients.
+    """Applies the gradients; returns the next state, and the norm of the gradients as a metric.
 
-    In float16, gradients that are not finite leave parameters and optimiser state as they were, and only lower the loss
-    scale. The reported norm is then 0, unless the scale cannot fall further: such gradients are no overflow.
+    In float16, gradients that are not finite leave parameters and optimiser state unchanged and lower the loss scale. The
+    reported norm is then 0. Where the scale is at its minimum, such gradients are no overflow, and the norm is reported.
     """
     loss_scale = state.scaling
     gradients = unscale_gradients(gradients, loss_scale)
     norm = optax.tree.norm(gradients)
     updates, optimizer_state = setup.optimizer.update(gradients, state.moments, state.params)
     params = optax.apply_updates(state.params, updates)
-    params = with_running(params, batch_statistics, setup.config.model.batch_norm_momentum)
+    params = update_running_statistics(params, batch_statistics, setup.config.model.batch_norm_momentum)
     state_after = replace(state, step=state.step + 1, params=params, moments=optimizer_state)
     if not loss_scale:
         return state_after, {"gradient_norm": norm}
@@ -283,5 +299,5 @@ def _remember_hard_bags(state: TrainState, batch: Bag, results: BagResults, mine
     if state.mining is None:
         return state
     slide, region = jnp.asarray(batch.slide), jnp.asarray(batch.region)
-    observed = slide, region, results.loss, results.misclassified, results.region_attention
-    return replace(state, mining=after_step(state.mining, state.step, mine_every, *observed))
+    bag_results = slide, region, results.loss, results.misclassified, results.region_attention
+    return replace(state, mining=after_step(state.mining, state.step, mine_every, *bag_results))

@@ -111,7 +111,7 @@ def test_losses_are_those_of_plain_formulas_over_known_instances_alone(config) -
         artefact = given if not kind[at] else kind[at] if given == 0 else -1
         if artefact >= 0:
             terms["artefact"].append(np.log(np.exp(told["artefact"][at]).sum()) - told["artefact"][at][artefact])
-    counted = tasks.counted(bag, drawn)
+    counted = tasks.labelled_instances(bag, drawn)
     assert {name: int(value) for name, value in counted.items()} == {name: len(of) for name, of in terms.items()}
     assert all(0 < len(of) < bag.mask.sum() for of in terms.values())
     found = tasks.losses({name: jnp.asarray(value) for name, value in told.items()}, bag, drawn, counted)
@@ -119,14 +119,14 @@ def test_losses_are_those_of_plain_formulas_over_known_instances_alone(config) -
         np.testing.assert_allclose(found[f"{name}_loss"], np.mean(of), rtol=1e-4)
 
 
-def test_the_step_minimises_the_weighted_sum_and_says_its_parts(config) -> None:
+def test_the_step_minimises_the_weighted_sum_and_reports_each_loss(config) -> None:
     tasks = _tasks(config)
-    parts = {
+    losses = {
         name: jnp.float32(i + 1.0) for i, name in enumerate(("loss", "tissue_loss", "stain_loss", "artefact_loss"))
     }
-    assert float(tasks.objective({}, parts, {}, 1.0)) == pytest.approx(1 + 0.5 * 2 + 0.7 * 3 + 0.9 * 4)
+    assert float(tasks.objective({}, losses, {}, 1.0)) == pytest.approx(1 + 0.5 * 2 + 0.7 * 3 + 0.9 * 4)
     state, found = _steps(config, 60, _bag())
-    for name in parts:
+    for name in losses:
         assert found[-1][name] < found[0][name]
     assert "log_variance" not in state.params["tasks"]
 
@@ -147,14 +147,14 @@ def test_padding_and_masked_tiles_change_nothing(config) -> None:
 
 
 @pytest.mark.parametrize("weighting", ["fixed", "learned"])
-def test_accumulation_in_parts_is_the_step_at_once(config, weighting: str) -> None:
+def test_micro_batches_give_the_step_of_the_whole_batch(config, weighting: str) -> None:
     config.tasks.weighting = weighting
     whole, of_whole = _steps(config, 3, _bag())
     config.train.micro_batches = 3
-    parts, of_parts = _steps(config, 3, _bag())
-    for one, other in zip(of_whole, of_parts, strict=True):
+    accumulated, of_accumulated = _steps(config, 3, _bag())
+    for one, other in zip(of_whole, of_accumulated, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
-    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(accumulated.params), strict=True):
         assert np.linalg.norm(one - other) <= 2e-5 * np.linalg.norm(one)
 
 
@@ -163,16 +163,16 @@ def test_learned_weights_settle_where_each_weighs_as_its_loss_is_small(config) -
     config.tasks.weighting = "learned"
     tasks = _tasks(config)
     params = {"tasks": {"log_variance": jnp.zeros(4)}}
-    parts = {"loss": jnp.float32(0.8), "tissue_loss": jnp.float32(0.1), "stain_loss": jnp.float32(3.0)}
-    parts |= {"artefact_loss": jnp.float32(0.0)}
+    losses = {"loss": jnp.float32(0.8), "tissue_loss": jnp.float32(0.1), "stain_loss": jnp.float32(3.0)}
+    losses |= {"artefact_loss": jnp.float32(0.0)}
     counted = {"tissue": jnp.float32(9), "stain": jnp.float32(9), "artefact": jnp.float32(0)}
-    start = {name: float(value) for name, value in tasks.weights_of(params).items()}
+    start = {name: float(value) for name, value in tasks.learned_weights(params).items()}
     wanted = {"subtype_weight": 1.0, "tissue_weight": 0.5, "stain_weight": 0.35, "artefact_weight": 0.9}
     assert start == pytest.approx(wanted)
-    gradient = jax.jit(jax.grad(lambda params: tasks.objective(params, parts, counted, 1.0)))
+    gradient = jax.jit(jax.grad(lambda params: tasks.objective(params, losses, counted, 1.0)))
     for _ in range(2000):
         params = jax.tree.map(lambda value, slope: value - 3e-3 * slope, params, gradient(params))
-    found = {name: float(value) for name, value in tasks.weights_of(params).items()}
+    found = {name: float(value) for name, value in tasks.learned_weights(params).items()}
     assert found["subtype_weight"] == pytest.approx(1 / (2 * 0.8), rel=1e-3)
     assert found["tissue_weight"] == pytest.approx(1 / (2 * 0.1), rel=1e-3)
     assert found["stain_weight"] == pytest.approx(1 / (2 * 3.0), rel=1e-3)
@@ -183,16 +183,16 @@ def test_learned_weights_stay_bounded_and_are_not_stuck_there(config) -> None:
     config.tasks.weighting = "learned"
     tasks = _tasks(config)
     far = {"tasks": {"log_variance": jnp.float32([1.0, -1.0, 1.0, -1.0])}}
-    weights = [float(value) for value in tasks.weights_of(far).values()]
+    weights = [float(value) for value in tasks.learned_weights(far).values()]
     assert max(weights) < 55
     assert min(weights) > 0.5 * 0.7 / 55
-    parts = {name: jnp.float32(1.0) for name in ("loss", "tissue_loss", "stain_loss", "artefact_loss")}
+    losses = {name: jnp.float32(1.0) for name in ("loss", "tissue_loss", "stain_loss", "artefact_loss")}
     counted = dict.fromkeys(("tissue", "stain", "artefact"), jnp.float32(1))
-    slope = jax.grad(lambda params: tasks.objective(params, parts, counted, 1.0))(far)["tasks"]["log_variance"]
+    slope = jax.grad(lambda params: tasks.objective(params, losses, counted, 1.0))(far)["tasks"]["log_variance"]
     assert (np.sign(slope) == [1, -1, 1, -1]).all()
 
 
-def test_learned_weights_move_in_training_and_are_told(config) -> None:
+def test_learned_weights_move_in_training_and_are_reported(config) -> None:
     config.tasks.weighting = "learned"
     config.tasks.tissue, config.tasks.stain, config.tasks.artefact = 5.0, 0.05, 5.0  # too much, too little, too much
     state, found = _steps(config, 60, _bag())
@@ -250,21 +250,24 @@ REFUSED = {
     r"config\.tasks\.tissue must be at least 0, got -1\.0": {"tasks.tissue": -1.0},
     r"config\.tasks\.stain needs pixels, which config\.data\.features": {"tasks.stain": 1.0, "data.features": True},
     r"config\.tasks\.artefact needs pixels": {"tasks.artefact": 1.0, "data.features": True},
-    r"config\.tasks\.stain: the slides of a case have several": {"tasks.stain": 1.0, "data.unit": "case"},
-    r"config\.tasks\.stain: config\.stain\.method gives": {"tasks.stain": 1.0, "stain.method": "macenko"},
+    r"config\.tasks\.stain must be 0 with config\.data\.unit case": {"tasks.stain": 1.0, "data.unit": "case"},
+    r"config\.tasks\.stain must be 0 with config\.stain\.method": {"tasks.stain": 1.0, "stain.method": "macenko"},
     r"config\.tasks\.tissue needs labels": {"tasks.tissue": 1.0},
-    r"config\.tasks\.tissue_classes \(\): list two": {"tasks.tissue": 1.0, "tasks.labels": "LABELS"},
-    r"of no training tile that it is bone; correct": {
+    r"config\.tasks\.tissue_classes must be two or more different names .*, got \(\)": {
+        "tasks.tissue": 1.0,
+        "tasks.labels": "LABELS",
+    },
+    r"slides has no training tile of class bone; correct": {
         "tasks.tissue": 1.0,
         "tasks.labels": "LABELS",
         "tasks.tissue_classes": ("stroma", "bone"),
     },
-    r"config\.train\.ensemble_size 2: runs that are trained together have no tasks": {
+    r"config\.train\.ensemble_size 2: an ensemble has no auxiliary tasks": {
         "train.ensemble_size": 2,
         "data.features": True,
         "tasks.tissue": 1.0,
     },
-    r"config\.tasks\.artefact needs some": {"tasks.artefact": 1.0},
+    r"config\.tasks\.artefact needs artefacts": {"tasks.artefact": 1.0},
     r"config\.tasks\.artefact: .*slides has no training tile with pen": {
         "tasks.artefact": 1.0,
         "tasks.labels": "LABELS",
@@ -285,7 +288,7 @@ def test_tasks_that_cannot_be_are_refused_by_their_field(
     assert not (tmp_path / "run").exists()
 
 
-def test_tissue_is_told_of_the_tiles_of_whole_cases(small_config, painted: Path, tmp_path: Path) -> None:
+def test_tissue_is_predicted_for_the_tiles_of_cases(small_config, painted: Path, tmp_path: Path) -> None:
     small_config.data.unit, small_config.tasks.tissue = "case", 1.0
     small_config.tasks.labels, small_config.tasks.tissue_classes = str(painted / "slides"), PAINTED
     train(small_config, tmp_path)

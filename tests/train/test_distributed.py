@@ -45,12 +45,12 @@ from crcjax.train import setup
 fitting_step = setup.fitting_step
 
 def lacking(*arguments):
-    step, budget, parts = fitting_step(*arguments)
+    step, budget, micro_batches = fitting_step(*arguments)
     def run(state, bag):
-        if "--process=1" in sys.argv and int(state.step) == 2 and parts.count == 1:
+        if "--process=1" in sys.argv and int(state.step) == 2 and micro_batches.count == 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory, by a test.")
         return step(state, bag)
-    return run, budget, parts
+    return run, budget, micro_batches
 
 setup.fitting_step = lacking
 """
@@ -180,7 +180,7 @@ def test_processes_of_other_configs_end_with_the_field_and_the_process(painted: 
     assert not (tmp_path / "run").exists()
 
 
-def test_where_one_process_has_too_little_memory_all_end_to_be_started_again_in_smaller_parts(
+def test_where_one_process_has_too_little_memory_all_end_to_be_started_again_in_smaller_micro_batches(
     painted: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "small.py").write_text(SMALL + LACKING)
@@ -188,7 +188,9 @@ def test_where_one_process_has_too_little_memory_all_end_to_be_started_again_in_
     errors = [process.communicate(timeout=120)[1] for process in running]
     assert [process.returncode for process in running] == [85, 85], errors
     for error in errors:
-        assert "memory, by a test. Steps are computed in 2 parts from now on; give the same command again" in error
+        assert (
+            "memory, by a test. Steps are computed in 2 micro-batches from now on; give the same command again" in error
+        )
     assert json.loads((tmp_path / "run" / "memory.json").read_text()) == {"count": 2, "possible": [1, 2]}
 
 

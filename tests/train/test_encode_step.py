@@ -27,7 +27,7 @@ from crcjax.predict.predictor import Predictor
 from crcjax.runs.checkpoint import Checkpointer, restore_params
 from crcjax.runs.train_state import TrainState
 from crcjax.train.loop import train
-from crcjax.train.memory_budget import Parts, keep_parts
+from crcjax.train.memory_budget import MicroBatches, record_micro_batches
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import build_step, init_state
 
@@ -44,7 +44,7 @@ from crcjax.data.bags import Bag
 from crcjax.models.encoders import convnets
 from crcjax.models.encoders import registry as encoders
 from crcjax.models.mil import build_model
-from crcjax.train.memory_budget import Parts, keep_parts
+from crcjax.train.memory_budget import MicroBatches, record_micro_batches
 from crcjax.parallel.mesh import device_mesh
 from crcjax.train.optimizer import build_optimizer
 from crcjax.data.bags import bag_spec
@@ -230,12 +230,12 @@ def test_batch_statistics_that_could_do_nothing_are_refused(
         build_model(config.model, 3, 0)
 
 
-def test_parts_that_would_differ_between_layouts_are_refused(config: Any) -> None:
+def test_chunks_that_would_differ_between_layouts_are_refused(config: Any) -> None:
     config.model.encode_regions = 2
     _, step, state = _built(config)
     bag = _bag()
     bag = replace(bag, tiles=bag.tiles[:, :3], mask=bag.mask[:, :3], position=bag.position[:, :3])
-    with pytest.raises(InputError, match=r"3 regions .* do not make 2 equal parts of .*encode_regions 2, .*a divisor"):
+    with pytest.raises(InputError, match=r"encode_regions must divide .* got 2, .* 3 regions on 1 devices .*try 3"):
         step(state, bag)
 
 
@@ -246,10 +246,10 @@ def test_a_run_keeps_its_running_statistics_and_predicts_by_them_and_says_what_t
     save_file(torch_tensors(SMALL.build(rngs=nnx.Rngs(3))), tmp_path / "small.safetensors")
     small_config.model.weights, small_config.model.batch_norm_momentum = str(tmp_path / "small.safetensors"), 0.1
     (tmp_path / "run").mkdir()
-    keep_parts(tmp_path / "run", Parts(2, (1, 2, 4)))  # as after a step that ran out of memory
+    record_micro_batches(tmp_path / "run", MicroBatches(2, (1, 2, 4)))  # as after a step that ran out of memory
     train(small_config, tmp_path / "run")
     said = capfd.readouterr().err
-    assert "batch norms take statistics of 2 bags x 4 regions at a time: memory does not suffice for" in said
+    assert "batch norms compute statistics over 2 bags x 4 regions at a time: memory does not suffice for" in said
     params, _ = restore_params(tmp_path / "run", build_model(small_config.model, 3, 0))
     running = params["encoder"]["published"]["bn1"]
     assert np.abs(running["mean"]).min() > 0

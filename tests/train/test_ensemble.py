@@ -33,7 +33,7 @@ from crcjax.slides.store.features import write_features
 from crcjax.slides.store.tile_store import open_store, tiled_slides
 from crcjax.slides.wsi.slide import open_slide
 from crcjax.train.crossvalidate import crossvalidate
-from crcjax.train.ensemble import side_by_side, train_members
+from crcjax.train.ensemble import ensembles_of_runs, train_members
 from crcjax.train.loop import train
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import init_state
@@ -187,7 +187,7 @@ def test_members_stopped_and_started_again_equal_those_that_were_not(config, tmp
 
 def test_runs_train_together_only_from_the_same_step_and_no_more_than_asked() -> None:
     runs = {seed: Path(str(seed)) for seed in range(6)}
-    groups = side_by_side(runs, 2, lambda run: 10 if run.name in ("1", "4", "5") else 0)
+    groups = ensembles_of_runs(runs, 2, lambda run: 10 if run.name in ("1", "4", "5") else 0)
     assert [tuple(group) for group in groups] == [(0, 2), (3,), (1, 4), (5,)]
     assert all(runs[seed] == run for group in groups for seed, run in group.items())
 
@@ -208,10 +208,10 @@ def test_a_fold_of_a_cross_validation_trains_its_seeds_together(config, tmp_path
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data.features": False}, "2: runs are trained together on stored features alone, not on pixels"),
-        ({"data.mine_slides": 0.1}, "2: each run mines bags of its own"),
-        ({"data.mine_regions": 0.1}, "2: each run mines bags of its own"),
-        ({"train.ensemble_size": 0}, "0: choose 1 or more"),
+        ({"data.features": False}, "2: an ensemble is trained on stored features, not on pixels"),
+        ({"data.mine_slides": 0.1}, "2: hard mining would give each member other bags"),
+        ({"data.mine_regions": 0.1}, "2: hard mining would give each member other bags"),
+        ({"train.ensemble_size": 0}, "must be at least 1, got 0; try 1"),
     ],
 )
 def test_runs_that_cannot_be_trained_together_are_refused_in_words(
@@ -225,5 +225,5 @@ def test_runs_that_cannot_be_trained_together_are_refused_in_words(
 
 def test_several_processes_are_refused(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="one process trains runs together"):
+    with pytest.raises(InputError, match="an ensemble is trained by one process"):
         train_members(config, {5: tmp_path / "run"})

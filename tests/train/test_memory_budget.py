@@ -15,7 +15,14 @@ from crcjax.errors import InputError
 from crcjax.models.mil import build_model
 from crcjax.parallel.mesh import device_mesh
 from crcjax.train.loop import train
-from crcjax.train.memory_budget import Budget, Parts, _recorded_parts, fitting_step, keep_parts, more_parts
+from crcjax.train.memory_budget import (
+    Budget,
+    MicroBatches,
+    _recorded_micro_batches,
+    fitting_step,
+    halve_micro_batch,
+    record_micro_batches,
+)
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step
 
@@ -45,7 +52,7 @@ def peak():
     return int(line.split()[1]) * 1024
 
 def watched(*arguments):
-    step, budget, parts = fitting_step(*arguments)
+    step, budget, micro_batches = fitting_step(*arguments)
     def run(state, bag):
         global before
         before = os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
@@ -54,7 +61,7 @@ def watched(*arguments):
         print(budget.temporary, peak() - before)
         sys.stdout.flush()
         os._exit(0)
-    return run, budget, parts
+    return run, budget, micro_batches
 
 setup.fitting_step = watched
 loop.train(config, Path(sys.argv[2]))
@@ -67,15 +74,15 @@ from crcjax.train import loop, setup
 fitting_step = setup.fitting_step
 
 def limited(*arguments):
-    step, budget, parts = fitting_step(*arguments)
+    step, budget, micro_batches = fitting_step(*arguments)
     def run(state, bag):
         # The third step is the first to find that there is less memory than there was.
-        if int(state.step) == 2 and parts.count == 1:
+        if int(state.step) == 2 and micro_batches.count == 1:
             data = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
             limit = int(data.split()[1]) * 1024 + budget.temporary * 9 // 10
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         return step(state, bag)
-    return run, budget, parts
+    return run, budget, micro_batches
 
 if sys.argv[3] == "limited":
     setup.fitting_step = limited
@@ -107,7 +114,7 @@ def test_what_a_step_is_said_to_take_is_what_it_takes(painted: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_run_whose_memory_no_longer_suffices_goes_on_in_smaller_parts_with_the_same_losses(
+def test_a_run_whose_memory_no_longer_suffices_goes_on_in_smaller_micro_batches_with_the_same_losses(
     painted: Path, tmp_path: Path
 ) -> None:
     _run(LIMITED, str(painted), str(tmp_path / "free"), "free")
@@ -115,7 +122,7 @@ def test_a_run_whose_memory_no_longer_suffices_goes_on_in_smaller_parts_with_the
     done = _run(LIMITED, str(painted), str(tmp_path / "limited"), "limited", MALLOC_ARENA_MAX="2")
     # JAX reports the computation that lacked memory, or a later one that waited for it.
     assert "RESOURCE_EXHAUSTED" in done.stderr or "Out of memory allocating" in done.stderr
-    assert "Steps are computed in 2 parts from now on" in done.stderr
+    assert "Steps are computed in 2 micro-batches from now on" in done.stderr
     assert "going on from step 2" in done.stderr
     free, limited = _losses(tmp_path / "free"), _losses(tmp_path / "limited")
     assert list(free) == list(limited) == [1, 2, 3, 4]
@@ -129,13 +136,15 @@ def _fitted(config, run: Path) -> tuple[Budget, int]:
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     bag = open_feed(training_slides(cohort, config), config, mesh).shapes()
     state = abstract_state(model, optimizer, config, mesh)
-    _, budget, parts = fitting_step(partial(build_step, model, optimizer, mesh=mesh), config, mesh, state, bag, run)
+    _, budget, micro_batches = fitting_step(
+        partial(build_step, model, optimizer, mesh=mesh), config, mesh, state, bag, run
+    )
     run.mkdir(exist_ok=True)
-    keep_parts(run, parts)
-    return budget, parts.count
+    record_micro_batches(run, micro_batches)
+    return budget, micro_batches.count
 
 
-def test_the_fewest_parts_that_fit_are_chosen_and_a_step_that_cannot_fit_is_refused_before_anything_is_written(
+def test_the_fewest_micro_batches_that_fit_are_chosen_and_a_step_that_cannot_fit_is_refused_before_anything_is_written(
     small_config, tmp_path: Path
 ) -> None:
     small_config.data.device_prefetch = 1
@@ -153,12 +162,18 @@ def test_the_fewest_parts_that_fit_are_chosen_and_a_step_that_cannot_fit_is_refu
     assert not (tmp_path / "refused").exists()
 
 
-def test_parts_are_kept_by_the_run_and_made_smaller_until_bags_come_one_by_one(small_config, tmp_path: Path) -> None:
+def test_the_run_records_its_micro_batches_and_halves_them_until_they_have_one_bag(
+    small_config, tmp_path: Path
+) -> None:
     assert _fitted(small_config, tmp_path)[1] == 1
-    assert [more_parts(tmp_path, 1), _fitted(small_config, tmp_path)[1], more_parts(tmp_path, 2)] == [2, 2, 4]
-    assert more_parts(tmp_path, 2) == 4  # another process, of the same step
-    with pytest.raises(InputError, match="4 parts, and there can be no more; lower"):
-        more_parts(tmp_path, 4)
+    assert [halve_micro_batch(tmp_path, 1), _fitted(small_config, tmp_path)[1], halve_micro_batch(tmp_path, 2)] == [
+        2,
+        2,
+        4,
+    ]
+    assert halve_micro_batch(tmp_path, 2) == 4  # another process, of the same step
+    with pytest.raises(InputError, match="4 micro-batches, and there can be no more; lower"):
+        halve_micro_batch(tmp_path, 4)
 
 
 @pytest.mark.parametrize("text", ["", '{"count": 2', '{"count": "2", "possible": [1]}', "[1]"])
@@ -166,13 +181,13 @@ def test_a_damaged_memory_json_is_set_aside_with_one_line(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "memory.json").write_text(text)
-    assert _recorded_parts(tmp_path) == Parts(1, (1,))
+    assert _recorded_micro_batches(tmp_path) == MicroBatches(1, (1,))
     assert (tmp_path / "memory.json.damaged").read_text() == text
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"{tmp_path / 'memory.json'}: is damaged (")
     assert "renamed to memory.json.damaged" in lines[0]
-    assert _recorded_parts(tmp_path) == Parts(1, (1,))
+    assert _recorded_micro_batches(tmp_path) == MicroBatches(1, (1,))
     assert not capsys.readouterr().err
 
 

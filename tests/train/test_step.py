@@ -132,21 +132,23 @@ def _steps(config, count: int, bag: Bag | None = None):
     return state, found
 
 
-def test_accumulation_in_parts_is_the_step_at_once(config) -> None:
+def test_micro_batches_give_the_step_of_the_whole_batch(config) -> None:
     config.model.dropout = 0.3
     bag = replace(_bag(), weight=np.arange(1, 7, dtype=np.float32))
     whole, of_whole = _steps(config, 4, bag)
     config.train.micro_batches = 3
-    parts, of_parts = _steps(config, 4, bag)
-    for one, other in zip(of_whole, of_parts, strict=True):
+    accumulated, of_accumulated = _steps(config, 4, bag)
+    for one, other in zip(of_whole, of_accumulated, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
-    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(accumulated.params), strict=True):
         assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(one)
 
 
-def test_a_loss_of_all_bags_together_is_not_computed_in_parts(config) -> None:
+def test_a_loss_of_all_bags_together_is_refused_with_micro_batches(config) -> None:
     config.train.micro_batches, config.train.contrastive_weight = 3, 0.1
-    with pytest.raises(InputError, match=r"micro_batches 3: config\.train\.contrastive_weight compares all bags"):
+    with pytest.raises(
+        InputError, match=r"micro_batches must be 1 with config\.train\.contrastive_weight, .*, got 3; set"
+    ):
         _steps(config, 0)
 
 
