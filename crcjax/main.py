@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _INTERRUPTED = (
-    "crcjax: interrupted; the same command goes on from the run's last checkpoint, or starts anew without one"
+    "crcjax: interrupted; the same command resumes from the run's last checkpoint, or starts anew without one"
 )
 
 
@@ -42,7 +42,8 @@ def _end_while_loading(*_: object) -> None:
     os._exit(130)
 
 
-if __name__ == "__main__":  # while packages load: KeyboardInterrupt in the import of jaxlib crashes the process
+# Until the packages are loaded: a KeyboardInterrupt while jaxlib is imported crashes the process.
+if __name__ == "__main__":
     signal.signal(signal.SIGINT, _end_while_loading)
 
 from absl import flags
@@ -64,29 +65,31 @@ from crcjax.errors import (
 from crcjax.monitor.logs import log
 
 STATUS = {InputError: 2, OutputError: 3, StoppedError: AGAIN_STATUS, DeviceMemoryError: AGAIN_STATUS, DivergedError: 5}
-INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells report it
+# 128 + SIGINT, as shells report it.
+INTERRUPTED_STATUS = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains by the arguments, by default those of the command line, and returns the exit status."""
+    """Trains by command line arguments, and returns the exit status. None takes those of this process."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments:
         print(__doc__)
         return 0
-    several = False
+    is_distributed = False
     try:
         check_platform()
-        config, workdir, given, wait_s = _read(arguments)
+        config, workdir, cluster_flags, wait_s = _read(arguments)
         check_config(config)
+        # These import JAX, which takes seconds; the errors above are reported before.
         from crcjax.parallel.cluster_env import detect_cluster
-        from crcjax.parallel.process_group import process_group  # loads jax, which an error above need not wait for
+        from crcjax.parallel.process_group import process_group
         from crcjax.runs.run_directory import common_facts
         from crcjax.train.loop import train
 
         if signal.getsignal(signal.SIGINT) is _end_while_loading:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        cluster = detect_cluster(os.environ, *given)
-        several = cluster is not None
+        cluster = detect_cluster(os.environ, *cluster_flags)
+        is_distributed = cluster is not None
         facts = common_facts(config, workdir) if cluster else {}
         with process_group(cluster, facts, wait_s, config.train.stall_timeout_s) as group:
             train(config, workdir, group)
@@ -98,42 +101,44 @@ def main(arguments: list[str] | None = None) -> int:
         log.error(_INTERRUPTED)
         status = INTERRUPTED_STATUS
     except Exception:
-        if not several:
+        if not is_distributed:
             raise
         traceback.print_exc()
         status = 1
-    if several:
+    if is_distributed:
         sys.stdout.flush()
-        os._exit(status)  # jax would wait at the end for processes that have gone
+        # At a normal exit, JAX would wait for processes that have ended.
+        os._exit(status)
     return status
 
 
 def exit_status(error: CrcjaxError) -> int:
-    """The exit status for an error that a user can act on: that of its class or of the nearest class above it."""
+    """The exit status of an error: that of its class, or of the nearest base class in STATUS."""
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 1)
 
 
 def read_config(arguments: list[str]) -> tuple[ConfigDict, Path]:
-    """Returns the config and the run directory that the arguments of a command line state. Raises InputError."""
+    """Reads the config and the run directory from command line arguments. Raises InputError."""
     return _read(arguments)[:2]
 
 
 def _read(
     arguments: list[str],
 ) -> tuple[ConfigDict, Path, tuple[str | None, int | None, int | None], float]:
-    """As `_parsed`, with one line for each old name of a field that the arguments or the config file use."""
+    """Like `_parsed`, and logs one line for each old field name that the arguments or the config file use."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        read = _parsed(arguments)
+        parsed = _parsed(arguments)
     for warning in caught:
         if warning.category is FutureWarning:
             log.warning(f"crcjax: {warning.message}")
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return read
+    return parsed
 
 
 def _parsed(arguments: list[str]) -> tuple[ConfigDict, Path, tuple[str | None, int | None, int | None], float]:
+    """The config, the run directory, (coordinator, processes, process), and wait_s."""
     known = _fields(get_config())
     arguments = [_with_tuple(renamed_argument(argument)) for argument in _joined(arguments)]
     for argument in arguments:
@@ -147,34 +152,36 @@ def _parsed(arguments: list[str]) -> tuple[ConfigDict, Path, tuple[str | None, i
     )
     workdir = flags.DEFINE_string("workdir", None, "the run's directory, new or to be resumed", flag_values=values)
     coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
-    processes = flags.DEFINE_integer("processes", None, "how many there are", 1, flag_values=values)
-    process = flags.DEFINE_integer("process", None, "which of them this is, from 0", 0, flag_values=values)
-    wait_s = flags.DEFINE_float("wait_s", 300.0, "how long they wait for each other", 0.1, flag_values=values)
+    processes = flags.DEFINE_integer("processes", None, "number of processes", 1, flag_values=values)
+    process = flags.DEFINE_integer("process", None, "index of this process, from 0", 0, flag_values=values)
+    wait_s = flags.DEFINE_float("wait_s", 300.0, "seconds that processes wait for each other at the start", 0.1, flag_values=values)
     try:
-        rest = values(arguments)
+        positional = values(arguments)
         config = file.value
         if config is not None:
-            config.lock()  # raises, where the file could not be read
-    except Exception as error:  # a config file is a program and may raise anything
+            # Raises an error if the file could not be read.
+            config.lock()
+    # A config file is a program, which can raise any exception.
+    except Exception as error:
         reason = " ".join(str(error.args[0] if error.args else error).split())
         raise InputError(f"the command line or the config file is wrong: {type(error).__name__}: {reason}") from error
-    if len(rest) > 1:
+    if len(positional) > 1:
         raise InputError(
-            f"arguments must be --config, --workdir and --config.FIELD=VALUE, got {rest[1]!r}; see --help for all"
+            f"arguments must be --config, --workdir and --config.FIELD=VALUE, got {positional[1]!r}; see --help for all"
         )
     if config is None or not workdir.value:
         raise InputError("give --config FILE and --workdir DIR")
-    given = _fields(config)
-    for name in given:
+    fields = _fields(config)
+    for name in fields:
         _check_known(name, known, "config.")
-    missing = [name for name in known if name not in given]
+    missing = [name for name in known if name not in fields]
     if missing:
         raise InputError(f"the config file has no {missing[0]}; start it from crcjax.config.get_config()")
     return config, Path(workdir.value), (coordinator.value, processes.value, process.value), wait_s.value
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """--config.FIELD VALUE as one argument, like --config.FIELD=VALUE."""
+    """Joins --config.FIELD VALUE to one argument, --config.FIELD=VALUE."""
     joined: list[str] = []
     for argument in arguments:
         if joined and re.fullmatch(r"--config\.[\w.]+", joined[-1]) and not argument.startswith("--"):
@@ -185,25 +192,27 @@ def _joined(arguments: Sequence[str]) -> list[str]:
 
 
 def _with_tuple(argument: str) -> str:
-    """--config.FIELD=a,b of a field that holds a tuple, written as Python writes one; absl takes a,b for one text."""
+    """Converts --config.FIELD=a,b of a field that holds a tuple to Python's notation; absl reads a,b as one text."""
     name, _, text = argument.partition("=")
     default: object = get_config()
-    for part in name.removeprefix("--config.").split("."):
-        default = default.get(part) if isinstance(default, ConfigDict) else None
+    for key in name.removeprefix("--config.").split("."):
+        default = default.get(key) if isinstance(default, ConfigDict) else None
     if not isinstance(default, tuple) or text.lstrip().startswith(("(", "[")):
         return argument
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    number = all(isinstance(value, int) for value in default) and all(part.isdecimal() for part in parts)
-    return f"{name}={tuple(int(part) if number and default else part for part in parts)!r}"
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    # The items of an empty default have no type; they are texts in all such fields.
+    is_integer = all(isinstance(value, int) for value in default) and all(item.isdecimal() for item in items)
+    return f"{name}={tuple(int(item) if is_integer and default else item for item in items)!r}"
 
 
 def _check_known(name: str, known: list[str], prefix: str) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1, 0)[0]
-        raise InputError(f"{prefix}{name}: there is no such field; did you mean {prefix}{near}?")
+        nearest = difflib.get_close_matches(name, known, 1, 0)[0]
+        raise InputError(f"{prefix}{name}: there is no such field; did you mean {prefix}{nearest}?")
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The dotted names of all fields."""
     fields: list[str] = []
     for name, value in config.items():
         fields += _fields(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]

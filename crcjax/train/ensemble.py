@@ -103,7 +103,7 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
                     for record, member_state in zip(records, ensemble.split(state), strict=True):
                         record.save(number, member_state, due.evaluation)
                 if stops and number < config.train.steps:
-                    raise StoppedError(f"{run.parent}: stopped at step {number}; the same command goes on")
+                    raise StoppedError(f"{run.parent}: stopped at step {number}; the same command resumes")
                 group.report_progress(number + 1, "reading its bags")
         for record, model in zip(records, models, strict=True):
             record.finish(model)

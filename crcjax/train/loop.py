@@ -74,6 +74,6 @@ def _train(config: ConfigDict, run: Path, group: ProcessGroup) -> None:
                 if due.checkpoint:
                     record.save(number, state, due.evaluation)
                 if stops and number < config.train.steps:
-                    raise StoppedError(f"{run}: stopped at step {number}; the same command goes on")
+                    raise StoppedError(f"{run}: stopped at step {number}; the same command resumes")
                 group.report_progress(number + 1, "reading its bags")
         record.finish(plan.model)

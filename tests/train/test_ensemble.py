@@ -170,7 +170,7 @@ class _StopsAfter3(ProcessGroup):
 @pytest.mark.slow
 def test_members_stopped_and_started_again_equal_those_that_were_not(config, tmp_path: Path) -> None:
     train(config, tmp_path / "undisturbed")
-    with pytest.raises(StoppedError, match="stopped at step 3; the same command goes on"):
+    with pytest.raises(StoppedError, match="stopped at step 3; the same command resumes"):
         train(config, tmp_path / "stopped", _StopsAfter3())
     train(config, tmp_path / "stopped")
     expected = [_state(tmp_path / "undisturbed" / f"seed-{seed}") for seed in (5, 6)]

@@ -133,7 +133,7 @@ def test_reports_hold_the_mean_over_the_steps_since_the_last_report_after_a_resu
         def should_stop(self, step: int) -> bool:
             return step == 4
 
-    with pytest.raises(StoppedError, match="stopped at step 4; the same command goes on"):
+    with pytest.raises(StoppedError, match="stopped at step 4; the same command resumes"):
         train(small_config, tmp_path / "stopped", StopsAfter4())
     train(small_config, tmp_path / "stopped")
     for name, intervals in {"third": [(1, 2, 3), (4, 5, 6)], "stopped": [(1, 2, 3), (4,), (5, 6)]}.items():
@@ -165,14 +165,14 @@ def test_ctrl_c_saves_and_stops_after_the_step_and_before_the_first_step_ends_wi
     process.send_signal(signal.SIGINT)
     lines = process.communicate(timeout=120)[1].splitlines()
     assert (process.returncode, len(lines)) == (130, 1)
-    assert lines[0].startswith("crcjax: interrupted; the same command goes on")
+    assert lines[0].startswith("crcjax: interrupted; the same command resumes")
 
     process = started()
     while not process.stderr.readline().startswith("step "):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     lines = process.communicate(timeout=120)[1].splitlines()
-    stopped = re.fullmatch(rf"crcjax: {tmp_path}: stopped at step (\d+); the same command goes on", lines[-1])
+    stopped = re.fullmatch(rf"crcjax: {tmp_path}: stopped at step (\d+); the same command resumes", lines[-1])
     assert process.returncode == 85
     assert stopped
     assert all(line.startswith("step ") for line in lines[:-1])
