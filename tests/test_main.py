@@ -24,7 +24,7 @@ DEMO = str(ROOT / "configs" / "demo.py")
         ([f"--config={DEMO}", "--workdir=/x", "--config.data.store=/none"], "config.data.cohort is empty"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_status_2(arguments: list[str], message: str, capsys) -> None:
+def test_an_invalid_command_line_is_one_line_and_status_2(arguments: list[str], message: str, capsys) -> None:
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -80,7 +80,7 @@ def test_help_documents_the_exit_statuses(capsys) -> None:
         ("model.mil=max_abmil", "config.model.mil must be one of mean, max, abmil"),
     ],
 )
-def test_a_value_that_cannot_be_is_one_line_and_status_2(option: str, message: str, capsys) -> None:
+def test_an_invalid_value_is_one_line_and_status_2(option: str, message: str, capsys) -> None:
     given = ["--config.data.store=s", "--config.data.cohort=c", f"--config.{option}"]
     assert main([f"--config={DEMO}", "--workdir=/x", *given]) == 2
     error = capsys.readouterr().err

@@ -33,12 +33,12 @@ def _config(**fields: object) -> ConfigDict:
 
 
 def _augmented(seed: int, **fields: object) -> np.ndarray:
-    drawn = sample_augmentation(jax.random.key(seed), SHAPE, _config(**fields))
-    return np.asarray(augment(PIXELS, drawn))
+    augmentation = sample_augmentation(jax.random.key(seed), SHAPE, _config(**fields))
+    return np.asarray(augment(PIXELS, augmentation))
 
 
 def _two_slides() -> tuple[np.ndarray, np.ndarray, StainMatrix]:
-    """Concentrations, the pixels of two slides that have them in their own stains, and their estimates."""
+    """Stain concentrations, the pixels of two slides with these concentrations, and the slides' stain estimates."""
     rng = np.random.default_rng(1)
     codes = rng.gamma(2.0, 0.35, (64 * 64, 2)) * rng.integers(0, 2, (64 * 64, 2))
     vectors = np.array([[[0.65, 0.70, 0.29], [0.09, 0.95, 0.29]], [[0.56, 0.72, 0.41], [0.20, 0.90, 0.39]]])
@@ -47,25 +47,27 @@ def _two_slides() -> tuple[np.ndarray, np.ndarray, StainMatrix]:
     density = np.einsum("pi,bi,bic->bpc", codes, strength, vectors)
     pixels = np.rint((white[:, None] + 1) * np.exp(-density) - 1).clip(0, 255).astype(np.uint8)
     everywhere = np.ones(len(codes), bool)
-    found = [fit_macenko(one, everywhere, light.astype(np.float32)) for one, light in zip(pixels, white, strict=True)]
-    return codes, pixels.reshape(2, 1, 1, 64, 64, 3), jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+    estimates = [
+        fit_macenko(one, everywhere, light.astype(np.float32)) for one, light in zip(pixels, white, strict=True)
+    ]
+    return codes, pixels.reshape(2, 1, 1, 64, 64, 3), jax.tree.map(lambda *leaves: jnp.stack(leaves), *estimates)
 
 
-def test_flips_and_turns_give_each_tile_one_of_its_eight_views() -> None:
-    found, seen = _augmented(0, flips=True), set()
+def test_flips_and_rotations_give_each_tile_one_of_its_eight_views() -> None:
+    actual, seen_views = _augmented(0, flips=True), set()
     for place in np.ndindex(2, 5, 3):
         tile = np.asarray(PIXELS[place], np.float32)
         views = [np.rot90(side, k) for side in (tile, tile[:, ::-1]) for k in range(4)]
-        matches = [i for i, view in enumerate(views) if np.allclose(view, found[place], atol=1e-3)]
+        matches = [i for i, view in enumerate(views) if np.allclose(view, actual[place], atol=1e-3)]
         assert len(matches) == 1
-        seen.add(matches[0])
-    assert len(seen) > 4
+        seen_views.add(matches[0])
+    assert len(seen_views) > 4
 
 
 def test_stain_jitter_scales_the_optical_density_of_a_bag_by_one_gain_a_channel() -> None:
-    found = _augmented(1, stain=0.2)
+    actual = _augmented(1, stain=0.2)
     before = -np.log((np.asarray(PIXELS, np.float32) + 1) / 256)
-    after = -np.log((found + 1) / 256)
+    after = -np.log((actual + 1) / 256)
     gains = np.median(after / np.maximum(before, 1e-6), axis=(1, 2, 3, 4))
     for b in range(2):
         black = np.log(256)  # no pixel gets darker
@@ -75,15 +77,15 @@ def test_stain_jitter_scales_the_optical_density_of_a_bag_by_one_gain_a_channel(
 
 def test_hed_jitter_changes_the_amounts_of_a_slides_own_stains_and_not_their_directions() -> None:
     _, pixels, estimate = _two_slides()
-    drawn = sample_augmentation(jax.random.key(4), (2, 1, 1), _config(hed=0.3), estimate)
-    found = augment(jnp.asarray(pixels), drawn)
+    augmentation = sample_augmentation(jax.random.key(4), (2, 1, 1), _config(hed=0.3), estimate)
+    actual = augment(jnp.asarray(pixels), augmentation)
     for b in range(2):
         white = np.asarray(estimate.white[b])
         basis = np.concatenate([estimate.vectors[b], np.cross(*estimate.vectors[b])[None]])
         before, after = (
             np.asarray(-np.log((np.asarray(some[b], np.float64).reshape(-1, 3) + 1) / (white + 1)))
             @ np.linalg.inv(basis)
-            for some in (pixels, found)
+            for some in (pixels, actual)
         )
         used = before[:, :2].min(axis=1) > 0.2
         ratio = after[used, :2] / before[used, :2]
@@ -92,64 +94,69 @@ def test_hed_jitter_changes_the_amounts_of_a_slides_own_stains_and_not_their_dir
     np.testing.assert_allclose(_augmented(4, hed=1e-9), PIXELS, atol=0.01)  # a gain of 1
 
 
-def test_exchange_gives_a_slide_the_other_slides_stains_strengths_and_light() -> None:
+def test_stain_swapping_gives_a_slide_the_other_slides_stains_concentrations_and_background() -> None:
     codes, pixels, estimate = _two_slides()
-    found = np.asarray(
+    actual = np.asarray(
         augment(
             jnp.asarray(pixels),
             sample_augmentation(jax.random.key(0), (2, 1, 1), _config(stain_swap_prob=1.0), estimate),
         )
     )
     # The same tissue, so each becomes the other, as far as 8 bits and the estimates tell.
-    assert np.abs(found - pixels[::-1]).mean() < 0.1 * np.abs(pixels.astype(float) - pixels[::-1]).mean()
+    assert np.abs(actual - pixels[::-1]).mean() < 0.1 * np.abs(pixels.astype(float) - pixels[::-1]).mean()
     for b in range(2):
         light = np.asarray(estimate.white[b])
         again = fit_macenko(
-            np.rint(found[b]).astype(np.uint8).reshape(-1, 3), np.ones(len(codes), bool), estimate.white[1 - b]
+            np.rint(actual[b]).astype(np.uint8).reshape(-1, 3), np.ones(len(codes), bool), estimate.white[1 - b]
         )
         np.testing.assert_allclose(again.vectors, estimate.vectors[1 - b], atol=0.02)
-        glass = clipped_optical_density(pixels[b].reshape(-1, 3), light).max(axis=1) < 0.005
+        background = clipped_optical_density(pixels[b].reshape(-1, 3), light).max(axis=1) < 0.005
         np.testing.assert_allclose(
-            found[b].reshape(-1, 3)[glass], np.tile(estimate.white[1 - b], (glass.sum(), 1)), atol=6
+            actual[b].reshape(-1, 3)[background], np.tile(estimate.white[1 - b], (background.sum(), 1)), atol=6
         )
 
 
-def test_stains_that_are_not_known_are_not_exchanged() -> None:
+def test_unreliable_stains_are_not_swapped() -> None:
     _, pixels, estimate = _two_slides()
     unknown = StainMatrix(estimate.vectors, estimate.concentration, estimate.white, jnp.array([True, False]))
-    drawn = sample_augmentation(jax.random.key(0), (2, 1, 1), _config(stain_swap_prob=1.0), unknown)
-    np.testing.assert_allclose(augment(jnp.asarray(pixels), drawn), pixels, atol=0.01)
+    augmentation = sample_augmentation(jax.random.key(0), (2, 1, 1), _config(stain_swap_prob=1.0), unknown)
+    np.testing.assert_allclose(augment(jnp.asarray(pixels), augmentation), pixels, atol=0.01)
 
 
-def test_nothing_is_changed_and_nothing_is_computed_when_all_is_off() -> None:
-    drawn = sample_augmentation(jax.random.key(2), SHAPE, _config())
-    assert jax.tree.leaves(drawn) == []
-    program = jax.jit(lambda pixels: augment(pixels, drawn)).lower(PIXELS).compile()
+def test_nothing_is_changed_or_computed_when_all_changes_are_disabled() -> None:
+    augmentation = sample_augmentation(jax.random.key(2), SHAPE, _config())
+    assert jax.tree.leaves(augmentation) == []
+    program = jax.jit(lambda pixels: augment(pixels, augmentation)).lower(PIXELS).compile()
     assert not program.cost_analysis().get("flops", 0)
-    np.testing.assert_array_equal(augment(PIXELS, drawn), PIXELS)
+    np.testing.assert_array_equal(augment(PIXELS, augmentation), PIXELS)
 
 
 @pytest.mark.parametrize(("first", "each"), [(0, "slide"), (2, "instance")])
-def test_some_regions_are_augmented_as_the_whole_bag_is_and_the_same_key_gives_the_same_bits(
+def test_a_chunk_of_a_bag_is_augmented_like_the_whole_bag_and_the_same_key_gives_the_same_bits(
     first: int, each: str
 ) -> None:
     estimate = _two_slides()[2]
     config = _config(**ALL, artefacts=0.5, each=each)
-    drawn, again = (sample_augmentation(jax.random.key(3), SHAPE, config, estimate) for _ in range(2))
+    augmentation, again = (sample_augmentation(jax.random.key(3), SHAPE, config, estimate) for _ in range(2))
     work = jax.jit(augment)
-    whole = work(PIXELS, drawn)
+    whole = work(PIXELS, augmentation)
     np.testing.assert_array_equal(work(PIXELS, again), whole)
-    np.testing.assert_array_equal(work(PIXELS[:, first : first + 3], drawn, first), whole[:, first : first + 3])
+    np.testing.assert_array_equal(work(PIXELS[:, first : first + 3], augmentation, first), whole[:, first : first + 3])
     assert not np.array_equal(work(PIXELS, sample_augmentation(jax.random.key(4), SHAPE, config, estimate)), whole)
 
 
 @pytest.mark.parametrize(("each", "draws"), [("slide", 2), ("instance", 30)])
-def test_a_draw_is_a_slides_or_each_instances(each: str, draws: int) -> None:
-    drawn = sample_augmentation(
+def test_a_slide_shares_a_sample_or_each_instance_has_its_own(each: str, samples: int) -> None:
+    augmentation = sample_augmentation(
         jax.random.key(0), SHAPE, _config(blur=2.0, jpeg_min_quality=50.0, noise=3.0, stain=0.1, each=each)
     )
-    for part in (drawn.blur_px, drawn.jpeg_quality, drawn.noise.deviation, drawn.colour.density[..., 0, 0]):
-        assert len(np.unique(part)) == draws
+    for part in (
+        augmentation.blur_px,
+        augmentation.jpeg_quality,
+        augmentation.noise.deviation,
+        augmentation.colour.density[..., 0, 0],
+    ):
+        assert len(np.unique(part)) == samples
 
 
 def test_no_key_is_used_twice_and_no_parent_of_other_keys_is_used_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from crcjax.data.bags import open_stores, read_bag
 from crcjax.data.cohort import load_cohort
 
 
-def test_a_bags_memory_is_used_again_only_when_neither_host_nor_device_holds_it(painted: Path, small_config) -> None:
+def test_the_memory_of_a_bag_is_recycled_only_when_neither_host_nor_device_uses_it(painted: Path, small_config) -> None:
     cohort = load_cohort(painted / "cohort.csv", small_config.data.classes).split("train")
     stores, label = open_stores(small_config.data.store, cohort)[:1], np.zeros(1, np.int32)
 
@@ -15,21 +15,21 @@ def test_a_bags_memory_is_used_again_only_when_neither_host_nor_device_holds_it(
         return read_bag(stores, [np.arange(first, first + count)], label, 5).tiles
 
     expected = stores[0].read_pixels(range(5))
-    seen: set[int] = set()
+    addresses: set[int] = set()
     host, device = read(0, 5)[0, 1:], jax.device_put(read(0, 5))
     jax.block_until_ready(device)
     for first in range(4):
         short = read(first, 1)
         np.testing.assert_array_equal(short[0, 0], expected[first])
         assert not short[0, 1:].any(), "padding is zero, whatever the memory held"
-        seen.add(short.ctypes.data)
+        addresses.add(short.ctypes.data)
         del short
-    assert len(seen) == 1
+    assert len(addresses) == 1
     np.testing.assert_array_equal(host, expected[1:])
     np.testing.assert_array_equal(device[0], expected)
     address = device.unsafe_buffer_pointer()
-    assert address not in seen
+    assert address not in addresses
     del device
     jax.device_put(label)  # JAX lets go of what is deleted when it is next called
-    held = [read(0, 5) for _ in range(2)]
-    assert {tiles.ctypes.data for tiles in held} == {*seen, address}, "both are used again, and nothing else"
+    batches = [read(0, 5) for _ in range(2)]
+    assert {tiles.ctypes.data for tiles in batches} == {*addresses, address}, "both are used again, and nothing else"

@@ -25,14 +25,14 @@ from crcjax.validation.report import validate
 
 @pytest.fixture
 def pairs(painted: Path, small_config, tmp_path: Path) -> Path:
-    """The painted cohort with every two slides of one split and subtype a case; its config has the unit case."""
+    """The synthetic cohort with two slides of one split and subtype per case; its config has the unit case."""
     with open(painted / "cohort.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    seen: dict[tuple, int] = {}
+    slide_count: dict[tuple, int] = {}
     for row in rows:
         kind = row["split"], row["subtype"]
-        seen[kind] = seen.get(kind, -1) + 1
-        row["case_id"] = f"{'-'.join(kind)}-{seen[kind] // 2}"
+        slide_count[kind] = slide_count.get(kind, -1) + 1
+        row["case_id"] = f"{'-'.join(kind)}-{slide_count[kind] // 2}"
         row["path"] = str(painted / row["path"])
     with open(tmp_path / "cohort.csv", "w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
@@ -46,7 +46,7 @@ def _train(config) -> Cohort:
     return load_cohort(config.data.cohort, config.data.classes).split("train")
 
 
-def test_a_cases_bag_holds_the_regions_of_all_its_slides_and_no_slide_lies_over_another(
+def test_the_bag_of_a_case_has_the_regions_of_all_its_slides_and_slides_do_not_overlap(
     painted: Path, pairs: Path, small_config
 ) -> None:
     cohort = _train(small_config)
@@ -71,7 +71,7 @@ def test_a_cases_bag_holds_the_regions_of_all_its_slides_and_no_slide_lies_over_
             )
 
 
-def test_slides_of_a_case_lie_where_they_do_whatever_their_order() -> None:
+def test_positions_of_a_cases_slides_do_not_depend_on_their_order() -> None:
     rng = np.random.default_rng(0)
     slides = [rng.uniform(0, 30, (n, 2)).astype(np.float32) for n in (5, 9, 0, 7)]
     moved = separate_slides(slides)
@@ -82,14 +82,14 @@ def test_slides_of_a_case_lie_where_they_do_whatever_their_order() -> None:
     np.testing.assert_array_equal(separate_slides(slides[:1])[0], slides[0])
 
 
-def test_training_draws_cases_and_takes_regions_of_all_their_slides(pairs: Path, small_config) -> None:
+def test_training_samples_cases_and_regions_of_all_their_slides(pairs: Path, small_config) -> None:
     cohort = _train(small_config)
     cases, stores, _ = by_unit("case", cohort, open_stores(small_config.data.store, cohort), [])
     rows = [store.read_pixels(range(len(store.mask))) for store in stores]
     from_both = 0
     for bag in train_batches(cohort, small_config, local_mesh(), 0):
         for tiles, label in zip(np.asarray(bag.tiles), np.asarray(bag.label), strict=True):
-            at = [{i for i, row in enumerate(held) if (row == tiles[0]).all()} for held in rows]
+            at = [{i for i, row in enumerate(slide_rows) if (row == tiles[0]).all()} for slide_rows in rows]
             (case,) = (i for i, found in enumerate(at) if found)
             assert cases.rows[case].subtype == cases.classes[label]
             first = len(stores[case].stores[0].mask)
@@ -133,7 +133,7 @@ def test_a_run_by_case_predicts_every_slide_of_a_case_alike_and_is_validated(
     assert metrics["flow"]["cases evaluated"] == len(rows) / 2
 
 
-def test_a_slide_that_cannot_be_read_leaves_its_case_the_others(painted: Path, run: Path, tmp_path: Path) -> None:
+def test_a_case_is_predicted_without_a_slide_that_cannot_be_read(painted: Path, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     config["data"]["unit"] = "case"

@@ -53,7 +53,7 @@ def test_a_slides_mpp_is_a_number_or_empty(tmp_path: Path) -> None:
         (HEADER + "NA,A,,,,,\n", "line 2: slide_id is empty"),
     ],
 )
-def test_a_wrong_table_is_one_error_that_names_the_line(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_table_is_one_error_that_names_the_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_cohort(_write(tmp_path, text), CLASSES)
 

@@ -8,7 +8,7 @@ CLASSES = ("canonical", "immune", "stromal")
 
 
 def _cohort(sizes: dict[str, tuple[int, int, int]], site: str = "north") -> Cohort:
-    """Cases of one slide each: by class their number in train, val and test."""
+    """Cases of one slide each; the numbers of train, val and test cases by class."""
     rows = []
     for name, counts in sizes.items():
         for split, count in zip(("train", "val", "test"), counts, strict=True):
@@ -38,7 +38,7 @@ def test_the_table_counts_cases_and_slides_per_split_class_and_site() -> None:
     assert summary.warnings == summary.problems == []
 
 
-def test_a_class_without_cases_of_a_split_is_named_and_training_goes_on() -> None:
+def test_a_class_without_cases_of_a_split_is_a_warning_and_no_problem() -> None:
     summary = summarise_cohort(_cohort({"canonical": (4, 2, 1), "immune": (3, 1, 0), "stromal": (0, 0, 1)}))
     assert summary.problems == []
     assert summary.warnings == [
@@ -65,7 +65,7 @@ def test_cohorts_that_cannot_be_trained_on_are_problems() -> None:
     )
 
 
-def test_small_classes_sites_of_one_class_and_slides_that_are_left_out_are_warned_of() -> None:
+def test_small_classes_sites_of_one_class_and_unused_slides_are_warnings() -> None:
     rows = [*_cohort({"canonical": (20, 1, 0), "stromal": (3, 1, 0)}).rows]
     rows += [
         replace(row, slide_id=f"s{row.slide_id}", case_id=f"s{row.case_id}", site="south")
@@ -88,7 +88,7 @@ def test_small_classes_sites_of_one_class_and_slides_that_are_left_out_are_warne
     ]
 
 
-def test_one_file_under_two_cases_is_found_by_content_hash_and_by_path() -> None:
+def test_one_file_under_two_cases_is_detected_by_content_hash_and_by_path() -> None:
     first, second, third = (replace(row, path=Path(f"{i}.svs")) for i, row in enumerate(BALANCED.rows[3:6]))
     third = replace(third, path=second.path)
     assert duplicated_slides([first, second], {first.slide_id: "f00d", second.slide_id: "beef"}) == []

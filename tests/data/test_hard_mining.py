@@ -15,36 +15,38 @@ from crcjax.train.loop import train
 EMPTY = Memory(jnp.full(4, -1.0), jnp.zeros(4, bool), jnp.full((4, 2), -1, jnp.int32))
 
 
-def _saw(slide: list[int], loss: list[float], wrong: list[bool], region: list[list[int]], attention: list[list[float]]):
+def _results(
+    slide: list[int], loss: list[float], wrong: list[bool], region: list[list[int]], attention: list[list[float]]
+):
     return jnp.array(slide), jnp.array(region), jnp.array(loss), jnp.array(wrong), jnp.array(attention)
 
 
-def test_a_slides_loss_runs_and_the_regions_it_attended_to_most_are_kept() -> None:
-    slide, region, loss, wrong, attention = _saw(
+def test_the_memory_has_a_slides_running_loss_and_its_regions_of_highest_attention() -> None:
+    slide, region, loss, wrong, attention = _results(
         [2, 0, 2], [1.0, 4.0, 3.0], [False, True, True], [[7, 8, -1], [1, 2, 3], [4, 5, 6]],
         [[0.6, 0.4, 0.0], [0.1, 0.2, 0.7], [0.5, 0.1, 0.4]],
     )  # fmt: skip
-    found = remember(EMPTY, slide, region, loss, wrong, attention)
-    np.testing.assert_allclose(found.loss, [4.0, -1.0, 2.0, -1.0])
-    assert found.wrong.tolist() == [True, False, True, False]
-    assert found.region.tolist() == [[3, 2], [-1, -1], [4, 6], [-1, -1]]
-    again = remember(found, slide[:1], region[:1], loss[:1], wrong[:1], attention[:1])
+    actual = remember(EMPTY, slide, region, loss, wrong, attention)
+    np.testing.assert_allclose(actual.loss, [4.0, -1.0, 2.0, -1.0])
+    assert actual.wrong.tolist() == [True, False, True, False]
+    assert actual.region.tolist() == [[3, 2], [-1, -1], [4, 6], [-1, -1]]
+    again = remember(actual, slide[:1], region[:1], loss[:1], wrong[:1], attention[:1])
     np.testing.assert_allclose(again.loss, [4.0, -1.0, 0.7 * 2.0 + 0.3 * 1.0, -1.0])
     assert again.wrong.tolist() == [True, False, False, False]
 
 
-def test_a_period_is_drawn_by_the_memory_at_the_beginning_of_the_one_before() -> None:
-    mining, seen = Mining(EMPTY, EMPTY, EMPTY), []
+def test_a_period_is_sampled_by_the_memory_at_the_start_of_the_period_before() -> None:
+    mining, losses_after_step = Mining(EMPTY, EMPTY, EMPTY), []
     for step in range(1, 13):
-        saw = _saw([0], [float(step)], [False], [[0, 1]], [[0.5, 0.5]])
-        mining = after_step(mining, jnp.int32(step), 4, *saw)
-        seen.append((float(mining.used.loss[0]), float(mining.next.loss[0]), float(mining.live.loss[0])))
-    live = [value for _, _, value in seen]
-    assert [used for used, _, _ in seen] == [-1.0] * 7 + [live[3]] * 4 + [live[7]]
-    assert [coming for _, coming, _ in seen] == [-1.0] * 3 + [live[3]] * 4 + [live[7]] * 4 + [live[11]]
+        results = _results([0], [float(step)], [False], [[0, 1]], [[0.5, 0.5]])
+        mining = after_step(mining, jnp.int32(step), 4, *results)
+        losses_after_step.append((float(mining.used.loss[0]), float(mining.next.loss[0]), float(mining.live.loss[0])))
+    live = [value for _, _, value in losses_after_step]
+    assert [used for used, _, _ in losses_after_step] == [-1.0] * 7 + [live[3]] * 4 + [live[7]]
+    assert [coming for _, coming, _ in losses_after_step] == [-1.0] * 3 + [live[3]] * 4 + [live[7]] * 4 + [live[11]]
 
 
-def test_a_loader_waits_for_its_period_and_ends_when_the_run_has(tmp_path: Path) -> None:
+def test_a_loader_waits_for_its_period_and_ends_with_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "mining"
     folder.mkdir()
     memory_folder, losses = MemoryFolder(folder), []

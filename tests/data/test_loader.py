@@ -60,22 +60,22 @@ def _cohort(painted: Path, config) -> Cohort:
     return load_cohort(painted / "cohort.csv", config.data.classes)
 
 
-def test_batches_hold_the_stores_pixels_masks_and_labels(painted: Path, small_config) -> None:
+def test_batches_have_the_stores_pixels_masks_and_labels(painted: Path, small_config) -> None:
     cohort = _cohort(painted, small_config).split("train")
     bag = next(train_batches(cohort, small_config, device_mesh(), 0))
     assert bag.tiles.shape == (4, 4, 1, 64, 64, 3)
     stored = {row.slide_id: open_store(painted / "store", row.slide_id) for row in cohort.rows}
     for pixels, label in zip(np.asarray(bag.tiles), np.asarray(bag.label), strict=True):
-        found = [
+        actual = [
             row.subtype
             for row in cohort.rows
             for tile in stored[row.slide_id].read_pixels(range(len(stored[row.slide_id].mask)))
             if (tile == pixels[0]).all()
         ]
-        assert found == [cohort.classes[label]]
+        assert actual == [cohort.classes[label]]
 
 
-def test_a_resumed_stream_goes_on_as_the_first_one_whatever_the_threads_and_workers(
+def test_a_resumed_stream_continues_the_first_one_with_any_number_of_threads_and_workers(
     painted: Path, small_config
 ) -> None:
     cohort = _cohort(painted, small_config).split("train")
@@ -198,7 +198,7 @@ def test_a_store_that_vanishes_while_training_is_one_error_that_names_the_slide(
         list(batches)
 
 
-def test_only_what_a_step_could_have_run_in_counts_as_waiting() -> None:
+def test_only_time_in_which_a_step_could_have_run_counts_as_waiting() -> None:
     def slow(step: int) -> Bag:
         time.sleep(0.1)
         one = np.ones((1, 1, 1), np.float32)
@@ -220,9 +220,9 @@ def test_only_what_a_step_could_have_run_in_counts_as_waiting() -> None:
     assert batches.waited_s >= before + 0.1
 
 
-def test_of_a_wait_only_the_part_after_the_running_step_ended_counts() -> None:
+def test_only_the_part_of_a_wait_after_the_running_steps_end_counts() -> None:
     class Step:
-        """A result that is ready once the bag's reading says so."""
+        """A result that becomes ready when the reader of the bag sets it."""
 
         ready = threading.Event()
 

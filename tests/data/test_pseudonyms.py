@@ -1,4 +1,4 @@
-"""Pseudonyms: found again with the key, with nothing else; and nothing of a person in stores and outputs."""
+"""Pseudonyms match ids only with the key, and stores and outputs do not identify a person."""
 
 import csv
 import shutil
@@ -37,9 +37,9 @@ def test_a_pseudonym_is_the_hmac_of_rfc_4231_cut_to_80_bits() -> None:
 
 def test_equal_keys_and_ids_alone_give_equal_pseudonyms() -> None:
     ids = [f"S19-{number:05d}" for number in range(2000)]
-    found = [pseudonym(KEY, name) for name in ids]
-    assert found == [pseudonym(KEY, name) for name in ids]
-    assert len({*found, *(pseudonym(KEY[::-1], name) for name in ids)}) == 4000
+    actual = [pseudonym(KEY, name) for name in ids]
+    assert actual == [pseudonym(KEY, name) for name in ids]
+    assert len({*actual, *(pseudonym(KEY[::-1], name) for name in ids)}) == 4000
 
 
 def test_the_lines_end_of_a_key_file_is_no_part_of_the_key(tmp_path: Path) -> None:
@@ -107,11 +107,14 @@ def test_a_store_tiled_with_a_key_and_all_that_is_printed_name_no_slide_case_or_
         assert done.returncode == 1, done.stderr
         for name in ("S19-damaged", "S19-absent"):
             assert f": {pseudonym(KEY, name)}: " in done.stderr, tiled
-        said = (done.stdout + done.stderr).encode()
-        kept = [path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()]
+        output = (done.stdout + done.stderr).encode()
+        contents = [path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()]
         names = "\n".join(str(path.relative_to(tmp_path)) for path in (tmp_path / "store").rglob("*")).encode()
         for word in (SLIDE, CASE, "patient-Doe", "S19-damaged", "S19-absent"):
-            assert not any(word.encode() in content for content in [said, names, *kept]), (word, said.decode()[-900:])
+            assert not any(word.encode() in content for content in [output, names, *contents]), (
+                word,
+                output.decode()[-900:],
+            )
     assert tiled_slides(tmp_path / "store") == [pseudonym(KEY, SLIDE)]
     store = open_store(tmp_path / "store", pseudonym(KEY, SLIDE))
     shutil.rmtree(folder)
@@ -129,14 +132,14 @@ def test_a_library_that_names_a_file_of_the_slide_is_not_quoted(tmp_path: Path) 
     lines = [f"{name}={value}" for name, value in index.items()]
     slide.write_text("\n".join(["[Virtual Microscope Specimen]", *lines]))
     command = [sys.executable, "-m", "crcjax.cli", "tile", str(slide), "--out", str(tmp_path / "store"), "--mpp", "0.5"]
-    told = []
+    outputs = []
     for options in ([], ["--pseudonym-key", str(key)]):
         done = subprocess.run([*command, *options], capture_output=True, text=True)
         assert done.returncode == 1
-        told.append(done.stderr + (tmp_path / "store" / "manifest.jsonl").read_text())
+        outputs.append(done.stderr + (tmp_path / "store" / "manifest.jsonl").read_text())
         shutil.rmtree(tmp_path / "store")
-    assert "Jim_Doe_map.jpg" in told[0]
-    assert not any(word in told[1] for word in ("John", "Jim", "Doe", "12345"))
+    assert "Jim_Doe_map.jpg" in outputs[0]
+    assert not any(word in outputs[1] for word in ("John", "Jim", "Doe", "12345"))
 
 
 def test_a_store_without_pixels_cannot_hide_its_paths(tmp_path: Path) -> None:

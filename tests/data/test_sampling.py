@@ -8,7 +8,7 @@ from crcjax.data.sampling import hardness, mined_places, sample_regions, sample_
 LABELS = np.array([0] * 10 + [1] * 3 + [2] * 5)
 
 
-def test_every_class_is_drawn_alike_and_every_slide_of_a_class_once_a_round() -> None:
+def test_every_class_is_sampled_equally_often_and_every_slide_of_a_class_once_per_round() -> None:
     sampled = np.concatenate([sample_slides(LABELS, 7, step, 6) for step in range(30)])
     assert Counter(LABELS[sampled].tolist()) == {0: 60, 1: 60, 2: 60}
     of_class = [slide for slide in sampled.tolist() if LABELS[slide] == 0]
@@ -16,12 +16,12 @@ def test_every_class_is_drawn_alike_and_every_slide_of_a_class_once_a_round() ->
         assert sorted(of_class[start : start + 10]) == list(range(10))
 
 
-def test_a_step_is_the_same_whether_others_were_drawn_before() -> None:
+def test_a_steps_sample_does_not_depend_on_earlier_samples() -> None:
     assert (sample_slides(LABELS, 7, 12, 6) == sample_slides(LABELS, 7, 12, 6)).all()
     assert not (sample_slides(LABELS, 7, 12, 6) == sample_slides(LABELS, 8, 12, 6)).all()
 
 
-def test_regions_are_different_filled_and_all_when_few() -> None:
+def test_sampled_regions_are_distinct_have_tiles_and_are_all_regions_of_a_small_slide() -> None:
     mask = np.ones((40, 2), bool)
     mask[::2] = False
     sampled = sample_regions(mask, 0, 3, 1, 12)
@@ -30,17 +30,17 @@ def test_regions_are_different_filled_and_all_when_few() -> None:
     assert sample_regions(mask, 0, 3, 1, 30).tolist() == list(range(1, 40, 2))
 
 
-def test_drawing_times_weight_counts_each_class_by_its_effective_number() -> None:
+def test_sampling_times_weight_counts_each_class_by_its_effective_number() -> None:
     counts = np.bincount(LABELS)
     for beta in (0.9, 0.99):
-        wanted = counts / ((1 - beta**counts) / (1 - beta))
-        found = np.array([slide_weights(LABELS, beta)[k == LABELS][0] for k in range(3)])
-        np.testing.assert_allclose(found, wanted / wanted.mean(), rtol=1e-6)
+        expected = counts / ((1 - beta**counts) / (1 - beta))
+        actual = np.array([slide_weights(LABELS, beta)[k == LABELS][0] for k in range(3)])
+        np.testing.assert_allclose(actual, expected / expected.mean(), rtol=1e-6)
     assert (slide_weights(LABELS, 1.0) == 1).all()
     np.testing.assert_allclose(slide_weights(LABELS, 0.0)[[0, 10]], np.array([10, 3]) / 6, rtol=1e-6)
 
 
-def test_sites_of_a_class_are_drawn_alike_over_a_round() -> None:
+def test_sites_of_a_class_are_sampled_equally_often_over_a_round() -> None:
     labels = np.array([0] * 12 + [1] * 9)
     sites = np.array([0] * 8 + [1] * 3 + [2] + [0] * 6 + [2] * 3)  # class 1 has no slide of site 1
     sampled = np.concatenate([sample_slides(labels, 3, step, 4, sites=sites) for step in range(36)])
@@ -50,7 +50,7 @@ def test_sites_of_a_class_are_drawn_alike_over_a_round() -> None:
     assert all(sorted(of_site[start : start + 8]) == list(range(8)) for start in range(0, 24, 8))
 
 
-def test_mined_slides_are_drawn_by_their_loss_within_their_share_and_classes_stay_alike() -> None:
+def test_mined_slides_are_sampled_by_their_loss_within_the_fraction_and_classes_stay_balanced() -> None:
     losses = np.full(18, 0.01, np.float32)
     losses[[2, 11, 14]] = 3.0  # one of each class
     plain = np.concatenate([sample_slides(LABELS, 7, step, 8) for step in range(300)])
@@ -65,14 +65,14 @@ def test_mined_slides_are_drawn_by_their_loss_within_their_share_and_classes_sta
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
-def test_the_mined_share_is_never_exceeded_up_to_any_step(share: float) -> None:
+def test_the_mined_fraction_is_not_exceeded_up_to_any_step(share: float) -> None:
     places = np.concatenate([mined_places(step, 4, share) for step in range(100)])
     total = np.cumsum(places)
     assert (total <= share * np.arange(1, 401) + 1e-6).all()
     assert total[-1] == round(share * 400)
 
 
-def test_a_slide_whose_loss_is_not_known_is_as_hard_as_the_mean() -> None:
+def test_a_slide_of_unknown_loss_is_as_hard_as_the_mean() -> None:
     losses = np.array([1.0, -1.0, 3.0, -1.0], np.float32)
     assert hardness(losses, np.arange(4)).tolist() == [1.0, 2.0, 3.0, 2.0]
     assert hardness(np.full(4, -1.0, np.float32), np.arange(4)).tolist() == [1.0] * 4
@@ -83,7 +83,7 @@ def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.ones((side * side, 1), bool), origin
 
 
-def test_spread_regions_lie_further_apart_than_uniform_ones_and_every_region_is_drawn_alike() -> None:
+def test_spread_regions_are_further_apart_than_uniform_ones_and_every_region_is_sampled_equally_often() -> None:
     mask, origin = _grid(24)
     mask[::7] = False
     cells, even = spread_cells(mask, origin, 12), np.ones(len(mask))
@@ -103,7 +103,7 @@ def test_spread_regions_lie_further_apart_than_uniform_ones_and_every_region_is_
     assert abs(times[mask[:, 0]] - expected).max() < 5 * expected**0.5  # five standard deviations
 
 
-def test_within_a_part_of_the_tissue_regions_are_drawn_in_proportion_to_their_tissue() -> None:
+def test_within_a_cell_regions_are_sampled_in_proportion_to_their_tissue() -> None:
     mask, origin = _grid(16)
     tissue = np.where(np.arange(256) % 2, 0.75, 0.25)
     cells = spread_cells(mask, origin, 8)
@@ -111,7 +111,7 @@ def test_within_a_part_of_the_tissue_regions_are_drawn_in_proportion_to_their_ti
     assert abs((sampled % 2).mean() - 0.75) < 0.03
 
 
-def test_mined_regions_are_shown_among_as_many_others_as_fit() -> None:
+def test_mined_regions_are_shown_and_other_regions_fill_the_bag() -> None:
     mask, origin = _grid(16)
     mask[40] = False
     cells, mined = spread_cells(mask, origin, 10), np.array([5, 40, -1, 200])

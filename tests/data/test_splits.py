@@ -21,7 +21,7 @@ def _cohort(cases: int = 60) -> Cohort:
     return Cohort((*rows, SlideRow("unlabelled", "u")), CLASSES)
 
 
-def test_cases_are_divided_whole_and_every_split_has_every_subtype_alike() -> None:
+def test_splits_divide_whole_cases_and_are_stratified_by_subtype() -> None:
     cohort = assign_splits(_cohort(), 0.2, 0.2, seed=1)
     split_of = {row.case_id: row.split for row in cohort.rows if row.subtype}
     assert all(row.split == split_of[row.case_id] for row in cohort.rows if row.subtype)
@@ -39,7 +39,7 @@ def test_splits_depend_on_the_seed_and_not_on_the_order_of_the_table() -> None:
     assert there != {row.slide_id: row.split for row in assign_splits(cohort, 0.2, 0.2, 2).rows}
 
 
-def test_given_splits_are_kept_and_half_given_ones_refused() -> None:
+def test_splits_of_the_table_are_used_and_incomplete_ones_refused() -> None:
     rows = tuple(replace(row, split="test") for row in _cohort(6).rows)
     assert assign_splits(Cohort(rows, CLASSES), 0.2, 0.2, 0).rows == rows
     with pytest.raises(InputError, match="slide s1-0 of the cohort has no split"):
@@ -49,7 +49,7 @@ def test_given_splits_are_kept_and_half_given_ones_refused() -> None:
 
 
 def _sited(counts: dict[str, tuple[int, int, int]]) -> Cohort:
-    """Cases of each site, as many of each class as `counts` says, two slides each."""
+    """Cases of each site with two slides each; `counts` is the number of cases by class."""
     rows = [
         SlideRow(f"{site}{k}{case}-{slide}", f"{site}{k}{case}", subtype=CLASSES[k], site=site)
         for site, of_class in counts.items()
@@ -60,7 +60,7 @@ def _sited(counts: dict[str, tuple[int, int, int]]) -> Cohort:
     return Cohort(tuple(rows), CLASSES)
 
 
-def test_every_case_is_test_in_one_fold_and_folds_have_every_subtype_alike() -> None:
+def test_every_case_is_test_in_one_fold_and_folds_are_stratified_by_subtype() -> None:
     cohort = _cohort(67)
     tested: Counter[str] = Counter()
     sizes = []
@@ -82,18 +82,20 @@ def test_folds_by_site_keep_each_site_whole_and_as_many_as_sites_leave_one_out()
     cohort = _sited({name: (4 + i % 3, 2 + i % 2, 3) for i, name in enumerate("abcdefgh")})
     site_of = {row.case_id: row.site for row in cohort.rows}
     for folds in (3, 8):
-        found = fold_of(cohort, folds, "site", seed=0)
-        folds_of_site = {site: {found[case] for case in found if site_of[case] == site} for site in "abcdefgh"}
+        actual = fold_of(cohort, folds, "site", seed=0)
+        folds_of_site = {site: {actual[case] for case in actual if site_of[case] == site} for site in "abcdefgh"}
         assert all(len(numbers) == 1 for numbers in folds_of_site.values())
-        assert set(found.values()) == set(range(folds))
-        shares = np.array([np.bincount([found[c] for c in found if c[1] == str(k)], minlength=folds) for k in range(3)])
+        assert set(actual.values()) == set(range(folds))
+        shares = np.array(
+            [np.bincount([actual[c] for c in actual if c[1] == str(k)], minlength=folds) for k in range(3)]
+        )
         assert (np.ptp(shares, axis=1) <= 6).all()
     divided = assign_fold(cohort, 2, 8, "site", 0.25, seed=0)
     assert len({row.site for row in divided.split("test").rows}) == 1
     assert len({row.site for row in divided.split("train").rows}) == 7
 
 
-def test_what_the_table_calls_test_is_in_no_fold() -> None:
+def test_cases_with_split_test_in_the_table_are_in_no_fold() -> None:
     rows = tuple(replace(row, split="test" if i < 12 else "train") for i, row in enumerate(_cohort(30).rows[:60]))
     locked = {row.case_id for row in rows[:12]}
     for fold in range(3):
@@ -110,7 +112,7 @@ def test_what_the_table_calls_test_is_in_no_fold() -> None:
         (3, 0, "site", "slide s0-0 of the cohort has no site"),
     ],
 )
-def test_folds_that_cannot_be_are_named(folds: int, fold: int, by: str, message: str) -> None:
+def test_impossible_folds_are_refused(folds: int, fold: int, by: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         assign_fold(_cohort(), fold, folds, by, 0.2, 0)
 
@@ -122,7 +124,7 @@ def test_a_case_of_two_sites_is_in_no_fold_by_site() -> None:
         fold_of(Cohort(rows, CLASSES), 2, "site", 0)
 
 
-def test_a_fold_of_no_number_of_folds_is_refused() -> None:
+def test_a_fold_without_a_number_of_folds_is_refused() -> None:
     config = get_config().data
     config.fold = 2
     with pytest.raises(InputError, match=r"config\.data\.fold must be 0 without config\.data\.folds, got 2; set"):

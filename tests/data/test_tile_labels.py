@@ -25,7 +25,7 @@ def _tasks(folder: Path, classes: tuple[str, ...]):
 
 
 def _drawn(path: Path, **boxes: tuple[int, int, int, int]) -> None:
-    """Rectangles by class, as QuPath writes them."""
+    """Writes rectangles by class as QuPath exports them."""
     features = []
     for name, (x0, y0, x1, y1) in boxes.items():
         ring = [[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]
@@ -35,7 +35,9 @@ def _drawn(path: Path, **boxes: tuple[int, int, int, int]) -> None:
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
 
 
-def test_tiles_of_every_magnification_are_labelled_by_what_covers_most_of_them(painted: Path, tmp_path: Path) -> None:
+def test_tiles_of_every_magnification_are_labelled_by_the_area_that_covers_most_of_them(
+    painted: Path, tmp_path: Path
+) -> None:
     store = open_store(painted / "store", "synthetic-0000")
     store.slide_id, store.params, store.region_px = "a", TilingParams(("10x", "20x"), tile_px=64), 128.0
     store.info = replace(store.info, size=(512, 512))
@@ -44,17 +46,17 @@ def test_tiles_of_every_magnification_are_labelled_by_what_covers_most_of_them(p
     _drawn(
         tmp_path / "a.geojson", tumour=(0, 0, 128, 56), stroma=(128, 0, 216, 128), other=(0, 0, 999, 999), **artefacts
     )
-    found = tile_labels(store, _tasks(tmp_path, ("stroma", "tumour")))
+    actual = tile_labels(store, _tasks(tmp_path, ("stroma", "tumour")))
     # Of the first region less than half is tumour, but most of its upper tiles; of the second's right tiles a third is stroma.
-    assert found[0, :, 0].tolist() == [-1, 1, 1, -1, -1]
-    assert found[1, :, 0].tolist() == [0, 0, -1, 0, -1]
-    assert found[2, :, 0].tolist() == [-1] * 5
+    assert actual[0, :, 0].tolist() == [-1, 1, 1, -1, -1]
+    assert actual[1, :, 0].tolist() == [0, 0, -1, 0, -1]
+    assert actual[2, :, 0].tolist() == [-1] * 5
     # Pen spoils a third of the third region and more than half of its upper tiles; the dust of its last tile is too little.
-    assert found[2, :, 1].tolist() == [1, 1, 1, 0, -1]
-    assert not found[:2, :, 1].any()
+    assert actual[2, :, 1].tolist() == [1, 1, 1, 0, -1]
+    assert not actual[:2, :, 1].any()
 
 
-def test_the_painters_truth_and_the_same_areas_drawn_give_the_same_labels(painted: Path, tmp_path: Path) -> None:
+def test_the_ground_truth_and_annotations_of_the_same_areas_give_the_same_labels(painted: Path, tmp_path: Path) -> None:
     slide = load_cohort(painted / "cohort.csv", None).rows[0].slide_id
     store, truth = open_store(painted / "store", slide), load_truth(painted / "slides" / f"{slide}.truth.npz")
     features = []
@@ -62,14 +64,14 @@ def test_the_painters_truth_and_the_same_areas_drawn_give_the_same_labels(painte
         write_area(tmp_path / "one", truth.kinds == truth.names.index(name), store.info.size, name)
         features += json.loads((tmp_path / "one.geojson").read_text())["features"]
     (tmp_path / f"{slide}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
-    painters, drawn = (tile_labels(store, _tasks(of, TISSUES)) for of in (painted / "slides", tmp_path))
-    assert (painters[..., 0] >= 0).mean() > 0.4
-    assert len(np.unique(painters[..., 0])) > 4
-    assert (painters == drawn).mean() > 0.97
+    from_truth, from_annotations = (tile_labels(store, _tasks(of, TISSUES)) for of in (painted / "slides", tmp_path))
+    assert (from_truth[..., 0] >= 0).mean() > 0.4
+    assert len(np.unique(from_truth[..., 0])) > 4
+    assert (from_truth == from_annotations).mean() > 0.97
     side = truth.um_per_px * 4  # a tile of 64 µm
-    for region in np.flatnonzero(painters[:, 0, 0] >= 0)[:20]:
+    for region in np.flatnonzero(from_truth[:, 0, 0] >= 0)[:20]:
         x, y = store.origin[region] * store.info.mpp
-        kind = truth.names.index(TISSUES[painters[region, 0, 0]])
+        kind = truth.names.index(TISSUES[from_truth[region, 0, 0]])
         assert truth.tissue_share(x, y, side, [kind]) > 0.5
 
 
@@ -82,7 +84,7 @@ def test_a_slide_without_a_file_has_no_tissue_and_no_artefact(painted: Path, tmp
     assert bag_labels(stores, get_config().tasks) == []
 
 
-def test_a_file_that_is_none_is_named(painted: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_by_name(painted: Path, tmp_path: Path) -> None:
     store = open_store(painted / "store", "synthetic-0000")
     (tmp_path / "synthetic-0000.geojson").write_text("no json")
     with pytest.raises(InputError, match=r"synthetic-0000\.geojson: is not GeoJSON"):

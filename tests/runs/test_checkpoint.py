@@ -7,7 +7,7 @@ from crcjax.runs.checkpoint import Checkpointer, best_metrics, restore_params
 from crcjax.runs.train_state import TrainState
 
 
-def test_the_best_checkpoint_is_kept_and_found_again_after_a_restart(small_config, tmp_path: Path, capfd) -> None:
+def test_the_best_checkpoint_is_kept_and_identified_after_a_restart(small_config, tmp_path: Path, capfd) -> None:
     model = build_model(small_config.model, 3, 0)
     best, worse = {"balanced_accuracy": 0.9, "loss": 1.0}, {"balanced_accuracy": 0.5, "loss": 0.1}
     for steps in ({1: None, 2: best, 3: None, 4: worse}, {5: worse, 6: None}):

@@ -45,11 +45,11 @@ def test_a_torch_file_gives_the_tensors_that_torch_gives(torch: Any, tmp_path: P
     tensors = {"whole": whole, "part": whole[1:3, ::2], "turned": whole.T, "scalar": torch.tensor(3), "none": whole[:0]}
     tensors |= {"half": whole.half(), "brain": whole.bfloat16(), "parameter": torch.nn.Parameter(whole)}
     torch.save({"model": tensors, "epoch": 3, "args": Path("x")}, tmp_path / "w.pth")
-    found = read_weights(tmp_path / "w.pth").tensors
-    assert set(found) == set(tensors)
+    actual = read_weights(tmp_path / "w.pth").tensors
+    assert set(actual) == set(tensors)
     for name, value in tensors.items():
-        assert found[name].shape == tuple(value.shape)
-        np.testing.assert_array_equal(found[name].astype(np.float32), value.detach().float().numpy())
+        assert actual[name].shape == tuple(value.shape)
+        np.testing.assert_array_equal(actual[name].astype(np.float32), value.detach().float().numpy())
 
 
 def test_bfloat16_tensors_are_read_from_safetensors(torch: Any, tmp_path: Path) -> None:
@@ -57,9 +57,9 @@ def test_bfloat16_tensors_are_read_from_safetensors(torch: Any, tmp_path: Path) 
 
     tensor = torch.randn(3, 4).bfloat16()
     save({"a": tensor}, tmp_path / "w.safetensors")
-    found = read_weights(tmp_path / "w.safetensors").tensors["a"]
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found.astype(np.float32), tensor.float().numpy())
+    actual = read_weights(tmp_path / "w.safetensors").tensors["a"]
+    assert actual.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(actual.astype(np.float32), tensor.float().numpy())
 
 
 class _Attack:
@@ -89,7 +89,7 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(torch: Any, tmp_pat
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", b"\x80\x02}q\x00.", b"\xff" * 100])
-def test_what_is_no_file_of_weights_is_refused_with_the_remedy(content: bytes, tmp_path: Path) -> None:
+def test_a_file_without_weights_is_refused_with_the_remedy(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(content)
     with pytest.raises(InputError, match=r"w\.bin: is no safetensors file nor .* convert it with torch"):
         read_weights(tmp_path / "w.bin")
@@ -106,7 +106,7 @@ def test_weights_of_another_encoder_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_published_encoder_trains_within_the_model_or_stays_as_it_is(
+def test_a_published_encoder_trains_within_the_model_or_is_frozen(
     frozen: bool, small_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from functools import partial
@@ -136,9 +136,9 @@ def test_a_published_encoder_trains_within_the_model_or_stays_as_it_is(
     trained = model.encoder.published
     params, _ = restore_params(tmp_path / "run", model)
     nnx.update(model, params)
-    found = torch_tensors(trained)
+    actual = torch_tensors(trained)
     for name, value in given.items():
-        same = np.array_equal(found[name], value)
+        same = np.array_equal(actual[name], value)
         assert same == (frozen or "running" in name), name
 
 

@@ -56,7 +56,7 @@ def test_a_run_of_an_older_version_opens_predicts_the_same_and_resumes(
     assert "crcjax: --config.augment.jpeg is now --config.augment.jpeg_min_quality" in error
 
 
-def test_the_same_paths_written_in_another_way_are_the_same_run(
+def test_different_spellings_of_the_same_paths_are_the_same_run(
     run: Path, small_config, painted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = open_run(run)
@@ -77,7 +77,7 @@ def test_the_same_paths_written_in_another_way_are_the_same_run(
         start_run(run, config, opened.tiling, resumed)
 
 
-def test_slides_tiled_in_another_way_are_named_by_the_value_that_differs(run: Path, small_config) -> None:
+def test_slides_tiled_differently_are_refused_with_the_value_that_differs(run: Path, small_config) -> None:
     opened, cohort = open_run(run), load_cohort(small_config.data.cohort, None)
     with pytest.raises(InputError, match=r"tiled in another way \(tile_px was 64, is 128\); give another --workdir"):
         start_run(run, opened.config, TilingParams(("10x",), tile_px=128), cohort)

@@ -1,4 +1,4 @@
-"""Tasks of every instance beside the subtype."""
+"""Auxiliary tasks of every instance."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ PAINTED = ("cribriform", "stroma", "lymphoid", "glands", "desmoplastic")
 
 
 def _bag(seed: int = 0) -> Bag:
-    """Six bags of four regions of features, some of it padding and unknown, with the stain of each slide."""
+    """Six bags of four regions of features with some padding and unknown labels, and the stain of each slide."""
     rng = np.random.default_rng(seed)
     shape = (6, 4, 2)
     mask, region = rng.random(shape) < 0.7, np.tile(np.arange(4, dtype=np.int32), (6, 1))
@@ -52,7 +52,7 @@ def _bag(seed: int = 0) -> Bag:
 
 @pytest.fixture
 def config():
-    """All tasks, on features: what a step does with them is the same, and it compiles in a fraction of the time."""
+    """All tasks on features: the step treats them alike, and compiles in a fraction of the time."""
     config = get_config()
     config.data.features, config.model.encoder, config.model.imported_features = True, "theirs", 6
     config.model.features, config.model.attention = 16, 8
@@ -76,14 +76,14 @@ def _steps(config, count: int, bag: Bag):
     add_heads(model, tasks, 0)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     step, state = build_step(model, optimizer, config, mesh, tasks=tasks), init_state(model, optimizer, config, mesh)
-    found = []
+    actual = []
     for _ in range(count):
         state, metrics = step(state, bag)
-        found.append({name: float(value) for name, value in metrics.items()})
-    return state, found
+        actual.append({name: float(value) for name, value in metrics.items()})
+    return state, actual
 
 
-def test_losses_are_those_of_plain_formulas_over_known_instances_alone(config) -> None:
+def test_losses_equal_plain_formulas_over_labelled_instances_alone(config) -> None:
     tasks, bag, rng = _tasks(config), _bag(), np.random.default_rng(1)
     shape = bag.mask.shape
     kind = rng.integers(0, 3, shape).astype(np.int32) * (rng.random(shape) < 0.5)
@@ -92,31 +92,33 @@ def test_losses_are_those_of_plain_formulas_over_known_instances_alone(config) -
     light = np.full((6, 1, 1, 3), 240, np.float32)
     change = ColourChange(jnp.asarray(density), jnp.asarray(light), jnp.broadcast_to(light, (*shape, 3)))
     shapes = jnp.zeros((*shape, 6)), jnp.zeros((*shape, 6, 3))
-    drawn = Augmentation(colour=change, artefacts=Artefacts(jnp.asarray(kind), *shapes))
-    told = {name: rng.normal(size=(*shape, size)).astype(np.float32) for name, size in tasks.outputs.items()}
+    augmentation = Augmentation(colour=change, artefacts=Artefacts(jnp.asarray(kind), *shapes))
+    predicted = {name: rng.normal(size=(*shape, size)).astype(np.float32) for name, size in tasks.outputs.items()}
     vectors, strength = np.asarray(bag.stain.vectors), np.asarray(bag.stain.concentration)
     of_slides = np.concatenate([vectors.reshape(6, 6), strength], axis=1)[np.asarray(bag.stain.reliable)]
     mean, deviation = of_slides.mean(axis=0), np.maximum(of_slides.std(axis=0), 0.01)
     terms: dict[str, list[float]] = {"tissue": [], "stain": [], "artefact": []}
     for place in np.argwhere(bag.mask):
         i, at = place[0], tuple(place)
-        tissue, given = bag.tile_labels[at].tolist()
+        tissue, annotated = bag.tile_labels[at].tolist()
         if tissue >= 0:
-            terms["tissue"].append(np.log(np.exp(told["tissue"][at]).sum()) - told["tissue"][at][tissue])
+            terms["tissue"].append(np.log(np.exp(predicted["tissue"][at]).sum()) - predicted["tissue"][at][tissue])
         if bag.stain.reliable[i] and not kind[at]:
-            seen = vectors[i] @ density[at]
-            length = np.linalg.norm(seen, axis=1)
-            numbers = np.concatenate([(seen / length[:, None]).ravel(), strength[i] * length])
-            terms["stain"].append(np.mean((told["stain"][at] - (numbers - mean) / deviation) ** 2))
-        artefact = given if not kind[at] else kind[at] if given == 0 else -1
+            changed_vectors = vectors[i] @ density[at]
+            length = np.linalg.norm(changed_vectors, axis=1)
+            numbers = np.concatenate([(changed_vectors / length[:, None]).ravel(), strength[i] * length])
+            terms["stain"].append(np.mean((predicted["stain"][at] - (numbers - mean) / deviation) ** 2))
+        artefact = annotated if not kind[at] else kind[at] if annotated == 0 else -1
         if artefact >= 0:
-            terms["artefact"].append(np.log(np.exp(told["artefact"][at]).sum()) - told["artefact"][at][artefact])
-    counted = tasks.labelled_instances(bag, drawn)
-    assert {name: int(value) for name, value in counted.items()} == {name: len(of) for name, of in terms.items()}
+            terms["artefact"].append(
+                np.log(np.exp(predicted["artefact"][at]).sum()) - predicted["artefact"][at][artefact]
+            )
+    labelled = tasks.labelled_instances(bag, augmentation)
+    assert {name: int(value) for name, value in labelled.items()} == {name: len(of) for name, of in terms.items()}
     assert all(0 < len(of) < bag.mask.sum() for of in terms.values())
-    found = tasks.losses({name: jnp.asarray(value) for name, value in told.items()}, bag, drawn, counted)
+    actual = tasks.losses({name: jnp.asarray(value) for name, value in predicted.items()}, bag, augmentation, labelled)
     for name, of in terms.items():
-        np.testing.assert_allclose(found[f"{name}_loss"], np.mean(of), rtol=1e-4)
+        np.testing.assert_allclose(actual[f"{name}_loss"], np.mean(of), rtol=1e-4)
 
 
 def test_the_step_minimises_the_weighted_sum_and_reports_each_loss(config) -> None:
@@ -125,13 +127,13 @@ def test_the_step_minimises_the_weighted_sum_and_reports_each_loss(config) -> No
         name: jnp.float32(i + 1.0) for i, name in enumerate(("loss", "tissue_loss", "stain_loss", "artefact_loss"))
     }
     assert float(tasks.objective({}, losses, {}, 1.0)) == pytest.approx(1 + 0.5 * 2 + 0.7 * 3 + 0.9 * 4)
-    state, found = _steps(config, 60, _bag())
+    state, actual = _steps(config, 60, _bag())
     for name in losses:
-        assert found[-1][name] < found[0][name]
+        assert actual[-1][name] < actual[0][name]
     assert "log_variance" not in state.params["tasks"]
 
 
-def test_padding_and_masked_tiles_change_nothing(config) -> None:
+def test_padding_and_masked_tiles_have_no_effect(config) -> None:
     bag, other = _bag(), _bag(1)
     hidden = ~bag.mask
     tiles = np.where(hidden[..., None], other.tiles, bag.tiles)
@@ -158,25 +160,25 @@ def test_micro_batches_give_the_step_of_the_whole_batch(config, weighting: str) 
         assert np.linalg.norm(one - other) <= 2e-5 * np.linalg.norm(one)
 
 
-def test_learned_weights_settle_where_each_weighs_as_its_loss_is_small(config) -> None:
-    """At the minimum over s, exp(-s) w L + s / 2 has the weight 1 / (2 L), and half of a squared error's so has 1 / (2 L)."""
+def test_learned_weights_converge_to_the_inverse_of_twice_the_loss(config) -> None:
+    """At the minimum over s, exp(-s) w L + s / 2 has the weight 1 / (2 L); half a squared error has the same weight."""
     config.tasks.weighting = "learned"
     tasks = _tasks(config)
     params = {"tasks": {"log_variance": jnp.zeros(4)}}
     losses = {"loss": jnp.float32(0.8), "tissue_loss": jnp.float32(0.1), "stain_loss": jnp.float32(3.0)}
     losses |= {"artefact_loss": jnp.float32(0.0)}
-    counted = {"tissue": jnp.float32(9), "stain": jnp.float32(9), "artefact": jnp.float32(0)}
+    labelled = {"tissue": jnp.float32(9), "stain": jnp.float32(9), "artefact": jnp.float32(0)}
     start = {name: float(value) for name, value in tasks.learned_weights(params).items()}
-    wanted = {"subtype_weight": 1.0, "tissue_weight": 0.5, "stain_weight": 0.35, "artefact_weight": 0.9}
-    assert start == pytest.approx(wanted)
-    gradient = jax.jit(jax.grad(lambda params: tasks.objective(params, losses, counted, 1.0)))
+    expected = {"subtype_weight": 1.0, "tissue_weight": 0.5, "stain_weight": 0.35, "artefact_weight": 0.9}
+    assert start == pytest.approx(expected)
+    gradient = jax.jit(jax.grad(lambda params: tasks.objective(params, losses, labelled, 1.0)))
     for _ in range(2000):
         params = jax.tree.map(lambda value, slope: value - 3e-3 * slope, params, gradient(params))
-    found = {name: float(value) for name, value in tasks.learned_weights(params).items()}
-    assert found["subtype_weight"] == pytest.approx(1 / (2 * 0.8), rel=1e-3)
-    assert found["tissue_weight"] == pytest.approx(1 / (2 * 0.1), rel=1e-3)
-    assert found["stain_weight"] == pytest.approx(1 / (2 * 3.0), rel=1e-3)
-    assert found["artefact_weight"] == start["artefact_weight"]  # nothing was known of it
+    actual = {name: float(value) for name, value in tasks.learned_weights(params).items()}
+    assert actual["subtype_weight"] == pytest.approx(1 / (2 * 0.8), rel=1e-3)
+    assert actual["tissue_weight"] == pytest.approx(1 / (2 * 0.1), rel=1e-3)
+    assert actual["stain_weight"] == pytest.approx(1 / (2 * 3.0), rel=1e-3)
+    assert actual["artefact_weight"] == start["artefact_weight"]  # nothing was known of it
 
 
 def test_learned_weights_stay_bounded_and_are_not_stuck_there(config) -> None:
@@ -187,17 +189,17 @@ def test_learned_weights_stay_bounded_and_are_not_stuck_there(config) -> None:
     assert max(weights) < 55
     assert min(weights) > 0.5 * 0.7 / 55
     losses = {name: jnp.float32(1.0) for name in ("loss", "tissue_loss", "stain_loss", "artefact_loss")}
-    counted = dict.fromkeys(("tissue", "stain", "artefact"), jnp.float32(1))
-    slope = jax.grad(lambda params: tasks.objective(params, losses, counted, 1.0))(far)["tasks"]["log_variance"]
+    labelled = dict.fromkeys(("tissue", "stain", "artefact"), jnp.float32(1))
+    slope = jax.grad(lambda params: tasks.objective(params, losses, labelled, 1.0))(far)["tasks"]["log_variance"]
     assert (np.sign(slope) == [1, -1, 1, -1]).all()
 
 
-def test_learned_weights_move_in_training_and_are_reported(config) -> None:
+def test_learned_weights_change_in_training_and_are_reported(config) -> None:
     config.tasks.weighting = "learned"
     config.tasks.tissue, config.tasks.stain, config.tasks.artefact = 5.0, 0.05, 5.0  # too much, too little, too much
-    state, found = _steps(config, 60, _bag())
+    state, actual = _steps(config, 60, _bag())
     change = {
-        name: found[-1][f"{name}_weight"] / found[0][f"{name}_weight"] for name in ("tissue", "stain", "artefact")
+        name: actual[-1][f"{name}_weight"] / actual[0][f"{name}_weight"] for name in ("tissue", "stain", "artefact")
     }
     assert change["tissue"] < 0.8
     assert change["stain"] > 1.25
@@ -276,9 +278,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_tasks_that_cannot_be_are_refused_by_their_field(
-    message: str, small_config, painted: Path, tmp_path: Path
-) -> None:
+def test_invalid_tasks_are_refused_by_their_field(message: str, small_config, painted: Path, tmp_path: Path) -> None:
     changes = {
         name: str(painted / "slides") if value == "LABELS" else value for name, value in REFUSED[message].items()
     }
@@ -292,9 +292,9 @@ def test_tissue_is_predicted_for_the_tiles_of_cases(small_config, painted: Path,
     small_config.data.unit, small_config.tasks.tissue = "case", 1.0
     small_config.tasks.labels, small_config.tasks.tissue_classes = str(painted / "slides"), PAINTED
     train(small_config, tmp_path)
-    found = [line for line in _metrics(tmp_path) if "val/tissue_balanced_accuracy" in line]
-    assert len(found) == 2
-    assert all(line["val/tissue_constant"] <= 0.5 for line in found)
+    actual = [line for line in _metrics(tmp_path) if "val/tissue_balanced_accuracy" in line]
+    assert len(actual) == 2
+    assert all(line["val/tissue_constant"] <= 0.5 for line in actual)
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
@@ -303,7 +303,7 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_each_task_is_learned_and_the_run_predicts_slides(small_config, painted: Path, tmp_path: Path) -> None:
-    """Of the nine slides that are not of training, better than the best constant; chance is 1/5 and 1/6."""
+    """On the nine slides outside training, the metrics exceed the best constant's; chance is 1/5 and 1/6."""
     with open(painted / "cohort.csv", newline="") as file:
         rows = [{**row, "path": str(painted / row["path"])} for row in csv.DictReader(file)]
     with open(tmp_path / "cohort.csv", "w", newline="") as file:
@@ -328,11 +328,11 @@ def test_each_task_is_learned_and_the_run_predicts_slides(small_config, painted:
     _set(small_config, changes)
     run = tmp_path / "run"
     train(small_config, run)
-    found = next(line for line in _metrics(run) if "val/loss" in line)
-    print({name: round(value, 3) for name, value in found.items() if name.startswith("val/")})
-    assert found["val/tissue_balanced_accuracy"] > 1.8 * found["val/tissue_constant"]
-    assert found["val/artefact_balanced_accuracy"] > 1.8 * found["val/artefact_constant"]
-    assert found["val/stain_error"] < 0.9 * found["val/stain_constant"]
+    actual = next(line for line in _metrics(run) if "val/loss" in line)
+    print({name: round(value, 3) for name, value in actual.items() if name.startswith("val/")})
+    assert actual["val/tissue_balanced_accuracy"] > 1.8 * actual["val/tissue_constant"]
+    assert actual["val/artefact_balanced_accuracy"] > 1.8 * actual["val/artefact_constant"]
+    assert actual["val/stain_error"] < 0.9 * actual["val/stain_constant"]
 
     model = build_model(small_config.model, 3, 0)
     add_heads(

@@ -23,7 +23,7 @@ def _table(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def config(small_config, tmp_path: Path):
-    """Two folds of all 21 painted cases: a cohort without splits."""
+    """A config with two folds of all 21 synthetic cases; the cohort has no splits."""
     rows = _table(Path(small_config.data.cohort))
     small_config.data.cohort = str(tmp_path / "cohort.csv")
     with open(small_config.data.cohort, "w", newline="") as file:
@@ -57,8 +57,8 @@ def test_each_case_is_predicted_by_runs_that_never_saw_it_and_the_table_is_valid
     assert [(row["fold"], row["seed"], row["chosen"]) for row in runs] == [
         (fold, seed, "yes") for fold in "01" for seed in "01"
     ]
-    found = validate(out / "predictions.csv", Path(config.data.cohort), tmp_path / "report")
-    assert found["flow"]["cases evaluated"] == 21
+    report = validate(out / "predictions.csv", Path(config.data.cohort), tmp_path / "report")
+    assert report["flow"]["cases evaluated"] == 21
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["synthetic"]
 
     predictor, store = (
@@ -73,9 +73,7 @@ def test_each_case_is_predicted_by_runs_that_never_saw_it_and_the_table_is_valid
 
 
 @pytest.mark.slow
-def test_a_sweep_chooses_in_each_fold_by_inner_validation_alone_and_goes_on_when_started_again(
-    config, tmp_path: Path
-) -> None:
+def test_a_sweep_selects_in_each_fold_by_inner_validation_alone_and_resumes(config, tmp_path: Path) -> None:
     table, out = tmp_path / "config.py", tmp_path / "out"
     table.write_text(f"""
 from crcjax.config import get_config as default
@@ -115,7 +113,9 @@ def get_config():
         ({"model.frozen": ["maybe"]}, "--sweep model.frozen must be true or false, got 'maybe'"),
     ],
 )
-def test_a_wrong_sweep_is_named_before_anything_is_trained(config, sweep: dict, message: str, tmp_path: Path) -> None:
+def test_an_invalid_sweep_is_refused_before_anything_is_trained(
+    config, sweep: dict, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=message):
         crossvalidate(config, tmp_path / "out", sweep=sweep)
     assert not (tmp_path / "out").exists()

@@ -75,12 +75,12 @@ def start(painted: Path, tmp_path: Path) -> Callable[..., subprocess.Popen]:
 
 
 def _until_training(launcher: subprocess.Popen) -> str:
-    said = ""
+    output = ""
     for line in launcher.stdout:
-        said += line
+        output += line
         if line.startswith("[0] step 2/"):
-            return said
-    raise AssertionError(said)
+            return output
+    raise AssertionError(output)
 
 
 def _process(launcher: subprocess.Popen, index: int) -> psutil.Process:
@@ -89,19 +89,19 @@ def _process(launcher: subprocess.Popen, index: int) -> psutil.Process:
 
 
 def _end(launcher: subprocess.Popen, within_s: float = 60.0) -> str:
-    """What was said until the end, which comes in time."""
+    """The output of the launcher, which must end within `within_s` seconds."""
     began = time.monotonic()
-    said = launcher.communicate(timeout=within_s + 60)[0]
-    assert time.monotonic() - began < within_s, said
-    return said
+    output = launcher.communicate(timeout=within_s + 60)[0]
+    assert time.monotonic() - began < within_s, output
+    return output
 
 
-def _errors(said: str) -> list[str]:
-    return [line for line in said.splitlines() if re.match(r"\[\d\] crcjax: ", line)]
+def _errors(output: str) -> list[str]:
+    return [line for line in output.splitlines() if re.match(r"\[\d\] crcjax: ", line)]
 
 
 @pytest.mark.slow
-def test_two_processes_train_evaluate_and_save_as_one_and_only_the_main_one_talks(
+def test_two_processes_train_evaluate_and_save_as_one_and_only_the_main_one_logs_progress(
     start, tmp_path: Path, painted: Path
 ) -> None:
     table, run = tmp_path / "cohort.csv", tmp_path / "run"
@@ -110,9 +110,9 @@ def test_two_processes_train_evaluate_and_save_as_one_and_only_the_main_one_talk
         *("--config.train.steps=4", "--config.train.eval_every=2", "--config.train.checkpoint_every=3"),
         *("--config.model.head=evidential_density", "--config.train.loss=evidential", f"--config.data.cohort={table}"),
     )
-    said = _end(launcher, 240)
-    assert "[0] step 4: validation loss" in said
-    assert "[1] step" not in said
+    output = _end(launcher, 240)
+    assert "[0] step 4: validation loss" in output
+    assert "[1] step" not in output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "val/loss" in line] == [2, 4]
@@ -133,8 +133,8 @@ def test_a_killed_process_is_named_by_the_other_at_once(start) -> None:
     launcher = start()
     _until_training(launcher)
     _process(launcher, 1).kill()
-    said = _end(launcher, 30)
-    (error,) = _errors(said)
+    output = _end(launcher, 30)
+    (error,) = _errors(output)
     assert f"[0] crcjax: process 1 ({HOST}) was lost: it was killed" in error
     assert launcher.returncode in (128 + signal.SIGKILL, 4)
 
@@ -145,9 +145,9 @@ def test_a_store_that_vanishes_is_one_error_from_each_process(start, painted: Pa
     launcher = start(f"--config.data.store={store}")
     _until_training(launcher)
     store.rename(tmp_path / "elsewhere")
-    said = _end(launcher)
-    errors = _errors(said)
-    assert sorted(error[:3] for error in errors) == ["[0]", "[1]"], said
+    output = _end(launcher)
+    errors = _errors(output)
+    assert sorted(error[:3] for error in errors) == ["[0]", "[1]"], output
     assert all(".zarr" in error for error in errors)
     assert launcher.returncode in (2, 4)
 
@@ -156,18 +156,18 @@ def test_features_that_are_not_finite_are_one_error_from_each_process(start, pai
     store = tmp_path / "store"
     shutil.copytree(painted / "store", store)
     rows = [row for row in load_cohort(painted / "cohort.csv", None).rows if row.split in ("train", "val")]
-    spoilt = [row.slide_id for row in rows if row.split == "train"][-1]
+    damaged = [row.slide_id for row in rows if row.split == "train"][-1]
     about = {"encoder": "theirs", "weights_sha256": None, "mpp": None, "dtype": "float32", "imported": "by a test"}
     for row in rows:
-        features = np.full((*open_store(store, row.slide_id).mask.shape, 8), np.nan if row.slide_id == spoilt else 1.0)
+        features = np.full((*open_store(store, row.slide_id).mask.shape, 8), np.nan if row.slide_id == damaged else 1.0)
         attributes = about | {"width": 8, "magnifications": ["10x"]}
         write_features(store, row.slide_id, "theirs", features.astype(np.float32), attributes)
     features = ["--config.data.features", "--config.model.encoder=theirs", f"--config.data.store={store}"]
     launcher = start(*features, "--config.augment.flips=False", "--config.augment.stain=0")
-    said = _end(launcher, 240)
-    errors = _errors(said)
-    assert sorted(error[:3] for error in errors) == ["[0]", "[1]"], said
-    assert all(f"{spoilt}.zarr/features/theirs: holds features that are not finite" in error for error in errors)
+    output = _end(launcher, 240)
+    errors = _errors(output)
+    assert sorted(error[:3] for error in errors) == ["[0]", "[1]"], output
+    assert all(f"{damaged}.zarr/features/theirs: holds features that are not finite" in error for error in errors)
 
 
 def test_processes_of_other_configs_end_with_the_field_and_the_process(painted: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_processes_of_other_configs_end_with_the_field_and_the_process(painted: 
     assert not (tmp_path / "run").exists()
 
 
-def test_where_one_process_has_too_little_memory_all_end_to_be_started_again_in_smaller_micro_batches(
+def test_if_one_process_runs_out_of_memory_all_end_and_the_next_start_has_smaller_micro_batches(
     painted: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "small.py").write_text(SMALL + LACKING)
@@ -195,7 +195,7 @@ def test_where_one_process_has_too_little_memory_all_end_to_be_started_again_in_
 
 
 def _two(folder: Path, painted: Path, own: list[list[str]]) -> list[subprocess.Popen]:
-    """Two processes of crcjax.main, each with arguments of its own."""
+    """Starts two processes of crcjax.main, each with its own arguments."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     command = [sys.executable, "-m", "crcjax.main", f"--config={folder / 'small.py'}", f"--workdir={folder / 'run'}"]
@@ -250,7 +250,7 @@ def test_parameters_that_diverge_by_a_bit_are_named_with_the_process_by_all() ->
         assert process.returncode == 4
 
 
-def test_a_process_that_stands_still_is_named_once_the_time_is_over() -> None:
+def test_a_process_that_makes_no_progress_is_named_after_the_timeout() -> None:
     still = _pair(STANDS_STILL, 8)
     error = still[0].communicate(timeout=120)[1]
     still[1].kill()

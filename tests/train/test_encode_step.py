@@ -1,4 +1,4 @@
-"""Batch norms by the statistics of the global batch, in the stem of a small ResNet that is trained end to end."""
+"""Batch norms with statistics of the global batch, in the stem of a small ResNet that is trained end to end."""
 
 import os
 import subprocess
@@ -88,7 +88,7 @@ ONE, LAYOUTS, ALONE = "1x1x1x0", ("8x1x1x0", "2x4x1x0"), "2x4x1x1"
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Of a ResNet's stem, whose batch norm has each step's statistics as its running ones."""
+    """A config with a ResNet's stem and momentum 1: the running statistics are those of the last step."""
     monkeypatch.setitem(encoders.PRETRAINED, "small", SMALL)
     config = get_config()
     config.model.encoder, config.model.frozen, config.model.batch_norm_momentum = "small", False, 1.0
@@ -99,7 +99,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _bag() -> Bag:
-    """Six bags of four regions of noise of several contrasts, the last ones padding of many values."""
+    """Six bags of four regions of noise with several contrasts; the last regions are padding with arbitrary values."""
     rng = np.random.default_rng(0)
     pixels = (rng.integers(0, 255, (6, 4, 1, 32, 32, 3)) * rng.uniform(0.2, 1, (6, 4, 1, 1, 1, 3))).astype(np.uint8)
     mask = np.ones((6, 4, 1), bool)
@@ -125,24 +125,24 @@ def test_any_layout_has_the_losses_parameters_and_running_statistics_of_one_devi
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), ONE, *LAYOUTS, ALONE]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = {}
+    actual = {}
     for layout in (ONE, *LAYOUTS, ALONE):
         with np.load(tmp_path / f"{layout}.npz") as file:
-            found[layout] = dict(file)
-    one = found[ONE]
+            actual[layout] = dict(file)
+    one = actual[ONE]
     running = [name for name in one if name.endswith(("['mean']", "['var']"))]
     assert len(running) == 2
     for layout in LAYOUTS:
-        far = {name: _distance(found[layout][name], one[name]) for name in one}
+        far = {name: _distance(actual[layout][name], one[name]) for name in one}
         worst = max(far, key=lambda name: far[name])
         print(f"{layout}: {worst} {far[worst]:.1e}")
         assert max(far.values()) < 1e-5, (layout, far)
-    assert max(_distance(found[ALONE][name], one[name]) for name in running) > 1e-2
-    assert _distance(found[ALONE]["losses"], one["losses"]) > 1e-4
+    assert max(_distance(actual[ALONE][name], one[name]) for name in running) > 1e-2
+    assert _distance(actual[ALONE]["losses"], one["losses"]) > 1e-4
 
 
 @pytest.mark.parametrize(("regions", "micro_batches"), [(4, 1), (2, 3)])
-def test_running_statistics_are_those_of_the_valid_tiles_of_each_part_and_micro_batch(
+def test_running_statistics_are_those_of_the_valid_tiles_of_each_chunk_and_micro_batch(
     config: Any, regions: int, micro_batches: int
 ) -> None:
     config.model.encode_regions, config.train.micro_batches = regions, micro_batches
@@ -150,19 +150,19 @@ def test_running_statistics_are_those_of_the_valid_tiles_of_each_part_and_micro_
     bag, published = _bag(), model.encoder.published
     maps = np.asarray(published.conv1(SMALL.prepare(bag.tiles.reshape(24, 32, 32, 3))), np.float64).reshape(6, 4, -1, 8)
     state, _ = step(state, bag)
-    found, parts = state.params["encoder"]["published"]["bn1"], 4 // regions
+    actual, chunks = state.params["encoder"]["published"]["bn1"], 4 // regions
     sums, count = np.zeros((2, 8)), 0
     for number in range(micro_batches):
-        for part in range(parts):
-            valid = bag.mask[number::micro_batches, part::parts, 0]
-            values = maps[number::micro_batches, part::parts][valid].reshape(-1, 8)
+        for chunk in range(chunks):
+            valid = bag.mask[number::micro_batches, chunk::chunks, 0]
+            values = maps[number::micro_batches, chunk::chunks][valid].reshape(-1, 8)
             sums += valid.sum() * np.stack([values.mean(axis=0), values.var(axis=0, ddof=1)])
             count += valid.sum()
-    np.testing.assert_allclose(found["mean"], sums[0] / count, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found["var"], sums[1] / count, rtol=1e-5)
-    assert np.abs(maps.reshape(-1, 8).var(axis=0, ddof=1) / np.asarray(found["var"]) - 1).max() > 1e-2
+    np.testing.assert_allclose(actual["mean"], sums[0] / count, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual["var"], sums[1] / count, rtol=1e-5)
+    assert np.abs(maps.reshape(-1, 8).var(axis=0, ddof=1) / np.asarray(actual["var"]) - 1).max() > 1e-2
 
-    before = jax.tree.map(np.array, found)
+    before = jax.tree.map(np.array, actual)
     bag.mask[:] = False  # and without a valid tile they stay
     state, _ = step(state, bag)
     for name in ("mean", "var"):
@@ -170,20 +170,20 @@ def test_running_statistics_are_those_of_the_valid_tiles_of_each_part_and_micro_
 
 
 def test_statistics_of_half_precision_are_float32_and_near_those_of_float32(config: Any) -> None:
-    found = {}
+    actual = {}
     for config.model.dtype in ("float32", "bfloat16", "float16"):
         _, step, state = _built(config)
         state, metrics = step(state, _bag())
         assert np.isfinite(float(metrics["loss"]))
-        found[config.model.dtype] = state.params["encoder"]["published"]["bn1"]
+        actual[config.model.dtype] = state.params["encoder"]["published"]["bn1"]
     for dtype in ("bfloat16", "float16"):
         for name in ("mean", "var"):
-            value = found[dtype][name]
+            value = actual[dtype][name]
             assert value.dtype == np.float32
-            assert 0 < _distance(value, found["float32"][name]) < 1e-2, name
+            assert 0 < _distance(value, actual["float32"][name]) < 1e-2, name
 
 
-def test_a_restored_state_goes_on_to_the_same_bits_and_evaluates_by_its_running_statistics(
+def test_a_restored_state_continues_bit_for_bit_and_evaluates_by_its_running_statistics(
     config: Any, tmp_path: Path
 ) -> None:
     config.model.batch_norm_momentum = 0.3
@@ -194,12 +194,12 @@ def test_a_restored_state_goes_on_to_the_same_bits_and_evaluates_by_its_running_
     checkpoints = Checkpointer(tmp_path, 1)
     checkpoints.save(state, None)
     checkpoints.close()
-    held = jax.tree.map(np.array, state.params)
+    saved_params = jax.tree.map(np.array, state.params)
     again = Checkpointer(tmp_path, 1)
     restored = again.restore(_built(config, seed=1)[2])
     again.close()
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, restored.params), held)
-    running = held["encoder"]["published"]["bn1"]
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, restored.params), saved_params)
+    running = saved_params["encoder"]["published"]["bn1"]
     assert _distance(running["mean"], start["mean"]) > 0.1
     (one, _), (other, _) = step(state, _bag()), step(restored, _bag())
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
@@ -220,9 +220,7 @@ def test_a_restored_state_goes_on_to_the_same_bits_and_evaluates_by_its_running_
         ("batch_norm_momentum", 1.5, "is a share from 0 to 1"),
     ],
 )
-def test_batch_statistics_that_could_do_nothing_are_refused(
-    config: Any, field: str, value: object, reason: str
-) -> None:
+def test_batch_statistics_without_an_effect_are_refused(config: Any, field: str, value: object, reason: str) -> None:
     config.model[field] = value
     with pytest.raises(
         InputError, match=rf"^config\.model\.batch_norm_momentum {config.model.batch_norm_momentum}: {reason}"
@@ -230,7 +228,7 @@ def test_batch_statistics_that_could_do_nothing_are_refused(
         build_model(config.model, 3, 0)
 
 
-def test_chunks_that_would_differ_between_layouts_are_refused(config: Any) -> None:
+def test_chunks_that_would_differ_between_meshes_are_refused(config: Any) -> None:
     config.model.encode_regions = 2
     _, step, state = _built(config)
     bag = _bag()
@@ -239,7 +237,7 @@ def test_chunks_that_would_differ_between_layouts_are_refused(config: Any) -> No
         step(state, bag)
 
 
-def test_a_run_keeps_its_running_statistics_and_predicts_by_them_and_says_what_they_are_of(
+def test_a_run_saves_its_running_statistics_predicts_by_them_and_logs_their_tiles(
     config: Any, small_config: Any, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     small_config.model.update(config.model)
@@ -248,8 +246,8 @@ def test_a_run_keeps_its_running_statistics_and_predicts_by_them_and_says_what_t
     (tmp_path / "run").mkdir()
     record_micro_batches(tmp_path / "run", MicroBatches(2, (1, 2, 4)))  # as after a step that ran out of memory
     train(small_config, tmp_path / "run")
-    said = capfd.readouterr().err
-    assert "batch norms compute statistics over 2 bags x 4 regions at a time: memory does not suffice for" in said
+    output = capfd.readouterr().err
+    assert "batch norms compute statistics over 2 bags x 4 regions at a time: memory does not suffice for" in output
     params, _ = restore_params(tmp_path / "run", build_model(small_config.model, 3, 0))
     running = params["encoder"]["published"]["bn1"]
     assert np.abs(running["mean"]).min() > 0

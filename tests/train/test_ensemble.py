@@ -1,4 +1,4 @@
-"""Runs that differ in their seed, trained together in one step."""
+"""Ensembles: runs that differ in their seed, trained by one vmapped step."""
 
 import json
 import os
@@ -43,7 +43,7 @@ SMALL = PretrainedEncoder(partial(ResNet, depths=(1,), width=8), 32, 1.0, "", re
 
 @pytest.fixture(scope="module")
 def store(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the painted store with features of six numbers that nobody knows the weights of."""
+    """A copy of the synthetic store with imported features of six numbers, whose weights are unknown."""
     folder = tmp_path_factory.mktemp("store") / "store"
     shutil.copytree(painted / "store", folder)
     rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def store(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(small_config, store: Path):
-    """Two members, with dropout."""
+    """A config of an ensemble of two members, with dropout."""
     small_config.data.store, small_config.data.features, small_config.model.encoder = str(store), True, "theirs"
     small_config.train.ensemble_size, small_config.seed = 2, 5
     small_config.train.steps = small_config.train.eval_every = 4
@@ -65,11 +65,11 @@ def config(small_config, store: Path):
 
 
 def _state(run: Path) -> TrainState:
-    """What a run goes on from."""
+    """The state that a run resumes from."""
     config = open_run(run).config
     model = build_model(config.model, 3, config.seed)
-    kept = None if config.model.imported_features else partial(is_frozen, True)
-    optimizer = build_optimizer(config.optimizer, config.train.steps, kept)
+    frozen = None if config.model.imported_features else partial(is_frozen, True)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, frozen)
     checkpoints = Checkpointer(run, 1)
     state = checkpoints.restore(init_state(model, optimizer, config, device_mesh(config)))
     checkpoints.close()
@@ -87,7 +87,7 @@ def _steps(run: Path, name: str) -> list[int]:
     return [line["step"] for line in lines if name in line]
 
 
-def test_members_trained_together_are_runs_as_any_other_and_equal_those_trained_alone(
+def test_ensemble_members_are_ordinary_runs_and_equal_runs_trained_alone(
     config, painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(encoders.PRETRAINED, "small", SMALL)
@@ -110,11 +110,11 @@ def test_members_trained_together_are_runs_as_any_other_and_equal_those_trained_
     kernels = [np.asarray(state.params["encoder"]["project"]["kernel"]) for state in states.values()]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01  # members do differ
     with open_slide(Path(str(load_cohort(painted / "cohort.csv", None).rows[0].path))) as slide:
-        found = [
+        probs = [
             Predictor(*(tmp_path / name.format(seed) for seed in states)).predict(slide, 1).probs
             for name in ("together/seed-{}", "alone-{}")
         ]
-    np.testing.assert_allclose(*found, rtol=1e-4)
+    np.testing.assert_allclose(*probs, rtol=1e-4)
 
 
 ON_FOUR = """
@@ -155,7 +155,7 @@ assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(together))
 
 
 @pytest.mark.slow
-def test_on_four_devices_members_equal_those_trained_alone_and_lie_as_they_do() -> None:
+def test_on_four_devices_members_equal_runs_trained_alone_and_have_their_shardings() -> None:
     settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PJRT_NPROC": "16"}
     subprocess.run(
         [sys.executable, "-c", ON_FOUR], check=True, env=os.environ | settings, cwd=Path(__file__).parents[2]
@@ -168,7 +168,7 @@ class _StopsAfter3(ProcessGroup):
 
 
 @pytest.mark.slow
-def test_members_stopped_and_started_again_equal_those_that_were_not(config, tmp_path: Path) -> None:
+def test_members_that_were_stopped_and_resumed_equal_uninterrupted_ones(config, tmp_path: Path) -> None:
     train(config, tmp_path / "undisturbed")
     with pytest.raises(StoppedError, match="stopped at step 3; the same command resumes"):
         train(config, tmp_path / "stopped", _StopsAfter3())
@@ -185,7 +185,7 @@ def test_members_stopped_and_started_again_equal_those_that_were_not(config, tmp
     _assert_close(_state(run), expected[1])
 
 
-def test_runs_train_together_only_from_the_same_step_and_no_more_than_asked() -> None:
+def test_an_ensemble_has_runs_at_the_same_step_and_no_more_than_its_size() -> None:
     runs = {seed: Path(str(seed)) for seed in range(6)}
     groups = ensembles_of_runs(runs, 2, lambda run: 10 if run.name in ("1", "4", "5") else 0)
     assert [tuple(group) for group in groups] == [(0, 2), (3,), (1, 4), (5,)]
@@ -193,7 +193,7 @@ def test_runs_train_together_only_from_the_same_step_and_no_more_than_asked() ->
 
 
 @pytest.mark.slow
-def test_a_fold_of_a_cross_validation_trains_its_seeds_together(config, tmp_path: Path) -> None:
+def test_a_fold_of_a_cross_validation_trains_its_seeds_as_an_ensemble(config, tmp_path: Path) -> None:
     config.data.folds, config.data.val_fraction = 2, 0.4
     config.train.steps = config.train.eval_every = 3
     crossvalidate(config, tmp_path / "cv", seeds=3)  # two together, and the third
@@ -214,7 +214,7 @@ def test_a_fold_of_a_cross_validation_trains_its_seeds_together(config, tmp_path
         ({"train.ensemble_size": 0}, "must be at least 1, got 0; try 1"),
     ],
 )
-def test_runs_that_cannot_be_trained_together_are_refused_in_words(
+def test_configs_that_an_ensemble_cannot_train_are_refused_with_the_reason(
     config, fields: dict, message: str, tmp_path: Path
 ) -> None:
     config.update_from_flattened_dict(fields)

@@ -149,12 +149,12 @@ def test_a_store_of_two_magnifications_is_trained_on_and_predicted_by_the_one_th
     assert open_run(tmp_path / "run").config.data.magnifications == ("10x",)
     row = cohort.split("test").rows[0]
     with open_slide(Path(str(row.path))) as opened:
-        found = Predictor(tmp_path / "run").predict(opened, 1)
-    assert not found.mask[:, 0].any()
-    assert found.mask[:, 1:].any()
+        actual = Predictor(tmp_path / "run").predict(opened, 1)
+    assert not actual.mask[:, 0].any()
+    assert actual.mask[:, 1:].any()
     stored = predict_stored([tmp_path / "run"], tmp_path / "store", replace(cohort, rows=(row,)))
     # The store's tiles are JPEG.
-    np.testing.assert_allclose(logit(stored[0].probs), logit(found.probs), atol=0.02)
+    np.testing.assert_allclose(logit(stored[0].probs), logit(actual.probs), atol=0.02)
     config.data.magnifications = ("5x",)
     with pytest.raises(
         InputError, match=r"has features of 10x, and the run needs 5x; set config\.data\.magnifications to use these"

@@ -1,4 +1,4 @@
-"""The first step's gradients of every model, whatever the layout of devices: four of one process."""
+"""The first step's gradients of every model are equal for all meshes of four devices in one process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Training on features that another tool made, with weights that nobody knows."""
+"""Training on features of another tool, whose weights are unknown."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from crcjax.train.loop import train
 
 @pytest.fixture
 def config(small_config, painted: Path, write_h5: Callable[..., Path], tmp_path: Path):
-    """Features of 6 numbers that tell the subtype, on the tiles of the painted cohort, as TRIDENT writes them."""
+    """Features of 6 numbers that encode the subtype, for the tiles of the synthetic cohort, as TRIDENT writes them."""
     rng = np.random.default_rng(0)
     about = {"patch_size": 64, "patch_size_level0": 64, "level0_magnification": 10}
     for row in load_cohort(painted / "cohort.csv", None).rows:
@@ -38,7 +38,7 @@ def config(small_config, painted: Path, write_h5: Callable[..., Path], tmp_path:
     return small_config
 
 
-def test_imported_features_train_and_the_run_says_that_it_cannot_predict_slides(config, tmp_path: Path) -> None:
+def test_imported_features_train_and_the_run_states_that_it_cannot_predict_slides(config, tmp_path: Path) -> None:
     train(config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
@@ -75,7 +75,7 @@ def test_imported_features_train_and_the_run_says_that_it_cannot_predict_slides(
         predict_stored([tmp_path / "run"], Path(config.data.store), cohort)
 
 
-def test_features_that_do_not_go_together_or_with_the_config_are_refused(config, tmp_path: Path) -> None:
+def test_features_that_contradict_each_other_or_the_config_are_refused(config, tmp_path: Path) -> None:
     refused = partial(pytest.raises, InputError)
     with config.unlocked():
         config.model.weights = "some.safetensors"

@@ -43,7 +43,7 @@ def _params(run: Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restore_params(run, model)[0])]
 
 
-def test_a_run_keeps_its_config_versions_tiling_metrics_and_checkpoints(small_config, tmp_path: Path) -> None:
+def test_a_run_directory_has_config_versions_tiling_metrics_and_checkpoints(small_config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(small_config, run)
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == 6
@@ -60,23 +60,23 @@ def test_a_run_keeps_its_config_versions_tiling_metrics_and_checkpoints(small_co
     assert 6 in {int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit()}
 
 
-def test_while_a_run_trains_the_devices_hold_its_state_and_no_other_copy_of_the_model(
+def test_while_a_run_trains_the_devices_have_its_state_and_no_other_copy_of_the_model(
     small_config, tmp_path: Path
 ) -> None:
     small_config.model.features, small_config.model.heads = 24, 2  # a width that nothing else here has
     small_config.train.eval_every = small_config.train.checkpoint_every = 6
-    held: list[int] = []
+    copies: list[int] = []
 
     class Watching(ProcessGroup):
         def report_progress(self, step: int, activity: str) -> None:
             if activity == "computing":
-                held.append(sum(array.shape == (64, 24) for array in jax.live_arrays()))
+                copies.append(sum(array.shape == (64, 24) for array in jax.live_arrays()))
 
     train(small_config, tmp_path / "run", Watching())
-    assert held == [3] * 6  # the encoder's last kernel and its two moments
+    assert copies == [3] * 6  # the encoder's last kernel and its two moments
 
 
-def test_a_finished_run_is_left_as_it_is(small_config, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_changed(small_config, tmp_path: Path) -> None:
     train(small_config, tmp_path)
     before = _params(tmp_path)
     train(small_config, tmp_path)
@@ -120,7 +120,7 @@ def _reported(run: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: line for line in lines if "train/loss" in line}
 
 
-def test_reports_hold_the_mean_over_the_steps_since_the_last_report_after_a_resume_too(
+def test_reports_have_the_mean_over_the_steps_since_the_last_report_also_after_a_resume(
     small_config, tmp_path: Path
 ) -> None:
     small_config.train.eval_every = small_config.train.checkpoint_every = 6
@@ -181,7 +181,7 @@ def test_ctrl_c_saves_and_stops_after_the_step_and_before_the_first_step_ends_wi
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_killed_and_restarted_run_that_mines_equals_an_undisturbed_one_bit_for_bit_whatever_its_threads(
+def test_a_killed_and_resumed_run_with_hard_mining_equals_an_uninterrupted_one_bit_for_bit_with_any_threads(
     painted: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "small.py").write_text(SMALL)
@@ -228,13 +228,13 @@ def test_the_evidential_head_trains_with_its_loss_and_predicts_with_vacuity(
     assert len(losses) == small_config.train.steps
     assert np.isfinite(losses).all()
     with open_slide(next((painted / "slides").glob("*.svs"))) as slide:
-        found = Predictor(tmp_path / "run").predict(slide, 1).prediction
-    assert 0 < float(found.vacuity[0]) < 1
-    np.testing.assert_allclose(found.probs, found.alpha / found.alpha.sum(), rtol=1e-5)
+        actual = Predictor(tmp_path / "run").predict(slide, 1).prediction
+    assert 0 < float(actual.vacuity[0]) < 1
+    np.testing.assert_allclose(actual.probs, actual.alpha / actual.alpha.sum(), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_evidence_by_density_falls_beyond_what_validation_slides_are(
+def test_evidence_by_density_falls_beyond_the_range_of_the_validation_slides(
     small_config, painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, table = tmp_path / "run", tmp_path / "cohort.csv"
@@ -258,14 +258,14 @@ def test_evidence_by_density_falls_beyond_what_validation_slides_are(
         (features,), mask = encoded.features, encoded.mask
         known = summary(features, mask)[None]
         excess.append(density.excess(known)[0])
-        found = predictor.predict_encoded([encoded])[0].prediction
+        actual = predictor.predict_encoded([encoded])[0].prediction
         position = (encoded.plan.origin / encoded.plan.region_px).astype(np.float32)
         expected = density.tempered(member.forward.pool(member.params, features, mask, position), known)
-        np.testing.assert_allclose(found.vacuity, expected.vacuity, rtol=1e-6)
-        np.testing.assert_allclose(found.probs, expected.probs, rtol=1e-6)
+        np.testing.assert_allclose(actual.vacuity, expected.vacuity, rtol=1e-6)
+        np.testing.assert_allclose(actual.probs, expected.probs, rtol=1e-6)
     assert 2 <= sum(one > 1e-3 for one in excess) <= 4  # the upper quarter of nine, by each of two moments
     strange, _ = predictor.pool([features + 10.0], mask, position)
-    assert float(strange.vacuity[0]) > 0.999 > float(found.vacuity[0])
+    assert float(strange.vacuity[0]) > 0.999 > float(actual.vacuity[0])
     (run / "density.npz").unlink()
     with pytest.raises(InputError, match=r"has no density\.npz, which is written at the end of training"):
         Predictor(run)

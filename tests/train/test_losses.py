@@ -22,7 +22,7 @@ TARGET = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
 ALPHA = jnp.array([[5.0, 1.5, 2.0], [1.2, 9.0, 3.0]])
 
 
-def test_focal_loss_with_gamma_zero_is_cross_entropy_and_else_turns_from_easy_bags() -> None:
+def test_focal_loss_with_gamma_zero_is_cross_entropy_and_otherwise_weighs_easy_bags_less() -> None:
     log_p = np.log(np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True))
     own = log_p[[0, 1], [0, 2]]
     np.testing.assert_allclose(focal(LOGITS, TARGET, 0.0), -own, rtol=1e-5)
@@ -35,22 +35,22 @@ def test_focal_loss_with_gamma_zero_is_cross_entropy_and_else_turns_from_easy_ba
 )
 def test_evidential_losses_are_expectations_under_the_dirichlet(digamma_form: bool, loss) -> None:
     rng = np.random.default_rng(0)
-    drawn = np.stack([rng.dirichlet(alpha, 400_000) for alpha in np.asarray(ALPHA, np.float64)])
+    samples = np.stack([rng.dirichlet(alpha, 400_000) for alpha in np.asarray(ALPHA, np.float64)])
     loss = loss or (lambda p: -(np.asarray(TARGET)[:, None] * np.log(p)).sum(-1))
-    np.testing.assert_allclose(evidential(ALPHA, TARGET, digamma_form=digamma_form), loss(drawn).mean(1), rtol=0.01)
+    np.testing.assert_allclose(evidential(ALPHA, TARGET, digamma_form=digamma_form), loss(samples).mean(1), rtol=0.01)
 
 
-def test_the_kl_term_sees_misleading_evidence_alone() -> None:
-    found = misleading_evidence(ALPHA, TARGET)
+def test_the_kl_term_depends_on_misleading_evidence_alone() -> None:
+    actual = misleading_evidence(ALPHA, TARGET)
     more = misleading_evidence(ALPHA + 100 * TARGET, TARGET)
-    np.testing.assert_allclose(found, more, rtol=1e-6)
+    np.testing.assert_allclose(actual, more, rtol=1e-6)
     np.testing.assert_allclose(misleading_evidence(jnp.ones((2, 3)), TARGET), 0, atol=1e-5)
     for b in range(2):
         rest = np.where(np.asarray(TARGET[b]) == 1, 1.0, np.asarray(ALPHA[b], np.float64))
-        drawn = np.random.default_rng(1).dirichlet(rest, 200_000)
-        drawn = np.clip(drawn, 1e-12, None) / np.clip(drawn, 1e-12, None).sum(1, keepdims=True)
-        ratio = stats.dirichlet.logpdf(drawn.T, rest) - stats.dirichlet.logpdf(drawn.T, np.ones(3))
-        np.testing.assert_allclose(found[b], ratio.mean(), rtol=0.02)
+        samples = np.random.default_rng(1).dirichlet(rest, 200_000)
+        samples = np.clip(samples, 1e-12, None) / np.clip(samples, 1e-12, None).sum(1, keepdims=True)
+        ratio = stats.dirichlet.logpdf(samples.T, rest) - stats.dirichlet.logpdf(samples.T, np.ones(3))
+        np.testing.assert_allclose(actual[b], ratio.mean(), rtol=0.02)
 
 
 def test_evidence_for_the_label_is_never_misleading_whatever_the_smoothing() -> None:
@@ -59,9 +59,9 @@ def test_evidence_for_the_label_is_never_misleading_whatever_the_smoothing() -> 
     model = build_model(config.model, 3, 0)
     bag = jnp.zeros((1, 2, 1, config.model.features)), jnp.ones((1, 2, 1), bool), None
     alpha = jnp.array([[50.0, 1.0, 1.0]])
-    found = replace(model.pool(*bag), alpha=alpha, instance_loss=jnp.zeros(1))
+    actual = replace(model.pool(*bag), alpha=alpha, instance_loss=jnp.zeros(1))
     expected = evidential(alpha, jnp.array([[1.0, 0.0, 0.0]]), digamma_form=False)
-    np.testing.assert_allclose(bag_losses(found, jnp.array([0]), 10**6, config.train), expected, atol=1e-5)
+    np.testing.assert_allclose(bag_losses(actual, jnp.array([0]), 10**6, config.train), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_every_loss_has_gradients_also_for_large_and_for_no_evidence(loss: str, 
 
     def total(scale: jax.Array) -> jax.Array:
         features = scale * jnp.ones((2, 4, 1, 16)) * jnp.array([1.0, -1.0])[:, None, None, None]
-        found = model.pool(features, jnp.ones((2, 4, 1), bool), None, None, jnp.array([0, 2]))
-        return weighted_mean(bag_losses(found, jnp.array([0, 2]), 50, config.train), jnp.ones(2))
+        actual = model.pool(features, jnp.ones((2, 4, 1), bool), None, None, jnp.array([0, 2]))
+        return weighted_mean(bag_losses(actual, jnp.array([0, 2]), 50, config.train), jnp.ones(2))
 
     for scale in (0.0, 1.0, 1e4):
         assert np.isfinite(jax.grad(total)(scale))
@@ -93,9 +93,9 @@ def test_the_supervised_contrastive_loss_is_the_published_one_and_leaves_out_bag
         same = [p for p in others if label[p] == label[i]]
         if same:
             losses.append(-np.mean([np.log(np.exp(unit[i] @ unit[p] / temperature) / total) for p in same]))
-    found = supervised_contrastive(jnp.asarray(embedding, jnp.float32), jnp.asarray(label), temperature)
+    actual = supervised_contrastive(jnp.asarray(embedding, jnp.float32), jnp.asarray(label), temperature)
     assert len(losses) == 5
-    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(actual, np.mean(losses), rtol=1e-5)
     for values in (jnp.zeros((3, 4)), jnp.ones((3, 4))):
         loss, gradient = jax.value_and_grad(lambda z: supervised_contrastive(z, jnp.arange(3), 0.1))(values)
         assert float(loss) == 0.0

@@ -106,7 +106,7 @@ def _losses(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.multiprocess
-def test_what_a_step_is_said_to_take_is_what_it_takes(painted: Path, tmp_path: Path) -> None:
+def test_the_budget_of_a_step_is_the_memory_that_it_takes(painted: Path, tmp_path: Path) -> None:
     predicted, measured = map(int, _run(MEASURED, str(painted), str(tmp_path)).stdout.split())
     assert predicted > 300 * 2**20
     np.testing.assert_allclose(measured, predicted, rtol=0.1)
@@ -114,7 +114,7 @@ def test_what_a_step_is_said_to_take_is_what_it_takes(painted: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_run_whose_memory_no_longer_suffices_goes_on_in_smaller_micro_batches_with_the_same_losses(
+def test_a_run_that_runs_out_of_memory_resumes_with_smaller_micro_batches_and_the_same_losses(
     painted: Path, tmp_path: Path
 ) -> None:
     _run(LIMITED, str(painted), str(tmp_path / "free"), "free")
@@ -191,7 +191,7 @@ def test_a_damaged_memory_json_is_set_aside_with_one_line(
     assert not capsys.readouterr().err
 
 
-def test_memory_that_does_not_suffice_outside_of_a_step_is_not_taken_for_the_steps(
+def test_running_out_of_memory_outside_a_step_is_not_taken_for_the_steps_error(
     small_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lacking(*_: object) -> None:

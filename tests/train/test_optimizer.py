@@ -81,7 +81,7 @@ def test_the_default_is_adamw_with_a_warm_up_and_a_cosine_to_the_bit() -> None:
     assert jax.tree.structure(state) == jax.tree.structure(expected)
 
 
-def test_a_frozen_parameter_stays_as_it_is_and_has_no_state() -> None:
+def test_a_frozen_parameter_does_not_change_and_has_no_optimiser_state() -> None:
     optimizer = build_optimizer(_config(), STEPS, lambda path: path == ("bias",))
     trained = _trained(optimizer)
     np.testing.assert_array_equal(trained["bias"], PARAMS["bias"])

@@ -1,4 +1,4 @@
-"""The same run on one device and on many, of one process and of several: real ones, which gloo connects."""
+"""The same run on one and on many devices, in one and in several real processes connected by gloo."""
 
 import json
 import os
@@ -153,16 +153,18 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
 def test_any_layout_gives_the_losses_and_parameters_of_one_device(
     layout: str, alone: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    found = _run(tmp_path, "many", *LAYOUTS[layout])
-    assert found["held"] < 0.6 * alone["held"]
-    np.testing.assert_allclose(found["losses"], alone["losses"], rtol=1e-5)
+    actual = _run(tmp_path, "many", *LAYOUTS[layout])
+    assert actual["held"] < 0.6 * alone["held"]
+    np.testing.assert_allclose(actual["losses"], alone["losses"], rtol=1e-5)
     far = {}
     for name, value in alone.items():
         if name.startswith("["):
-            kept = _without_key_bias(name, value)
-            far[name] = np.linalg.norm(_without_key_bias(name, found[name]) - kept) / max(np.linalg.norm(kept), 1e-9)
+            expected = _without_key_bias(name, value)
+            far[name] = np.linalg.norm(_without_key_bias(name, actual[name]) - expected) / max(
+                np.linalg.norm(expected), 1e-9
+            )
     worst = max(far, key=lambda name: far[name])
-    print(f"{layout}: losses {np.max(np.abs(found['losses'] / alone['losses'] - 1)):.1e}, {worst} {far[worst]:.1e}")
+    print(f"{layout}: losses {np.max(np.abs(actual['losses'] / alone['losses'] - 1)):.1e}, {worst} {far[worst]:.1e}")
     assert far[worst] < 1e-5, {name: value for name, value in far.items() if value > 1e-6}
 
 
@@ -185,22 +187,22 @@ def test_a_state_saved_by_two_processes_is_restored_by_one_and_both_evaluate_as_
     _start([[SHARED, str(tmp_path), str(painted), str(i), "ADDRESS"] for i in range(2)], 2)
     config = get_config()
     config.model.width, config.model.features, config.model.attention = 8, 16, 8
-    drawn, other = (build_model(config.model, 3, seed) for seed in (0, 1))
+    saved_model, other = (build_model(config.model, 3, seed) for seed in (0, 1))
     checkpoints = Checkpointer(tmp_path, 1)
     state = checkpoints.restore(init_state(other, build_optimizer(config.optimizer, 50), config, device_mesh(config)))
     checkpoints.close()
-    for one, two in zip(jax.tree.leaves(state.params), jax.tree.leaves(params_of(drawn)), strict=True):
+    for one, two in zip(jax.tree.leaves(state.params), jax.tree.leaves(params_of(saved_model)), strict=True):
         np.testing.assert_array_equal(one, two)
     cohort = load_cohort(painted / "cohort.csv", config.data.classes).split("train")
-    forward = Forward(drawn, (64, 128), 8, local_mesh())
+    forward = Forward(saved_model, (64, 128), 8, local_mesh())
     expected = Evaluation(open_slides(str(painted / "store"), cohort), forward, "slide").metrics(state.params)
-    found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
-    assert found[0] == found[1]
-    assert found[0] == pytest.approx(expected, rel=1e-5)
+    actual = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
+    assert actual[0] == actual[1]
+    assert actual[0] == pytest.approx(expected, rel=1e-5)
 
 
 def _without_key_bias(name: str, value: np.ndarray) -> np.ndarray:
-    """A parameter but for the bias of keys without positions.
+    """A parameter without the bias of the keys that have no positions.
 
     It adds the same to a query's every score, which the softmax takes away: its gradient is rounding alone, and Adam,
     which divides by the gradient's own size, makes steps of it in any direction, on any device, without any effect.

@@ -28,7 +28,7 @@ def config():
 
 
 def _bag() -> Bag:
-    """Three kinds of texture, one a class."""
+    """Bags of three textures, one per class."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(150, 255, (6, 3, 1, 32, 32, 3)).astype(np.uint8)
     for i in range(6):
@@ -106,10 +106,10 @@ def test_a_bag_in_chunks_and_buckets_equals_the_bag_at_once(config) -> None:
         mask[0] = True
         chunks = (pixels[start : start + forward.chunk] for start in range(0, regions, forward.chunk))
         position = rng.random((regions, 2)).astype(np.float32)
-        found = forward.bag(params_of(model), chunks, mask, position)
+        actual = forward.bag(params_of(model), chunks, mask, position)
         plain = model(jnp.asarray(pixels)[None], jnp.asarray(mask)[None], jnp.asarray(position)[None])
-        np.testing.assert_allclose(found.probs, plain.probs, rtol=1e-4)
-        np.testing.assert_allclose(found.region_attention, plain.region_attention, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(actual.probs, plain.probs, rtol=1e-4)
+        np.testing.assert_allclose(actual.region_attention, plain.region_attention, rtol=1e-4, atol=1e-7)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end(config) -> None:
@@ -125,11 +125,11 @@ def _steps(config, count: int, bag: Bag | None = None):
     model = build_model(config.model, 3, 0)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     step, state = build_step(model, optimizer, config, mesh), init_state(model, optimizer, config, mesh)
-    found = []
+    actual = []
     for _ in range(count):
         state, metrics = step(state, bag or _bag())
-        found.append({name: float(value) for name, value in metrics.items()})
-    return state, found
+        actual.append({name: float(value) for name, value in metrics.items()})
+    return state, actual
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch(config) -> None:
@@ -144,7 +144,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch(config) -> None:
         assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(one)
 
 
-def test_a_loss_of_all_bags_together_is_refused_with_micro_batches(config) -> None:
+def test_a_loss_that_compares_all_bags_is_refused_with_micro_batches(config) -> None:
     config.train.micro_batches, config.train.contrastive_weight = 3, 0.1
     with pytest.raises(
         InputError, match=r"micro_batches must be 1 with config\.train\.contrastive_weight, .*, got 3; set"
@@ -164,12 +164,12 @@ def test_the_step_compiles_from_shapes_alone(config) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_learns_with_parameters_in_float32(config, dtype: str) -> None:
     config.model.dtype = dtype
-    state, found = _steps(config, 60)
-    assert found[-1]["loss"] < 0.6 * found[0]["loss"]
+    state, actual = _steps(config, 60)
+    assert actual[-1]["loss"] < 0.6 * actual[0]["loss"]
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
 
 
-def test_float16_passes_over_an_overflow_with_half_the_scale_and_goes_on(config) -> None:
+def test_float16_skips_an_overflow_halves_the_scale_and_continues(config) -> None:
     config.model.dtype = "float16"
     mesh = device_mesh()
     model = build_model(config.model, 3, 0)
@@ -188,7 +188,7 @@ def test_float16_passes_over_an_overflow_with_half_the_scale_and_goes_on(config)
     assert 0 < float(metrics["gradient_norm"]) < 1e3
 
 
-def test_what_is_not_finite_at_the_lowest_scale_is_not_hidden(config) -> None:
+def test_gradients_that_are_not_finite_at_the_lowest_scale_are_reported(config) -> None:
     config.model.dtype = "float16"
     mesh = device_mesh()
     model = build_model(config.model, 3, 0)
@@ -201,7 +201,7 @@ def test_what_is_not_finite_at_the_lowest_scale_is_not_hidden(config) -> None:
 
 @pytest.mark.parametrize(("mil", "features"), [("gated_abmil", 7), ("hierarchical", 16)])
 def test_the_memory_of_a_step_grows_with_the_bag_by_a_few_times_its_features(config, mil: str, features: int) -> None:
-    """In numbers as many as `features` feature vectors a region, as the compiler counts them."""
+    """By the compiler's analysis, a region adds the memory of at most `features` feature vectors."""
     with config.unlocked():
         config.update(get_config())
     config.model.mil, config.model.width, config.data.batch_size = mil, 4, 1
@@ -212,8 +212,8 @@ def test_the_memory_of_a_step_grows_with_the_bag_by_a_few_times_its_features(con
     for regions in (4096, 8192):
         pixels, mask = shape((1, regions, 1, 32, 32, 3), np.uint8), shape((1, regions, 1), bool)
         position, label, weight = shape((1, regions, 2), np.float32), shape((1,), np.int32), shape((1,), np.float32)
-        found = step.lower(state, Bag(pixels, mask, position, label, weight)).compile().memory_analysis()
-        temporary[regions] = found.temp_size_in_bytes
+        analysis = step.lower(state, Bag(pixels, mask, position, label, weight)).compile().memory_analysis()
+        temporary[regions] = analysis.temp_size_in_bytes
     slope = (temporary[8192] - temporary[4096]) / 4096 / (4 * config.model.features)
     print(f"{mil}: {slope:.1f} features a region")
     assert slope < features
