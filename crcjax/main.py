@@ -154,7 +154,9 @@ def _parsed(arguments: list[str]) -> tuple[ConfigDict, Path, tuple[str | None, i
     coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
     processes = flags.DEFINE_integer("processes", None, "number of processes", 1, flag_values=values)
     process = flags.DEFINE_integer("process", None, "index of this process, from 0", 0, flag_values=values)
-    wait_s = flags.DEFINE_float("wait_s", 300.0, "seconds that processes wait for each other at the start", 0.1, flag_values=values)
+    wait_s = flags.DEFINE_float(
+        "wait_s", 300.0, "seconds that processes wait for each other at the start", 0.1, flag_values=values
+    )
     try:
         positional = values(arguments)
         config = file.value

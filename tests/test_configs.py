@@ -9,15 +9,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from crcjax.config_check import check_config
+from crcjax.models.mil import Params, build_model
+from crcjax.parallel.mesh import AXES, _shape
 from crcjax.runs.checkpoint import newest_step
 from crcjax.slides.store.features import write_features
 from crcjax.slides.store.tile_store import open_store, tiled_slides
 from crcjax.train.loop import train
+from crcjax.train.optimizer import build_optimizer
+from crcjax.train.step import abstract_state
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
@@ -73,6 +82,31 @@ def test_a_config_trains_three_steps(name: str, painted: Path, features: Path, t
         assert newest_step(run) == 3
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert np.isfinite([line["train/loss"] for line in lines if "train/loss" in line]).all()
+
+
+def test_epocs_model_and_state_have_their_shapes_on_4_x_8_devices() -> None:
+    config = _config("epoc")
+    mesh = AbstractMesh(_shape(config, 32), AXES, axis_types=(AxisType.Auto,) * 3)
+    assert (mesh.shape["data"], config.data.batch_size // mesh.shape["data"]) == (32, 2)
+    model = nnx.eval_shape(lambda: build_model(config.model, 3, 0, (1, 2, 4)))
+    state = abstract_state(model, build_optimizer(config.optimizer, config.train.steps), config, mesh)
+    leaves = jax.tree.leaves(state)
+    # Nothing is sharded (mesh.fsdp_min_size 0): every device has the whole state.
+    assert all(leaf.sharding.shard_shape(leaf.shape) == leaf.shape for leaf in leaves)
+    assert 1e6 < sum(leaf.size for leaf in jax.tree.leaves(state.params)) < 1e7
+
+    def pool(params: Params) -> tuple[Array, Array]:
+        bag = (2, config.data.regions_per_bag, 21)
+        features, mask, position = (
+            jnp.zeros((*bag, config.model.features)),
+            jnp.ones(bag, bool),
+            jnp.zeros((*bag[:2], 2)),
+        )
+        prediction = nnx.merge(nnx.graphdef(model), params).pool(features, mask, position)
+        return prediction.alpha, prediction.region_attention
+
+    alpha, region_attention = jax.eval_shape(pool, state.params)
+    assert (alpha.shape, region_attention.shape) == ((2, 3), (2, config.data.regions_per_bag))
 
 
 @pytest.mark.slow

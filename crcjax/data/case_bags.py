@@ -41,7 +41,7 @@ class CaseStore:
     def read_pixels(
         self, indices: Sequence[int] | Int[np.ndarray, " _"], out: UInt8[np.ndarray, "_ slot y x 3"] | None = None
     ) -> UInt8[np.ndarray, "_ slot y x 3"]:
-        """As `TileStore.read_pixels`."""
+        """Like `TileStore.read_pixels`."""
         sizes = [len(store.mask) for store in self.stores]
         return _read([store.read_pixels for store in self.stores], sizes, indices, out)
 
@@ -55,18 +55,18 @@ class CaseFeatures:
 
     @property
     def width(self) -> int:
-        """As `FeatureReader.width`."""
+        """Like `FeatureReader.width`."""
         return self.readers[0].width
 
     @property
     def dtype(self) -> np.dtype:
-        """As `FeatureReader.dtype`."""
+        """Like `FeatureReader.dtype`."""
         return self.readers[0].dtype
 
     def read(
         self, indices: Sequence[int] | Int[np.ndarray, " _"], out: Num[np.ndarray, "_ slot feature"] | None = None
     ) -> Num[np.ndarray, "_ slot feature"]:
-        """As `FeatureReader.read`."""
+        """Like `FeatureReader.read`."""
         return _read([reader.read for reader in self.readers], self.sizes, indices, out)
 
 

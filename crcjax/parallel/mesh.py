@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
@@ -57,7 +57,7 @@ def _replicate(mesh: Mesh) -> Callable[[PyTree[Array]], PyTree[Array]]:
     return jax.jit(lambda values: values, out_shardings=replicated(mesh))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same values on every device."""
     return NamedSharding(mesh, PartitionSpec())
 

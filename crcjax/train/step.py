@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float32, Key
 from ml_collections import ConfigDict
 
@@ -187,7 +187,7 @@ def abstract_state(
     model: MILModel,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     mining: Mining | None = None,
 ) -> TrainState:
     """The shapes, types and shardings of a training state, for compiling and restoring without allocating a state."""
