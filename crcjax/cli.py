@@ -434,7 +434,7 @@ def crossvalidate(
     """Trains every fold of config.data.folds and predicts each case by runs that never saw it (see docs/training.md).
 
     With --config.data.fold_by=site and no number of folds, each site is left out once. With --config.train.ensemble_size=N, N
-    seeds of a fold are trained together. Started again, it goes on.
+    seeds of a fold are trained as an ensemble. The same command resumes after a stop.
     """
     from crcjax.main import read_config
     from crcjax.train.crossvalidate import crossvalidate as train_folds

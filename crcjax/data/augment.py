@@ -83,7 +83,7 @@ def sample_augmentation(
     """Samples the random parameters of one step's augmentation.
 
     Args:
-      key: one key per step; every parameter gets a key of its own.
+      key: one key per step; every parameter gets its own key, derived from it.
       bag_shape: (batch, region, slot).
       config: config.augment, already checked (`check_config`).
       stain: each slide's stain estimate; required for stain swapping.

@@ -27,7 +27,7 @@ from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bag:
-    """A batch of bags; each holds regions of one slide or one case.
+    """A batch of bags; each contains regions of one slide or one case.
 
     Arrays are NumPy's on the host, JAX's on the devices, and shapes where a program is compiled without data.
 

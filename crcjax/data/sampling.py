@@ -41,7 +41,7 @@ def sample_slides(
     slides_of_class = [np.flatnonzero(labels == number) for number in classes]
     slides = []
     for place, is_mined in enumerate(mined_places(step, bags, mined_fraction)):
-        # Bags are counted over all steps; mined and other bags each have a count of their own.
+        # Bags are counted over all steps, mined and other bags separately.
         position = step * bags + place
         mined_before = _mined_before(position, mined_fraction)
         if is_mined:
@@ -55,7 +55,7 @@ def sample_slides(
             class_sites = np.unique(sites[candidates])
             round_, site = divmod(round_, len(class_sites))
             candidates, stream = candidates[sites[candidates] == class_sites[site]], [*stream, site, 1]
-        # A round shows every candidate once, in an order of its own.
+        # A round shows every candidate once; each round has its own order.
         round_, index = divmod(round_, len(candidates))
         slides.append(np.random.default_rng([*stream, round_]).permutation(candidates)[index])
     return np.array(slides)

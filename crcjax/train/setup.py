@@ -136,7 +136,7 @@ def _run_data(config: ConfigDict, cohort: Cohort, stores: list[TileStore], mesh:
 
 
 def _load_published(model: MILModel, config: ConfigDict, slides: StoredSlides) -> Callable | None:
-    """Loads a published encoder's weights into the model, and returns the function that tells frozen parameters."""
+    """Loads a published encoder's weights into the model, and returns the function that identifies frozen parameters."""
     if config.model.encoder not in PRETRAINED or config.model.imported_features:
         return None
     sha256 = load_published(model, config.model)
@@ -175,14 +175,14 @@ def _with_imported_features(config: ConfigDict, stores: Sequence[TileStore]) -> 
     if "imported" not in (feature_attributes(config.data.store, stores[0].slide_id, name) or {}):
         if name not in PRETRAINED or not config.model.frozen:
             raise InputError(
-                "config.data.features needs config.model.encoder of docs/encoders.md, with config.model.frozen, or the name of "
-                f"imported features, which {stores[0].path} has none of"
+                "config.data.features needs a config.model.encoder of docs/encoders.md with config.model.frozen, or the name of "
+                f"imported features; {stores[0].path} has no imported features {name}"
             )
         return config
     if config.model.weights:
         raise InputError(
-            f"config.model.weights: the features of {name} were imported, and nothing says that {config.model.weights} "
-            "made them; leave it empty, or embed the slides with it"
+            f"config.model.weights must be empty with the imported features {name}, whose weights are unknown, got "
+            f"{config.model.weights}; leave it empty, or embed the slides with this file"
         )
     config.model.imported_features = FeatureReader(config.data.store, stores[0].slide_id, name).width
     return config
