@@ -139,7 +139,7 @@ class Record:
             stack.enter_context(closing(self._checkpoints))
             self._writer = stack.enter_context(MetricWriter(self._run, start, self._group.is_main))
             self._progress = Progress(start, self._plan.config)
-            log.info(f"{self._run}: going on from step {start}" if start else f"{self._run}: starting")
+            log.info(f"{self._run}: resuming from step {start}" if start else f"{self._run}: starting")
             yield
 
     def report(self, step: int, waited_s: float) -> None:

@@ -145,7 +145,7 @@ def test_a_chunk_of_a_bag_is_augmented_like_the_whole_bag_and_the_same_key_gives
     assert not np.array_equal(work(PIXELS, sample_augmentation(jax.random.key(4), SHAPE, config, estimate)), whole)
 
 
-@pytest.mark.parametrize(("each", "draws"), [("slide", 2), ("instance", 30)])
+@pytest.mark.parametrize(("each", "samples"), [("slide", 2), ("instance", 30)])
 def test_a_slide_shares_a_sample_or_each_instance_has_its_own(each: str, samples: int) -> None:
     augmentation = sample_augmentation(
         jax.random.key(0), SHAPE, _config(blur=2.0, jpeg_min_quality=50.0, noise=3.0, stain=0.1, each=each)

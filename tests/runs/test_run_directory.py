@@ -52,7 +52,7 @@ def test_a_run_of_an_older_version_opens_predicts_the_same_and_resumes(
     assert main(["--config=default.py", "--workdir=run", *arguments]) == 0
     assert newest_step(Path("run")) == 6
     error = capsys.readouterr().err
-    assert "run: going on from step 4" in error
+    assert "run: resuming from step 4" in error
     assert "crcjax: --config.augment.jpeg is now --config.augment.jpeg_min_quality" in error
 
 

@@ -94,7 +94,7 @@ def test_a_fold_trained_over_two_nodes_is_stopped_by_a_signal_requeued_and_goes_
     assert [post["restarts"] for post in posted] == [0, 0, 1, 1]
     assert {post["workdir"] for post in posted} == {str(run / "fold-1" / "seed-0")}
     saved = re.search(r"stopped at step (\d+); the same command resumes", text())
-    resumed = re.search(r"going on from step (\d+)", text())
+    resumed = re.search(r"resuming from step (\d+)", text())
     assert saved is not None
     assert resumed is not None
     assert saved[1] == resumed[1]

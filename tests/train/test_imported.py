@@ -93,7 +93,7 @@ def test_features_that_contradict_each_other_or_the_config_are_refused(config, t
     assert about
     values = read_features(config.data.store, slide_id, "theirs")
     write_features(config.data.store, slide_id, "theirs", values, about | {"stated_encoder": "another"})
-    with refused(match="another stated_encoder"):
+    with refused(match="have the stated_encoder another, those of"):
         train(config, tmp_path / "run")
     config.data.features, config.model.encoder = False, "compact"
     with refused(match="imported without its slide"):

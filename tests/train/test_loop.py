@@ -205,7 +205,7 @@ def test_a_killed_and_resumed_run_with_hard_mining_equals_an_uninterrupted_one_b
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     process = start(killed, "--config.data.read_threads=1", "--config.data.prefetch=1")
-    assert "going on from step" in process.communicate()[1]
+    assert "resuming from step" in process.communicate()[1]
     assert process.returncode == 0
     assert all((a == b).all() for a, b in zip(_params(undisturbed), _params(killed), strict=True))
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]

@@ -123,7 +123,7 @@ def test_a_run_that_runs_out_of_memory_resumes_with_smaller_micro_batches_and_th
     # JAX reports the computation that lacked memory, or a later one that waited for it.
     assert "RESOURCE_EXHAUSTED" in done.stderr or "Out of memory allocating" in done.stderr
     assert "Steps are computed in 2 micro-batches from now on" in done.stderr
-    assert "going on from step 2" in done.stderr
+    assert "resuming from step 2" in done.stderr
     free, limited = _losses(tmp_path / "free"), _losses(tmp_path / "limited")
     assert list(free) == list(limited) == [1, 2, 3, 4]
     np.testing.assert_allclose(list(limited.values()), list(free.values()), rtol=1e-5)
