@@ -200,7 +200,7 @@ def rows_of(seed: int, folder: Path) -> Iterator[dict]:
         found = {name: predicted(graph, params, bags) for name, bags in {"": test, **odd}.items()}
         by_head = {head: found}
         if head == "evidential":  # learned alike
-            by_head[BY_DENSITY] = {name: density.tempered(found[name], some) for name, some in summarised.items()}
+            by_head[BY_DENSITY] = {name: density.scale_evidence(found[name], some) for name, some in summarised.items()}
         for named, said in by_head.items():
             doubt = {name: doubt_of(one) for name, one in said.items()}
             probs = np.asarray(said[""].probs, np.float64)

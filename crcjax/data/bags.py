@@ -215,6 +215,14 @@ def open_features(
     features of a magnification.
     """
     readers = [FeatureReader(store.path.parent, store.slide_id, encoder) for store in stores]
+    check_features(readers, stores, magnifications)
+    return readers
+
+
+def check_features(
+    readers: Sequence[FeatureReader], stores: Sequence[TileStore], magnifications: Collection[str] = ()
+) -> None:
+    """Raises InputError: features were made by other weights than the first slide's, or lack one of the magnifications."""
     first = readers[0]
     for reader, store in zip(readers, stores, strict=True):
         for name in ("weights_sha256", "dtype", "stated_encoder", "width"):
@@ -231,7 +239,6 @@ def open_features(
                 f"{', '.join(required)}; set config.data.magnifications to use these features, or to replace them delete "
                 f"the folder and run crcjax embed --mag {','.join(required)}"
             )
-    return readers
 
 
 def slide_stains(

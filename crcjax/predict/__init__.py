@@ -1,4 +1,4 @@
-"""A trained run and slide files to predictions and heatmaps.
+"""Predicts slide files or stored slides with a trained run, and draws heatmaps.
 
 `crcjax.predict(...)` of the Python API is `crcjax.api.predictions.predict`.
 """

@@ -1,7 +1,7 @@
-"""What each instance of a bag did for a class: attention, gradients, and what is lost without it.
+"""Attribution: the contribution of each instance of a bag to a class, by attention, gradients or occlusion.
 
-Attention says where a model looked, not what for; in a model whose instances see each other it may lie on another instance
-than the evidence (Jain and Wallace 2019). The other two hold for any aggregator.
+Attention shows where a model looked, not why. In a model whose instances attend to each other, attention may lie on an
+instance that is not the evidence (Jain and Wallace 2019). Gradients and occlusion are valid for every aggregator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from crcjax.models.mil import MILModel, Params, Prediction
 
 Method = Literal["attention", "gradient", "occlusion", "region_occlusion"]
 METHODS: tuple[str, ...] = get_args(Method)
-_STEPS = 32  # of the path of integrated gradients
+# Points on the path of integrated gradients.
+_PATH_POINTS = 32
 
 Features = Float32[Array, "region slot feature"]
 Mask = Bool[Array, "region slot"]
@@ -27,16 +28,31 @@ Score = Callable[[Features, Mask], Float32[Array, ""]]
 
 
 def attention_for(prediction: Prediction, target: int) -> Float[np.ndarray, "region slot"]:
-    """The attention of the class's own branch where the aggregator has one a class, else its mean, of a single bag."""
+    """Attention for a class: that of the class's branch if the aggregator has one per class, otherwise the mean over branches.
+
+    Args:
+      prediction: the prediction of a single bag.
+      target: the index of the class.
+    """
     maps = np.asarray(prediction.class_attention[0])
     classes = prediction.logits.shape[-1]
     return maps[..., target] if maps.shape[-1] == classes else maps.mean(axis=-1)
 
 
 def attributor(model: MILModel, method: Method) -> Callable[..., Float32[Array, "region slot"]]:
-    """The jitted map of params, one bag (features, mask, position) and a class: what each instance did for its log-odds."""
+    """Returns a jitted function that attributes the log-odds of a class to the instances of one bag.
+
+    Args:
+      model: the model; its parameters are not used.
+      method: any method except "attention", for which `attention_for` needs no further computation.
+
+    Returns:
+      A function of (params, features, mask, position, class index) that returns log-odds (nats) by region and slot.
+    """
     graph = nnx.graphdef(model)
-    of_score = {"gradient": integrated_gradients, "occlusion": occlusion, "region_occlusion": region_occlusion}[method]
+    attribute_score = {"gradient": integrated_gradients, "occlusion": occlusion, "region_occlusion": region_occlusion}[
+        method
+    ]
 
     def attribute(
         params: Params,
@@ -47,60 +63,66 @@ def attributor(model: MILModel, method: Method) -> Callable[..., Float32[Array, 
     ) -> Float32[Array, "region slot"]:
         def score(features: Features, mask: Mask) -> Float32[Array, ""]:
             prediction = nnx.merge(graph, params).pool(features[None], mask[None], position[None])
-            # Evidence is no softmax of the logits: its probabilities are, of their logarithms.
+            # An evidential head's probabilities are no softmax of the logits; they are the softmax of their own logarithms.
             scores = prediction.logits if prediction.alpha is None else jnp.log(prediction.probs)
             return log_odds(scores[0], target)
 
-        return of_score(score, features, mask)
+        return attribute_score(score, features, mask)
 
     return jax.jit(attribute)
 
 
 def log_odds(logits: Float32[Array, " class"], target: Int[Array, ""] | int) -> Float32[Array, ""]:
-    """Logit of the class less the log-sum-exp of the others (nats): gradients do not vanish where it is all but certain."""
+    """The logit of a class minus the log-sum-exp of the other logits, in nats.
+
+    Unlike that of the probability, its gradient does not vanish where the class is almost certain.
+    """
     others = jnp.where(jnp.arange(len(logits)) == target, -jnp.inf, logits)
     return logits[target] - jax.nn.logsumexp(others)
 
 
 def integrated_gradients(score: Score, features: Features, mask: Mask) -> Float32[Array, "region slot"]:
-    """Gradient of the score times displacement, along the line from the bag's mean instance everywhere to the bag.
+    """Integrated gradients of the score (Sundararajan et al. 2017, equation 3), by the midpoint rule.
 
-    Sundararajan et al. 2017, equation 3, by the midpoint rule; they sum to the score less that of the mean instances.
+    The path runs from a bag in which every instance is the bag's mean instance to the bag itself. The attributions sum to
+    the score minus the score of the bag of mean instances.
     """
     valid = mask[..., None]
     mean = (features * valid).sum(axis=(0, 1)) / jnp.maximum(valid.sum(), 1)
-    way = jnp.where(valid, features - mean, 0.0)
+    displacement = jnp.where(valid, features - mean, 0.0)
 
-    def at(part: Float32[Array, ""]) -> Float32[Array, "region slot"]:
-        return (jax.grad(score)(features - (1.0 - part) * way, mask) * way).sum(axis=-1)
+    def gradient_at(fraction: Float32[Array, ""]) -> Float32[Array, "region slot"]:
+        point = features - (1.0 - fraction) * displacement
+        return (jax.grad(score)(point, mask) * displacement).sum(axis=-1)
 
-    return jax.lax.map(at, (jnp.arange(_STEPS) + 0.5) / _STEPS).mean(axis=0)
+    return jax.lax.map(gradient_at, (jnp.arange(_PATH_POINTS) + 0.5) / _PATH_POINTS).mean(axis=0)
 
 
 def occlusion(score: Score, features: Features, mask: Mask) -> Float32[Array, "region slot"]:
-    """What the score loses when an instance is masked (Zeiler and Fergus 2014), one pass of the bag an instance."""
-    alone = mask.reshape(-1, 1)
-    return _lost(lambda rest: score(features, rest.reshape(mask.shape)), alone).reshape(mask.shape)
+    """The drop of the score when one instance is masked (Zeiler and Fergus 2014); one forward pass per instance."""
+    drops = _score_drops(lambda instances: score(features, instances.reshape(mask.shape)), mask.reshape(-1, 1))
+    return drops.reshape(mask.shape)
 
 
 def region_occlusion(score: Score, features: Features, mask: Mask) -> Float32[Array, "region slot"]:
-    """What the score loses when a region is masked, in equal parts to its instances; one pass of the bag a region.
+    """The drop of the score when one region is masked, divided equally among its instances; one forward pass per region.
 
-    Where neighbours say the same, the loss of one alone is small.
+    Where neighbouring instances carry the same information, masking only one of them hardly lowers the score.
     """
-    lost = _lost(lambda rest: score(features, rest), mask)
-    return jnp.where(mask, (lost / jnp.maximum(mask.sum(axis=1), 1))[:, None], 0.0)
+    drops = _score_drops(lambda instances: score(features, instances), mask)
+    return jnp.where(mask, (drops / jnp.maximum(mask.sum(axis=1), 1))[:, None], 0.0)
 
 
-def _lost(
-    score: Callable[[Bool[Array, "part instance"]], Float32[Array, ""]], mask: Bool[Array, "part instance"]
-) -> Float32[Array, " part"]:
-    """What a mask's score loses without each of its parts; zero of those that hold nothing."""
-    region_valid = mask.any(axis=1)
-    order = jnp.argsort(~region_valid, stable=True)  # those that are held come first
-    whole = score(mask)
+def _score_drops(
+    score: Callable[[Bool[Array, "group instance"]], Float32[Array, ""]], mask: Bool[Array, "group instance"]
+) -> Float32[Array, " group"]:
+    """The drop of a mask's score without each group of instances; zero for groups without a valid instance."""
+    has_instances = mask.any(axis=1)
+    # Groups with instances come first, so that the loop ends after them.
+    order = jnp.argsort(~has_instances, stable=True)
+    full_score = score(mask)
 
-    def without(i: Int[Array, ""], lost: Float32[Array, " part"]) -> Float32[Array, " part"]:
-        return lost.at[order[i]].set(whole - score(mask.at[order[i]].set(False)))
+    def mask_group(i: Int[Array, ""], drops: Float32[Array, " group"]) -> Float32[Array, " group"]:
+        return drops.at[order[i]].set(full_score - score(mask.at[order[i]].set(False)))
 
-    return jax.lax.fori_loop(0, region_valid.sum(), without, jnp.zeros(len(mask)))
+    return jax.lax.fori_loop(0, has_instances.sum(), mask_group, jnp.zeros(len(mask)))

@@ -1,4 +1,4 @@
-"""Features of stores' tiles by a published encoder: decoding, computing and writing at the same time."""
+"""Encodes the tiles of a store with a published encoder; decoding, encoding and writing overlap."""
 
 from __future__ import annotations
 
@@ -29,18 +29,22 @@ from crcjax.slides.store.features import feature_attributes, write_features
 from crcjax.slides.store.tile_store import TileStore, readable, tiled_slides
 from crcjax.slides.tiling.plan import TilingParams, mpp_of
 
-_READ_TOGETHER = 64  # tiles that a thread decodes at a time
-_PROBED = 4  # tiles a device of the program whose memory is measured
-_MOST = {"cpu": 16}  # tiles a device and batch: more keep a CPU no busier
-_MOST_ELSEWHERE = 256
-_MEMORY_USED = 0.8  # of what is free
+# Tiles that a thread decodes at a time.
+_TILES_PER_READ = 64
+# Tiles per device of the program whose memory is measured.
+_PROBE_TILES = 4
+# The largest batch per device. A larger one does not make a CPU faster.
+_LARGEST_BATCH = {"cpu": 16}
+_LARGEST_BATCH_ELSEWHERE = 256
+# The share of the free memory that a batch may take.
+_MEMORY_SHARE = 0.8
 # The option of crcjax embed that decides each attribute of stored features.
 _OPTIONS = {"weights_sha256": "--weights", "mpp": "--mag", "magnifications": "--mag", "dtype": "--dtype"}
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What became of a slide: `embedded`, `already embedded` or `failed`, for a `reason`."""
+    """The outcome for one slide: `status` is `embedded`, `already embedded`, or `failed` with a `reason`."""
 
     slide_id: str
     status: str
@@ -51,9 +55,9 @@ class Embedded:
 
 @dataclass(frozen=True)
 class View:
-    """How an encoder sees a store's tiles: at which magnifications, and at how many µm per px once they are resized.
+    """The magnifications of a store that an encoder reads, and the µm per px of each after resizing.
 
-    `warning` says in words if that is far from what the encoder was trained on, else it is empty.
+    `warning` is a sentence if these resolutions are far from the encoder's training, and empty otherwise.
     """
 
     magnifications: tuple[str, ...]
@@ -61,39 +65,62 @@ class View:
     warning: str
 
     def slots(self, params: TilingParams) -> Bool[np.ndarray, " slot"]:
-        """The slots of those magnifications."""
+        """Marks the slots of these magnifications."""
         return params.slots_of(self.magnifications)
 
 
 def choose_view(params: TilingParams, encoder: PretrainedEncoder, magnifications: Sequence[str] = ()) -> View:
-    """Of a store's magnifications the one nearest to the encoder's resolution, or those named. Raises InputError."""
+    """Chooses the magnification of a store that is nearest to the encoder's resolution.
+
+    Args:
+      params: the tiling of the store.
+      encoder: the encoder, with the resolution of its training.
+      magnifications: if given, these are chosen instead.
+
+    Raises:
+      InputError: the store lacks one of `magnifications`.
+    """
     unknown = set(magnifications) - set(params.magnifications)
     if unknown:
         raise InputError(f"--mag {', '.join(unknown)}: the store has {', '.join(params.magnifications)}")
-    wanted = encoder.mpp or 0.5  # natural images have none: cells are seen well at 20x
+    # An encoder of natural images has no resolution; 20x shows cells well.
+    encoder_mpp = encoder.mpp or 0.5
 
     def resized_mpp(name: str) -> float:
         return mpp_of(name) * params.tile_px / encoder.resize_px
 
-    seen_mpp = {name: resized_mpp(name) for name in params.magnifications}
-    off = {name: abs(math.log2(mpp / wanted)) for name, mpp in seen_mpp.items()}
-    chosen = tuple(magnifications) or (min(seen_mpp, key=lambda name: off[name]),)
-    far = [f"{name} as {seen_mpp[name]:.2g}" for name in chosen if off[name] > 0.5 and encoder.mpp]
-    near = min(("5x", "10x", "20x", "40x"), key=lambda name: abs(math.log2(resized_mpp(name) / wanted)))
-    remedy = f"the encoder was trained at {wanted} µm per px: crcjax tile --mag {near} would suit it"
-    return View(
-        chosen, tuple(seen_mpp[name] for name in chosen), f"{', '.join(far)} µm per px; {remedy}" if far else ""
+    def octaves_off(name: str) -> float:
+        return abs(math.log2(resized_mpp(name) / encoder_mpp))
+
+    chosen = tuple(magnifications) or (min(params.magnifications, key=octaves_off),)
+    far = [f"{name} as {resized_mpp(name):.2g}" for name in chosen if octaves_off(name) > 0.5 and encoder.mpp]
+    nearest = min(("5x", "10x", "20x", "40x"), key=octaves_off)
+    remedy = (
+        f"the encoder was trained at {encoder_mpp} µm per px; crcjax tile --mag {nearest} makes tiles nearest to that"
     )
+    warning = f"{', '.join(far)} µm per px; {remedy}" if far else ""
+    return View(chosen, tuple(resized_mpp(name) for name in chosen), warning)
 
 
 class Embedder:
     """An encoder with its weights on all devices.
 
-    `batch` is the number of tiles over all devices, rounded up to their multiple; by default the largest power of two
-    whose program fits the free memory, as its compiler counts it. Raises InputError for weights that do not fit.
+    Args:
+      name: the encoder (`crcjax.models.encoders.registry.PRETRAINED`).
+      weights: the file of its weights.
+      dtype: the type of the computation: "float32", "bfloat16" or "float16".
+      tile_px: the side of the tiles.
+      batch: tiles per batch over all devices, rounded up to a multiple of the devices. By default it is the largest power
+        of two per device whose program, by the compiler's count, fits the free memory.
+      largest_slide: the tiles of the largest slide; the default batch does not exceed the power of two above it.
+
+    Raises:
+      InputError: the weights do not fit the encoder.
     """
 
-    def __init__(self, name: str, weights: Path, dtype: str, tile_px: int, batch: int | None, most: int = 1 << 20):
+    def __init__(
+        self, name: str, weights: Path, dtype: str, tile_px: int, batch: int | None, largest_slide: int = 1 << 20
+    ):
         self.name, self.dtype = name, dtype
         use_compilation_cache()
         self.encoder = pretrained_encoder(name)
@@ -108,34 +135,35 @@ class Embedder:
             in_shardings=(replicated(mesh), over_data(mesh)),
             out_shardings=over_data(mesh),
         )
-        self.batch = -(-batch // self._devices) * self._devices if batch else self._fitting_batch(most)
+        self.batch = -(-batch // self._devices) * self._devices if batch else self._fitting_batch(largest_slide)
         self._program = self._compiled(self.batch)
 
     def encode(self, pixels: UInt8[np.ndarray, "tile y x 3"]) -> Float[Array, "padded feature"]:
-        """Features of at most `batch` tiles, padded to it; not waited for."""
+        """Starts the encoding of at most `batch` tiles and returns their features, padded to `batch`, without waiting for them."""
         padding = [(0, self.batch - len(pixels)), (0, 0), (0, 0), (0, 0)]
         return self._program(self._state, np.pad(pixels, padding))
 
     def _compiled(self, batch: int) -> jax.stages.Compiled:
         tiles = jax.ShapeDtypeStruct((batch, self._tile_px, self._tile_px, 3), jnp.uint8)
-        # By default GPUs multiply float32 in a shorter format, which is not what was asked for.
+        # By default, GPUs multiply float32 in a format of fewer bits.
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
             return self._forward.lower(self._state, tiles).compile()
 
-    def _fitting_batch(self, most: int) -> int:
-        """The program's weights stay and the rest grows with the tiles: one measured program tells of all."""
+    def _fitting_batch(self, largest_slide: int) -> int:
+        """Extrapolates the memory of any batch from one program: the weights are constant, the rest grows with the tiles."""
         device = jax.local_devices()[0]
         stats = device.memory_stats() or {}
-        free = stats.get("bytes_limit", psutil.virtual_memory().available // jax.local_device_count())
-        memory = self._compiled(_PROBED * self._devices).memory_analysis()
+        free_bytes = stats.get("bytes_limit", psutil.virtual_memory().available // jax.local_device_count())
+        memory = self._compiled(_PROBE_TILES * self._devices).memory_analysis()
         if memory is None:
             raise InputError(f"{device.platform}: its compiler does not count memory; give --batch")
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
-        per_tile = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / _PROBED + self._tile_px**2 * 3
-        fitting = max(1.0, (free * _MEMORY_USED - weights) / per_tile)
-        # More than the largest slide has would be padding.
-        most = min(_MOST.get(device.platform, _MOST_ELSEWHERE), -(-most // self._devices))
-        return self._devices * min(1 << int(math.log2(fitting)), 1 << (most - 1).bit_length())
+        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        pixel_bytes = self._tile_px**2 * 3
+        tile_bytes = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / _PROBE_TILES + pixel_bytes
+        fitting = max(1.0, (free_bytes * _MEMORY_SHARE - weight_bytes) / tile_bytes)
+        # A batch of more tiles than the largest slide has would be mostly padding.
+        largest = min(_LARGEST_BATCH.get(device.platform, _LARGEST_BATCH_ELSEWHERE), -(-largest_slide // self._devices))
+        return self._devices * min(1 << int(math.log2(fitting)), 1 << (largest - 1).bit_length())
 
 
 def embed_store(
@@ -150,12 +178,28 @@ def embed_store(
     on_start: Callable[[View, int, int], None] = lambda view, slides, batch: None,
     on_slide: Callable[[Embedded], None] = lambda outcome: None,
 ) -> list[Embedded]:
-    """Writes features/NAME for every slide of a store that has none; one slide is written whole or not at all.
+    """Encodes every slide of a store that has no features of this encoder yet, and stores them as float16.
 
-    Computes in `dtype`, by default bfloat16, on CPUs float32; features are kept in float16. `on_start` receives the
-    view, the number of slides and the batch. A slide that cannot be read is `failed`. Raises InputError for a store, an encoder
-    or weights that are not usable, and if features of that name were made in another way; OutputError if the store cannot
-    be written.
+    The features of a slide are written whole or not at all. A slide that cannot be read does not stop the others.
+
+    Args:
+      store: the folder of crcjax tile.
+      name: the encoder, under whose name the features are stored.
+      weights: the file of its weights.
+      batch: tiles per batch; by default, as many as fit the free memory (see `Embedder`).
+      magnifications: the magnifications to encode; by default, the one nearest to the encoder's resolution.
+      dtype: the type of the computation; by default bfloat16, on CPUs float32.
+      threads: threads that decode tiles; by default, one per usable core.
+      on_start: called with the view, the number of slides and the batch before the first slide.
+      on_slide: called with the outcome of each slide.
+
+    Returns:
+      One outcome per slide of the store.
+
+    Raises:
+      InputError: the store, the encoder or the weights are not usable, or the store has features of this name that were
+        made with other weights or settings.
+      OutputError: the store cannot be written.
     """
     encoder = pretrained_encoder(name)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -163,14 +207,14 @@ def embed_store(
     if not slides:
         raise InputError(f"{store}: holds no tiled slides; run crcjax tile --out {store}")
     stores = {slide_id: readable(store, slide_id) for slide_id in slides}
-    opened = [one for one in stores.values() if isinstance(one, TileStore)]
-    if not opened:
+    readable_stores = [opened for opened in stores.values() if isinstance(opened, TileStore)]
+    if not readable_stores:
         raise InputError(f"{store}: none of its slides can be read; the first: {stores[slides[0]]}")
-    params = opened[0].params
+    params = readable_stores[0].params
     view = choose_view(params, encoder, magnifications)
     slots = view.slots(params)
-    most = max(int(one.mask[:, slots].sum()) for one in opened)
-    embedder = Embedder(name, weights, dtype, params.tile_px, batch, most)
+    largest_slide = max(int(opened.mask[:, slots].sum()) for opened in readable_stores)
+    embedder = Embedder(name, weights, dtype, params.tile_px, batch, largest_slide)
     attributes = {
         "encoder": name,
         "weights_sha256": embedder.weights_sha256,
@@ -178,21 +222,22 @@ def embed_store(
         "magnifications": list(view.magnifications),
         "dtype": dtype,
     }
-    done = {one.slide_id: _is_done(store, one.slide_id, attributes) for one in opened}
+    is_embedded = {opened.slide_id: _is_embedded(store, opened.slide_id, attributes) for opened in readable_stores}
     on_start(view, len(slides), embedder.batch)
     outcomes = []
-    for slide_id, one in stores.items():
+    for slide_id, opened in stores.items():
         outcome = Embedded(slide_id, "already embedded")
-        if not isinstance(one, TileStore):
-            outcome = Embedded(slide_id, "failed", reason=str(one))
-        elif not done[slide_id]:
-            outcome = _embed_slide(store, one, embedder, slots, attributes, threads)
+        if not isinstance(opened, TileStore):
+            outcome = Embedded(slide_id, "failed", reason=str(opened))
+        elif not is_embedded[slide_id]:
+            outcome = _embed_slide(store, opened, embedder, slots, attributes, threads)
         outcomes.append(outcome)
         on_slide(outcome)
     return outcomes
 
 
-def _is_done(store: Path, slide_id: str, attributes: dict) -> bool:
+def _is_embedded(store: Path, slide_id: str, attributes: dict) -> bool:
+    """Whether a slide has features with these attributes. Raises InputError if it has features with other attributes."""
     stored = feature_attributes(store, slide_id, attributes["encoder"])
     if stored is None:
         return False
@@ -217,11 +262,11 @@ def _embed_slide(
     attributes: dict,
     threads: int | None,
 ) -> Embedded:
-    begun = time.monotonic()
+    start = time.monotonic()
     mask = slide_store.mask & slots
     try:
         slide_store.check_slide()
-        parts = list(_encoded(embedder, _tiles(slide_store, mask, threads or usable_cores())))
+        features = list(_encoded(embedder, _tiles(slide_store, mask, threads or usable_cores())))
     except InputError as error:
         return Embedded(slide_store.slide_id, "failed", reason=str(error))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -229,50 +274,53 @@ def _embed_slide(
         return Embedded(slide_store.slide_id, "failed", reason=f"{reason}; free memory, or give a smaller --batch")
     values = np.zeros((*mask.shape, embedder.encoder.features), np.float16)
     with np.errstate(over="ignore"):
-        values[mask] = np.concatenate(parts) if parts else 0
+        values[mask] = np.concatenate(features) if features else 0
     if not np.isfinite(values).all():
-        reason = "features beyond float16's range or not finite; the weights are damaged, or another encoder's"
+        reason = (
+            "features must be finite in float16, and are not; check that the weights are undamaged and of this encoder"
+        )
         return Embedded(slide_store.slide_id, "failed", reason=reason)
     write_features(store, slide_store.slide_id, embedder.name, values, attributes)
-    return Embedded(slide_store.slide_id, "embedded", int(mask.sum()), time.monotonic() - begun)
+    return Embedded(slide_store.slide_id, "embedded", int(mask.sum()), time.monotonic() - start)
 
 
 def _tiles(
     store: TileStore, mask: Bool[np.ndarray, "region slot"], threads: int
 ) -> Iterator[UInt8[np.ndarray, "tile y x 3"]]:
-    """The tiles where the mask is True, in its order, some regions at a time, decoded by threads ahead of the devices."""
-    together = max(1, _READ_TOGETHER // mask.shape[1])
+    """Yields the tiles where the mask is True, in its order, a few regions at a time; `threads` decode ahead of the devices."""
+    regions_per_read = max(1, _TILES_PER_READ // mask.shape[1])
     regions = np.flatnonzero(mask.any(axis=1))
 
     def read(start: int) -> UInt8[np.ndarray, "tile y x 3"]:
-        chunk = regions[start : start + together]
+        chunk = regions[start : start + regions_per_read]
         return store.read_pixels(chunk)[mask[chunk]]
 
-    reads = (partial(read, start) for start in range(0, len(regions), together))
+    reads = (partial(read, start) for start in range(0, len(regions), regions_per_read))
     return read_ahead(reads, threads, ahead=2 * threads)
 
 
 def _encoded(
-    embedder: Embedder, parts: Iterator[UInt8[np.ndarray, "tile y x 3"]]
+    embedder: Embedder, chunks: Iterator[UInt8[np.ndarray, "tile y x 3"]]
 ) -> Iterator[Float[np.ndarray, "tile feature"]]:
-    """Features batch by batch; while the devices compute one, the next is put together."""
-    running: deque[tuple[Array, int]] = deque()
-    waiting: list[np.ndarray] = []
-    for part in parts:
-        waiting.append(part)
-        while sum(map(len, waiting)) >= embedder.batch:
-            tiles = np.concatenate(waiting)
-            waiting = [tiles[embedder.batch :]]
-            running.append((embedder.encode(tiles[: embedder.batch]), embedder.batch))
-            if len(running) > 1:
-                yield _taken(running)
-    rest = sum(map(len, waiting))
-    if rest:
-        running.append((embedder.encode(np.concatenate(waiting)), rest))
-    while running:
-        yield _taken(running)
+    """Yields features batch by batch; while the devices encode one batch, the host assembles the next."""
+    in_flight: deque[tuple[Array, int]] = deque()
+    queued: list[np.ndarray] = []
+    for chunk in chunks:
+        queued.append(chunk)
+        while sum(map(len, queued)) >= embedder.batch:
+            tiles = np.concatenate(queued)
+            queued = [tiles[embedder.batch :]]
+            in_flight.append((embedder.encode(tiles[: embedder.batch]), embedder.batch))
+            if len(in_flight) > 1:
+                yield _finished(in_flight)
+    remaining = sum(map(len, queued))
+    if remaining:
+        in_flight.append((embedder.encode(np.concatenate(queued)), remaining))
+    while in_flight:
+        yield _finished(in_flight)
 
 
-def _taken(running: deque[tuple[Array, int]]) -> Float[np.ndarray, "tile feature"]:
-    features, count = running.popleft()
+def _finished(in_flight: deque[tuple[Array, int]]) -> Float[np.ndarray, "tile feature"]:
+    """Waits for the first batch in flight and removes its padding."""
+    features, count = in_flight.popleft()
     return np.asarray(features)[:count]

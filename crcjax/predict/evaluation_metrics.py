@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float32, Int
 def confusion(
     scores: Float32[Array, "*instance class"], labels: Int[Array, "*instance"], mask: Bool[Array, "*instance"]
 ) -> Float32[Array, "class class"]:
-    """The number of instances of each class (rows) that were predicted as each class; masked ones are left out."""
+    """Counts the valid instances of each class (rows) by predicted class (columns)."""
     counts = jnp.zeros((scores.shape[-1],) * 2)
     return counts.at[jnp.maximum(labels, 0), scores.argmax(axis=-1)].add(mask)
 
@@ -24,19 +24,23 @@ def confusion(
 class BalancedAccuracy(metrics.Metric):
     """The mean recall over the classes that have an instance."""
 
-    confusion: Any  # Float32[Array, "class class"]; rows are labels
+    # Float32[Array, "class class"]; rows are labels.
+    confusion: Any
 
     @classmethod
     def from_model_output(cls, probs: Array, labels: Array, mask: Array | None = None, **_: Any) -> BalancedAccuracy:
+        """The metric of one batch; without a mask, every instance counts."""
         return cls(confusion(probs, labels, jnp.ones(labels.shape, bool) if mask is None else mask))
 
     def merge(self, other: BalancedAccuracy) -> BalancedAccuracy:
+        """The metric over the instances of two."""
         return type(self)(self.confusion + other.confusion)
 
     def compute(self) -> Any:
+        """The balanced accuracy, 0 to 1."""
         counts = np.asarray(self.confusion)
-        known = counts.sum(axis=1) > 0
-        return (counts.diagonal()[known] / counts.sum(axis=1)[known]).mean()
+        has_instances = counts.sum(axis=1) > 0
+        return (counts.diagonal()[has_instances] / counts.sum(axis=1)[has_instances]).mean()
 
 
 # `loss` is the negative log-likelihood of the labels, in nats.
@@ -47,7 +51,7 @@ ValidationMetrics = metrics.Collection.create(
 
 @jax.jit
 def validation_metrics(probs: Float32[Array, "bag class"], labels: Int[Array, " bag"]) -> metrics.Collection:
-    """The metrics of predicted probabilities."""
-    of_label = jnp.take_along_axis(probs, labels[:, None], axis=1)[:, 0]
-    nll = -jnp.log(jnp.maximum(of_label, 1e-12))
+    """The negative log-likelihood (nats) and balanced accuracy of predicted probabilities."""
+    label_probs = jnp.take_along_axis(probs, labels[:, None], axis=1)[:, 0]
+    nll = -jnp.log(jnp.maximum(label_probs, 1e-12))
     return ValidationMetrics.single_from_model_output(nll=nll, probs=probs, labels=labels)

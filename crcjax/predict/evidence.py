@@ -1,8 +1,9 @@
-"""The files that show where a prediction's evidence lies: attention/SLIDE_ID.npz and heatmaps/SLIDE_ID.png."""
+"""Writes the files that show where a prediction's evidence lies: attention/SLIDE_ID.npz and heatmaps/SLIDE_ID.png."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -10,12 +11,13 @@ from jaxtyping import UInt8
 
 from crcjax.errors import writing
 from crcjax.predict.attribution import Method
-from crcjax.predict.heatmap import overlay, write_heatmap
+from crcjax.predict.heatmap import heatmap_png, overlay
 from crcjax.predict.predictor import SlidePrediction
 from crcjax.slides.wsi.slide import SlideInfo
 from crcjax.validation.predictions_table import PredictionRow
 
 DISCLAIMER = "research use only"
+# What the colours of a heatmap show, by method.
 MEANING: dict[Method, str] = {
     "attention": "attention (attention, not evidence)",
     "gradient": "evidence for the predicted class, by integrated gradients,",
@@ -26,12 +28,12 @@ _ATTENTION, _HEATMAPS = "attention", "heatmaps"
 
 
 def attention_file(out: Path, slide_id: str) -> Path:
-    """Where a slide's attention and attribution are written."""
+    """The file of a slide's attention and attribution."""
     return out / _ATTENTION / f"{slide_id}.npz"
 
 
 def heatmap_file(out: Path, slide_id: str) -> Path:
-    """Where a slide's heatmap is written."""
+    """The file of a slide's heatmap."""
     return out / _HEATMAPS / f"{slide_id}.png"
 
 
@@ -51,45 +53,47 @@ def write_evidence(
       row: the slide's row with its prediction.
       info: the slide's size and µm per pixel.
       prediction: the slide's attention and attribution.
-      method: what the attribution shows.
-      thumbnail: the slide; None for a slide that was imported without its file.
-      digest: what the prediction was made from (`digest_of`), so that a later start recognises it.
+      method: the method of the attribution.
+      thumbnail: the slide's pixels; None for a slide that was imported without its file.
+      digest: identifies the inputs of the prediction (`digest_of`), so that a later start recognises it.
 
     Raises:
       OutputError: the folder cannot be written.
     """
-    arrays, picture = attention_file(out, row.slide_id), heatmap_file(out, row.slide_id)
-    by_region, is_used = prediction.attribution.sum(axis=1), prediction.mask.any(axis=1)
+    maps = prediction.prediction
+    arrays: dict[str, Any] = {
+        "origin": prediction.origin,
+        "region_px": prediction.region_px,
+        "mpp": info.mpp[0],
+        "attention": np.asarray(maps.region_attention[0]),
+        "slot_attention": np.asarray(maps.slot_attention[0]),
+        "class_attention": np.asarray(maps.class_attention[0]),
+        "attribution": prediction.attribution,
+        "made_from": digest,
+        "has_heatmap": thumbnail is not None,
+    }
+    npz_path, png_path = attention_file(out, row.slide_id), heatmap_file(out, row.slide_id)
     with writing(out):
-        arrays.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(
-            arrays,
-            origin=prediction.origin,
-            region_px=prediction.region_px,
-            mpp=info.mpp[0],
-            attention=np.asarray(prediction.prediction.region_attention[0]),
-            slot_attention=np.asarray(prediction.prediction.slot_attention[0]),
-            class_attention=np.asarray(prediction.prediction.class_attention[0]),
-            attribution=prediction.attribution,
-            made_from=digest,
-            has_heatmap=thumbnail is not None,
-        )
-        if thumbnail is None:
-            return
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        write_heatmap(
-            picture,
-            thumbnail,
-            overlay(thumbnail, prediction.origin[is_used], prediction.region_px, by_region[is_used], info.size),
-            meaning=MEANING[method],
-            title=f"{row.slide_id}: {row.subtype} {max(row.probs):.2f} · {DISCLAIMER}",
-            um_per_px=info.mpp[0] * info.size[0] / thumbnail.shape[1],
-            synthetic=info.synthetic,
-        )
+        npz_path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(npz_path, **arrays)
+    if thumbnail is None:
+        return
+    by_region, has_tiles = prediction.attribution.sum(axis=1), prediction.mask.any(axis=1)
+    png = heatmap_png(
+        thumbnail,
+        overlay(thumbnail, prediction.origin[has_tiles], prediction.region_px, by_region[has_tiles], info.size),
+        meaning=MEANING[method],
+        title=f"{row.slide_id}: {row.subtype} {max(row.probs):.2f} · {DISCLAIMER}",
+        um_per_px=info.mpp[0] * info.size[0] / thumbnail.shape[1],
+        synthetic=info.synthetic,
+    )
+    with writing(out):
+        png_path.parent.mkdir(parents=True, exist_ok=True)
+        png_path.write_bytes(png)
 
 
 def evidence_digest(out: Path, slide_id: str) -> str | None:
-    """What a slide's evidence was made from; empty if its heatmap is absent, None without an attention file of crcjax."""
+    """The digest that a slide's evidence was written with; empty if its heatmap is missing, None without an attention file."""
     try:
         with open(attention_file(out, slide_id), "rb") as file, np.load(file) as saved:
             has_heatmap = bool(saved["has_heatmap"])
@@ -100,14 +104,15 @@ def evidence_digest(out: Path, slide_id: str) -> str | None:
 
 
 def remove_evidence(out: Path, slide_id: str) -> None:
-    """Removes a slide's evidence, if it has any. Raises OSError."""
-    if "/" in slide_id:  # a table from elsewhere; crcjax writes no such file
+    """Removes a slide's evidence files if they exist. Raises OSError."""
+    # The ids come from a table that another program may have written; crcjax writes no such file.
+    if "/" in slide_id:
         return
     for path in (attention_file(out, slide_id), heatmap_file(out, slide_id)):
         path.unlink(missing_ok=True)
 
 
 def slides_with_evidence(out: Path) -> set[str]:
-    """The ids of all slides with an attention file of crcjax."""
+    """The ids of all slides with an attention file that crcjax wrote."""
     names = {path.stem for path in (out / _ATTENTION).glob("*.npz")}
     return {slide_id for slide_id in names if evidence_digest(out, slide_id) is not None}

@@ -1,4 +1,4 @@
-"""How usual a bag is among those that a model knows, and how much of its evidence it can have by that."""
+"""Feature density: how probable a bag is under the training bags, and the scaling of its evidence by that."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from crcjax.models.mil import Prediction
 
 Summaries = Float[np.ndarray, "bag moment feature"]
 _FILE = "density.npz"
-_FEWEST = 8  # bags that quartiles can be told of
-_KEPT = 0.8  # of the variance of log deviations, in their first components
+# Fewer bags do not determine quartiles.
+_FEWEST_BAGS = 8
+# The share of the variance of log deviations that the retained principal components explain.
+_EXPLAINED_VARIANCE = 0.8
 
 
 def summary(
     features: Float32[np.ndarray, "region slot feature"], mask: Bool[np.ndarray, "region slot"]
 ) -> Float[np.ndarray, "moment feature"]:
-    """What a bag's density is of: the mean of its instances' features, and the logarithm of their standard deviation.
+    """Summarises a bag by two moments: the mean of its instances' features and the logarithm of their standard deviation.
 
-    A stain moves the mean; tissue that lacks a kind, or blur, makes instances more alike. An empty bag is like none.
+    A different stain shifts the mean. Blur, or tissue that lacks one of its usual components, reduces the deviation. An empty
+    bag is far from every class.
     """
     valid = features[mask].astype(np.float64) if mask.any() else np.zeros((1, features.shape[-1]))
     return np.stack([valid.mean(axis=0), np.log(valid.std(axis=0) + 1e-6)])
@@ -35,10 +38,11 @@ def summary(
 
 @dataclass(frozen=True)
 class Density:
-    """Gaussians of the classes' training bags with one covariance, of both moments: Mahalanobis distances (Lee et al. 2018).
+    """Class-conditional Gaussians of the training bags with a shared covariance, for each moment (Lee et al. 2018).
 
-    `usual` and `spread` are the upper quartile and the interquartile range of the validation bags' squared distances:
-    a model knows its training bags too well to say how far from them others usually are.
+    Distances are squared Mahalanobis distances. `usual` is the upper quartile and `spread` the interquartile range of the
+    validation bags' distances. Training bags would not do: the encoder was fitted on them, so they lie closer together than
+    new bags.
     """
 
     centres: Float[np.ndarray, "moment class feature"]
@@ -47,14 +51,14 @@ class Density:
     spread: Float[np.ndarray, " moment"]
 
     def excess(self, summaries: Summaries) -> Float[np.ndarray, " bag"]:
-        """How far beyond the usual bags are: squared distances to the nearest class, less `usual`, in `spread`; 0 within."""
-        distances = _squared(self.centres, self.precision, summaries)
+        """The distance to the nearest class beyond `usual`, in units of `spread`, summed over moments; 0 in-distribution."""
+        distances = _squared_distances(self.centres, self.precision, summaries)
         return (np.maximum(distances - self.usual, 0.0) / self.spread).sum(axis=1)
 
-    def tempered(self, prediction: Prediction, summaries: Summaries) -> Prediction:
-        """Predictions of an evidential head, with exp(-excess) of their evidence; the class that is called stays.
+    def scale_evidence(self, prediction: Prediction, summaries: Summaries) -> Prediction:
+        """Multiplies the evidence of an evidential head's predictions by exp(-excess); the predicted class does not change.
 
-        So evidence is scaled by density in prediction, as Yoon and Kim (2024) do.
+        Yoon and Kim (2024) also scale evidence by a density of features.
         """
         assert prediction.alpha is not None
         alpha = 1.0 + np.exp(-self.excess(summaries))[:, None] * (np.asarray(prediction.alpha, np.float64) - 1.0)
@@ -63,7 +67,7 @@ class Density:
         return replace(prediction, **{name: np.asarray(getattr(head, name)) for name in names})
 
     def save(self, run: Path) -> None:
-        """Into a run directory, whole or not at all: a run that has one is finished. Raises OutputError."""
+        """Writes the density into a run directory, whole or not at all: its presence marks a finished run. Raises OutputError."""
         partial = run / f"partial-{_FILE}"
         with writing(run, "choose another --workdir"):
             np.savez(partial, **asdict(self))
@@ -71,42 +75,50 @@ class Density:
 
 
 def fit_density(
-    known: Summaries, label: Int[np.ndarray, " bag"], others: Float[np.ndarray, "other moment feature"]
+    training: Summaries, label: Int[np.ndarray, " bag"], validation: Float[np.ndarray, "other moment feature"]
 ) -> Density:
-    """The density of training bags, `known`, that are of these classes, and how far `others`, of validation, are from them.
+    """Fits the density of the training bags and the usual distance of validation bags from them.
 
-    The mean's covariance is shrunk as Ledoit and Wolf (2004) have it; of the deviations, which vary together, the first
-    components are judged alone. Raises InputError if they are too few.
+    The covariance of the means is shrunk (Ledoit and Wolf 2004). Log deviations are highly correlated, so that only their
+    first principal components count.
+
+    Args:
+      training: summaries of the training bags.
+      label: the classes of the training bags.
+      validation: summaries of the validation bags.
+
+    Raises:
+      InputError: there are too few training or validation bags.
     """
-    check_bags(len(known), len(others))
-    classes, at = np.unique(label, return_inverse=True)
-    centres = np.stack([known[at == number].mean(axis=0) for number in range(len(classes))], axis=1)
-    around = known - centres[:, at].swapaxes(0, 1)
-    mean = LedoitWolf(assume_centered=True).fit(around[:, 0]).precision_
-    precision = np.stack([mean, _of_components(around[:, 1])])
-    low, high = np.quantile(_squared(centres, precision, others), [0.25, 0.75], axis=0)
+    check_bags(len(training), len(validation))
+    classes, class_index = np.unique(label, return_inverse=True)
+    centres = np.stack([training[class_index == number].mean(axis=0) for number in range(len(classes))], axis=1)
+    centred = training - centres[:, class_index].swapaxes(0, 1)
+    mean_precision = LedoitWolf(assume_centered=True).fit(centred[:, 0]).precision_
+    precision = np.stack([mean_precision, _principal_precision(centred[:, 1])])
+    low, high = np.quantile(_squared_distances(centres, precision, validation), [0.25, 0.75], axis=0)
     return Density(centres, precision, high, np.maximum(high - low, 1e-9))
 
 
-def check_bags(known: int, others: int) -> None:
+def check_bags(training: int, validation: int) -> None:
     """Raises InputError if there are too few training or validation bags to fit a feature density."""
-    if min(known, others) < _FEWEST:
+    if min(training, validation) < _FEWEST_BAGS:
         raise InputError(
-            f"config.model.head {BY_DENSITY}: {known} training and {others} validation slides or cases are too few to tell "
-            f"what is usual; give {_FEWEST} or more of each, or choose evidential"
+            f"config.model.head {BY_DENSITY}: {training} training and {validation} validation slides or cases are too few; give "
+            f"{_FEWEST_BAGS} or more of each, or choose evidential"
         )
 
 
 def is_fitted(run: Path) -> bool:
-    """Whether a run has its density."""
+    """Whether a run directory has a density."""
     return (run / _FILE).exists()
 
 
 def load_density(run: Path) -> Density:
-    """A run's density. Raises InputError."""
+    """Reads the density of a run. Raises InputError if it is missing or damaged."""
     try:
         with open(run / _FILE, "rb") as file, np.load(file) as saved:
-            return Density(**{part.name: saved[part.name] for part in fields(Density)})
+            return Density(**{field.name: saved[field.name] for field in fields(Density)})
     except FileNotFoundError as error:
         raise InputError(
             f"{run}: has no {_FILE}, which is written at the end of training; give the training command again"
@@ -117,24 +129,24 @@ def load_density(run: Path) -> Density:
         ) from error
 
 
-def _of_components(around: Float[np.ndarray, "bag feature"]) -> Float[np.ndarray, "feature feature"]:
-    """The inverse of the covariance in the first principal components of standardised features, zero across them."""
-    scale = around.std(axis=0)
+def _principal_precision(centred: Float[np.ndarray, "bag feature"]) -> Float[np.ndarray, "feature feature"]:
+    """The inverse covariance within the first principal components of standardised features; other directions count zero."""
+    scale = centred.std(axis=0)
     varying = scale > 0
     precision = np.zeros((len(scale), len(scale)))
     if varying.any():
         scale = scale[varying]
-        components = PCA(_KEPT).fit(around[:, varying] / scale)
+        components = PCA(_EXPLAINED_VARIANCE).fit(centred[:, varying] / scale)
         axes = components.components_ / scale
         precision[np.ix_(varying, varying)] = (axes.T / components.explained_variance_) @ axes
     return precision
 
 
-def _squared(
+def _squared_distances(
     centres: Float[np.ndarray, "moment class feature"],
     precision: Float[np.ndarray, "moment feature feature"],
     summaries: Summaries,
 ) -> Float[np.ndarray, "bag moment"]:
-    """Squared distances to the nearest class."""
+    """Squared Mahalanobis distances to the nearest class."""
     offsets = summaries[:, :, None] - centres
     return np.einsum("bmcf,mfg,bmcg->bmc", offsets, precision, offsets, optimize=True).min(axis=2)

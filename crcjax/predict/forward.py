@@ -1,4 +1,4 @@
-"""Whole bags of any length through the model."""
+"""Runs the model on whole bags of any length."""
 
 from __future__ import annotations
 
@@ -16,12 +16,25 @@ from crcjax.parallel.mesh import over_data, replicated
 from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import StainNormaliser
 
+# The features, mask and positions (x, y in sides of a region) of one bag.
+EncodedBag = tuple[
+    Float32[np.ndarray, "region slot feature"], Bool[np.ndarray, "region slot"], Float32[np.ndarray, "region 2"]
+]
+
 
 class Forward:
-    """A whole bag of any length through the model: regions encoded in chunks, features pooled in padded buckets.
+    """Runs the model on one bag at a time: it encodes regions in chunks and pools their features padded to a bucket.
 
-    Training's evaluation and prediction both use it, each process on its own devices (`local_mesh`). XLA compiles one
-    program for the chunks and one a bucket.
+    Evaluation during training and prediction use it, each process on the devices attached to it (`local_mesh`). XLA compiles
+    one program for the chunks and one for each bucket.
+
+    Args:
+      model: the model; its parameters are passed to every call.
+      buckets: numbers of regions that bags are padded to; longer bags are padded to a multiple of the largest.
+      chunk: regions encoded at a time, rounded up to a multiple of the devices.
+      mesh: devices along the axis `data`.
+      normaliser: stain normalisation of the tiles, if any.
+      stored: whether the tiles are stored features in place of pixels.
     """
 
     def __init__(
@@ -57,9 +70,12 @@ class Forward:
     def encode(
         self, params: Params, tiles: Num[np.ndarray, "region slot *tile"], stain: StainEstimate | None = None
     ) -> Array:
-        """Features of at most `chunk` regions, padded to `chunk`; not waited for. `stain` is for the normaliser.
+        """Starts the encoding of at most `chunk` regions and returns their features, padded to `chunk`, without waiting.
 
-        `tiles` are pixels, or with `stored`, what a published encoder gave for them.
+        Args:
+          params: the parameters, on the devices.
+          tiles: pixels, or with `stored`, the features of a published encoder.
+          stain: the slide's stain estimate; required with a normaliser.
         """
         padding = [(0, self.chunk - len(tiles)), *[(0, 0)] * (tiles.ndim - 1)]
         return self._encode(
@@ -74,7 +90,7 @@ class Forward:
         position: Float32[np.ndarray, "region 2"],
         key: Key[Array, ""] | None = None,
     ) -> Prediction:
-        """The prediction for one bag, as arrays of the host without its padding; with a key, with dropout."""
+        """Predicts one bag; returns host arrays without padding. With a key, dropout is active."""
         regions = len(mask)
         bag = jax.device_put(self.padded(features, mask, position), self._replicated)
         result = jax.device_get(self._pool(params, *bag, None if key is None else key[None]))
@@ -91,13 +107,16 @@ class Forward:
         mask: Bool[np.ndarray, "region slot"],
         position: Float32[np.ndarray, "region 2"],
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A batch of one bag, with regions added up to a bucket's."""
+        """Pads a bag with masked regions to a bucket and adds the batch axis."""
         largest = self._buckets[-1]
         # Bags above the largest bucket are padded to its multiples.
         size = next((size for size in self._buckets if size >= len(mask)), -(-len(mask) // largest) * largest)
         padding = ((0, size - len(mask)), (0, 0))
-        whole = (np.pad(features, (*padding, (0, 0))), np.pad(mask, padding), np.pad(position, padding))
-        return whole[0][None], whole[1][None], whole[2][None]
+        return (
+            np.pad(features, (*padding, (0, 0)))[None],
+            np.pad(mask, padding)[None],
+            np.pad(position, padding)[None],
+        )
 
     def bag(
         self,
@@ -107,11 +126,11 @@ class Forward:
         position: Float32[np.ndarray, "region 2"],
         stain: StainEstimate | None = None,
     ) -> Prediction:
-        """The prediction for one bag from its regions, `chunk` at a time."""
+        """Predicts one bag from chunks of its regions, each of `chunk` regions; the last may have fewer."""
         return self.pool(params, self.features(params, chunks, stain), mask, position)
 
     def features(
         self, params: Params, chunks: Iterable[Num[np.ndarray, "region slot *tile"]], stain: StainEstimate | None = None
     ) -> Float32[np.ndarray, "region slot feature"]:
-        """One bag's features from its regions, `chunk` at a time."""
+        """Encodes one bag from chunks of its regions, each of `chunk` regions; the last may have fewer."""
         return np.concatenate([jax.device_get(self.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks])

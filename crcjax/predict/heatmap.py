@@ -1,8 +1,8 @@
-"""Attention drawn over the slide."""
+"""Heatmaps: attention or attribution as colours over the slide."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 import cv2
 import matplotlib
@@ -11,12 +11,13 @@ from jaxtyping import Float, Float32, Int32, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+# The longer side of a heatmap's thumbnail.
 LONGEST_PX = 1024
 _COLOURS = "magma"
 
 
 def attention_rank(attention: Float[np.ndarray, " region"]) -> Float32[np.ndarray, " region"]:
-    """Each region's rank among the slide's, 0 to 1; ties share their mean, so that equal attention looks equal."""
+    """The rank of each region within the slide, 0 to 1; ties get their mean rank, so that equal attention has one colour."""
     _, inverse, counts = np.unique(attention, return_inverse=True, return_counts=True)
     middle = np.cumsum(counts) - (counts + 1) / 2
     return (middle[inverse] / max(1, len(attention) - 1)).astype(np.float32)
@@ -29,21 +30,28 @@ def overlay(
     attention: Float[np.ndarray, " region"],
     size: tuple[int, int],
 ) -> UInt8[np.ndarray, "y x 3"]:
-    """The thumbnail with every region coloured by its rank; `size` is the slide's (width, height) in level-0 px."""
+    """Colours every region of the thumbnail by the rank of its attention.
+
+    Args:
+      thumbnail: the slide.
+      origin: the regions' top-left corners (x, y) in level-0 px.
+      region_px: the side of a region in level-0 px.
+      attention: the attention or attribution of each region.
+      size: the slide's (width, height) in level-0 px.
+    """
     height, width = thumbnail.shape[:2]
     scale = np.array([width / size[0], height / size[1]])
     colours = (matplotlib.colormaps[_COLOURS](attention_rank(attention))[:, :3] * 255).astype(np.uint8)
-    shown = cv2.cvtColor(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    grey = cv2.cvtColor(cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     for (left, top), (right, bottom), colour in zip(
         np.rint(origin * scale).astype(int), np.rint((origin + region_px) * scale).astype(int), colours, strict=True
     ):
-        part = shown[top:bottom, left:right]
-        shown[top:bottom, left:right] = (0.45 * part + 0.55 * colour).astype(np.uint8)
-    return shown
+        grey_region = grey[top:bottom, left:right]
+        grey[top:bottom, left:right] = (0.45 * grey_region + 0.55 * colour).astype(np.uint8)
+    return grey
 
 
-def write_heatmap(
-    path: Path,
+def heatmap_png(
     thumbnail: UInt8[np.ndarray, "y x 3"],
     coloured: UInt8[np.ndarray, "y x 3"],
     *,
@@ -51,8 +59,20 @@ def write_heatmap(
     meaning: str,
     um_per_px: float,
     synthetic: bool,
-) -> None:
-    """A PNG with the slide, its colours, a scale bar and the `meaning` of the colours; `um_per_px` is the thumbnail's."""
+) -> bytes:
+    """Draws the slide beside its coloured copy, with a scale bar and a legend.
+
+    Args:
+      thumbnail: the slide.
+      coloured: the result of `overlay`.
+      title: the line above both.
+      meaning: what the colours rank.
+      um_per_px: of the thumbnail.
+      synthetic: whether the title states that the slide is synthetic.
+
+    Returns:
+      A PNG file.
+    """
     height, width = thumbnail.shape[:2]
     figure = Figure(figsize=(10, 10 * height / (2 * width) + 0.9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -69,10 +89,12 @@ def write_heatmap(
     )
     stamp = "SYNTHETIC SLIDE · " if synthetic else ""
     figure.suptitle(f"{stamp}{title}", fontsize=10)
-    figure.savefig(path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
 
 
 def _round_length(um: float) -> float:
-    """The largest of 1, 2 and 5 times a power of ten that is not above `um`."""
+    """The largest length of 1, 2 or 5 times a power of ten that does not exceed `um`."""
     power = 10 ** np.floor(np.log10(um))
     return float(max(step * power for step in (1, 2, 5) if step * power <= um))

@@ -1,4 +1,4 @@
-"""Predicts many slide files into predictions.csv, heatmaps and attention files."""
+"""Predicts slide files and writes predictions.csv, heatmaps and attention files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crcjax.models.mil import Prediction
 from crcjax.predict.evidence import write_evidence
 from crcjax.predict.heatmap import LONGEST_PX
 from crcjax.predict.predictor import Predictor, SlidePrediction
-from crcjax.predict.results import Bag, Results, digest_of
+from crcjax.predict.results import PendingBag, Results, digest_of
 from crcjax.slides.preprocess.tile_slides import check_slide_ids
 from crcjax.slides.wsi.discovery import content_hash, without_names
 from crcjax.slides.wsi.slide import check_mpp, open_slide
@@ -29,10 +29,16 @@ from crcjax.validation.statistics import entropy
 
 @dataclass(frozen=True)
 class PredictJob:
-    """One slide to predict; `site` chooses the set's threshold.
+    """One slide to predict.
 
-    `mpp` (µm per level-0 px) overrides what the file says, `fallback_mpp` is for one that states none. Its
-    row names its path, or files, only if `names_path`.
+    Attributes:
+      slide_id: names the row and the files.
+      case_id: slides of one case are predicted together if the run's unit is `case`.
+      path: the slide file or DICOM folder.
+      mpp: µm per level-0 px, in place of the value in the file.
+      site: decides the threshold of the conformal set.
+      fallback_mpp: µm per level-0 px for a file that states none.
+      names_path: whether the row's reason may name the path; False where a pseudonym replaces the name.
     """
 
     slide_id: str
@@ -55,29 +61,28 @@ def predict_slides(
 ) -> list[PredictionRow]:
     """Predicts slides and writes OUT/predictions.csv, OUT/heatmaps/SLIDE_ID.png and OUT/attention/SLIDE_ID.npz.
 
-    Each slide has one row, whether it could be predicted or not. With the unit `case`, the readable slides of a case are one
-    bag, and their rows share its prediction. Rows are written as slides or cases are finished. Started again, the function
-    keeps the rows that the same model, calibration and attribution made of the same slide content, and predicts the others
-    (see `Results`).
+    Every slide has one row, also if it cannot be predicted. With the unit `case`, the readable slides of a case form one bag,
+    and their rows share its prediction. Each row is written when its slide or case is finished. A later start keeps the rows
+    of the same model, calibration, attribution and slide content, and predicts only the others (see `Results`).
 
     Args:
       predictor: the trained runs.
       jobs: the slides.
       out: the folder.
-      threads: threads that decode tiles; by default, all cores.
-      calibration: its temperature changes `subtype`'s probabilities and `entropy`, and its thresholds give `conformal_set`;
-        `expected_entropy` and `mutual_information` stay those of the model.
-      on_row: called with each row once it is written, at once for rows of an earlier run.
+      threads: threads that decode tiles; by default, one per usable core.
+      calibration: its temperature changes the probabilities and `entropy`, and its thresholds give `conformal_set`;
+        `expected_entropy` and `mutual_information` remain those of the model.
+      on_row: called with each row once it is written, and at the start with the rows of an earlier run.
 
     Returns:
       The rows in the order of the jobs.
 
     Raises:
-      InputError: slide ids that occur twice or cannot name a file, or an impossible mpp; nothing has been written then.
+      InputError: a slide id occurs twice or cannot name a file, or an mpp is impossible; nothing is written in these cases.
       OutputError: the folder cannot be written.
     """
     check_slide_ids([(job.slide_id, job.path) for job in jobs])
-    for mpp in {given for job in jobs for given in (job.mpp, job.fallback_mpp)}:
+    for mpp in {mpp for job in jobs for mpp in (job.mpp, job.fallback_mpp)}:
         check_mpp(mpp)
     threads = threads or len(os.sched_getaffinity(0))
     jobs_by_bag = _bags(jobs, predictor.unit)
@@ -89,16 +94,16 @@ def predict_slides(
     return [results.rows[job.slide_id] for job in jobs]
 
 
-def _bag(predictor: Predictor, jobs: Sequence[PredictJob], calibration: Calibration | None) -> Bag:
+def _bag(predictor: Predictor, jobs: Sequence[PredictJob], calibration: Calibration | None) -> PendingBag:
     def compute_digest() -> str:
         content = [(job.slide_id, _content(job.path), job.mpp, job.fallback_mpp, job.site) for job in jobs]
-        # Only a slide whose content is known can be recognised as finished.
+        # A slide that cannot be read is never recognised as finished.
         if not all(content_digest for _, content_digest, *_ in content):
             return ""
         return digest_of(predictor.model_id, calibration, predictor.attribution, predictor.tiling.to_json(), content)
 
     model, split_of = predictor.model_id, predictor.split_of
-    return Bag([unpredicted_row(job.slide_id, job.case_id, model, split_of) for job in jobs], compute_digest)
+    return PendingBag([unpredicted_row(job.slide_id, job.case_id, model, split_of) for job in jobs], compute_digest)
 
 
 def _content(path: Path) -> str:
@@ -110,13 +115,13 @@ def _content(path: Path) -> str:
 
 
 def unpredicted_row(slide_id: str, case_id: str, model: str, split_of: dict[str, str]) -> PredictionRow:
-    """The row of a slide that has not been predicted yet; its split is that of the slide or else of its case."""
+    """The row of a slide before prediction; its split is that of the slide, otherwise that of its case."""
     split = split_of.get(slide_id) or split_of.get(case_id, "")
     return PredictionRow(slide_id, case_id, status="failed", model=model, split=split)
 
 
 def _bags(jobs: Sequence[PredictJob], unit: str) -> list[list[PredictJob]]:
-    """The jobs that share a bag, cases in the order of their first slides."""
+    """Groups jobs by bag; cases are in the order of their first slides."""
     if unit == "slide":
         return [[job] for job in jobs]
     slides_of: dict[str, list[PredictJob]] = {}
@@ -127,7 +132,7 @@ def _bags(jobs: Sequence[PredictJob], unit: str) -> list[list[PredictJob]]:
 
 @dataclass
 class _Slide:
-    """A slide of a bag on its way to its row; `failure` is set once it cannot be predicted."""
+    """A slide that is being predicted; `failure` is its status and reason if it cannot be predicted."""
 
     job: PredictJob
     row: PredictionRow
@@ -135,25 +140,23 @@ class _Slide:
     failure: tuple[str, str] | None = None
 
     def finished(self) -> PredictionRow:
-        """The row, or if it failed, the row that says why."""
+        """The finished row; of a failed slide, the row with the status and the reason."""
         if self.failure is None:
             return self.row
         status, reason = self.failure
-        earlier = self.row
-        return PredictionRow(
-            earlier.slide_id, earlier.case_id, status, reason=reason, model=earlier.model, split=earlier.split
-        )
+        row = self.row
+        return PredictionRow(row.slide_id, row.case_id, status, reason=reason, model=row.model, split=row.split)
 
 
 def _predict_bag(
     predictor: Predictor,
     jobs: Sequence[PredictJob],
-    bag: Bag,
+    bag: PendingBag,
     out: Path,
     threads: int,
     calibration: Calibration | None,
 ) -> list[PredictionRow]:
-    """The rows of the slides of one bag; the bag consists of the slides that can be read."""
+    """Predicts one bag from those of its slides that can be read, and returns the rows of all of them."""
     slides = [_Slide(job, row) for job, row in zip(jobs, bag.rows, strict=True)]
     readable = []
     with ExitStack() as files:
@@ -171,7 +174,8 @@ def _predict_bag(
                 row = predicted_row(
                     slide.row, prediction, predictor.classes, calibration, calibrated_by, slide.job.site
                 )
-                begun, thumbnail = time.monotonic(), opened.thumbnail(LONGEST_PX)
+                begun = time.monotonic()
+                thumbnail = opened.thumbnail(LONGEST_PX)
                 write_evidence(out, row, opened.info, prediction, predictor.attribution, thumbnail, bag.digest)
                 prediction.seconds["pictures"] = time.monotonic() - begun
                 slide.row = replace(row, reason=opened.info.warning, seconds=time.monotonic() - slide.begun)
@@ -190,30 +194,30 @@ def predicted_row(
 
     Args:
       row: the slide's row before prediction (`unpredicted_row`).
-      prediction: of the slide alone, or of its case.
+      prediction: the prediction of the slide, or of its case.
       classes: the classes in the order of the probabilities.
-      calibration: gives the temperature and the conformal set.
-      calibrated_by: the slide whose id decides the random part of an APS set; of a case, its first slide.
-      site: chooses the set's threshold.
+      calibration: the temperature and the thresholds of conformal sets.
+      calibrated_by: the slide whose id seeds the random part of an APS set; for a case, its first slide.
+      site: decides the threshold of the conformal set.
     """
-    uncertainty = called(prediction.prediction, classes, calibration, calibrated_by, site)
+    fields = prediction_fields(prediction.prediction, classes, calibration, calibrated_by, site)
     return replace(
         row,
         status="ok",
-        **uncertainty,
+        **fields,
         regions=int(prediction.mask.any(axis=1).sum()),
         synthetic=prediction.synthetic,
     )
 
 
-def called(
+def prediction_fields(
     prediction: Prediction,
     classes: Sequence[str],
     calibration: Calibration | None = None,
     calibrated_by: str = "",
     site: str | None = None,
 ) -> dict[str, Any]:
-    """The fields of a row that one bag's prediction decides; arguments are as for `predicted_row`."""
+    """The subtype, probabilities, uncertainties and conformal set of one bag's prediction; arguments as for `predicted_row`."""
     model_probs = np.asarray(prediction.probs[0], np.float64)
     probs = model_probs if calibration is None else calibration.probs(model_probs[None])[0]
     expected = float(prediction.expected_entropy[0])
@@ -231,7 +235,7 @@ def called(
 
 @contextmanager
 def _recording_failure(*slides: _Slide) -> Iterator[None]:
-    """Records in the slides why they failed."""
+    """Records an error of the slides, or of the device's memory, as the failure of these slides."""
     try:
         yield
     except SlideError as error:

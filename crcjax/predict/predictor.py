@@ -1,4 +1,4 @@
-"""Trained runs, ready to predict slides."""
+"""Loads one trained run or an ensemble and predicts open slides."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crcjax.parallel.compilation_cache import use_compilation_cache
 from crcjax.parallel.mesh import local_mesh, replicated
 from crcjax.predict.attribution import Method, attention_for, attributor
 from crcjax.predict.feature_density import load_density, summary
-from crcjax.predict.forward import Forward
+from crcjax.predict.forward import EncodedBag, Forward
 from crcjax.runs.checkpoint import restore_params
 from crcjax.runs.run_directory import Run, open_run
 from crcjax.slides.preprocess.tile_slides import read_shards
@@ -29,16 +29,12 @@ from crcjax.slides.stain.normalisation import slide_stain
 from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
 from crcjax.slides.wsi.slide import Slide
 
-# Of one bag its features, mask and positions.
-PooledBag = tuple[
-    Float32[np.ndarray, "region slot feature"], Bool[np.ndarray, "region slot"], Float32[np.ndarray, "region 2"]
-]
-
 
 @dataclass(frozen=True)
 class EncodedSlide:
-    """What members' encoders say of a slide's regions (level-0 px), and the seconds of each stage."""
+    """The features of a slide's regions by each ensemble member, and the seconds of each stage."""
 
+    # One array per ensemble member.
     features: list[Float32[np.ndarray, "region slot feature"]]
     plan: TilePlan
     mask: Bool[np.ndarray, "region slot"]
@@ -48,7 +44,7 @@ class EncodedSlide:
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """One slide's prediction, where its regions lie (corner and side in level-0 px), and the seconds of each stage."""
+    """One slide's prediction, the corners and side of its regions in level-0 px, and the seconds of each stage."""
 
     prediction: Prediction
     origin: Int32[np.ndarray, "region 2"]
@@ -56,19 +52,28 @@ class SlidePrediction:
     mask: Bool[np.ndarray, "region slot"]
     synthetic: bool
     seconds: dict[str, float]
-    attribution: Float[np.ndarray, "region slot"]  # what each instance did for the class that is called
+    # The contribution of each instance to the predicted class.
+    attribution: Float[np.ndarray, "region slot"]
 
     @property
     def probs(self) -> Float[np.ndarray, " class"]:
+        """The class probabilities."""
         return np.asarray(self.prediction.probs[0], np.float64)
 
 
 class Predictor:
-    """The best checkpoints of one run or several, a deep ensemble, with the tiling that they were trained on.
+    """Predicts with the best checkpoint of one run, or of several as a deep ensemble, by the tiling of their training.
 
-    With `dropout_samples`, each predicts as often with dropout. `attribution` says how evidence is laid on instances.
-    `split_of` holds the ids of the slides and cases that a run was fitted or chosen on. Raises InputError if a run is not
-    usable, or does not go with the first.
+    Args:
+      runs: run directories that differ only by their seed.
+      dropout_samples: predictions with dropout by each run; 0 predicts once without dropout.
+      attribution: the method by which evidence is attributed to instances.
+
+    Attributes:
+      split_of: the split, `train` or `val`, of every slide and case that a run was fitted or chosen on, by id.
+
+    Raises:
+      InputError: a run is not usable, or differs from the first in more than its seed.
     """
 
     def __init__(self, *runs: str | Path, dropout_samples: int = 0, attribution: Method = "attention"):
@@ -77,26 +82,26 @@ class Predictor:
         for run in opened:
             if run.config.model.imported_features:
                 raise InputError(
-                    f"{run.path}: was trained on imported features, and the weights of {run.config.model.encoder} that made "
-                    "them are not known: it cannot predict slides, but what was imported of them, by --store"
+                    f"{run.path}: was trained on imported features, and the weights of {run.config.model.encoder} are unknown; "
+                    "import the features of the slides into a store, and predict that with --store"
                 )
         self.tiling: TilingParams = first.tiling
         self.classes: tuple[str, ...] = tuple(first.config.data.classes)
         self.unit: str = first.config.data.unit
-        self._seen = self.tiling.slots_of(first.config.data.magnifications)
-        check_go_together(opened)
+        self._visible_slots = self.tiling.slots_of(first.config.data.magnifications)
+        check_ensemble(opened)
         self._keys = dropout_keys(opened, dropout_samples)
-        self.split_of = used_for(opened)
+        self.split_of = splits_of(opened)
         self.attribution = attribution
         self.members = [Member(run, attribution) for run in opened]
         self.model_id = ensemble_id(self.members, dropout_samples)
 
     def predict(self, slide: Slide, threads: int) -> SlidePrediction:
-        """The prediction of an open slide alone. Raises SlideError."""
+        """Predicts one open slide; `threads` decode its tiles. Raises SlideError."""
         return self.predict_encoded([self.encode(slide, threads)])[0]
 
     def encode(self, slide: Slide, threads: int) -> EncodedSlide:
-        """An open slide's features; `threads` decode ahead of the encoder. Raises SlideError."""
+        """Encodes an open slide; `threads` decode its tiles ahead of the encoder. Raises SlideError."""
         start = time.monotonic()
         plan = plan_tiles(slide, self.tiling)
         seconds = {"plan": time.monotonic() - start, "wait": 0.0, "encode": 0.0}
@@ -109,26 +114,35 @@ class Predictor:
         shards = self._timed(read_shards(slide, plan, threads, transform=transform), seconds, "wait")
         for _, tiles in shards:
             begun = time.monotonic()
-            for member, stain, parts in zip(self.members, stains, features, strict=True):
-                parts.extend(member.encode(tiles.pixels, stain))
-            masks.append(tiles.mask & self._seen)
+            for member, stain, chunks in zip(self.members, stains, features, strict=True):
+                chunks.extend(member.encode(tiles.pixels, stain))
+            masks.append(tiles.mask & self._visible_slots)
             seconds["encode"] += time.monotonic() - begun
-        whole = [np.concatenate(parts) for parts in features]
-        return EncodedSlide(whole, plan, np.concatenate(masks), slide.info.synthetic, seconds)
+        by_member = [np.concatenate(chunks) for chunks in features]
+        return EncodedSlide(by_member, plan, np.concatenate(masks), slide.info.synthetic, seconds)
 
     def predict_encoded(self, slides: Sequence[EncodedSlide]) -> list[SlidePrediction]:
-        """The prediction of slides as one bag: the same for each, but that each has its own part of the attention."""
+        """Predicts slides as one bag: they share the prediction, and each gets the attention of its regions."""
         begun = time.monotonic()
         position = separate_slides([(slide.plan.origin / slide.plan.region_px).astype(np.float32) for slide in slides])
         mask = np.concatenate([slide.mask for slide in slides])
-        features = [np.concatenate(parts) for parts in zip(*(slide.features for slide in slides), strict=True)]
+        features = [np.concatenate(of_slides) for of_slides in zip(*(slide.features for slide in slides), strict=True)]
         prediction, attribution = self.pool(features, mask, np.concatenate(position))
         seconds = {"pool": time.monotonic() - begun}
         predictions = []
-        parts = by_slide(prediction, attribution, [len(slide.mask) for slide in slides])
-        for slide, (part, own) in zip(slides, parts, strict=True):
-            where = slide.plan.origin, slide.plan.region_px, slide.mask
-            predictions.append(SlidePrediction(part, *where, slide.synthetic, slide.seconds | seconds, own))
+        by_slide = split_by_slide(prediction, attribution, [len(slide.mask) for slide in slides])
+        for slide, (slide_prediction, slide_attribution) in zip(slides, by_slide, strict=True):
+            predictions.append(
+                SlidePrediction(
+                    slide_prediction,
+                    slide.plan.origin,
+                    slide.plan.region_px,
+                    slide.mask,
+                    slide.synthetic,
+                    slide.seconds | seconds,
+                    slide_attribution,
+                )
+            )
         return predictions
 
     def pool(
@@ -137,12 +151,13 @@ class Predictor:
         mask: Bool[np.ndarray, "region slot"],
         position: Float32[np.ndarray, "region 2"],
     ) -> tuple[Prediction, Float[np.ndarray, "region slot"]]:
-        """The prediction of one bag from each member's features, and the attribution of the class that it calls."""
-        return pooled(self.members, [(part, mask, position) for part in features], self.attribution, self._keys)
+        """Predicts one bag from each member's features, and attributes the predicted class to its instances."""
+        bags = [(of_member, mask, position) for of_member in features]
+        return pool_bag(self.members, bags, self.attribution, self._keys)
 
     @staticmethod
     def _timed(shards: Iterator, seconds: dict[str, float], stage: str) -> Iterator:
-        """Passes shards on and adds up how long each was waited for: decoding that the encoder did not hide."""
+        """Passes shards on and adds the time of waiting for them to `seconds`: decoding that encoding did not hide."""
         while True:
             begun = time.monotonic()
             shard = next(shards, None)
@@ -153,7 +168,13 @@ class Predictor:
 
 
 class Member:
-    """One run's model with its parameters on the devices; with `stored`, for stored features instead of pixels."""
+    """One run's model, an ensemble member, with its parameters on the devices.
+
+    Args:
+      run: the run directory.
+      attribution: the method of `attribution`.
+      stored: whether the bags hold stored features of a published encoder in place of pixels.
+    """
 
     def __init__(self, run: Run, attribution: Method, stored: bool = False):
         use_compilation_cache()
@@ -172,67 +193,81 @@ class Member:
     def encode(
         self, pixels: UInt8[np.ndarray, "region slot y x 3"], stain: StainEstimate | None
     ) -> Iterator[np.ndarray]:
-        """The features of a shard's regions, some at a time."""
+        """Yields the features of a shard's regions, one chunk after the other."""
         chunk = self.forward.chunk
         for chunk_pixels in (pixels[first : first + chunk] for first in range(0, len(pixels), chunk)):
             yield np.asarray(self.forward.encode(self.params, chunk_pixels, stain))[: len(chunk_pixels)]
 
-    def pool(self, bag: PooledBag, key: Array | None = None) -> Prediction:
-        """The prediction of one bag; with a key, with dropout."""
+    def pool(self, bag: EncodedBag, key: Array | None = None) -> Prediction:
+        """Predicts one bag, its evidence scaled if the run has a feature density. With a key, dropout is active."""
         prediction = self.forward.pool(self.params, *bag, key)
-        return self._density.tempered(prediction, summary(*bag[:2])[None]) if self._density else prediction
+        return self._density.scale_evidence(prediction, summary(*bag[:2])[None]) if self._density else prediction
 
-    def attribution(self, bag: PooledBag, target: int) -> Float32[np.ndarray, "region slot"]:
-        """What each instance did for a class, by gradients or occlusion."""
+    def attribution(self, bag: EncodedBag, target: int) -> Float32[np.ndarray, "region slot"]:
+        """The contribution of each instance to a class (nats), by gradients or occlusion."""
         assert self.attribute is not None
-        padded = (part[0] for part in self.forward.padded(*bag))
+        padded = (array[0] for array in self.forward.padded(*bag))
         return np.asarray(self.attribute(self.params, *padded, target))[: len(bag[0])]
 
 
-def pooled(
-    members: Sequence[Member], bags: Sequence[PooledBag], method: Method, keys: Sequence[Array | None] = (None,)
+def pool_bag(
+    members: Sequence[Member], bags: Sequence[EncodedBag], method: Method, keys: Sequence[Array | None] = (None,)
 ) -> tuple[Prediction, Float[np.ndarray, "region slot"]]:
-    """The prediction of one bag from what each member has of it, and what its instances did for the class that is called.
+    """Predicts one bag with an ensemble, and attributes the predicted class to its instances.
 
-    With `keys` each member predicts as often with dropout.
+    Args:
+      members: the ensemble members.
+      bags: the bag as encoded by each member.
+      method: the method of the attribution.
+      keys: every member predicts once per key with dropout; the key None predicts without.
+
+    Returns:
+      The combined prediction, and the attribution averaged over the members.
     """
-    both = list(zip(members, bags, strict=True))
-    combined = combine([member.pool(bag, key) for member, bag in both for key in keys])
+    member_bags = list(zip(members, bags, strict=True))
+    combined = combine([member.pool(bag, key) for member, bag in member_bags for key in keys])
     target = int(np.argmax(combined.probs[0]))
     if method == "attention":
         return combined, attention_for(combined, target)
-    return combined, np.mean([member.attribution(bag, target) for member, bag in both], axis=0)
+    return combined, np.mean([member.attribution(bag, target) for member, bag in member_bags], axis=0)
 
 
-def by_slide(
+def split_by_slide(
     prediction: Prediction, attribution: Float[np.ndarray, "region slot"], regions: Sequence[int]
 ) -> Iterator[tuple[Prediction, Float[np.ndarray, "_ slot"]]]:
-    """Splits a bag's prediction by slide; `regions` are the regions of each. Only attention and attribution differ."""
+    """Splits the attention and attribution of a bag by slide; everything else of the prediction is shared.
+
+    Args:
+      prediction: the prediction of one bag.
+      attribution: the attribution of the bag.
+      regions: the number of regions of each slide.
+    """
     ends = np.cumsum(regions)
-    for own in (slice(end - count, end) for count, end in zip(regions, ends, strict=True)):
-        part = replace(
+    for count, end in zip(regions, ends, strict=True):
+        rows = slice(end - count, end)
+        slide_prediction = replace(
             prediction,
-            region_attention=prediction.region_attention[:, own],
-            slot_attention=prediction.slot_attention[:, own],
-            class_attention=prediction.class_attention[:, own],
+            region_attention=prediction.region_attention[:, rows],
+            slot_attention=prediction.slot_attention[:, rows],
+            class_attention=prediction.class_attention[:, rows],
         )
-        yield part, attribution[own]
+        yield slide_prediction, attribution[rows]
 
 
-def check_go_together(runs: Sequence[Run]) -> None:
-    """Raises InputError if a run cannot be of one ensemble with the first."""
+def check_ensemble(runs: Sequence[Run]) -> None:
+    """Raises InputError if the runs differ in more than their seed, so that they form no ensemble."""
     first = runs[0]
     for other in runs[1:]:
         differing = [
             name
-            for name, one, two in (
+            for name, expected, actual in (
                 ("tiling", first.tiling, other.tiling),
                 ("config.data.classes", first.config.data.classes, other.config.data.classes),
                 ("config.data.unit", first.config.data.unit, other.config.data.unit),
                 ("config.data.magnifications", first.config.data.magnifications, other.config.data.magnifications),
                 ("config.model", first.config.model, other.config.model),
             )
-            if one != two
+            if actual != expected
         ]
         if differing:
             raise InputError(
@@ -241,19 +276,25 @@ def check_go_together(runs: Sequence[Run]) -> None:
 
 
 def dropout_keys(runs: Sequence[Run], samples: int) -> list[Array | None]:
-    """Returns the keys of `samples` predictions with dropout by each run, or [None] for one without. Raises InputError."""
+    """The keys of `samples` predictions with dropout by each run, or [None] for one prediction without.
+
+    Raises InputError if the runs were trained without dropout.
+    """
     if samples and not runs[0].config.model.dropout:
         raise InputError(f"{runs[0].path}: was trained without dropout; predict without --dropout-samples")
     return [jax.random.fold_in(jax.random.key(0), sample) for sample in range(samples)] or [None]
 
 
 def ensemble_id(members: Sequence[Member], dropout_samples: int) -> str:
-    """What predictions and calibrations call the model by."""
+    """The id of the ensemble in predictions.csv and calibration.json."""
     return "+".join(member.model_id for member in members) + (f" dropout {dropout_samples}" if dropout_samples else "")
 
 
-def used_for(runs: Sequence[Run]) -> dict[str, str]:
-    """What the ensemble used slides and cases for: one that a member was fitted on is none that all can be judged on."""
+def splits_of(runs: Sequence[Run]) -> dict[str, str]:
+    """The split of every slide and case that a run was fitted (`train`) or chosen (`val`) on, by id.
+
+    A slide that is in `train` of one member and in `val` of another counts as `train`: no evaluation may include it.
+    """
     return {name: split for split in ("val", "train") for run in runs for name in run.ids(split)}
 
 

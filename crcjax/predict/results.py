@@ -1,4 +1,4 @@
-"""predictions.csv as it grows: rows are added one by one, and a later start keeps those that are still valid."""
+"""Writes predictions.csv row by row, and resumes it: a later start keeps the rows that are still valid."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from crcjax.validation.predictions_table import PredictionRow, columns, read_par
 
 
 @dataclass
-class Bag:
-    """Slides that are predicted together: their rows before prediction, and what decides the prediction.
+class PendingBag:
+    """The slides of one bag before prediction, and the function that identifies the inputs of their prediction.
 
-    `compute_digest` reads the slides' content and returns `digest_of` everything that decides the prediction, or an empty
-    text, which matches nothing, if a slide cannot be read.
+    `compute_digest` reads the slides' content and returns `digest_of` all inputs, or an empty text, which matches no earlier
+    prediction, if a slide cannot be read.
     """
 
     rows: list[PredictionRow]
@@ -32,12 +32,12 @@ class Bag:
 
     @cached_property
     def digest(self) -> str:
-        """The digest, computed when it is first needed."""
+        """The digest, computed at its first use."""
         return self.compute_digest()
 
 
 def digest_of(model_id: str, calibration: Calibration | None, attribution: Method, *content: object) -> str:
-    """The digest of what a bag's prediction and evidence are made from; `content` identifies its slides, as JSON values."""
+    """Hashes the inputs of a bag's prediction and evidence; `content` identifies its slides, as JSON values."""
     values = [model_id, calibration.id if calibration else "", attribution, *content]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -45,16 +45,25 @@ def digest_of(model_id: str, calibration: Calibration | None, attribution: Metho
 class Results:
     """OUT/predictions.csv while slides are predicted; a context manager that opens and closes the table.
 
-    On entering, the rows of an earlier run are kept for each bag whose slides it has all predicted from the same model,
-    calibration, attribution and slide content. All other rows are dropped, together with the evidence files of their slides,
-    so that no file in OUT disagrees with the table. A run that is killed loses at most the bag that it was working on.
+    Entering it keeps the rows of an earlier run for each bag whose slides that run predicted from the same model, calibration,
+    attribution and slide content. It removes all other rows, together with the evidence files of their slides, so that no
+    file in OUT disagrees with the table. A killed run loses at most the bag that it was predicting.
+
+    Args:
+      out: the folder OUT.
+      classes: the classes in the order of the probabilities.
+      bags: all bags, in the order of the finished table.
+      on_row: called with each row once it is written; on entering, with each kept row.
+
+    Attributes:
+      rows: the written rows by slide id.
     """
 
     def __init__(
         self,
         out: Path,
         classes: Sequence[str],
-        bags: Sequence[Bag],
+        bags: Sequence[PendingBag],
         on_row: Callable[[PredictionRow], None] = lambda row: None,
     ):
         self._out, self._path, self._classes = out, out / "predictions.csv", classes
@@ -66,11 +75,12 @@ class Results:
         with writing(self._out):
             self._out.mkdir(parents=True, exist_ok=True)
             earlier = read_partial(self._path, self._classes)
-            for bag in self._bags:
-                if self._is_finished(bag, earlier):
-                    for row in bag.rows:
-                        earlier_row = replace(earlier[row.slide_id], case_id=row.case_id, split=row.split)
-                        self.rows[row.slide_id] = earlier_row
+        # Outside of `writing`: the digests read the slides, whose errors are not those of OUT.
+        for bag in self._bags:
+            if self._is_finished(bag, earlier):
+                for row in bag.rows:
+                    self.rows[row.slide_id] = replace(earlier[row.slide_id], case_id=row.case_id, split=row.split)
+        with writing(self._out):
             write_predictions(self._path, list(self.rows.values()), self._classes)
             for slide_id in (set(earlier) | slides_with_evidence(self._out)) - set(self.rows):
                 remove_evidence(self._out, slide_id)
@@ -84,13 +94,13 @@ class Results:
         with writing(self._out):
             self._file.close()
         if error is None:
-            # Rows that were tried again stand at the end of the table; this brings them to their places.
+            # Rows of repeated predictions are at the end of the table; this restores the order of the bags.
             in_order = [self.rows[row.slide_id] for bag in self._bags for row in bag.rows]
             if list(self.rows.values()) != in_order:
                 write_predictions(self._path, in_order, self._classes)
 
-    def has(self, bag: Bag) -> bool:
-        """Whether the rows of a bag are written."""
+    def has(self, bag: PendingBag) -> bool:
+        """Whether the rows of a bag have been written."""
         return bag.rows[0].slide_id in self.rows
 
     def add(self, rows: Iterable[PredictionRow]) -> None:
@@ -103,7 +113,7 @@ class Results:
             self.rows[row.slide_id] = row
             self._on_row(row)
 
-    def _is_finished(self, bag: Bag, earlier: Mapping[str, PredictionRow]) -> bool:
+    def _is_finished(self, bag: PendingBag, earlier: Mapping[str, PredictionRow]) -> bool:
         rows = [earlier.get(row.slide_id) for row in bag.rows]
         if not all(row and row.is_ok and row.model == bag.rows[0].model for row in rows):
             return False

@@ -17,7 +17,7 @@ from crcjax.models.encoders import registry as encoders
 from crcjax.models.encoders.convnets import ResNet
 from crcjax.models.encoders.registry import PRETRAINED, PretrainedEncoder
 from crcjax.models.encoders.torch_weights import torch_tensors
-from crcjax.predict.embed import _is_done, choose_view, embed_store
+from crcjax.predict.embed import _is_embedded, choose_view, embed_store
 from crcjax.runs.pretrained_weights import load_encoder
 from crcjax.slides.store.features import feature_attributes, feature_names, read_features, write_features
 from crcjax.slides.store.tile_store import open_store, tiled_slides
@@ -119,17 +119,17 @@ def test_features_of_other_settings_are_kept_and_the_message_names_the_choice(st
     slide_id = tiled_slides(store)[0]
     features = np.ones((*open_store(store, slide_id).mask.shape, 3), np.float16)
     write_features(store, slide_id, "small", features, made)
-    assert _is_done(store, slide_id, made)
+    assert _is_embedded(store, slide_id, made)
     for name, value, option in (("magnifications", ["10x"], "--mag"), ("dtype", "bfloat16", "--dtype")):
         with pytest.raises(InputError) as caught:
-            _is_done(store, slide_id, made | {name: value})
+            _is_embedded(store, slide_id, made | {name: value})
         assert str(caught.value) == (
             f"{store}/{slide_id}.zarr/features/small: its features have the {name} {made[name]}, and this command would compute "
             f"{value}; give the {option} that they were made with to keep them, or delete the folder to replace them"
         )
     write_features(store, slide_id, "small", features, made | {"imported": {}, "dtype": None})
     with pytest.raises(InputError, match="compute float32; train on them to keep them, or delete the folder"):
-        _is_done(store, slide_id, made)
+        _is_embedded(store, slide_id, made)
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(encoder: Path, store: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_store_without_the_encoders_resolution_is_embedded_with_a_warning_in_w
     view = choose_view(TilingParams(("10x",), tile_px=224), PRETRAINED["uni"])
     assert view.magnifications == ("10x",)
     assert view.warning == (
-        "10x as 1 µm per px; the encoder was trained at 0.5 µm per px: crcjax tile --mag 20x would suit it"
+        "10x as 1 µm per px; the encoder was trained at 0.5 µm per px; crcjax tile --mag 20x makes tiles nearest to that"
     )
     with pytest.raises(InputError, match="the store has 10x"):
         choose_view(TilingParams(("10x",)), PRETRAINED["uni"], ["20x"])

@@ -104,7 +104,7 @@ def test_evidence_falls_with_the_excess_and_the_call_stays(density: Density) -> 
     excess = density.excess(new)
     assert (excess == 0).any()
     assert (excess > 1).any()
-    found = density.tempered(_evidence(alpha), new)
+    found = density.scale_evidence(_evidence(alpha), new)
     expected = 1 + np.exp(-excess)[:, None] * (alpha - 1)
     np.testing.assert_allclose(found.alpha, expected, rtol=1e-6)
     np.testing.assert_allclose(found.vacuity, 3 / expected.sum(axis=1), rtol=1e-6)
@@ -123,7 +123,8 @@ def test_bags_of_another_mean_or_of_more_or_less_alike_instances_have_hardly_any
     rng = np.random.default_rng(3)
     alpha = np.full((60, 3), 10.0, np.float32)
     vacuity = [
-        density.tempered(_evidence(alpha), _summaries(_bags(rng, 60, *how)[0])).vacuity for how in ((), (shift, scale))
+        density.scale_evidence(_evidence(alpha), _summaries(_bags(rng, 60, *how)[0])).vacuity
+        for how in ((), (shift, scale))
     ]
     assert np.median(vacuity[0]) == pytest.approx(0.1)
     assert np.median(vacuity[1]) > 0.9
@@ -132,7 +133,7 @@ def test_bags_of_another_mean_or_of_more_or_less_alike_instances_have_hardly_any
 
 def test_an_empty_bag_has_no_evidence(density: Density) -> None:
     empty = summary(np.ones((2, 1, FEATURES), np.float32), np.zeros((2, 1), bool))[None]
-    found = density.tempered(_evidence(np.full((1, 3), 10.0, np.float32)), empty)
+    found = density.scale_evidence(_evidence(np.full((1, 3), 10.0, np.float32)), empty)
     np.testing.assert_array_equal(found.vacuity, 1.0)
 
 

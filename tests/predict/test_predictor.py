@@ -16,7 +16,7 @@ import pytest
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError, OutputError
 from crcjax.models.mil import Prediction
-from crcjax.predict.predict_slides import PredictJob, called, predict_slides
+from crcjax.predict.predict_slides import PredictJob, predict_slides, prediction_fields
 from crcjax.predict.predict_store import predict_stored
 from crcjax.predict.predictor import Predictor, SlidePrediction
 from crcjax.slides.wsi.slide import open_slide
@@ -101,7 +101,7 @@ def test_what_was_calibrated_on_all_but_certain_calls_is_met_by_their_like(
         found = Prediction(np.log(probs + 1e-30), probs, none, *attention, None, None, none[0], none[0])
         slide_id = f"s{number}"
         unpredicted = PredictionRow(slide_id, f"c{number}", "ok", model="m", split="val")
-        return replace(unpredicted, **called(found, CLASSES, calibration, slide_id))
+        return replace(unpredicted, **prediction_fields(found, CLASSES, calibration, slide_id))
 
     rows = [row_of(i) for i in range(20)]
     for name in ("predictions.csv", "cohort.csv"):

@@ -1,16 +1,20 @@
 """A prediction that was stopped goes on where it was, and files in the folder never contradict the table."""
 
+import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from crcjax.data.cohort import load_cohort
+from crcjax.errors import OutputError
 from crcjax.predict.predict_slides import PredictJob, predict_slides
 from crcjax.predict.predict_store import predict_stored
 from crcjax.predict.predictor import Predictor
-from crcjax.validation.predictions_table import PredictionRow
+from crcjax.predict.results import PendingBag, Results
+from crcjax.validation.predictions_table import PredictionRow, write_predictions
 
 
 class Killed(Exception):
@@ -129,19 +133,19 @@ def test_a_killed_prediction_of_a_store_resumes(
 
     cohort = load_cohort(painted / "cohort.csv", ("canonical", "immune", "stromal")).split("test")
     whole = predict_stored([run], painted / "store", cohort, out=tmp_path / "whole")
-    numbers: list[int] = []
+    indices: list[int] = []
     opened: list[str] = []
-    predict, open_store = predict_store._predicted, predict_store.open_store
+    predict, open_store = predict_store._predict_stored_bag, predict_store.open_store
 
-    def counted(members, evaluations, number, *others):
-        numbers.append(number)
-        return predict(members, evaluations, number, *others)
+    def counted(members, evaluations, index, *others):
+        indices.append(index)
+        return predict(members, evaluations, index, *others)
 
     def counted_open(store, slide_id):
         opened.append(slide_id)
         return open_store(store, slide_id)
 
-    monkeypatch.setattr(predict_store, "_predicted", counted)
+    monkeypatch.setattr(predict_store, "_predict_stored_bag", counted)
     monkeypatch.setattr(predict_store, "open_store", counted_open)
     out = tmp_path / "out"
     with pytest.raises(Killed):
@@ -149,6 +153,24 @@ def test_a_killed_prediction_of_a_store_resumes(
     assert opened == [row.slide_id for row in cohort.rows]
     assert len(_table(out)) == 5
     rows = predict_stored([run], painted / "store", cohort, out=out)
-    assert numbers == list(range(6))
+    assert indices == list(range(6))
     assert [row.probs for row in rows] == [row.probs for row in whole]
     assert (out / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
+
+
+def test_a_read_error_of_a_slide_is_not_reported_as_a_write_error_of_the_folder(tmp_path: Path) -> None:
+    row = PredictionRow("a", "a", "ok", model="m", subtype="x", probs=(0.75, 0.25))
+    write_predictions(tmp_path / "predictions.csv", [row], ("x", "y"))
+    (tmp_path / "attention").mkdir()
+    np.savez(tmp_path / "attention" / "a.npz", made_from="digest", has_heatmap=False)
+
+    def unreadable() -> str:
+        raise OSError(errno.EIO, "Input/output error", "a.svs")
+
+    with pytest.raises(OSError, match=r"a\.svs"):
+        Results(tmp_path, ("x", "y"), [PendingBag([row], unreadable)]).__enter__()
+    with Results(tmp_path, ("x", "y"), [PendingBag([row], lambda: "digest")]) as results:
+        assert list(results.rows) == ["a"]
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file: cannot be written"):
+        Results(tmp_path / "file", ("x", "y"), [PendingBag([row], unreadable)]).__enter__()

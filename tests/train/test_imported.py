@@ -13,7 +13,7 @@ from crcjax.errors import InputError
 from crcjax.predict.predict_store import predict_stored
 from crcjax.predict.predictor import Predictor
 from crcjax.slides.interchange.importer import import_files
-from crcjax.slides.store.features import feature_attributes, read_features, write_features
+from crcjax.slides.store.features import FeatureReader, feature_attributes, read_features, write_features
 from crcjax.slides.store.tile_store import open_store
 from crcjax.train.loop import train
 
@@ -38,7 +38,9 @@ def config(small_config, painted: Path, write_h5: Callable[..., Path], tmp_path:
     return small_config
 
 
-def test_imported_features_train_and_the_run_states_that_it_cannot_predict_slides(config, tmp_path: Path) -> None:
+def test_imported_features_train_and_the_run_states_that_it_cannot_predict_slides(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
@@ -52,6 +54,17 @@ def test_imported_features_train_and_the_run_states_that_it_cannot_predict_slide
     cohort = load_cohort(config.data.cohort, config.data.classes)
     rows = predict_stored([tmp_path / "run"], Path(config.data.store), cohort.split("test"))
     assert [row.subtype for row in rows] == [row.subtype for row in cohort.split("test").rows]
+    opened: list[str] = []
+    init = FeatureReader.__init__
+
+    def counted(self, store, slide_id, encoder) -> None:
+        opened.append(slide_id)
+        init(self, store, slide_id, encoder)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(FeatureReader, "__init__", counted)
+        predict_stored([tmp_path / "run"], Path(config.data.store), cohort.split("test"), out=tmp_path / "once")
+    assert opened == [row.slide_id for row in rows]
     for method in ("attention", "gradient", "region_occlusion"):
         out = tmp_path / method
         again = predict_stored([tmp_path / "run"], Path(config.data.store), cohort, out=out, attribution=method)
@@ -93,7 +106,7 @@ def test_features_that_contradict_each_other_or_the_config_are_refused(config, t
     assert about
     values = read_features(config.data.store, slide_id, "theirs")
     write_features(config.data.store, slide_id, "theirs", values, about | {"stated_encoder": "another"})
-    with refused(match="have the stated_encoder another, those of"):
+    with refused(match="have the stated_encoder another, those of .* a run needs one for all"):
         train(config, tmp_path / "run")
     config.data.features, config.model.encoder = False, "compact"
     with refused(match="imported without its slide"):

@@ -260,7 +260,7 @@ def test_evidence_by_density_falls_beyond_the_range_of_the_validation_slides(
         excess.append(density.excess(known)[0])
         actual = predictor.predict_encoded([encoded])[0].prediction
         position = (encoded.plan.origin / encoded.plan.region_px).astype(np.float32)
-        expected = density.tempered(member.forward.pool(member.params, features, mask, position), known)
+        expected = density.scale_evidence(member.forward.pool(member.params, features, mask, position), known)
         np.testing.assert_allclose(actual.vacuity, expected.vacuity, rtol=1e-6)
         np.testing.assert_allclose(actual.probs, expected.probs, rtol=1e-6)
     assert 2 <= sum(one > 1e-3 for one in excess) <= 4  # the upper quarter of nine, by each of two moments
