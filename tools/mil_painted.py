@@ -237,7 +237,7 @@ def _separation(known: np.ndarray, strange: np.ndarray, seed: int) -> str:
 
 
 def _resampled(count: int, seed: int, statistic) -> np.ndarray:  # type: ignore[no-untyped-def]
-    weights = Resamples.draw(count, seed).weights
+    weights = Resamples.sample(count, seed).weights
     return np.array([statistic(np.repeat(np.arange(count), weight)) for weight in weights])
 
 

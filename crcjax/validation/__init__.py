@@ -1,1 +1,1 @@
-"""Predictions and a cohort to statistics, figures and a report."""
+"""Compares predictions with the reference subtypes of a cohort: statistics, figures and a report."""

@@ -1,4 +1,4 @@
-"""Attention against the truth of painted slides."""
+"""Compares attention with the ground truth of synthetic slides."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from crcjax.validation.statistics import auroc
 
 
 def attention_auroc(truth: Truth, attention_file: Path) -> float:
-    """AUROC of the regions' attention for being at least half tissue that carries the subtype.
+    """AUROC of the attention for identifying regions of which at least half is tissue that shows the slide's subtype.
 
-    NaN where no region, or every region, is. Raises InputError if the attention file is not one.
+    NaN if no region or every region is of that kind. Raises InputError if the file holds no attention.
     """
     try:
         with open(attention_file, "rb") as file, np.load(file) as saved:
@@ -24,13 +24,15 @@ def attention_auroc(truth: Truth, attention_file: Path) -> float:
             side_um = float(saved["region_px"]) * float(saved["mpp"])
             attention = saved["attention"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise InputError(f"{attention_file}: no attention of a slide ({error}); run crcjax predict again") from error
+        raise InputError(
+            f"{attention_file}: holds no attention of a slide ({error}); run crcjax predict again"
+        ) from error
     start, end = corner_um / truth.um_per_px, (corner_um + side_um) / truth.um_per_px
     share = box_shares(truth.carriers, start, end, outside_counts=False)
     return auroc(share >= 0.5, attention)
 
 
-def truth_of(folder: Path, slide_id: str) -> Truth | None:
-    """The truth of a slide in a folder of painted slides, or None if there is none."""
+def slide_truth(folder: Path, slide_id: str) -> Truth | None:
+    """The ground truth of a slide in a folder of synthetic slides; None if it has none."""
     path = folder / f"{slide_id}.truth.npz"
     return load_truth(path) if path.exists() else None

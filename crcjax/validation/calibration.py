@@ -1,4 +1,4 @@
-"""Temperature scaling and conformal sets, fitted on the validation cases of a run and kept in calibration.json."""
+"""Temperature scaling and conformal sets, fitted on the validation cases of a run and stored in calibration.json."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 
 from crcjax.data.cohort import load_cohort
-from crcjax.errors import InputError, writing
+from crcjax.errors import InputError
 from crcjax.validation.predictions_table import load_predictions, probabilities_of
+from crcjax.validation.whole_files import write_whole
 
 METHODS = ("lac", "aps")
-HOTTEST = 10.0  # temperatures are sought from its inverse to it: beyond, a few cases would decide alone
+# Temperatures are fitted within [1 / HOTTEST, HOTTEST]; a value beyond would rest on a few cases.
+HOTTEST = 10.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and the largest score of a class in a slide's set, by site; `""` is for every other site.
+    """A temperature and the thresholds of conformal sets.
 
-    `error` is how often sets may miss the true class; `cases` are those that each threshold was fitted on.
+    Attributes:
+      model: the id of the model that predicted.
+      classes: the classes in the order of the probabilities.
+      temperature: divides the log-probabilities.
+      method: "lac" or "aps".
+      error: the share of sets that may miss the true class.
+      thresholds: by site, the largest nonconformity score of a class in a set; the site "" stands for all other sites.
+      cases: the number of cases that each threshold was fitted on.
     """
 
     model: str
@@ -37,16 +46,16 @@ class Calibration:
 
     @property
     def id(self) -> str:
-        """The first 12 hex digits of the SHA-256 of its values."""
+        """The first 12 hex digits of the SHA-256 of all values."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     def probs(self, probs: Float[np.ndarray, "slide class"]) -> Float[np.ndarray, "slide class"]:
-        """Probabilities at the temperature."""
+        """Returns the probabilities at the temperature."""
         return at_temperature(probs, self.temperature)
 
     def set_of(self, probs: Float[np.ndarray, " class"], slide_id: str, site: str | None) -> tuple[str, ...]:
-        """The conformal set of a slide with the model's own probabilities; it may be empty."""
-        scores = nonconformity(probs[None], self.method, np.array([_draw(slide_id)]))[0]
+        """The conformal set of a slide, which may be empty; `probs` are those of the model, without the temperature."""
+        scores = nonconformity(probs[None], self.method, np.array([_uniform(slide_id)]))[0]
         threshold = self.thresholds.get(site or "", self.thresholds[""])
         return tuple(name for name, score in zip(self.classes, scores, strict=True) if score <= threshold)
 
@@ -54,13 +63,25 @@ class Calibration:
 def calibrate(
     predictions_csv: Path, cohort_csv: Path, out: Path, *, method: str, error: float, by_site: bool
 ) -> Calibration:
-    """Fits on the validation cases of the run that predicted, the first slide of each, and writes calibration.json.
+    """Fits a calibration on the validation cases of the run that predicted, and writes calibration.json.
 
-    Other cases are not read: the model was fitted on some, and others will judge it. With `by_site`, sites with enough
-    cases have thresholds of their own. Raises InputError, OutputError.
+    Only the first slide of each case counts, so that the cases are independent. Other cases are not used: the model was
+    fitted on the training cases, and the test cases will evaluate it.
+
+    Args:
+      predictions_csv: predictions of the run's validation slides, made without a calibration.
+      cohort_csv: the table with the reference subtypes, and the sites for `by_site`.
+      out: the file, written whole or not at all.
+      method: "lac" or "aps" (`nonconformity`).
+      error: the share of sets that may miss the true class, between 0 and 1.
+      by_site: fits a separate threshold for each site with enough cases.
+
+    Raises:
+      InputError: an argument is out of range, or the tables have no validation cases of one uncalibrated model.
+      OutputError: the file cannot be written.
     """
     if method not in METHODS or not 0 < error < 1:
-        raise InputError(f"--method {method}, --error {error}: give lac or aps, and an error between 0 and 1")
+        raise InputError(f"--method must be lac or aps and --error between 0 and 1, got {method} and {error}")
     predictions = load_predictions(predictions_csv)
     cohort = {row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes).rows}
     usable = [row for row in predictions.evaluable if row.split == "val" and row.slide_id in cohort]
@@ -77,8 +98,8 @@ def calibrate(
     label = np.array([predictions.classes.index(slide.subtype or "") for slide in slides])
     probs = probabilities_of(list(rows.values()))
     temperature = fit_temperature(probs, label)
-    uniforms = np.array([_draw(slide.slide_id) for slide in slides])
-    # Of the model's own probabilities: a temperature fitted on the same cases would favour them.
+    uniforms = np.array([_uniform(slide.slide_id) for slide in slides])
+    # Scores use the model's probabilities: a temperature fitted on the same cases would make their scores too small.
     scores = nonconformity(probs, method, uniforms)[np.arange(len(label)), label]
     groups = {"": scores}
     if by_site:
@@ -88,14 +109,12 @@ def calibrate(
     thresholds = {name: value for name, value in thresholds.items() if math.isfinite(value) or not name}
     cases = {name: len(groups[name]) for name in thresholds}
     calibration = Calibration(models.pop(), predictions.classes, temperature, method, error, thresholds, cases)
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(_with_text(asdict(calibration)), indent=1) + "\n")
+    write_whole({out: json.dumps(_thresholds_as_text(asdict(calibration)), indent=1) + "\n"})
     return calibration
 
 
 def load_calibration(path: Path, model: str, classes: tuple[str, ...]) -> Calibration:
-    """Reads calibration.json. Raises InputError if it is none, or not of this model and these classes."""
+    """Reads calibration.json. Raises InputError if the file is damaged, or of another model or other classes."""
     try:
         values = json.loads(path.read_text())
         thresholds = {name: float(value) for name, value in values["thresholds"].items()}
@@ -111,14 +130,14 @@ def load_calibration(path: Path, model: str, classes: tuple[str, ...]) -> Calibr
 
 
 def at_temperature(probs: Float[np.ndarray, "slide class"], temperature: float) -> Float[np.ndarray, "slide class"]:
-    """Softmax of log-probabilities over the temperature (Guo et al. 2017, section 4.2); whatever made them."""
+    """Softmax of the log-probabilities divided by the temperature (Guo et al. 2017, section 4.2), for any model."""
     logits = np.log(np.maximum(probs, 1e-15)) / temperature
     scaled = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return scaled / scaled.sum(axis=-1, keepdims=True)
 
 
 def fit_temperature(probs: Float[np.ndarray, "case class"], label: Int[np.ndarray, " case"]) -> float:
-    """The temperature with the least mean negative log-likelihood, within HOTTEST and its inverse."""
+    """The temperature with the least mean negative log-likelihood within [1 / HOTTEST, HOTTEST]."""
 
     def loss(log_temperature: float) -> float:
         scaled = at_temperature(probs, math.exp(log_temperature))[np.arange(len(label)), label]
@@ -131,8 +150,16 @@ def fit_temperature(probs: Float[np.ndarray, "case class"], label: Int[np.ndarra
 def nonconformity(
     probs: Float[np.ndarray, "slide class"], method: str, uniforms: Float[np.ndarray, " slide"]
 ) -> Float[np.ndarray, "slide class"]:
-    """The score of every class: LAC, 1 - p (Sadinle et al. 2019); APS, the mass of the classes above, and a drawn share
-    (0 to 1) of its own (Romano et al. 2020, equation 5)."""
+    """The nonconformity score of every class.
+
+    LAC: 1 - p (Sadinle et al. 2019). APS: the probability of all more probable classes plus a random share of p (Romano et
+    al. 2020, equation 5).
+
+    Args:
+      probs: the model's probabilities.
+      method: "lac" or "aps".
+      uniforms: the random share of each slide, 0 to 1; only APS uses it.
+    """
     if method == "lac":
         return 1.0 - probs
     above = np.where(probs[:, None, :] > probs[:, :, None], probs[:, None, :], 0.0).sum(axis=-1)
@@ -140,20 +167,20 @@ def nonconformity(
 
 
 def conformal_threshold(scores: Float[np.ndarray, " case"], error: float) -> float:
-    """The ⌈(n + 1)(1 - error)⌉-th smallest score of n cases; infinite, so that sets are full, where n is too small.
+    """The ⌈(n + 1)(1 - error)⌉-th smallest score of n cases; infinite, which makes all sets full, if n is too small.
 
-    A further score, exchangeable with these, is at most it with a probability of at least 1 - error.
+    A new score that is exchangeable with these does not exceed the threshold with a probability of at least 1 - error.
     """
-    # Rounded first: (9 + 1)(1 - 0.1) is 9, whatever floating point makes of it.
+    # Rounding first keeps floating-point errors out of the ceiling: (9 + 1)(1 - 0.1) must give 9.
     rank = math.ceil(round((len(scores) + 1) * (1 - error), 9))
     return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else math.inf
 
 
-def _draw(slide_id: str) -> float:
-    """A number from 0 to 1 that the slide's id alone decides, so that its set is the same every time."""
+def _uniform(slide_id: str) -> float:
+    """A number from 0 to 1 that depends only on the slide's id, so that the slide always gets the same set."""
     return int.from_bytes(hashlib.sha256(slide_id.encode()).digest()[:6]) / 2**48
 
 
-def _with_text(values: dict) -> dict:
-    """JSON has no infinity."""
+def _thresholds_as_text(values: dict) -> dict:
+    """Replaces the thresholds by their texts, since JSON has no infinity."""
     return values | {"thresholds": {name: str(value) for name, value in values["thresholds"].items()}}

@@ -1,4 +1,4 @@
-"""Figures of the report, as PNG bytes."""
+"""Draws the figures of the report as PNG files; `synthetic` stamps a figure."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def _png(figure: Figure, synthetic: bool) -> bytes:
     if synthetic:
         figure.text(0.99, 0.01, "synthetic slides", ha="right", va="bottom", fontsize=7, color="crimson")
     buffer = io.BytesIO()
-    # No version and no date in the file: the same numbers give the same bytes.
+    # The file states no version and no date, so that the same numbers give the same bytes.
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def confusion_figure(confusion: list[list[int]], classes: tuple[str, ...], synthetic: bool) -> bytes:
-    """Counts, coloured by the share of their row."""
+    """The confusion matrix, coloured by the share of each row."""
     counts = np.array(confusion)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(4.2, 3.8), layout="constrained")
@@ -41,8 +41,8 @@ def confusion_figure(confusion: list[list[int]], classes: tuple[str, ...], synth
 
 def reliability_figure(label: np.ndarray, probs: np.ndarray, synthetic: bool) -> bytes:
     """Accuracy against confidence in ten bins, with the number of cases in each."""
-    confidence, right = probs.max(axis=1), probs.argmax(axis=1) == label
-    bins = calibration_bins(confidence, right, bins=10)
+    confidence, is_correct = probs.max(axis=1), probs.argmax(axis=1) == label
+    bins = calibration_bins(confidence, is_correct, bins=10)
     figure = Figure(figsize=(4.2, 3.8), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="grey", lw=1, ls="--")
@@ -54,19 +54,19 @@ def reliability_figure(label: np.ndarray, probs: np.ndarray, synthetic: bool) ->
 
 
 def roc_figure(label: np.ndarray, probs: np.ndarray, classes: tuple[str, ...], synthetic: bool) -> bytes:
-    """One-versus-rest ROC curves."""
+    """The ROC curve of every class against the rest."""
     figure = Figure(figsize=(4.2, 3.8), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="grey", lw=1, ls="--")
     for k, name in enumerate(classes):
         positive, score = label == k, probs[:, k]
-        cuts = np.concatenate([[np.inf], np.unique(score)[::-1]])
+        thresholds = np.concatenate([[np.inf], np.unique(score)[::-1]])
         if positive.any() and not positive.all():
-            sensitivity = [(score[positive] >= cut).mean() for cut in cuts]
-            fall_out = [(score[~positive] >= cut).mean() for cut in cuts]
-            axis.plot(fall_out, sensitivity, label=name, drawstyle="steps-post")
+            sensitivity = [(score[positive] >= threshold).mean() for threshold in thresholds]
+            false_positive_rate = [(score[~positive] >= threshold).mean() for threshold in thresholds]
+            axis.plot(false_positive_rate, sensitivity, label=name, drawstyle="steps-post")
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    # Without any curve, when all cases are of one class, matplotlib warns of an empty legend.
+    # If all cases are of one class there is no curve, and matplotlib would warn of an empty legend.
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="lower right", fontsize=8, frameon=False)
     return _png(figure, synthetic)

@@ -1,4 +1,4 @@
-"""predictions.csv: one typed row a slide, written and read in one place."""
+"""Reads and writes predictions.csv, which has one row per slide."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from crcjax.errors import InputError, writing
+from crcjax.errors import InputError
+from crcjax.validation.whole_files import write_whole
 
 _PROB = "p_"
-_NO_CLASS = "none"  # how an empty conformal set is written
+# The text of an empty conformal set.
+_NO_CLASS = "none"
 _UNCERTAINTY = ("entropy", "expected_entropy", "mutual_information", "vacuity")
-# Other systems' tables may lack every other column.
+# Tables of other systems may lack all other columns.
 _REQUIRED = ("slide_id", "case_id", "status", "reason", "model")
 
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """What predictions.csv says about one slide.
+    """The row of one slide in predictions.csv.
 
-    `status` is `ok` for a slide with a prediction; otherwise `reason` says why it has none, and `subtype`, `probs` and the
+    `status` is `ok` for a slide with a prediction. Otherwise `reason` states why it has none, and `subtype`, `probs` and the
     uncertainties are empty. `probs` are in the order of the table's classes. Entropies are in nats. `conformal_set` is None
-    without a calibration and may be empty with one. `split` and `fold` say how the model's runs used the case.
+    without a calibration and may be empty with one. `split` and `fold` state how the model's runs used the case.
     """
 
     slide_id: str
@@ -55,9 +57,9 @@ class PredictionRow:
         return self.status == "ok"
 
     def to_csv(self, classes: Sequence[str]) -> dict[str, str]:
-        """The row as texts by column.
+        """Returns the row as texts by column.
 
-        Probabilities keep every bit, so that a threshold fitted on the table is met by equal probabilities.
+        Probabilities are written with all digits, so that equal probabilities meet a threshold fitted on the table.
         """
         values = {
             "slide_id": self.slide_id,
@@ -80,10 +82,10 @@ class PredictionRow:
 
     @classmethod
     def from_csv(cls, row: Mapping[str, str | None], classes: Sequence[str]) -> PredictionRow:
-        """Reads the texts of one line; a column that is absent reads as empty.
+        """Reads the texts of one line; a missing column reads as empty.
 
-        Without a column `subtype`, the predicted class is the one with the largest probability. Raises ValueError for
-        probabilities of an `ok` row that do not sum to 1, and for texts that are no numbers.
+        Without a column `subtype`, the predicted class is the one with the largest probability. Raises ValueError if
+        the probabilities of an `ok` row do not sum to 1, or a number cannot be parsed.
         """
 
         def text(name: str) -> str:
@@ -119,7 +121,7 @@ class PredictionRow:
 
 
 def columns(classes: Sequence[str], *, with_fold: bool = False) -> list[str]:
-    """The columns of predictions.csv in their order; only cross-validation has the fold."""
+    """The columns of predictions.csv in their order; only cross-validation writes the column `fold`."""
     return [
         *("slide_id", "case_id", "subtype", *probability_columns(classes)),
         *(*_UNCERTAINTY, "set", "calibration"),
@@ -135,7 +137,7 @@ def probability_columns(classes: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Predictions:
-    """predictions.csv read back."""
+    """The content of predictions.csv."""
 
     rows: list[PredictionRow]
     classes: tuple[str, ...]
@@ -154,7 +156,7 @@ def probabilities_of(rows: Sequence[PredictionRow]) -> Float[np.ndarray, "slide 
 def load_predictions(path: Path) -> Predictions:
     """Reads predictions.csv.
 
-    Raises InputError naming the line: missing columns, a slide in two rows, probabilities that do not sum to 1.
+    Raises InputError, which names the line, for missing columns, a slide in two rows, or probabilities that do not sum to 1.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -186,16 +188,16 @@ def load_predictions(path: Path) -> Predictions:
 
 
 def read_partial(path: Path, classes: Sequence[str]) -> dict[str, PredictionRow]:
-    """The rows by slide id that an earlier run has written, even if it was killed while it wrote the last one.
+    """Reads the rows of an earlier run by slide id; that run may have been killed while it wrote the last row.
 
-    Lines that are cut off or damaged are left out; a table of other classes has no rows.
+    Truncated and damaged lines are skipped. A table of other classes counts as empty. Raises OSError.
     """
     try:
         written = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    whole_lines = written[: written.rfind(b"\n") + 1].decode("utf-8", "replace").replace("\0", "")
-    reader = csv.DictReader(io.StringIO(whole_lines, newline=""))
+    complete_lines = written[: written.rfind(b"\n") + 1].decode("utf-8", "replace").replace("\0", "")
+    reader = csv.DictReader(io.StringIO(complete_lines, newline=""))
     if not set(columns(classes)) <= set(reader.fieldnames or ()):
         return {}
     rows = {}
@@ -211,21 +213,23 @@ def read_partial(path: Path, classes: Sequence[str]) -> dict[str, PredictionRow]
 
 
 def write_predictions(path: Path, rows: Sequence[PredictionRow], classes: Sequence[str]) -> None:
-    """Writes predictions.csv, replacing an older one at once. Raises OutputError."""
+    """Writes predictions.csv whole or not at all. Raises OutputError."""
     names = columns(classes, with_fold=any(row.fold for row in rows))
     write_table(path, [row.to_csv(classes) for row in rows], names)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, str]], names: Sequence[str] = ()) -> None:
-    """Writes a CSV with the columns `names`, by default those of its rows, replacing an older one at once. Raises OutputError."""
-    partial = path.with_name(f".{path.name}")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", newline="") as file:
-            table = csv.DictWriter(file, names or list(dict.fromkeys(name for row in rows for name in row)), restval="")
-            table.writeheader()
-            table.writerows(rows)
-        partial.replace(path)
+    """Writes a CSV whole or not at all; arguments as for `table_text`. Raises OutputError."""
+    write_whole({path: table_text(rows, names)})
+
+
+def table_text(rows: Sequence[Mapping[str, str]], names: Sequence[str] = ()) -> str:
+    """A CSV with the columns `names`, by default all columns of the rows in order of appearance."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, names or list(dict.fromkeys(name for row in rows for name in row)), restval="")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
 
 
 def _probabilities(texts: Sequence[str]) -> tuple[float, ...]:

@@ -19,18 +19,20 @@ import numpy as np
 import crcjax
 from crcjax.data.cohort import SlideRow, load_cohort
 from crcjax.errors import InputError, writing
-from crcjax.validation.attention_truth import attention_auroc, truth_of
+from crcjax.validation.attention_truth import attention_auroc, slide_truth
 from crcjax.validation.figures import confusion_figure, reliability_figure, roc_figure
 from crcjax.validation.predictions_table import (
     PredictionRow,
     load_predictions,
     probabilities_of,
     probability_columns,
-    write_table,
+    table_text,
 )
 from crcjax.validation.selective import uncertainty_statistics
 from crcjax.validation.statistics import Estimate, aggregate_cases, evaluate
+from crcjax.validation.whole_files import write_whole
 
+# Heatmaps on the page.
 HEATMAPS = 6
 # Cases on the page, misclassified ones first; OUT/cases.csv has all.
 LISTED_CASES = 100
@@ -40,12 +42,13 @@ ALL_SUBTYPES = "all subtypes"
 def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | None = None, seed: int = 0) -> dict:
     """Compares predictions with reference subtypes; writes OUT/metrics.json, OUT/report.html and OUT/cases.csv.
 
-    Cases that are train or val in the cohort, or were so in the run that predicted them, are not evaluated: the model was
-    fitted and selected on them. Cases that cross-validation predicted are evaluated, since other runs predicted them.
+    Cases in the split `train` or `val` of the cohort, or of the run that predicted them, are not evaluated: the model was
+    fitted or selected on them. Cases that cross-validation predicted are evaluated, since other runs predicted them.
+    The three files are replaced together, each whole or not at all.
 
     Args:
       predictions_csv: predictions.csv of crcjax predict, or another system's table with its columns.
-      cohort_csv: the table with the reference subtypes; its case ids count.
+      cohort_csv: the table with the reference subtypes; its case ids decide which slides belong together.
       out: the folder.
       truth: the folder of synthetic slides with their ground truth.
       seed: the seed of the bootstrap.
@@ -64,21 +67,21 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
             f"{cohort_csv}: no slide has a reference subtype; add the column subtype with the values "
             f"{', '.join(predictions.classes)}"
         )
-    known = [row for row in predictions.rows if row.slide_id in cohort]
-    if not known:
+    in_cohort = [row for row in predictions.rows if row.slide_id in cohort]
+    if not in_cohort:
         raise InputError(
             f"{cohort_csv}: has none of the {len(predictions.rows)} slides of {predictions_csv} (first: "
             f"{predictions.rows[0].slide_id if predictions.rows else 'none'}); check that the slide ids agree"
         )
-    _check_cases(known, cohort, predictions_csv, cohort_csv)
+    _check_cases(in_cohort, cohort, predictions_csv, cohort_csv)
 
     def case_of(row: PredictionRow) -> str:
         return cohort[row.slide_id].case_id
 
-    cross_validated = {case_of(row) for row in known if row.fold}
+    cross_validated = {case_of(row) for row in in_cohort if row.fold}
     fitted = {row.case_id for row in cohort.values() if row.split in ("train", "val")} - cross_validated
-    fitted |= {case_of(row) for row in known if row.split in ("train", "val")}
-    held_out = [row for row in known if case_of(row) not in fitted]
+    fitted |= {case_of(row) for row in in_cohort if row.split in ("train", "val")}
+    held_out = [row for row in in_cohort if case_of(row) not in fitted]
     with_reference = [row for row in held_out if cohort[row.slide_id].subtype is not None]
     evaluated = [row for row in with_reference if row.is_ok]
     if not evaluated:
@@ -90,8 +93,8 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
     subtype_of = {row.case_id: row.subtype for row in cohort.values()}
     label = np.array([predictions.classes.index(subtype_of[case] or "") for case in cases])
     no_calls = {case_of(row) for row in with_reference} - set(cases)
-    not_given = {row.case_id for row in cohort.values() if row.subtype and row.case_id not in fitted}
-    not_given -= {case_of(row) for row in known}
+    not_predicted = {row.case_id for row in cohort.values() if row.subtype and row.case_id not in fitted}
+    not_predicted -= {case_of(row) for row in in_cohort}
     statistics = evaluate(label, probs, predictions.classes, seed, len(no_calls))
     uncertainty = uncertainty_statistics(evaluated, [cohort[row.slide_id] for row in evaluated])
     attention = _attention(truth, predictions_csv.parent, evaluated, cohort, predictions.classes)
@@ -99,14 +102,14 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
         "synthetic": truth is not None or any(row.synthetic for row in predictions.rows),
         "flow": {
             "slides in predictions": len(predictions.rows),
-            "slides not in the cohort": len(predictions.rows) - len(known),
-            "slides of training and validation cases, not evaluated": len(known) - len(held_out),
+            "slides not in the cohort": len(predictions.rows) - len(in_cohort),
+            "slides of training and validation cases, not evaluated": len(in_cohort) - len(held_out),
             "slides without a reference": len(held_out) - len(with_reference),
             "slides without a prediction": len(with_reference) - len(evaluated),
             "slides evaluated": len(evaluated),
             "cases evaluated": len(cases),
             "cases without any prediction (no-calls)": len(no_calls),
-            "cases of the cohort that were not given to crcjax predict": len(not_given),
+            "cases of the cohort that were not given to crcjax predict": len(not_predicted),
         },
         "statistics": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in statistics.items()},
         "uncertainty": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in uncertainty.items()},
@@ -126,11 +129,14 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
     page = _page(result, predictions.classes, label, probs, table, failed, heatmaps, pictures, cohort)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    write_table(out / "cases.csv", [_case_texts(row, predictions.classes) for row in table])
-    with writing(out):
-        # NaN is no JSON: a value that the data do not determine is null.
-        (out / "metrics.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n")
-        (out / "report.html").write_text(page)
+    write_whole(
+        {
+            out / "cases.csv": table_text([_case_texts(row, predictions.classes) for row in table]),
+            # JSON has no NaN; a value that the data do not determine is null.
+            out / "metrics.json": json.dumps(_without_nan(result), indent=1) + "\n",
+            out / "report.html": page,
+        }
+    )
     return result
 
 
@@ -162,19 +168,19 @@ def _attention(
         return None
     values: dict[str, list[float]] = {name: [] for name in classes}
     for row in rows:
-        ground_truth = truth_of(truth, row.slide_id)
+        ground_truth = slide_truth(truth, row.slide_id)
         if ground_truth is not None and row.subtype == cohort[row.slide_id].subtype:
             value = attention_auroc(ground_truth, folder / "attention" / f"{row.slide_id}.npz")
             if math.isfinite(value):
                 values[row.subtype].append(value)
-    groups = values | {ALL_SUBTYPES: [value for of_class in values.values() for value in of_class]}
+    groups = values | {ALL_SUBTYPES: [value for class_values in values.values() for value in class_values]}
     return {name: {"slides": len(v), "mean AUROC": float(np.mean(v)) if v else math.nan} for name, v in groups.items()}
 
 
 def _case_table(
     cases: Sequence[str], label: np.ndarray, probs: np.ndarray, classes: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """One row a case, misclassified cases first."""
+    """One row per case, misclassified cases first."""
     predicted = probs.argmax(axis=1)
     table = [
         {"case": case, "reference": classes[label[i]], "predicted": classes[predicted[i]], "probs": probs[i]}

@@ -1,4 +1,4 @@
-"""The value of uncertainty: risk against coverage, and how often conformal sets contain the reference."""
+"""Evaluates uncertainty: risk against coverage, and the coverage of conformal sets."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from crcjax.data.cohort import SlideRow
 from crcjax.validation.predictions_table import PredictionRow
 from crcjax.validation.statistics import Estimate, wilson
 
-# Measures that need several distributions: an evidential head's, an ensemble's or dropout's.
-OF_SEVERAL = ("expected_entropy", "mutual_information")
-MEASURES = ("entropy", *OF_SEVERAL, "vacuity")
+# Measures that need several distributions: those of an evidential head, an ensemble or dropout.
+DISTRIBUTION_MEASURES = ("expected_entropy", "mutual_information")
+MEASURES = ("entropy", *DISTRIBUTION_MEASURES, "vacuity")
 
 
 def uncertainty_statistics(rows: Sequence[PredictionRow], slides: Sequence[SlideRow]) -> dict[str, Estimate | float]:
-    """The area under the risk-coverage curve by each measure of uncertainty, and coverage and size of the conformal sets.
+    """Computes the area under the risk-coverage curve of each uncertainty measure, and coverage and size of conformal sets.
 
-    Only the first slide of each case counts, so that the cases are independent. A measure is left out if a row lacks it.
-    Where every mutual information is zero there is one distribution, whose expected entropy is its entropy.
+    Only the first slide of each case counts, so that the cases are independent. A measure is omitted if a row lacks it. If
+    every mutual information is zero the model has a single distribution, and the expected entropy equals the entropy.
 
     Args:
       rows: rows with a prediction.
       slides: their labelled slides.
     """
-    first = {slide.case_id: i for i, slide in reversed(list(enumerate(slides)))}
-    pairs = [(rows[i], slides[i]) for i in sorted(first.values())]
+    first_slide = {slide.case_id: i for i, slide in reversed(list(enumerate(slides)))}
+    pairs = [(rows[i], slides[i]) for i in sorted(first_slide.values())]
     misclassified = np.array([row.subtype != slide.subtype for row, slide in pairs])
     statistics: dict[str, Estimate | float] = {}
     is_single = not any(row.mutual_information for row, _ in pairs)
     for measure in MEASURES:
         values = [getattr(row, measure) for row, _ in pairs]
-        if None not in values and not (is_single and measure in OF_SEVERAL):
+        if None not in values and not (is_single and measure in DISTRIBUTION_MEASURES):
             name = f"area under risk-coverage by {measure.replace('_', ' ')}"
             statistics[name] = risk_coverage_area(np.array(values, float), misclassified)
     sets = [row.conformal_set for row, _ in pairs if row.conformal_set is not None]
@@ -49,9 +49,9 @@ def uncertainty_statistics(rows: Sequence[PredictionRow], slides: Sequence[Slide
 
 
 def risk_coverage_area(uncertainty: Float[np.ndarray, " case"], misclassified: Bool[np.ndarray, " case"]) -> float:
-    """The mean over coverages of the share of misclassified cases among the least uncertain (Geifman et al. 2019, eq. 1).
+    """The misclassified share of the least uncertain cases, averaged over all coverages (Geifman et al. 2019, eq. 1).
 
-    Cases of equal uncertainty count as the mean over all their orders.
+    Cases of equal uncertainty contribute the mean over all their orders.
     """
     _, inverse = np.unique(uncertainty, return_inverse=True)
     share = np.bincount(inverse, misclassified) / np.bincount(inverse)

@@ -1,4 +1,4 @@
-"""Statistics of predictions against reference labels, by case. NumPy alone; every estimate carries its interval."""
+"""Statistics of predictions against reference labels, by case, with intervals. Needs NumPy and SciPy only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
+# The confidence level of all intervals.
 LEVEL = 0.95
+# Bins of the expected calibration error.
 BINS = 15
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval; NaN, with the reason in `warnings`, where the data do not determine it."""
+    """A value and its interval; NaN, with the reason in `warnings`, if the data do not determine it."""
 
     value: float
     ci_low: float
@@ -30,7 +32,11 @@ class Estimate:
 def aggregate_cases(
     case_ids: list[str], probs: Float[np.ndarray, "slide class"]
 ) -> tuple[list[str], Float[np.ndarray, "case class"]]:
-    """Cases in order of appearance and their probabilities: the mean log-probability over slides, normalised."""
+    """Combines the slides of each case: the mean log-probability over slides, normalised.
+
+    Returns:
+      The case ids in order of appearance, and the probabilities of each case.
+    """
     cases = list(dict.fromkeys(case_ids))
     index = {case: i for i, case in enumerate(cases)}
     total = np.zeros((len(cases), probs.shape[1]))
@@ -41,11 +47,11 @@ def aggregate_cases(
 
 
 def confusion_matrix(
-    label: Int[np.ndarray, " case"], called: Int[np.ndarray, " case"], classes: int
-) -> Int[np.ndarray, "reference called"]:
-    """Counts; rows are the reference."""
+    label: Int[np.ndarray, " case"], predicted: Int[np.ndarray, " case"], classes: int
+) -> Int[np.ndarray, "reference predicted"]:
+    """Counts of cases by reference class (rows) and predicted class (columns)."""
     counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (label, called), 1)
+    np.add.at(counts, (label, predicted), 1)
     return counts
 
 
@@ -58,23 +64,23 @@ def wilson(successes: int, n: int) -> Estimate:
 
 
 def balanced_accuracy(confusion: np.ndarray) -> np.ndarray:
-    """Mean recall over the last two axes' matrices; NaN where a class has no case."""
+    """The mean recall of confusion matrices (last two axes); NaN if a class has no case."""
     return np.asarray(_recalls(confusion).mean(axis=-1))
 
 
 def macro_f1(confusion: np.ndarray) -> np.ndarray:
-    """Mean F1 over classes."""
+    """The mean F1 over the classes of confusion matrices (last two axes)."""
     return np.asarray(f1(confusion).mean(axis=-1))
 
 
 def f1(confusion: np.ndarray) -> np.ndarray:
-    """2 TP / (2 TP + FP + FN) of each class; NaN where a class is neither present nor called."""
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    """2 TP / (2 TP + FP + FN) of each class; NaN if a class is neither present nor predicted."""
+    true_positives = np.diagonal(confusion, axis1=-2, axis2=-1)
     with np.errstate(invalid="ignore"):
-        return 2 * hits / (confusion.sum(axis=-1) + confusion.sum(axis=-2))
+        return 2 * true_positives / (confusion.sum(axis=-1) + confusion.sum(axis=-2))
 
 
-def _f1_of(k: int, confusion: np.ndarray) -> np.ndarray:
+def _class_f1(k: int, confusion: np.ndarray) -> np.ndarray:
     return f1(confusion)[..., k]
 
 
@@ -84,58 +90,61 @@ def _recalls(confusion: np.ndarray) -> np.ndarray:
 
 
 def auroc(positive: np.ndarray, score: np.ndarray) -> float:
-    """Probability that a positive scores above a negative, ties counted half; NaN with one class alone."""
-    n1 = int(positive.sum())
-    n0 = len(positive) - n1
-    if n1 == 0 or n0 == 0:
+    """The probability that a positive scores above a negative; ties count half. NaN if either is absent."""
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if positives == 0 or negatives == 0:
         return float("nan")
     ranks = stats.rankdata(score)
-    return float((ranks[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def macro_auroc(label: Int[np.ndarray, " case"], probs: Float[np.ndarray, "case class"]) -> float:
-    """Mean over classes of the one-versus-rest AUROC."""
+    """The mean AUROC of every class against the rest."""
     return float(np.mean([auroc(label == k, probs[:, k]) for k in range(probs.shape[1])]))
 
 
 @dataclass(frozen=True)
 class Resamples:
-    """Bootstrap resamples of cases, as how often each case was drawn; one set serves every statistic."""
+    """Bootstrap resamples, as the number of times each contains a case; all statistics share one set."""
 
     weights: Int[np.ndarray, "resample case"]
 
     @classmethod
-    def draw(cls, cases: int, seed: int, count: int = 2000) -> Resamples:
+    def sample(cls, cases: int, seed: int, count: int = 2000) -> Resamples:
+        """Samples `cases` cases with replacement, `count` times."""
         rng = np.random.default_rng([seed, 20])
         return cls(rng.multinomial(cases, np.full(cases, 1 / cases), size=count))
 
-    def confusions(self, label: np.ndarray, called: np.ndarray, classes: int) -> np.ndarray:
-        """All resamples' confusion matrices by one matrix product."""
+    def confusions(self, label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+        """The confusion matrix of every resample, by one matrix product."""
         cells = np.zeros((len(label), classes * classes), np.int64)
-        cells[np.arange(len(label)), label * classes + called] = 1
+        cells[np.arange(len(label)), label * classes + predicted] = 1
         return (self.weights @ cells).reshape(-1, classes, classes)
 
     def macro_aurocs(self, label: np.ndarray, probs: np.ndarray) -> np.ndarray:
-        """All resamples' macro AUROC, from the matrix of who outscores whom."""
+        """The macro AUROC of every resample, from the matrix of positives that score above negatives."""
         total = np.zeros(len(self.weights))
         for k in range(probs.shape[1]):
-            up, down = self.weights[:, label == k].astype(float), self.weights[:, label != k].astype(float)
-            score, other = probs[label == k, k][:, None], probs[label != k, k][None]
-            wins = (score > other) + 0.5 * (score == other)
+            positives = self.weights[:, label == k].astype(float)
+            negatives = self.weights[:, label != k].astype(float)
+            positive_score, negative_score = probs[label == k, k][:, None], probs[label != k, k][None]
+            wins = (positive_score > negative_score) + 0.5 * (positive_score == negative_score)
             with np.errstate(invalid="ignore"):
-                total += ((up @ wins) * down).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
+                pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+                total += ((positives @ wins) * negatives).sum(axis=1) / pairs
         return total / probs.shape[1]
 
 
 def percentile_interval(value: float, resampled: np.ndarray, n: int) -> Estimate:
-    """The value with the bootstrap's percentile interval; resamples that lack a class are left out and counted."""
+    """The value with the percentile interval of its resamples; a warning counts the omitted resamples that lack a class."""
     usable = resampled[np.isfinite(resampled)]
     method = f"bootstrap over cases, percentile, {len(resampled)} resamples"
     if not np.isfinite(value) or len(usable) < 0.5 * len(resampled):
         return Estimate(value, np.nan, np.nan, method, n, warnings=("a class has too few cases",))
     low, high = np.quantile(usable, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    dropped = len(resampled) - len(usable)
-    warnings = [f"{dropped} resamples lacked a class"] if dropped else []
+    omitted = len(resampled) - len(usable)
+    warnings = [f"{omitted} resamples lacked a class"] if omitted else []
     if low == high:
         warnings.append("the resamples do not vary: the true uncertainty is larger, as Wilson's intervals show")
     return Estimate(value, float(low), float(high), method, n, warnings=tuple(warnings))
@@ -143,44 +152,46 @@ def percentile_interval(value: float, resampled: np.ndarray, n: int) -> Estimate
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Cases of like confidence: how many, their mean confidence, the share that is right."""
+    """The number of cases in a bin of confidence, their mean confidence, and their accuracy."""
 
     cases: int
     confidence: float
     accuracy: float
 
 
-def calibration_bins(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[CalibrationBin]:
-    """The filled ones among `bins` right-closed bins of equal width."""
+def calibration_bins(confidence: np.ndarray, is_correct: np.ndarray, bins: int = BINS) -> list[CalibrationBin]:
+    """The non-empty ones of `bins` right-closed bins of equal width over (0, 1]."""
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     return [
-        CalibrationBin(int((place == b).sum()), float(confidence[place == b].mean()), float(right[place == b].mean()))
+        CalibrationBin(
+            int((place == b).sum()), float(confidence[place == b].mean()), float(is_correct[place == b].mean())
+        )
         for b in np.unique(place)
     ]
 
 
-def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
-    """Top-label ECE over right-closed bins of equal width."""
-    filled = calibration_bins(confidence, right, bins)
+def expected_calibration_error(confidence: np.ndarray, is_correct: np.ndarray, bins: int = BINS) -> float:
+    """The expected calibration error of the predicted class, over right-closed bins of equal width."""
+    filled = calibration_bins(confidence, is_correct, bins)
     return sum(b.cases * abs(b.accuracy - b.confidence) for b in filled) / len(confidence)
 
 
 def calibrated_ece(probs: Float[np.ndarray, "case class"], seed: int, count: int = 1000) -> np.ndarray:
-    """ECEs that a perfectly calibrated model with these probabilities would show: labels drawn from them."""
+    """ECEs of a perfectly calibrated model: its labels are sampled from the probabilities, `count` times."""
     rng = np.random.default_rng([seed, 21])
-    confidence, called = probs.max(axis=1), probs.argmax(axis=1)
+    confidence, predicted = probs.max(axis=1), probs.argmax(axis=1)
     cumulative = probs.cumsum(axis=1)
     sampled = (rng.random((count, len(probs), 1)) > cumulative[None, :, :-1]).sum(axis=-1)
-    return np.array([expected_calibration_error(confidence, labels == called) for labels in sampled])
+    return np.array([expected_calibration_error(confidence, labels == predicted) for labels in sampled])
 
 
 def brier(label: np.ndarray, probs: np.ndarray) -> float:
-    """Brier score, the sum over classes (0 to 2)."""
+    """The mean Brier score, summed over classes (0 to 2)."""
     return float(((probs - np.eye(probs.shape[1])[label]) ** 2).sum(axis=1).mean())
 
 
 def entropy(probs: Float[np.ndarray, " class"]) -> float:
-    """Entropy in nats."""
+    """The entropy in nats."""
     return float(-(probs * np.log(np.maximum(probs, 1e-300))).sum())
 
 
@@ -194,29 +205,37 @@ def evaluate(
     seed: int,
     no_calls: int = 0,
 ) -> dict:
-    """Every statistic of the report over cases with a prediction and a reference: Estimates and plain numbers.
+    """Computes all statistics of the report.
 
-    `no_calls` further cases have a reference, but none of their slides could be predicted.
+    Args:
+      label: the reference classes of the cases with a prediction.
+      probs: the probabilities of these cases.
+      classes: the names of the classes.
+      seed: the seed of the bootstrap.
+      no_calls: the number of further cases that have a reference but no slide with a prediction.
+
+    Returns:
+      Estimates and plain numbers by name.
     """
-    n, called = len(label), probs.argmax(axis=1)
-    confusion = confusion_matrix(label, called, len(classes))
-    resamples = Resamples.draw(n, seed)
-    confusions = resamples.confusions(label, called, len(classes))
-    confidence, right = probs.max(axis=1), called == label
-    ece = expected_calibration_error(confidence, right)
+    n, predicted = len(label), probs.argmax(axis=1)
+    confusion = confusion_matrix(label, predicted, len(classes))
+    resamples = Resamples.sample(n, seed)
+    confusions = resamples.confusions(label, predicted, len(classes))
+    confidence, is_correct = probs.max(axis=1), predicted == label
+    ece = expected_calibration_error(confidence, is_correct)
     null = calibrated_ece(probs, seed)
 
     def with_interval(statistic: Statistic) -> Estimate:
         return percentile_interval(float(statistic(confusion)), statistic(confusions), n)
 
     return {
-        "accuracy": wilson(int(right.sum()), n),
-        "accuracy, no-calls counted wrong": wilson(int(right.sum()), n + no_calls),
+        "accuracy": wilson(int(is_correct.sum()), n),
+        "accuracy, no-calls counted wrong": wilson(int(is_correct.sum()), n + no_calls),
         "no-call rate": wilson(no_calls, n + no_calls),
         "balanced_accuracy": with_interval(balanced_accuracy),
         "macro AUROC": percentile_interval(macro_auroc(label, probs), resamples.macro_aurocs(label, probs), n),
         "macro F1": with_interval(macro_f1),
-        **{f"F1 {name}": with_interval(partial(_f1_of, k)) for k, name in enumerate(classes)},
+        **{f"F1 {name}": with_interval(partial(_class_f1, k)) for k, name in enumerate(classes)},
         **{
             f"sensitivity {name}": wilson(int(confusion[k, k]), int(confusion[k].sum()))
             for k, name in enumerate(classes)

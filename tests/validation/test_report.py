@@ -128,7 +128,7 @@ def test_attention_on_the_carriers_scores_one_and_off_them_zero(tmp_path: Path) 
     for attention, expected in ((on_carriers, 1.0), (~on_carriers, 0.0)):
         np.savez(tmp_path / "a.npz", origin=origin, region_px=256, mpp=0.5, attention=attention.astype(np.float32))
         assert attention_auroc(truth, tmp_path / "a.npz") == expected
-    with pytest.raises(InputError, match="no attention of a slide"):
+    with pytest.raises(InputError, match="holds no attention of a slide"):
         attention_auroc(truth, tmp_path / "none.npz")
 
 

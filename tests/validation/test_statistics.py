@@ -86,7 +86,7 @@ def test_resampled_statistics_equal_the_plain_loop() -> None:
     rng = np.random.default_rng(1)
     label, probs = rng.integers(0, 3, 40), rng.dirichlet(np.ones(3), 40)
     called = probs.argmax(axis=1)
-    resamples = Resamples.draw(40, seed=3, count=20)
+    resamples = Resamples.sample(40, seed=3, count=20)
     confusions, aurocs = resamples.confusions(label, called, 3), resamples.macro_aurocs(label, probs)
     for weights, confusion, area in zip(resamples.weights, confusions, aurocs, strict=True):
         drawn = np.repeat(np.arange(40), weights)
@@ -96,7 +96,7 @@ def test_resampled_statistics_equal_the_plain_loop() -> None:
 
 def test_the_bootstrap_interval_is_near_the_delta_methods() -> None:
     label, called = _golden_cases()
-    confusions = Resamples.draw(147, seed=0).confusions(label, called, 3)
+    confusions = Resamples.sample(147, seed=0).confusions(label, called, 3)
     found = percentile_interval(0.7398311, macro_f1(confusions), 147)
     assert found.ci_low == pytest.approx(0.664, abs=0.012)
     assert found.ci_high == pytest.approx(0.815, abs=0.012)
