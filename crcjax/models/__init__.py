@@ -1,1 +1,1 @@
-"""Flax modules: arrays in, arrays out."""
+"""Flax modules of the MIL model: tile encoders, aggregators and heads. They read no files."""

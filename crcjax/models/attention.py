@@ -1,4 +1,4 @@
-"""Attention scores that pool instances, and attention between instances with rotary positions."""
+"""Attention scores for pooling, and self-attention between instances with rotary position embeddings."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 from crcjax.models.linear import Linear
 
 Remat = Callable[..., Any]
-# Rematerialisation policies of config.model.remat, for computations in blocks. prevent_cse is not needed inside a loop.
+# Rematerialisation policies of config.model.remat, applied to each block of a loop, where prevent_cse is not needed.
 REMAT: dict[str, Remat] = {
     "full": partial(jax.checkpoint, prevent_cse=False),
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False),
-    "none": lambda part: part,
+    "none": lambda block_fn: block_fn,
 }
 
 
 class AttentionScores(nnx.Module):
-    """One score per branch for every instance (Ilse et al. 2018: equation 8, or 9 if `gated`), before the softmax.
+    """Attention scores before the softmax, one per branch and instance (Ilse et al. 2018, equation 8; 9 if `gated`).
 
-    The last layer has no bias, which the softmax would cancel.
+    The last layer has no bias, since the softmax would cancel it.
     """
 
     def __init__(self, features: int, hidden: int, branches: int, *, gated: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        # One product computes content and gate, so that the features, the largest operand, are read once.
+        # One matrix product computes content and gate, so that the features, the largest operand, are read once.
         self.gated = gated
         self.hidden = Linear(features, 2 * hidden if gated else hidden, dtype=dtype, rngs=rngs)
         self.score = Linear(hidden, branches, use_bias=False, dtype=dtype, rngs=rngs)
@@ -47,7 +47,7 @@ class AttentionScores(nnx.Module):
 def masked_softmax(
     scores: Float32[Array, "*bag instance branch"], mask: Bool[Array, "*bag instance"]
 ) -> Float32[Array, "*bag instance branch"]:
-    """Softmax over unmasked instances; zeros, not NaN, for a bag without any."""
+    """Softmax over unmasked instances; a bag without any gets zeros, not NaN."""
     unmasked = mask[..., None]
     weights = jnp.where(unmasked, jax.nn.softmax(jnp.where(unmasked, scores, jnp.finfo(jnp.float32).min), axis=-2), 0.0)
     return weights / jnp.maximum(weights.sum(axis=-2, keepdims=True), jnp.finfo(jnp.float32).tiny)
@@ -56,10 +56,14 @@ def masked_softmax(
 def rotary(
     values: Float[Array, "*bag instance head channel"], position: Float32[Array, "*bag instance 2"], longest: float
 ) -> Float[Array, "*bag instance head channel"]:
-    """Rotates values by their (x, y), so that the product of two depends on their relative position only.
+    """Rotary position embedding (Su et al. 2021, equation 34): products of two values depend on relative positions only.
 
-    Rotary position embedding (Su et al. 2021, equation 34) with half of the channels for x and half for y; wavelengths
-    run from 2 pi to 2 pi `longest` units of `position`. The channels are a multiple of 4.
+    Half of the channels encode x, the other half y.
+
+    Args:
+      values: queries or keys; the channels must be a multiple of 4.
+      position: (x, y) of each instance.
+      longest: wavelengths range from 2 pi to 2 pi `longest` units of `position`.
     """
     pairs = values.shape[-1] // 4
     frequency = longest ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
@@ -71,21 +75,21 @@ def rotary(
 
 
 def attend(
-    query: Float[Array, "batch some head channel"],
+    query: Float[Array, "batch query head channel"],
     key: Float[Array, "batch head instance channel"],
     value: Float[Array, "batch head instance channel"],
     mask: Bool[Array, "batch instance"],
-) -> Float[Array, "batch some head channel"]:
-    """Softmax attention of some queries over unmasked instances."""
+) -> Float[Array, "batch query head channel"]:
+    """Softmax attention of the queries over unmasked instances."""
     scores = jnp.einsum("bqhc,bhkc->bhqk", query, key).astype(jnp.float32) * query.shape[-1] ** -0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     return jnp.einsum("bhqk,bhkc->bqhc", jax.nn.softmax(scores).astype(value.dtype), value)
 
 
-def kernel(dtype: DTypeLike, channels: int) -> Literal["cudnn", "xla"] | None:
-    """The implementation of jax.nn.dot_product_attention that keeps the scores on the chip of this device, if one does.
+def attention_kernel(dtype: DTypeLike, channels: int) -> Literal["cudnn", "xla"] | None:
+    """The implementation of jax.nn.dot_product_attention that stores no scores in memory; None if this device has none.
 
-    cuDNN's, on NVIDIA GPUs of compute capability 8 or more, of 16 bits and up to 128 channels a head.
+    cuDNN has one for NVIDIA GPUs of compute capability 8 or more, 16-bit types and up to 128 channels per head.
     """
     if "cuda" not in get_backend().platform_version or jnp.dtype(dtype).itemsize != 2 or channels % 8 or channels > 128:
         return None
@@ -99,11 +103,11 @@ def attend_on_chip(
     count: Int[Array, " batch"],
     implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "batch instance head channel"]:
-    """Softmax attention of all instances over the first `count`, at least one, with a kernel that stores no scores."""
+    """Softmax attention of all instances over the first `count` (at least one) by an `attention_kernel`."""
     instances = query.shape[1]
     # cuDNN's gradient needs an even number of instances.
     padding = ((0, 0), (0, -instances % 8), (0, 0), (0, 0))
-    query, key, value = (jnp.pad(part, padding) for part in (query, key, value))
+    query, key, value = (jnp.pad(array, padding) for array in (query, key, value))
     return jax.nn.dot_product_attention(
         query,
         key,
@@ -115,34 +119,41 @@ def attend_on_chip(
 
 
 def in_blocks(
-    each: Callable[..., tuple[Shaped[Array, "batch some ..."], ...]],
+    block_fn: Callable[..., tuple[Shaped[Array, "batch row ..."], ...]],
     largest: int,
-    *rows: Shaped[Array, "batch instance ..."],
+    *arrays: Shaped[Array, "batch instance ..."],
     remat: Remat = REMAT["full"],
 ) -> tuple[Shaped[Array, "batch instance ..."], ...]:
-    """Applies `each` to blocks of at most `largest` instances of every bag, one block after the other.
+    """Applies a function to blocks of instances, one block after the other, and joins the results.
 
     With several blocks, the backward pass recomputes everything except the results and the values that `remat` saves.
+
+    Args:
+      block_fn: maps the same block of every array to results with the same leading axes.
+      largest: the largest number of instances in a block.
+      arrays: the instances of every bag.
+      remat: the rematerialisation policy.
     """
-    count = rows[0].shape[1]
+    count = arrays[0].shape[1]
     if count <= largest:
-        return each(*rows)
-    each_block = remat(each)
-    results = jax.lax.map(lambda block: each_block(*block), tuple(split_blocks(part, largest) for part in rows))
-    return tuple(join_blocks(part, count) for part in results)
+        return block_fn(*arrays)
+    rematerialised_fn = remat(block_fn)
+    blocks = tuple(split_blocks(array, largest) for array in arrays)
+    results = jax.lax.map(lambda block: rematerialised_fn(*block), blocks)
+    return tuple(join_blocks(result, count) for result in results)
 
 
-def split_blocks(part: Shaped[Array, "batch instance ..."], largest: int) -> Shaped[Array, "block batch some ..."]:
-    """Blocks of at most `largest` instances, padded with zeros."""
-    batch, count = part.shape[:2]
+def split_blocks(values: Shaped[Array, "batch instance ..."], largest: int) -> Shaped[Array, "block batch row ..."]:
+    """Splits the instances into blocks of equal size, at most `largest`, padded with zeros."""
+    batch, count = values.shape[:2]
     blocks = -(-count // largest)
     size = -(-count // blocks)
-    padded = jnp.pad(part, ((0, 0), (0, blocks * size - count), *[(0, 0)] * (part.ndim - 2)))
-    # Each block has instances from all over the bag, so that devices that share the bag all work on every block.
-    return jnp.moveaxis(padded.reshape(batch, size, blocks, *part.shape[2:]), 2, 0)
+    padded = jnp.pad(values, ((0, 0), (0, blocks * size - count), *[(0, 0)] * (values.ndim - 2)))
+    # Every block takes instances from the entire bag, so that all devices that share the bag work on every block.
+    return jnp.moveaxis(padded.reshape(batch, size, blocks, *values.shape[2:]), 2, 0)
 
 
-def join_blocks(blocks: Shaped[Array, "block batch some ..."], count: int) -> Shaped[Array, "batch instance ..."]:
-    """The inverse of `split_blocks`."""
+def join_blocks(blocks: Shaped[Array, "block batch row ..."], count: int) -> Shaped[Array, "batch instance ..."]:
+    """The inverse of `split_blocks` for `count` instances."""
     by_instance = jnp.moveaxis(blocks, 0, 2)
     return by_instance.reshape(by_instance.shape[0], -1, *by_instance.shape[3:])[:, :count]

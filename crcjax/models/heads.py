@@ -1,4 +1,4 @@
-"""Heads: from a bag's logits to class probabilities and their uncertainty."""
+"""Heads: class probabilities and uncertainty from the logits of a bag."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Logits = Float32[Array, "batch class"]
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Probabilities, their expected entropy in nats and, for an evidential head, Dirichlet parameters and vacuity.
+    """Probabilities, expected entropy in nats and, for an evidential head, Dirichlet parameters and vacuity.
 
-    The expected entropy is the aleatoric uncertainty: the mean entropy over the head's distribution of class probabilities,
-    which for softmax is a single point.
+    The expected entropy is the aleatoric uncertainty: the mean entropy over the head's distribution of class probabilities.
+    For softmax this distribution is a single point.
     """
 
     probs: Float32[Array, "batch class"]
@@ -34,16 +34,16 @@ def softmax_head(logits: Logits) -> HeadOutput:
 
 
 def evidential_head(logits: Logits) -> HeadOutput:
-    """Evidence is softplus of the logits (Sensoy et al. 2018, section 3), alpha = evidence + 1.
+    """Evidential head (Sensoy et al. 2018, section 3): evidence = softplus(logits), alpha = evidence + 1.
 
-    Probabilities alpha / sum(alpha), vacuity K / sum(alpha). The published ReLU would give no gradient to
-    bags without evidence.
+    The probabilities are alpha / sum(alpha), the vacuity is K / sum(alpha) for K classes. The published ReLU in place of
+    softplus would give no gradient to bags without evidence.
     """
     return dirichlet(jax.nn.softplus(logits) + 1.0)
 
 
 def dirichlet(alpha: Float32[Array, "batch class"]) -> HeadOutput:
-    """Probabilities, expected entropy and vacuity of Dirichlet distributions."""
+    """Probabilities, expected entropy and vacuity of Dirichlet distributions with parameters `alpha`."""
     strength = alpha.sum(axis=-1, keepdims=True)
     probs = alpha / strength
     expected = (probs * (digamma(strength + 1.0) - digamma(alpha + 1.0))).sum(axis=-1)
@@ -56,9 +56,13 @@ HEADS = {"softmax": softmax_head, "evidential": evidential_head, BY_DENSITY: evi
 
 
 class TaskHeads(nnx.Module):
-    """One linear head per auxiliary task, applied to every instance; `outputs` are their sizes by name.
+    """One linear head per auxiliary task, applied to every instance.
 
-    With `learned`, `log_variance` holds the log-variances that weight the losses, the subtype's first.
+    Args:
+      outputs: the number of outputs of each head, by task.
+      features: the number of features of an instance.
+      learned: whether `log_variance` holds log-variances that weight the losses: first the subtype's, then the tasks'.
+      rngs: the random keys of the initialisation.
     """
 
     def __init__(self, outputs: dict[str, int], features: int, learned: bool, rngs: nnx.Rngs):
@@ -67,5 +71,5 @@ class TaskHeads(nnx.Module):
             self.log_variance = nnx.Param(jnp.zeros(1 + len(outputs)))
 
     def __call__(self, features: Float32[Array, "*instance feature"]) -> dict[str, Float32[Array, "*instance output"]]:
-        """Each head's outputs for every instance."""
+        """The outputs of every head, by task."""
         return {name: head(features) for name, head in self.heads.items()}

@@ -26,10 +26,10 @@ def linear(
     bias: Float32[Array, " output"] | None,
     dtype: DTypeLike,
 ) -> Float[Array, "*place output"]:
-    """The product with the kernel, and the bias added, computed in `dtype`.
+    """A linear layer computed in `dtype`, whose kernel and bias gradients are summed in float32 for every `dtype`.
 
-    The gradients of kernel and bias are float32 sums whatever `dtype` is. By the product's own gradient XLA has devices
-    add up their parts before they are converted: in bfloat16, with 8 bits.
+    With the default gradient, XLA sums the contributions of several devices before the conversion to float32: in bfloat16,
+    with 8 significant bits.
     """
     return _product(inputs.astype(dtype), kernel, bias)
 
@@ -40,28 +40,28 @@ def _plain(inputs: Array, kernel: Array, bias: Array | None) -> Array:
 
 
 def _forward(inputs: Array, kernel: Array, bias: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    # Not `_product`, which would hide the matrix product from the rematerialisation policy (config.model.remat).
+    # Calling `_product` here would hide the matrix product from the rematerialisation policy (config.model.remat).
     return _plain(inputs, kernel, bias), (inputs, kernel, bias)
 
 
-def _backward(residuals: tuple[Array, Array, Array | None], of: Array) -> tuple[Array, Array, Array | None]:
+def _backward(residuals: tuple[Array, Array, Array | None], gradient: Array) -> tuple[Array, Array, Array | None]:
     inputs, kernel, bias = residuals
-    by_bias = None if bias is None else of.sum(range(of.ndim - 1), dtype=bias.dtype)
-    return of @ kernel.astype(of.dtype).T, _by_kernel(inputs, of, kernel.dtype), by_bias
+    bias_gradient = None if bias is None else gradient.sum(range(gradient.ndim - 1), dtype=bias.dtype)
+    kernel_gradient = _kernel_gradient(inputs, gradient, kernel.dtype)
+    return gradient @ kernel.astype(gradient.dtype).T, kernel_gradient, bias_gradient
 
 
-def _by_kernel(inputs: Array, of: Array, dtype: DTypeLike) -> Array:
-    places = tuple(range(of.ndim - 1))
-    if jax.default_backend() == "cpu" and of.shape[-1] <= _NARROW:
-        transposed, places_after = (
-            jax.lax.optimization_barrier(jnp.moveaxis(of, -1, 0)),
-            tuple(place + 1 for place in places),
-        )
+def _kernel_gradient(inputs: Array, gradient: Array, dtype: DTypeLike) -> Array:
+    axes = tuple(range(gradient.ndim - 1))
+    if jax.default_backend() == "cpu" and gradient.shape[-1] <= _NARROW:
+        # The barriers keep XLA from undoing the transposition.
+        transposed = jax.lax.optimization_barrier(jnp.moveaxis(gradient, -1, 0))
+        transposed_axes = tuple(axis + 1 for axis in axes)
         product = jax.lax.dot_general(
-            transposed, inputs, ((places_after, places), ((), ())), preferred_element_type=dtype
+            transposed, inputs, ((transposed_axes, axes), ((), ())), preferred_element_type=dtype
         )
         return jax.lax.optimization_barrier(product).T
-    return jax.lax.dot_general(inputs, of, ((places, places), ((), ())), preferred_element_type=dtype)
+    return jax.lax.dot_general(inputs, gradient, ((axes, axes), ((), ())), preferred_element_type=dtype)
 
 
 _product = jax.custom_vjp(_plain)

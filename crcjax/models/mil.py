@@ -1,4 +1,4 @@
-"""The MIL model: from a bag of tiles to a prediction."""
+"""The MIL model, which predicts the class of a bag of tiles: tile encoder, aggregator and head."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from crcjax.models.aggregators.hierarchical import HierarchicalAttentionMIL
 from crcjax.models.aggregators.pooling import ABMIL, CLAM, DSMIL, Aggregator, Instances, MaxPool, MeanPool
 from crcjax.models.aggregators.transmil import TransMIL
 from crcjax.models.attention import REMAT
-from crcjax.models.encoders.convnets import Batch, by_batch
+from crcjax.models.encoders.convnets import Batch, use_batch_statistics
 from crcjax.models.encoders.registry import ImportedFeatures, PublishedEncoder, build_encoder
 from crcjax.models.heads import HEADS, TaskHeads
 from crcjax.models.random_keys import Purpose, run_key
 
 # A nested dictionary of arrays, as optax and Orbax accept it; nnx.merge restores the model.
 Params = dict[str, Any]
-# BatchNorm batch statistics: the number of valid tiles, and that number times their mean and variance, by layer.
+# BatchNorm batch statistics: the number of valid tiles, and by layer the mean and variance times that number.
 Statistics = tuple[Float32[Array, ""], Params]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def _flat(aggregator: Callable[..., Aggregator], **fixed: Any) -> Callable[..., Aggregator]:
-    """An aggregator that does not distinguish regions and slots."""
+    """Adapts an aggregator that does not distinguish regions and slots to the arguments of one that does."""
     return lambda config, classes, factors, **others: aggregator(config, classes, **fixed, **others)
 
 
@@ -54,11 +54,11 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
 class Prediction:
     """The model's output for each bag.
 
-    Attention sums to one over a bag and is zero where the mask is False; `class_attention` has one map per branch of the
-    aggregator (one branch, or one per class), and the other maps are their mean. `alpha` and `vacuity` (0 to 1) belong to
-    the Dirichlet distribution of an evidential head, and are None with another head. `expected_entropy` (nats) is the
-    aleatoric uncertainty: the mean entropy over the Dirichlet distribution, the ensemble members or the dropout samples, or
-    that of softmax. `instance_loss` is the aggregator's, zero without labels.
+    Attention sums to one over a bag and is zero where the mask is False. `class_attention` has one map per branch of the
+    aggregator (one branch, or one per class); the other maps are means over the branches. `alpha` and `vacuity` (0 to 1)
+    describe the Dirichlet distribution of an evidential head, and are None with another head. `expected_entropy` (nats) is
+    the aleatoric uncertainty: the mean entropy over the Dirichlet distribution, the ensemble members or the dropout samples;
+    for a single softmax, its entropy. `instance_loss` comes from the aggregator and is zero without labels.
     """
 
     logits: Float32[Array | np.ndarray, "batch class"]
@@ -74,29 +74,39 @@ class Prediction:
 
 
 def combine(members: Sequence[Prediction]) -> Prediction:
-    """The mean of predictions of the same bags by an ensemble's members or dropout's draws, on the host.
+    """Averages the predictions of the same bags by ensemble members or dropout samples, on the host.
 
-    Its logits are the logarithms of its probabilities. What the members disagree on is the entropy of the mean above
-    the mean entropy: the mutual information of class and member (Lakshminarayanan et al. 2017, Depeweg et al. 2018).
+    The logits of the result are the logarithms of the mean probabilities. The entropy of the mean minus the mean entropy is
+    the mutual information of class and member, the epistemic uncertainty (Lakshminarayanan et al. 2017, Depeweg et al. 2018).
     """
     if len(members) == 1:
         return members[0]
-    mean = jax.tree.map(lambda *parts: np.mean(np.stack(parts), axis=0), *members)
+    mean = jax.tree.map(lambda *values: np.mean(np.stack(values), axis=0), *members)
     return replace(mean, logits=np.log(np.maximum(mean.probs, np.finfo(np.float32).tiny)))
 
 
 class MILModel(nnx.Module):
-    """Tile encoder, aggregator, head. `factors` are the tiles along a region's side, per magnification.
+    """Tile encoder, aggregator and head.
 
-    `tasks` are the heads of auxiliary tasks that training may add; predictions do not depend on them.
+    Args:
+      config: config.model.
+      classes: the number of classes.
+      factors: the number of tiles along a region's side at each magnification.
+      rngs: the random keys of the initialisation.
+
+    Attributes:
+      tasks: heads of auxiliary tasks, which training may add; predictions do not depend on them.
+
+    Raises:
+      InputError: a field of config.model has an impossible value.
     """
 
     tasks: TaskHeads
 
     def __init__(self, config: ConfigDict, classes: int, factors: tuple[int, ...], rngs: nnx.Rngs):
-        for field, known in (("dtype", DTYPES), ("remat", REMAT), ("mil", AGGREGATORS), ("head", HEADS)):
-            if config[field] not in known:
-                raise InputError(f"config.model.{field} {config[field]!r}: choose one of {', '.join(known)}")
+        for field, choices in (("dtype", DTYPES), ("remat", REMAT), ("mil", AGGREGATORS), ("head", HEADS)):
+            if config[field] not in choices:
+                raise InputError(f"config.model.{field} {config[field]!r}: choose one of {', '.join(choices)}")
         if config.features % (4 * config.heads):
             raise InputError(f"config.model.features {config.features} is no multiple of 4 x {config.heads} heads")
         dtype = DTYPES[config.dtype]
@@ -109,17 +119,17 @@ class MILModel(nnx.Module):
         self.aggregator = AGGREGATORS[config.mil](config, classes, factors, dtype=dtype, rngs=rngs)
 
     def encode_stored(self, features: Float[Array, "*instance stored"]) -> Float32[Array, "*instance feature"]:
-        """`encode`, from the stored features of a published encoder."""
-        lead = features.shape[:-1]
+        """As `encode`, from the stored features of a published encoder."""
+        leading_axes = features.shape[:-1]
         assert isinstance(self.encoder, PublishedEncoder | ImportedFeatures)
         encoded = self.encoder.from_stored(features.reshape(-1, features.shape[-1]))
-        return self.norm(encoded.astype(jnp.float32)).reshape(*lead, -1)
+        return self.norm(encoded.astype(jnp.float32)).reshape(*leading_axes, -1)
 
     def encode(self, pixels: Num[Array, "*instance y x 3"]) -> Float32[Array, "*instance feature"]:
-        """Features of tiles, 8-bit intensities (0 to 255) of any numeric type."""
-        lead = pixels.shape[:-3]
+        """Encodes tiles of 8-bit intensities (0 to 255) of any numeric type."""
+        leading_axes = pixels.shape[:-3]
         features = self.encoder(pixels.reshape(-1, *pixels.shape[-3:]))  # type: ignore[operator]
-        return self.norm(features.astype(jnp.float32)).reshape(*lead, -1)
+        return self.norm(features.astype(jnp.float32)).reshape(*leading_axes, -1)
 
     def pool(
         self,
@@ -129,16 +139,21 @@ class MILModel(nnx.Module):
         key: Key[Array, " batch"] | None = None,
         label: Int[Array, " batch"] | None = None,
     ) -> Prediction:
-        """The prediction from a bag's features; with a key a bag, with dropout, and with labels, with the instance loss, as in training.
+        """Predicts bags from the features of their instances.
 
-        `position` is each region's (x, y) in sides of a region; without it, all lie at one place.
+        Args:
+          features: the features.
+          mask: the valid instances.
+          position: (x, y) of each region in sides of a region; without it, all regions have the same position.
+          key: one key per bag, which activates dropout.
+          label: the class of each bag, which activates the aggregator's instance loss.
         """
         batch, regions, slots, width = features.shape
         if slots != self.slots:
-            raise ValueError(f"the model was built for {self.slots} slots a region, the bag has {slots}")
+            raise ValueError(f"bags must have {self.slots} slots per region, as the model was built for, got {slots}")
         instances = features.reshape(batch, regions * slots, width)
         if key is not None and self.dropout:
-            # Sampled bag by bag, so that a bag drops the same values in a smaller batch or on another device.
+            # Dropout is sampled bag by bag, so that a bag drops the same values in a smaller batch or on another device.
             keep = jax.vmap(partial(jax.random.bernoulli, p=1 - self.dropout, shape=instances.shape[1:]))(key)
             instances = jnp.where(keep, instances / (1 - self.dropout), 0.0)
         if position is None:
@@ -166,57 +181,70 @@ class MILModel(nnx.Module):
         pixels: Num[Array, "batch region slot y x 3"],
         prepare: Callable[[Array, Int[Array, ""] | int], Array] = lambda pixels, first: pixels,
     ) -> Float32[Array, "batch region slot feature"]:
-        """Features of a bag's tiles, `config.encode_regions` regions at a time.
+        """Encodes the tiles of bags in chunks of `config.encode_regions` regions.
 
-        `prepare(pixels, first)` receives the pixels of some regions and the index of the first, and returns the encoder's
-        input. The backward pass recomputes the encoder (`config.remat` sets what it saves), so that only the features
-        grow in memory with the bag.
+        The backward pass recomputes the encoder; `config.remat` decides what it saves. Only the memory of the features
+        grows with the bag.
+
+        Args:
+          pixels: the tiles.
+          prepare: maps the pixels of a chunk and the index of its first region to the encoder's input.
         """
         regions = pixels.shape[1]
         size = min(self.encode_regions, regions)
 
-        def encode_from(first: Int[Array, ""] | int) -> Float32[Array, "batch some slot feature"]:
+        def encode_chunk(first: Int[Array, ""] | int) -> Float32[Array, "batch chunk_region slot feature"]:
             chunk = jax.lax.dynamic_slice_in_dim(pixels, first, size, axis=1)
             return self.encode(prepare(chunk, first))
 
         if size == regions:
-            return encode_from(0)
+            return encode_chunk(0)
         count = -(-regions // size)
-        # The last block overlaps the one before if the size does not divide the regions.
+        # If the size does not divide the number of regions, the last chunk overlaps the previous one.
         starts = jnp.minimum(jnp.arange(count) * size, regions - size)
-        parts = jax.lax.map(self.remat(encode_from), starts)
-        whole = jnp.moveaxis(parts[:-1], 0, 1).reshape(len(pixels), (count - 1) * size, *parts.shape[3:])
-        return jnp.concatenate([whole, parts[-1][:, count * size - regions :]], axis=1)
+        chunks = jax.lax.map(self.remat(encode_chunk), starts)
+        all_but_last = jnp.moveaxis(chunks[:-1], 0, 1).reshape(len(pixels), (count - 1) * size, *chunks.shape[3:])
+        return jnp.concatenate([all_but_last, chunks[-1][:, count * size - regions :]], axis=1)
 
     def encode_batch(
         self,
         pixels: Num[Array, "batch region slot y x 3"],
         mask: Bool[Array, "batch region slot"],
-        parts: int,
+        chunks: int,
         axes: tuple[str, ...] = (),
-        prepare: Callable[[Array, Int[Array, ""] | int], Array] = lambda pixels, number: pixels,
+        prepare: Callable[[Array, Int[Array, ""] | int], Array] = lambda pixels, index: pixels,
     ) -> tuple[Float32[Array, "batch region slot feature"], Statistics]:
-        """As `encode_bag`, in `parts` equal ones, with batch norms by the statistics of each part's valid tiles.
+        """Encodes the tiles of bags in equal chunks of regions; BatchNorm uses the statistics of each chunk's valid tiles.
 
-        A part is every `parts`-th region of all bags, of all devices along the mesh's `axes` that this is mapped over: so
-        no layout changes what is in a part. `prepare` is given its pixels and its number. Statistics are those of all parts.
+        Chunk i holds every `chunks`-th region of all bags from region i on, of all devices, so that its content does not
+        depend on how the bags are divided among devices.
+
+        Args:
+          pixels: the tiles.
+          mask: the valid tiles.
+          chunks: the number of chunks.
+          axes: the mesh axes over which this function is mapped, and over which statistics are summed.
+          prepare: maps the pixels and the index of a chunk to the encoder's input.
+
+        Returns:
+          The features, and the BatchNorm statistics of all chunks.
         """
         graph, params = nnx.graphdef(self), params_of(self)
 
-        def encode_part(number: Int[Array, ""] | int) -> tuple[Array, Statistics]:
-            # A copy, which then holds this part's batch statistics.
+        def encode_chunk(index: Int[Array, ""] | int) -> tuple[Array, Statistics]:
+            # A copy of the model, which receives the batch statistics of this chunk.
             model = nnx.merge(graph, params)
-            chunk, valid = (every(value, number, parts, axis=1) for value in (pixels, mask))
+            chunk, valid = (every(value, index, chunks, axis=1) for value in (pixels, mask))
             count = jax.lax.psum(valid.sum().astype(jnp.float32), axes)
-            by_batch(model, Batch(valid.reshape(-1), count, axes))
-            features = model.encode(prepare(chunk, number))
+            use_batch_statistics(model, Batch(valid.reshape(-1), count, axes))
+            features = model.encode(prepare(chunk, index))
             batch_statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
             return features, (count, jax.tree.map(lambda value: count * value, batch_statistics))
 
-        if parts == 1:
-            return encode_part(0)
-        by_part, statistics = jax.lax.map(self.remat(encode_part), jnp.arange(parts))
-        features = jnp.moveaxis(by_part, 0, 2).reshape(*mask.shape, -1)
+        if chunks == 1:
+            return encode_chunk(0)
+        by_chunk, statistics = jax.lax.map(self.remat(encode_chunk), jnp.arange(chunks))
+        features = jnp.moveaxis(by_chunk, 0, 2).reshape(*mask.shape, -1)
         return features, jax.tree.map(lambda value: value.sum(axis=0), statistics)
 
     def __call__(
@@ -225,27 +253,24 @@ class MILModel(nnx.Module):
         mask: Bool[Array, "batch region slot"],
         position: Float32[Array, "batch region 2"] | None = None,
     ) -> Prediction:
-        """The prediction from a bag's pixels."""
+        """Predicts bags from the pixels of their tiles; `position` as in `pool`."""
         return self.pool(self.encode_bag(pixels), mask, position)
 
 
 def build_model(config: ConfigDict, classes: int, seed: int, factors: tuple[int, ...] = (1,)) -> MILModel:
-    """The model of `config` (config.model) with parameters sampled from `seed`, for bags of one tiling (`factors`).
-
-    Raises InputError.
-    """
+    """Builds the model with parameters sampled from `seed` (config.seed); other arguments and errors as for `MILModel`."""
     return MILModel(config, classes, factors, nnx.Rngs(run_key(seed, Purpose.INITIALISATION)))
 
 
 def abstract_model(config: ConfigDict, classes: int, factors: tuple[int, ...] = (1,)) -> MILModel:
-    """As `build_model`, with the shapes of the parameters in place of values, for parameters that are read from a file."""
+    """As `build_model`, with shapes in place of parameter values, which a checkpoint then provides."""
     return nnx.eval_shape(lambda: build_model(config, classes, 0, factors))
 
 
-def every(value: Array, number: Int[Array, ""] | int, parts: int, axis: int) -> Array:
-    """Every `parts`-th element along an axis, from index `number` on; no element moves between devices that share the axis."""
-    split = value.reshape(*value.shape[:axis], -1, parts, *value.shape[axis + 1 :])
-    return jax.lax.dynamic_index_in_dim(split, number, axis=axis + 1, keepdims=False)
+def every(value: Array, start: Int[Array, ""] | int, step: int, axis: int) -> Array:
+    """Every `step`-th element along an axis from index `start` on; no element moves between devices that share the axis."""
+    split = value.reshape(*value.shape[:axis], -1, step, *value.shape[axis + 1 :])
+    return jax.lax.dynamic_index_in_dim(split, start, axis=axis + 1, keepdims=False)
 
 
 def params_of(model: MILModel) -> Params:

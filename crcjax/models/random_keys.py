@@ -9,7 +9,7 @@ from jaxtyping import Array, Int, Key
 
 
 class Purpose(IntEnum):
-    """What a run needs random numbers for on the device. Numbers are never used again, so that runs stay reproducible."""
+    """The purposes of random numbers on the device. The number of a removed purpose is not reused, so that runs stay reproducible."""
 
     INITIALISATION = 1
     TASK_HEADS = 2
@@ -17,5 +17,5 @@ class Purpose(IntEnum):
 
 
 def run_key(seed: int | Int[Array, ""], purpose: Purpose) -> Key[Array, ""]:
-    """The key of one purpose of the run with config.seed `seed`."""
+    """The key of one purpose in the run whose config.seed is `seed`."""
     return jax.random.fold_in(jax.random.key(seed), int(purpose))

@@ -73,7 +73,7 @@ def test_unknown_encoders_and_types_are_refused_by_name() -> None:
 
 
 def test_a_bag_of_another_tiling_is_refused(model: MILModel) -> None:
-    with pytest.raises(ValueError, match="built for 5 slots a region, the bag has 1"):
+    with pytest.raises(ValueError, match="must have 5 slots per region, as the model was built for, got 1"):
         model.pool(jnp.zeros((1, 2, 1, 16)), jnp.ones((1, 2, 1), bool))
 
 

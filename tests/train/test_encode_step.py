@@ -215,16 +215,14 @@ def test_a_restored_state_continues_bit_for_bit_and_evaluates_by_its_running_sta
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("encoder", "compact", "compact has no batch norms; set it to 0"),
-        ("frozen", True, r"a frozen encoder stays as it is; .*config\.model\.frozen to False"),
-        ("batch_norm_momentum", 1.5, "is a share from 0 to 1"),
+        ("encoder", "compact", "must be 0 for compact, which has no BatchNorm layers, got 1.0"),
+        ("frozen", True, r"must be 0 for a frozen encoder, got 1.0; .*config\.model\.frozen to False"),
+        ("batch_norm_momentum", 1.5, "must be a share from 0 to 1, got 1.5"),
     ],
 )
 def test_batch_statistics_without_an_effect_are_refused(config: Any, field: str, value: object, reason: str) -> None:
     config.model[field] = value
-    with pytest.raises(
-        InputError, match=rf"^config\.model\.batch_norm_momentum {config.model.batch_norm_momentum}: {reason}"
-    ):
+    with pytest.raises(InputError, match=rf"^config\.model\.batch_norm_momentum {reason}"):
         build_model(config.model, 3, 0)
 
 

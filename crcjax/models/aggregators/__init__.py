@@ -1,1 +1,1 @@
-"""Bag aggregators: instance features to one slide embedding and class logits."""
+"""Aggregators, which pool the features of a bag's instances to one embedding and class logits."""

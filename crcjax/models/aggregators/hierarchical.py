@@ -1,4 +1,4 @@
-"""HierarchicalAttentionMIL: self-attention between a region's slots, then between a slide's regions."""
+"""HierarchicalAttentionMIL: self-attention between the slots of a region, then between the regions of a slide."""
 
 from __future__ import annotations
 
@@ -17,31 +17,38 @@ from crcjax.models.attention import (
     AttentionScores,
     Remat,
     attend_on_chip,
+    attention_kernel,
     in_blocks,
-    kernel,
     masked_softmax,
     rotary,
 )
 from crcjax.models.linear import Linear
 from crcjax.models.tiled_attention import attend_in_tiles
 
-# In sides of a region: the distance up to which the slowest rotary angle distinguishes positions.
+# The distance, in sides of a region, up to which the slowest rotary angle distinguishes positions.
 _LONGEST = 256.0
-# Per bag, on CPUs: instances processed at a time; query-key pairs whose scores are computed at once; and, with more pairs,
-# the tile of queries and keys, which stays in the caches.
+# On CPUs, for each bag: the instances that are processed at a time; the query-key pairs whose scores are computed at once;
+# and, for more pairs, the tile of queries and keys, which fits the caches.
 _INSTANCES, _PAIRS, _TILE = 2**11, 2**21, (2**8, 2**9)
-# Of all bags, on other devices, which small blocks would leave idle.
+# On other devices, for all bags together; smaller blocks would leave such a device idle.
 _INSTANCES_ELSEWHERE, _PAIRS_ELSEWHERE = 2**16, 2**25
-# With fewer queries at a time, accumulating the gradients of all keys would dominate the time.
+# With fewer queries at a time, the accumulation of the gradients of all keys would dominate the time.
 _LEAST_QUERIES = 16
 
 
 class HierarchicalAttentionMIL(nnx.Module):
-    """Self-attention and gated pooling, first over a region's slots, then over the slide's regions.
+    """Self-attention and gated pooling, first over the slots of each region, then over the regions of the slide.
 
     Slots have learned embeddings of their magnification and of their place in the region. Regions have rotary position
-    embeddings, so that only relative positions matter. A slide that lacks a magnification has its slots masked. One gated
-    branch per class pools the regions. `factors` are the tiles along a region's side, per magnification.
+    embeddings, so that only relative positions matter. The slots of a magnification that a slide lacks are masked. One
+    gated branch per class pools the regions.
+
+    Args:
+      config: config.model.
+      classes: the number of classes.
+      factors: the number of tiles along a region's side at each magnification.
+      dtype: the type of the computation.
+      rngs: the random keys of the initialisation.
     """
 
     def __init__(self, config: ConfigDict, classes: int, factors: tuple[int, ...], *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -70,31 +77,31 @@ class HierarchicalAttentionMIL(nnx.Module):
             regions = block(regions, mask, position)
         attention = masked_softmax(self.pool_regions(regions), mask)
         embeddings = jnp.einsum("brk,brf->bkf", attention, regions.astype(jnp.float32))
-        # Each branch is classified by the weights of its own class alone.
+        # The logit of a class uses the branch of that class only.
         logits = jnp.einsum("bkk->bk", self.classify(embeddings))
         by_instance = attention[:, :, None] * slot_attention[..., None]
         by_instance = by_instance.reshape(batch, -1, attention.shape[-1])
         return Pooled(logits, embeddings.mean(axis=1), by_instance, jnp.zeros(batch))
 
     def _pool_slots(
-        self, slots: Float[Array, "batch some slot feature"], mask: Bool[Array, "batch some slot"]
-    ) -> tuple[Float32[Array, "batch some feature"], Float32[Array, "batch some slot"]]:
-        """The features of some regions, and the attention to their slots."""
-        lead, (count, width) = slots.shape[:2], slots.shape[2:]
+        self, slots: Float[Array, "batch row slot feature"], mask: Bool[Array, "batch row slot"]
+    ) -> tuple[Float32[Array, "batch row feature"], Float32[Array, "batch row slot"]]:
+        """Pools the slots of each region; returns the features of the regions and the attention to their slots."""
+        leading_axes, (count, width) = slots.shape[:2], slots.shape[2:]
         slots, mask = slots.reshape(-1, count, width), mask.reshape(-1, count)
         if self.within is not None:
             slots = slots + self.magnification[...][jnp.array(self.magnification_of)] + self.place[...]
             slots = self.within(slots, mask)
         attention = masked_softmax(self.pool_slots(slots), mask)[..., 0]
         regions = jnp.einsum("rs,rsf->rf", attention, slots.astype(jnp.float32))
-        return regions.reshape(*lead, -1), attention.reshape(*lead, -1)
+        return regions.reshape(*leading_axes, -1), attention.reshape(*leading_axes, -1)
 
 
 class Block(nnx.Module):
-    """Pre-norm self-attention over unmasked instances and a two-layer perceptron, each added to its input.
+    """Pre-norm self-attention over unmasked instances and a two-layer perceptron, each with a residual connection.
 
-    Between instances with positions, the device's fused attention `kernel` is used if there is one. Set `fused` to False
-    where devices share a bag.
+    Instances with positions use the fused `attention_kernel` of the device, if it has one. Set `fused` to False where
+    devices share a bag.
     """
 
     def __init__(self, width: int, heads: int, remat: Remat, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -115,30 +122,30 @@ class Block(nnx.Module):
         batch, count, _ = values.shape
 
         def projected(
-            tokens: Float[Array, "batch some feature"], *place: Float32[Array, "batch some 2"]
-        ) -> tuple[Float[Array, "batch some head channel"], ...]:
-            parts = self.project(self.norms[0](tokens)).reshape(*tokens.shape[:2], 3, self.heads, -1)
-            query, key, value = jnp.moveaxis(parts, 2, 0)
-            for at in place:
-                query, key = rotary(query, at, _LONGEST), rotary(key, at, _LONGEST)
+            tokens: Float[Array, "batch row feature"], *positions: Float32[Array, "batch row 2"]
+        ) -> tuple[Float[Array, "batch row head channel"], ...]:
+            projections = self.project(self.norms[0](tokens)).reshape(*tokens.shape[:2], 3, self.heads, -1)
+            query, key, value = jnp.moveaxis(projections, 2, 0)
+            for token_position in positions:
+                query, key = rotary(query, token_position, _LONGEST), rotary(key, token_position, _LONGEST)
             return query, key, value
 
-        rows = (values,) if position is None else (values, position)
-        query, key, value = in_blocks(projected, _instances(batch), *rows, remat=self.remat)
-        if position is not None and self.fused and (implementation := kernel(query.dtype, query.shape[-1])):
+        inputs = (values,) if position is None else (values, position)
+        query, key, value = in_blocks(projected, _instances(batch), *inputs, remat=self.remat)
+        if position is not None and self.fused and (implementation := attention_kernel(query.dtype, query.shape[-1])):
             unmasked_first = jnp.argsort(~mask, axis=1, stable=True)[..., None, None]
-            key, value = (jnp.take_along_axis(part, unmasked_first, axis=1) for part in (key, value))
+            key, value = (jnp.take_along_axis(array, unmasked_first, axis=1) for array in (key, value))
             attention_output = attend_on_chip(query, key, value, mask.sum(axis=1), implementation)
         else:
             attention_output = attend_in_tiles(query, key, value, mask, _tile(batch, count))
 
-        def following(
-            tokens: Float[Array, "batch some feature"], attended: Float[Array, "batch some head channel"]
-        ) -> tuple[Float[Array, "batch some feature"]]:
+        def merged(
+            tokens: Float[Array, "batch row feature"], attended: Float[Array, "batch row head channel"]
+        ) -> tuple[Float[Array, "batch row feature"]]:
             tokens = tokens + self.merge(attended.reshape(tokens.shape))
             return (tokens + self.perceptron[1](jax.nn.gelu(self.perceptron[0](self.norms[1](tokens)))),)
 
-        return in_blocks(following, _instances(batch), values, attention_output, remat=self.remat)[0]
+        return in_blocks(merged, _instances(batch), values, attention_output, remat=self.remat)[0]
 
 
 def _instances(batch: int) -> int:

@@ -1,6 +1,6 @@
-"""MIL aggregators: a bag's instances to logits, attention and, in training, a loss on the instances.
+"""MIL aggregators, which pool a bag's instances to logits and attention; some add an instance loss in training.
 
-Masked instances never take part, the order of instances never matters, and a bag may hold one instance.
+Masked instances have no influence, the order of instances does not matter, and a bag may have a single instance.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from crcjax.models.linear import Linear
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Instances:
-    """Bags of instances; `position` is (x, y) of each in sides of a region. Slots of a region are adjacent."""
+    """Bags of instances; `position` is each instance's (x, y) in sides of a region. The slots of a region are adjacent."""
 
     features: Float[Array, "batch instance feature"]
     mask: Bool[Array, "batch instance"]
@@ -32,10 +32,10 @@ class Instances:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pooled:
-    """What an aggregator says of each bag.
+    """The output of an aggregator for each bag.
 
-    `attention` has one map a branch (one in all, or one a class); each sums to one over a bag and is zero where masked.
-    `instance_loss` is the model's own loss on instances; zero where it has none or no label was given.
+    `attention` has one map per branch: a single branch, or one per class. Each map sums to one over a bag and is zero where
+    the mask is False. `instance_loss` is the aggregator's loss on instances, zero if it has none or there are no labels.
     """
 
     logits: Float32[Array, "batch class"]
@@ -45,13 +45,13 @@ class Pooled:
 
 
 class Aggregator(Protocol):
-    """How every aggregator is called; with labels, it computes its instance loss."""
+    """The signature of all aggregators; with labels, they compute the instance loss."""
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled: ...
 
 
 class MeanPool(nnx.Module):
-    """The mean of the instances, and a linear classifier."""
+    """Mean of the instances and a linear classifier."""
 
     def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.classify = nnx.Linear(config.features, classes, rngs=rngs)
@@ -62,23 +62,23 @@ class MeanPool(nnx.Module):
 
 
 class MaxPool(nnx.Module):
-    """The largest value of every feature, and a linear classifier; attention is the share of the features that each gives."""
+    """Maximum of every feature and a linear classifier; attention is the share of features whose maximum an instance has."""
 
     def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.classify = nnx.Linear(config.features, classes, rngs=rngs)
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
         values, valid = bag.features.astype(jnp.float32), bag.mask[..., None]
-        # XLA's CPU code takes 20 times as long for a choice by the mask as for the sum, which it reduces as it is made.
+        # XLA's CPU code takes 20 times as long for jnp.where as for the sum, which it fuses with the maximum.
         largest = (values + jnp.where(valid, 0.0, -jnp.inf)).max(axis=1)
-        gives = (valid & (values == largest[:, None])).astype(jnp.float32)
-        shares = (gives / jnp.maximum(gives.sum(axis=1, keepdims=True), 1.0)).mean(axis=-1, keepdims=True)
+        has_maximum = (valid & (values == largest[:, None])).astype(jnp.float32)
+        shares = (has_maximum / jnp.maximum(has_maximum.sum(axis=1, keepdims=True), 1.0)).mean(axis=-1, keepdims=True)
         embedding = jnp.where(bag.mask.any(axis=1)[:, None], largest, 0.0)
         return Pooled(self.classify(embedding), embedding, shares, jnp.zeros(len(embedding)))
 
 
 class ABMIL(nnx.Module):
-    """Attention pooling (Ilse et al. 2018, equation 8; 9 with `gated`), and a linear classifier."""
+    """Attention pooling (Ilse et al. 2018, equation 8; 9 with `gated`) and a linear classifier."""
 
     def __init__(self, config: ConfigDict, classes: int, *, gated: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.score = AttentionScores(config.features, config.attention, 1, gated=gated, dtype=dtype, rngs=rngs)
@@ -89,12 +89,13 @@ class ABMIL(nnx.Module):
 
 
 class CLAM(nnx.Module):
-    """Clustering-constrained attention (Lu et al. 2021), with one attention branch (SB) or one a class (MB).
+    """Clustering-constrained attention (Lu et al. 2021) with one attention branch (SB) or one per class (MB).
 
-    Instance loss: for the bag's class a binary classifier must call the k most attended instances positive and the k
-    least attended negative; for the others, whose evidence must be absent, the k most attended negative (smooth top-1
-    SVM, tau 1); the mean over classes. k is at most half of the bag, so that no instance is both. The published weights of
-    the bag's and this loss, 0.7 and 0.3, are config.train.instance_weight 0.3 / 0.7.
+    Each class has a binary instance classifier. For the bag's class, the k most attended instances are its positive and the
+    k least attended its negative examples. For every other class, whose evidence must be absent, the k most attended
+    instances are negative examples. The instance loss is the smooth top-1 SVM with tau 1, averaged over classes. k is at most
+    half of the bag, so that no instance is both. The published weights of bag loss and instance loss, 0.7 and 0.3, correspond
+    to config.train.instance_weight = 0.3 / 0.7.
     """
 
     def __init__(self, config: ConfigDict, classes: int, *, multibranch: bool, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -103,7 +104,8 @@ class CLAM(nnx.Module):
         self.compress = Linear(config.features, config.features, dtype=dtype, rngs=rngs)
         self.score = AttentionScores(config.features, config.attention, branches, gated=True, dtype=dtype, rngs=rngs)
         self.classify = nnx.Linear(config.features, classes, rngs=rngs)
-        self.judge = Linear(config.features, 2 * classes, rngs=rngs)  # class by class: negative, positive
+        # Class by class: the scores of negative and of positive.
+        self.judge = Linear(config.features, 2 * classes, rngs=rngs)
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
         features = jax.nn.relu(self.compress(bag.features)).astype(jnp.float32)
@@ -112,7 +114,8 @@ class CLAM(nnx.Module):
         embeddings = jnp.einsum("bnk,bnf->bkf", attention, features)
         if attention.shape[-1] == 1:
             logits = self.classify(embeddings[:, 0])
-        else:  # each branch is classified by its own class's weights alone
+        else:
+            # The logit of a class uses the branch of that class only.
             logits = jnp.einsum("bkk->bk", self.classify(embeddings))
         loss = jnp.zeros(len(logits)) if label is None else self._instance_loss(features, scores, bag.mask, label)
         return Pooled(logits, embeddings.mean(axis=1), attention, loss)
@@ -129,22 +132,25 @@ class CLAM(nnx.Module):
         count = mask.sum(axis=1)
         k = jnp.minimum(self.k, jnp.maximum(count // 2, 1))[:, None, None]
         valid = mask[..., None]
-        first = _rank(jnp.where(valid, -scores, jnp.inf)) < k
-        last = (_rank(jnp.where(valid, scores, jnp.inf)) < k) & (count > 1)[:, None, None]
-        first, last = first & valid, last & valid
-        own = jax.nn.one_hot(label, classes, dtype=bool)[:, None]
-        wrong = _smooth_svm(instance_scores, positive=False)
-        right = jnp.where(first, _smooth_svm(instance_scores, positive=True), 0) + jnp.where(last, wrong, 0)
-        loss_own = right.sum(axis=1) / jnp.maximum((first.sum(axis=1) + last.sum(axis=1)), 1)
-        loss_other = jnp.where(first, wrong, 0).sum(axis=1) / jnp.maximum(first.sum(axis=1), 1)
-        return jnp.where(own[:, 0], loss_own, loss_other).mean(axis=-1)
+        most_attended = _rank(jnp.where(valid, -scores, jnp.inf)) < k
+        least_attended = (_rank(jnp.where(valid, scores, jnp.inf)) < k) & (count > 1)[:, None, None]
+        most_attended, least_attended = most_attended & valid, least_attended & valid
+        is_label = jax.nn.one_hot(label, classes, dtype=bool)
+        negative = _smooth_svm(instance_scores, positive=False)
+        positive = _smooth_svm(instance_scores, positive=True)
+        label_sum = (jnp.where(most_attended, positive, 0) + jnp.where(least_attended, negative, 0)).sum(axis=1)
+        label_loss = label_sum / jnp.maximum((most_attended.sum(axis=1) + least_attended.sum(axis=1)), 1)
+        other_sum = jnp.where(most_attended, negative, 0).sum(axis=1)
+        other_loss = other_sum / jnp.maximum(most_attended.sum(axis=1), 1)
+        return jnp.where(is_label, label_loss, other_loss).mean(axis=-1)
 
 
 class DSMIL(nnx.Module):
-    """Dual-stream MIL (Li et al. 2021): the highest instance logit a class, and attention by likeness to that instance.
+    """Dual-stream MIL (Li et al. 2021).
 
-    Logits are the mean of the two streams, as published for prediction; the instance loss is the cross-entropy of the first.
-    Li et al. train the mean of both streams' cross-entropies instead: docs/models.md.
+    The first stream is the highest instance logit of each class; the second attends by similarity to that instance. The
+    logits are the mean of the streams, as published for prediction. The instance loss is the cross-entropy of the first
+    stream. Li et al. train the mean of both cross-entropies instead (docs/models.md).
     """
 
     def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -153,7 +159,8 @@ class DSMIL(nnx.Module):
         self.query = nnx.List(
             [Linear(width, hidden, dtype=dtype, rngs=rngs), Linear(hidden, hidden, dtype=dtype, rngs=rngs)]
         )
-        self.bag = nnx.Linear(classes * width, classes, rngs=rngs)  # the paper's convolution over the class embeddings
+        # The convolution over the class embeddings in the paper.
+        self.bag = nnx.Linear(classes * width, classes, rngs=rngs)
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
         values = bag.features.astype(jnp.float32)
@@ -161,8 +168,8 @@ class DSMIL(nnx.Module):
         critical = by_instance.argmax(axis=1)
         highest = jnp.where(bag.mask.any(axis=1)[:, None], by_instance.max(axis=1), 0.0)
         query = jnp.tanh(self.query[1](jax.nn.relu(self.query[0](bag.features)))).astype(jnp.float32)
-        of_critical = jnp.take_along_axis(query, critical[..., None], axis=1)
-        scores = jnp.einsum("bnh,bkh->bnk", query, of_critical) / jnp.sqrt(query.shape[-1])
+        critical_query = jnp.take_along_axis(query, critical[..., None], axis=1)
+        scores = jnp.einsum("bnh,bkh->bnk", query, critical_query) / jnp.sqrt(query.shape[-1])
         attention = masked_softmax(scores, bag.mask)
         embeddings = jnp.einsum("bnk,bnf->bkf", attention, values)
         logits = (highest + self.bag(embeddings.reshape(len(embeddings), -1))) / 2
@@ -184,8 +191,8 @@ def _smooth_svm(
     scores: Float32[Array, "batch instance class 2"], positive: bool
 ) -> Float32[Array, "batch instance class"]:
     """Smooth top-1 SVM with margin 1 and tau 1 (Berrada et al. 2018, equation 11, for two classes)."""
-    right, other = scores[..., int(positive)], scores[..., int(not positive)]
-    return jax.nn.softplus(other + 1.0 - right)
+    target_score, other_score = scores[..., int(positive)], scores[..., int(not positive)]
+    return jax.nn.softplus(other_score + 1.0 - target_score)
 
 
 def _cross_entropy(logits: Float32[Array, "batch class"], label: Int[Array, " batch"]) -> Float32[Array, " batch"]:

@@ -1,4 +1,4 @@
-"""TransMIL (Shao et al. 2021): Nyström self-attention over the bag laid out as a square, read from a class token."""
+"""TransMIL (Shao et al. 2021): Nyström self-attention over a bag arranged as a square, with a class token."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from crcjax.models.linear import Linear
 _PINV_ITERATIONS = 6
 _RESIDUAL_KERNEL = 33
 _POSITION_KERNELS = 7, 5, 3
-# Attention weights of a head computed at a time, on CPUs and elsewhere; the backward pass recomputes larger ones by block.
+# The attention weights of a head that are computed at a time, on CPUs and elsewhere. Larger matrices are computed in blocks,
+# which the backward pass recomputes.
 _PAIRS, _PAIRS_ELSEWHERE = 2**24, 2**26
 
 
 class TransMIL(nnx.Module):
-    """Two Nyström attention layers around a convolutional position encoding.
+    """Two Nyström attention layers with a convolutional position encoding between them.
 
     Instances are sorted by their position in the tissue (row, column) before they fill the square, so that their order in
-    the store does not matter. The first instances, repeated, fill the rest of the square, as published. Padding is masked
-    everywhere. The attention is that of the class token over the instances in the last layer, averaged over heads and
-    computed from the layer's own matrices; negative values count as zero.
+    the store does not matter. As published, copies of the first instances fill the rest of the square. Padding is masked
+    everywhere. The reported attention is that of the class token in the last layer, averaged over heads and computed from
+    the matrices of the Nyström approximation; negative values count as zero.
     """
 
     def __init__(self, config: ConfigDict, classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -49,16 +50,18 @@ class TransMIL(nnx.Module):
         self.classify = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
-        embedding, attention = jax.vmap(self._one)(bag.features, bag.mask, bag.position)
+        embedding, attention = jax.vmap(self._pool_bag)(bag.features, bag.mask, bag.position)
         return Pooled(self.classify(embedding), embedding, attention[..., None], jnp.zeros(len(embedding)))
 
-    def _one(
+    def _pool_bag(
         self,
         features: Float[Array, "instance feature"],
         mask: Bool[Array, " instance"],
         position: Float32[Array, "instance 2"],
     ) -> tuple[Float32[Array, " feature"], Float32[Array, " instance"]]:
+        """The embedding of one bag, and the attention to its instances."""
         total = len(mask)
+        # The side of the square if no instance is masked, which fixes the shapes.
         largest = math.isqrt(total - 1) + 1
         order = jnp.lexsort((jnp.arange(total), position[:, 0], position[:, 1], ~mask))
         count = mask.sum()
@@ -72,21 +75,19 @@ class TransMIL(nnx.Module):
         valid_tokens = jnp.concatenate([jnp.ones(1, bool), valid])
         tokens, _ = self.layers[0](tokens, valid_tokens)
         square = jnp.zeros((largest, largest, tokens.shape[-1]), tokens.dtype)
-        at = (
-            jnp.where(valid, row, largest),
-            jnp.where(valid, column, largest),
-        )
-        square = square.at[at].set(tokens[1:], mode="drop")
-        encoded = square + self._encoded(square)
-        tokens = tokens.at[1:].set(jnp.where(valid[:, None], encoded.at[at].get(mode="fill", fill_value=0), 0))
+        # Padding has coordinates outside of the square, where reads and writes have no effect.
+        coordinates = jnp.where(valid, row, largest), jnp.where(valid, column, largest)
+        square = square.at[coordinates].set(tokens[1:], mode="drop")
+        encoded = (square + self._position_encoding(square)).at[coordinates].get(mode="fill", fill_value=0)
+        tokens = tokens.at[1:].set(jnp.where(valid[:, None], encoded, 0))
         tokens, attention = self.layers[1](tokens, valid_tokens)
         embedding = self.norm(tokens[0].astype(jnp.float32))
         by_place = jnp.maximum(attention[1:], 0.0) * valid
         by_instance = jnp.zeros(total).at[source].add(by_place)
         return embedding, by_instance / jnp.maximum(by_instance.sum(), jnp.finfo(jnp.float32).tiny)
 
-    def _encoded(self, square: Float[Array, "row column feature"]) -> Float[Array, "row column feature"]:
-        """The sum of the convolutions, each feature by itself: of one convolution with the sum of their kernels."""
+    def _position_encoding(self, square: Float[Array, "row column feature"]) -> Float[Array, "row column feature"]:
+        """The sum of the depthwise convolutions, computed as one convolution with the sum of their kernels."""
         kernel, bias = jnp.zeros(()), jnp.zeros(())
         for convolution in self.positions:
             assert convolution.bias is not None
@@ -110,27 +111,28 @@ class NystromLayer(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "token feature"], valid: Bool[Array, " token"]
     ) -> tuple[Float[Array, "token feature"], Float32[Array, " token"]]:
-        """The tokens, and what the first of them attends to (mean over heads); those that are seen come first."""
+        """Returns the new tokens, and the attention of the first token (mean over heads); valid tokens must come first."""
         count, width = tokens.shape
         landmarks = min(self.landmarks, count)
-        parts = jnp.where(valid[:, None], self.project(self.norm(tokens)).astype(jnp.float32), 0.0)
-        query, key, value = jnp.moveaxis(parts.reshape(count, 3, self.heads, -1), 1, 0)
-        # Landmarks are means of equal stretches of the unmasked tokens, whatever the length of the padding.
-        stretch = jnp.maximum(-(-valid.sum() // landmarks), 1)
-        first, offset = jnp.arange(landmarks) * stretch, jnp.arange(-(-count // landmarks))
-        members = jnp.where(offset < stretch, first[:, None] + offset, count)
-        landmark_of = jnp.where(valid, jnp.arange(count) // stretch, landmarks)
-        sizes = jnp.clip(valid.sum() - first, 0, stretch)
-        lands = sizes > 0
-        marks = _sums(parts[:, : 2 * width], members, landmark_of) / jnp.maximum(sizes, 1)[:, None]
-        query_marks, key_marks = jnp.moveaxis(marks.reshape(landmarks, 2, self.heads, -1), 1, 0)
-        inverse = _pseudo_inverse(_weights(query_marks, key_marks, lands) * lands[:, None])
-        # The values are aggregated to the landmarks first: the product of the weights would be a large matrix to store.
-        mixed = jnp.swapaxes(_attended(query_marks, key, value, valid, self.remat), 0, 1)
-        out = _attended(query, key_marks, jnp.swapaxes(inverse @ mixed, 0, 1), lands, self.remat)
+        projections = jnp.where(valid[:, None], self.project(self.norm(tokens)).astype(jnp.float32), 0.0)
+        query, key, value = jnp.moveaxis(projections.reshape(count, 3, self.heads, -1), 1, 0)
+        # A landmark is the mean of a segment of consecutive valid tokens. All segments have one length, which does not depend
+        # on the padding.
+        length = jnp.maximum(-(-valid.sum() // landmarks), 1)
+        first, offset = jnp.arange(landmarks) * length, jnp.arange(-(-count // landmarks))
+        segment = jnp.where(offset < length, first[:, None] + offset, count)
+        landmark_of = jnp.where(valid, jnp.arange(count) // length, landmarks)
+        sizes = jnp.clip(valid.sum() - first, 0, length)
+        has_tokens = sizes > 0
+        means = _sums(projections[:, : 2 * width], segment, landmark_of) / jnp.maximum(sizes, 1)[:, None]
+        query_means, key_means = jnp.moveaxis(means.reshape(landmarks, 2, self.heads, -1), 1, 0)
+        inverse = _pseudo_inverse(_weights(query_means, key_means, has_tokens) * has_tokens[:, None])
+        # The values are aggregated to the landmarks first; the product of the weights would be a large matrix to store.
+        landmark_values = jnp.swapaxes(_attended(query_means, key, value, valid, self.remat), 0, 1)
+        out = _attended(query, key_means, jnp.swapaxes(inverse @ landmark_values, 0, 1), has_tokens, self.remat)
         out = out + self._residual(value)
-        of_first = (_weights(query[:1], key_marks, lands) @ inverse)[:, 0]
-        attention = jnp.einsum("hl,hlt->t", of_first, _weights(query_marks, key, valid)) / self.heads
+        first_weights = (_weights(query[:1], key_means, has_tokens) @ inverse)[:, 0]
+        attention = jnp.einsum("hl,hlt->t", first_weights, _weights(query_means, key, valid)) / self.heads
         out = self.merge(out.reshape(count, -1).astype(tokens.dtype))
         return tokens + jnp.where(valid[:, None], out, 0), attention
 
@@ -156,8 +158,8 @@ def _attended(
     valid: Bool[Array, " column"],
     remat: Remat,
 ) -> Float32[Array, "row head channel"]:
-    """Attention over the unmasked columns, in blocks of rows where storing all weights would take too much memory."""
-    key, value = (jnp.swapaxes(part, 0, 1)[None] for part in (key, value))
+    """Attention over the unmasked columns, in blocks of rows if all weights together would take too much memory."""
+    key, value = (jnp.swapaxes(array, 0, 1)[None] for array in (key, value))
     largest = max(1, (_PAIRS if jax.default_backend() == "cpu" else _PAIRS_ELSEWHERE) // len(valid))
     return in_blocks(
         lambda query_block: (attend(query_block, key, value, valid[None]),), largest, query[None], remat=remat
@@ -167,63 +169,64 @@ def _attended(
 @jax.custom_vjp
 def _sums(
     values: Float32[Array, "token channel"],
-    members: Int[Array, "landmark member"],
+    segment: Int[Array, "landmark member"],
     landmark_of: Int[Array, " token"],
 ) -> Float32[Array, "landmark channel"]:
-    """The sum of each landmark's tokens. The gradient gathers rows too, so that no order of summation affects it."""
-    return values.at[members].get(mode="fill", fill_value=0).sum(axis=1)
+    """The sum of each landmark's tokens. Its gradient is a gather too, so that it does not depend on an order of summation."""
+    return values.at[segment].get(mode="fill", fill_value=0).sum(axis=1)
 
 
 def _sums_gradient(landmark_of: Int[Array, " token"], gradient: Array) -> tuple[Array, None, None]:
     return gradient.at[landmark_of].get(mode="fill", fill_value=0), None, None
 
 
-_sums.defvjp(lambda values, members, landmark_of: (_sums(values, members, landmark_of), landmark_of), _sums_gradient)
+_sums.defvjp(lambda values, segment, landmark_of: (_sums(values, segment, landmark_of), landmark_of), _sums_gradient)
 
 
 @jax.custom_vjp
 def _convolved(
     values: Float32[Array, "*place channel"], kernel: Float32[Array, "*tap channel"]
 ) -> Float32[Array, "*place channel"]:
-    """Convolution of each channel with its own kernel of odd sides, zero beyond the edge.
+    """Depthwise convolution with kernels of odd sides, and zeros beyond the edge.
 
-    A sum of shifted products: XLA partitions it correctly, whereas the gradients of its grouped convolutions were wrong on
-    several devices, and it is faster on CPUs. The gradient of its own avoids storing every shifted copy.
+    It is a sum of shifted products. XLA partitions that correctly, whereas the gradients of its grouped convolutions were
+    wrong on several devices, and it is faster on CPUs. The custom gradient avoids storing every shifted copy.
     """
     padded, total = _padded(values, kernel), jnp.zeros_like(values)
-    for at in np.ndindex(*kernel.shape[:-1]):
-        shifted = padded[tuple(slice(i, i + length) for i, length in zip(at, values.shape[:-1], strict=True))]
-        total = total + kernel[at] * shifted
+    for tap in np.ndindex(*kernel.shape[:-1]):
+        shifted = padded[tuple(slice(i, i + length) for i, length in zip(tap, values.shape[:-1], strict=True))]
+        total = total + kernel[tap] * shifted
     return total
 
 
-def _convolved_gradients(residuals: tuple[Array, Array], of: Array) -> tuple[Array, Array]:
+def _convolved_gradients(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     values, kernel = residuals
-    padded, taps = _padded(values, kernel), kernel.shape[:-1]
+    padded, sides = _padded(values, kernel), kernel.shape[:-1]
 
-    def by_tap(at: Int[Array, " axis"]) -> Float32[Array, " channel"]:
-        products = (jax.lax.dynamic_slice(padded, (*at, 0), values.shape) * of).reshape(-1, of.shape[-1])
-        # A product, since XLA's CPU code takes twenty times as long for the sum of a single bag's.
+    def tap_gradient(tap: Int[Array, " axis"]) -> Float32[Array, " channel"]:
+        shifted = jax.lax.dynamic_slice(padded, (*tap, 0), values.shape)
+        products = (shifted * gradient).reshape(-1, gradient.shape[-1])
+        # A matrix product with ones; for a single bag, XLA's CPU code takes twenty times as long for the sum.
         return jnp.matmul(jnp.ones(len(products)), products, precision=jax.lax.Precision.HIGHEST)
 
-    by_kernel = jax.lax.map(by_tap, jnp.array(list(np.ndindex(*taps)))).reshape(kernel.shape)
-    return _convolved(of, jnp.flip(kernel, range(len(taps)))), by_kernel
+    kernel_gradient = jax.lax.map(tap_gradient, jnp.array(list(np.ndindex(*sides)))).reshape(kernel.shape)
+    return _convolved(gradient, jnp.flip(kernel, range(len(sides)))), kernel_gradient
 
 
 def _padded(values: Array, kernel: Array) -> Array:
-    return jnp.pad(values, [(tap // 2, tap // 2) for tap in kernel.shape[:-1]] + [(0, 0)])
+    return jnp.pad(values, [(side // 2, side // 2) for side in kernel.shape[:-1]] + [(0, 0)])
 
 
 _convolved.defvjp(lambda values, kernel: (_convolved(values, kernel), (values, kernel)), _convolved_gradients)
 
 
 def _pseudo_inverse(matrix: Float32[Array, "head row column"]) -> Float32[Array, "head row column"]:
-    """Moore-Penrose inverse by the iteration of Razavi et al. (2014), as Xiong et al. 2021, equation 11, use it.
+    """Moore-Penrose inverse by the iteration of Razavi et al. (2014), as in Xiong et al. 2021, equation 11.
 
-    Rows and columns of zeros, those of landmarks without tokens, stay zero.
+    Rows and columns of zeros, which belong to landmarks without tokens, stay zero.
     """
     absolute = jnp.abs(matrix)
-    # Scaled head by head; the public code takes the largest of the whole batch, so that one bag changes another's result.
+    # Each head is scaled separately. The public code scales by the maximum of the batch, so that bags affect each other.
     scale = absolute.sum(axis=-1).max(axis=-1) * absolute.sum(axis=-2).max(axis=-1)
     start = jnp.swapaxes(matrix, -1, -2) / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None, None]
     identity = jnp.eye(matrix.shape[-1])

@@ -1,1 +1,1 @@
-"""Tile encoders: pixels to features."""
+"""Tile encoders, which map pixels to features."""

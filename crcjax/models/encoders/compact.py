@@ -11,16 +11,16 @@ from ml_collections import ConfigDict
 
 
 def optical_density(pixels: Num[Array, "*tile y x 3"]) -> Float32[Array, "*tile y x 3"]:
-    """Absorbance (Beer and Lambert) of 8-bit intensities, 0 (white) to about 5.5, centred and scaled to about unit size."""
+    """Optical density (Beer and Lambert) of 8-bit intensities: 0 (white) to about 5.5, minus 0.5."""
     return -jnp.log((pixels.astype(jnp.float32) + 1.0) / 256.0) - 0.5
 
 
 class CompactEncoder(nnx.Module):
-    """A small convolutional encoder that trains end to end, on two CPU cores too.
+    """A small convolutional encoder that trains end to end, also on two CPU cores.
 
-    Patches are merged 4, 2, 2 and 2 px at a time: every convolution has a stride as large as its kernel, so each is one
-    matrix product, which XLA runs several times faster on CPUs than overlapping kernels. The tile's features are the
-    mean and the largest response over its 32 px patches. `tile_px` must be a multiple of 32.
+    It merges patches of 4, 2, 2 and 2 px side. Every convolution has a stride equal to the side of its kernel, so that it is
+    one matrix product, which XLA runs several times faster on CPUs than overlapping kernels. The features of a tile combine
+    the mean and the largest response over its 32 px patches. `tile_px` must be a multiple of 32.
     """
 
     def __init__(self, config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -36,7 +36,7 @@ class CompactEncoder(nnx.Module):
     def __call__(self, pixels: Num[Array, "tile y x 3"]) -> Float[Array, "tile feature"]:
         maps = optical_density(pixels)
         for stride, merge, norm in zip(self.strides, self.merges, self.norms, strict=True):
-            # The first patch is normalised in density already; a norm there would cost more than the rest.
+            # The input is already normalised optical density; a norm of the first maps would cost more than all the rest.
             maps = merge(_patches(maps, stride))
             maps = jax.nn.gelu(maps if stride == 4 else norm(maps))
         pooled = jnp.concatenate([maps.mean(axis=(1, 2)), maps.max(axis=(1, 2))], axis=-1)
@@ -44,6 +44,7 @@ class CompactEncoder(nnx.Module):
 
 
 def _patches(maps: Float[Array, "tile y x channel"], side: int) -> Float[Array, "tile row column value"]:
+    """Joins the values of each square patch of `side` pixels."""
     tiles, height, width, channels = maps.shape
     split = maps.reshape(tiles, height // side, side, width // side, side, channels)
     return split.transpose(0, 1, 3, 2, 4, 5).reshape(tiles, height // side, width // side, side * side * channels)

@@ -1,4 +1,4 @@
-"""Convolutional tile encoders, ConvNeXt and ResNet, with the parts' names of timm."""
+"""Convolutional tile encoders, ConvNeXt and ResNet; modules have the names of timm, so that its checkpoints fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crcjax.models.encoders.vit import MLP, layer_norm
 
 
 class ConvNeXt(nnx.Module):
-    """ConvNeXt (Liu 2022); by default its tiny shape. Features are the normed mean of the last stage."""
+    """ConvNeXt (Liu 2022), by default ConvNeXt-T. Features are the normalised mean of the last stage."""
 
     def __init__(
         self,
@@ -29,17 +29,17 @@ class ConvNeXt(nnx.Module):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         stem = nnx.Conv(3, widths[0], (4, 4), strides=(4, 4), padding="VALID", **kind)
         self.stem = nnx.List([stem, layer_norm(widths[0], rngs=rngs)])
-        before = (None, *widths[:-1])
+        input_widths = (None, *widths[:-1])
         self.stages = nnx.List(
             [
                 _NextStage(inputs, width, depth, **kind)
-                for inputs, width, depth in zip(before, widths, depths, strict=True)
+                for inputs, width, depth in zip(input_widths, widths, depths, strict=True)
             ]
         )
         self.head = nnx.Dict({"norm": layer_norm(widths[-1], rngs=rngs)})
 
     def __call__(self, images: Float[Array, "tile y x 3"]) -> Float[Array, "tile feature"]:
-        """Features of normalised images, whose sides are multiples of 32 px."""
+        """Encodes normalised images, whose sides must be multiples of 32 px."""
         maps = self.stem[1](self.stem[0](images))
         for stage in self.stages:
             maps = stage(maps)
@@ -54,8 +54,8 @@ class _NextStage(nnx.Module):
         self.blocks = nnx.List([_NextBlock(width, **kind) for _ in range(depth)])
 
     def __call__(self, maps: Float[Array, "tile row column feature"]) -> Float[Array, "tile _ _ _"]:
-        for part in (*self.downsample, *self.blocks):
-            maps = part(maps)
+        for layer in (*self.downsample, *self.blocks):
+            maps = layer(maps)
         return maps
 
 
@@ -76,9 +76,10 @@ class _NextBlock(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """ResNet (He 2016) of bottlenecks that halve in their middle; by default ResNet-50. Features are the last stage's mean.
+    """ResNet (He 2016) of bottleneck blocks whose middle convolution has the stride; by default ResNet-50.
 
-    With fewer `depths` the later stages are left out: three are the encoder of CLAM (Lu 2021), 1,024 features.
+    Features are the mean of the last stage. `depths` lists the blocks of each stage; fewer entries omit the later stages.
+    Three stages are the encoder of CLAM (Lu 2021), with 1,024 features.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class ResNet(nnx.Module):
             inputs = 4 * thin
 
     def __call__(self, images: Float[Array, "tile y x 3"]) -> Float[Array, "tile feature"]:
-        """Features of normalised images."""
+        """Encodes normalised images."""
         maps = jax.nn.relu(self.bn1(self.conv1(images)))
         maps = nnx.max_pool(maps, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage in range(self.stages):
@@ -123,8 +124,8 @@ class _Bottleneck(nnx.Module):
 
     def __call__(self, maps: Float[Array, "tile row column feature"]) -> Float[Array, "tile _ _ _"]:
         residual = maps
-        for part in self.downsample:
-            residual = part(residual)
+        for layer in self.downsample:
+            residual = layer(residual)
         maps = jax.nn.relu(self.bn1(self.conv1(maps)))
         maps = jax.nn.relu(self.bn2(self.conv2(maps)))
         return jax.nn.relu(residual + self.bn3(self.conv3(maps)))
@@ -132,9 +133,12 @@ class _Bottleneck(nnx.Module):
 
 @dataclass(frozen=True)
 class Batch:
-    """What batch norms take their statistics of: the valid tiles, `count` on all devices.
+    """The tiles whose statistics BatchNorm uses.
 
-    `axes` are those of the mesh along which the tiles are mapped, not divided by the partitioner.
+    Attributes:
+      valid: the valid tiles of this device.
+      count: the number of valid tiles of all devices.
+      axes: the mesh axes over which the encoder is mapped; statistics are summed over them.
     """
 
     valid: Bool[Array, " tile"]
@@ -142,19 +146,20 @@ class Batch:
     axes: tuple[str, ...]
 
     def mean(self, maps: Float32[Array, "tile row column feature"]) -> Float32[Array, " feature"]:
-        """The mean over all places of the valid tiles."""
+        """The mean over all pixels of the maps of all valid tiles."""
         summed = jnp.where(self.valid[:, None, None, None], maps, 0.0).sum(axis=(0, 1, 2))
-        return jax.lax.psum(summed, self.axes) / jnp.maximum(self.places(maps), 1.0)
+        return jax.lax.psum(summed, self.axes) / jnp.maximum(self.pixels(maps), 1.0)
 
-    def places(self, maps: Float32[Array, "tile row column feature"]) -> Float32[Array, ""]:
-        """How many those are."""
+    def pixels(self, maps: Float32[Array, "tile row column feature"]) -> Float32[Array, ""]:
+        """The number of these pixels."""
         return self.count * (maps.shape[1] * maps.shape[2])
 
 
 class BatchNorm(nnx.BatchNorm):
-    """A batch norm, in float32, by the mean and variance that it holds; or of a batch, if it is given one, by the batch's.
+    """BatchNorm in float32 that uses its running statistics, or the statistics of `batch` if that is set.
 
-    These it holds from then on; the variance without bias, as torch does for its running average.
+    With a batch, its mean and variance replace the stored ones after the call; the stored variance is unbiased, as in torch's
+    running average.
     """
 
     batch: Batch | None = None
@@ -165,28 +170,28 @@ class BatchNorm(nnx.BatchNorm):
     def __call__(  # type: ignore[override]
         self, maps: Float[Array, "tile row column feature"]
     ) -> Float32[Array, "tile row column feature"]:
-        """Normed maps."""
+        """Normalises maps."""
         if self.batch is None:
             return super().__call__(maps)
         maps = maps.astype(jnp.float32)
-        # Not by nnx's own: its mean over devices is of their means, whatever the number of valid tiles of each. And not
-        # by the mean of squares, which loses the digits of what varies little.
+        # nnx.BatchNorm averages the means of the devices without regard to their numbers of valid tiles, and computes the
+        # variance from the mean of squares, which loses digits where features vary little.
         self.mean[...] = mean = self.batch.mean(maps)
         self.var[...] = var = self.batch.mean(jnp.square(maps - mean))
-        normed, places = super().__call__(maps), self.batch.places(maps)
-        self.var[...] = var * places / jnp.maximum(places - 1.0, 1.0)
-        return normed
+        normalised, pixels = super().__call__(maps), self.batch.pixels(maps)
+        self.var[...] = var * pixels / jnp.maximum(pixels - 1.0, 1.0)
+        return normalised
 
 
-def by_batch(module: nnx.Module, batch: Batch) -> None:
-    """Has all batch norms within a module norm by the statistics of a batch."""
-    for _, part in nnx.iter_modules(module):
-        if isinstance(part, BatchNorm):
-            part.batch = batch
+def use_batch_statistics(module: nnx.Module, batch: Batch) -> None:
+    """Makes all BatchNorm layers of a module use the statistics of a batch."""
+    for _, submodule in nnx.iter_modules(module):
+        if isinstance(submodule, BatchNorm):
+            submodule.batch = batch
 
 
 def convolution(inputs: int, outputs: int, side: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Conv:
-    """A square convolution without biases that pads all sides alike, as torch does; "SAME" pads a strided one at its end."""
+    """A square convolution without bias that pads all sides equally, as torch does; "SAME" with a stride pads only the end."""
     padding = ((side // 2, side // 2),) * 2
     return nnx.Conv(
         inputs, outputs, (side, side), strides=(stride, stride), padding=padding, use_bias=False, dtype=dtype, rngs=rngs

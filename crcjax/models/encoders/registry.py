@@ -1,4 +1,4 @@
-"""The tile encoders by name: the table of those that are published, and the one of `config.model.encoder`."""
+"""The table of published tile encoders, and the construction of the encoder that `config.model.encoder` names."""
 
 from __future__ import annotations
 
@@ -31,12 +31,19 @@ LUNIT: tuple[RGB, RGB] = (0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26
 
 @dataclass(frozen=True)
 class PretrainedEncoder:
-    """A published tile encoder and how its authors prepare a tile.
+    """A published tile encoder, with the preprocessing of its authors.
 
-    `build` makes the module from `dtype` and `rngs`; `features` is how many it gives, `mpp` the resolution in µm per
-    pixel at which it was trained or is recommended, None for natural images. A tile is resized to `resize_px`, its centre
-    of `size_px` taken, and each channel normalised by `mean` and `std` (of intensities from 0 to 1). `source` is where
-    the weights are had: a name on Hugging Face, or the project's own pages.
+    A tile is resized to `resize_px`, cropped to its centre of `size_px`, and each channel is normalised.
+
+    Attributes:
+      build: constructs the module from `dtype` and `rngs`.
+      features: the number of features.
+      mpp: the resolution of its training, or the recommended one, in µm per pixel; None for natural images.
+      source: where its weights are published: a name on Hugging Face, or a project page.
+      normalisation: the mean and standard deviation of each channel, for intensities from 0 to 1.
+      resize_px: the side of the resized tile.
+      size_px: the side of the crop.
+      resampling: "linear" or "cubic".
     """
 
     build: Callable[..., nnx.Module]
@@ -46,13 +53,13 @@ class PretrainedEncoder:
     normalisation: tuple[RGB, RGB] = IMAGENET
     resize_px: int = 224
     size_px: int = 224
-    resampling: str = "linear"  # or cubic
+    resampling: str = "linear"
 
     def prepare(self, pixels: Num[Array | np.ndarray, "tile y x 3"]) -> Float32[Array, "tile row column 3"]:
-        """Tiles, 8-bit intensities of any numeric type, as the encoder expects them; resized as Pillow does."""
+        """Preprocesses tiles of 8-bit intensities of any numeric type; resizes as Pillow does."""
         images = jnp.asarray(pixels).astype(jnp.float32)
         side = self.resize_px
-        # Pillow makes rows of whole intensities first, then columns.
+        # Pillow resizes rows first and rounds to integer intensities before it resizes columns.
         for shape in ((len(images), images.shape[1], side, 3), (len(images), side, side, 3)):
             if images.shape != shape:
                 resized = jax.image.resize(images, shape, self.resampling, antialias=True)
@@ -63,26 +70,26 @@ class PretrainedEncoder:
         return (images / 255 - mean) / std
 
 
-def _vit(patch_px: int, width: int, depth: int, heads: int, **others: Any) -> Callable[..., nnx.Module]:
+def _vit(patch_px: int, width: int, depth: int, heads: int, **options: Any) -> Callable[..., nnx.Module]:
     defaults: dict[str, Any] = {"grid": 224 // patch_px, "hidden": 4 * width}
-    return partial(ViT, patch_px=patch_px, width=width, depth=depth, heads=heads, **defaults | others)
+    return partial(ViT, patch_px=patch_px, width=width, depth=depth, heads=heads, **defaults | options)
 
 
-def _small(patch_px: int, **others: Any) -> Callable[..., nnx.Module]:
-    return _vit(patch_px, 384, 12, 6, **others)
+def _small(patch_px: int, **options: Any) -> Callable[..., nnx.Module]:
+    return _vit(patch_px, 384, 12, 6, **options)
 
 
-def _base(patch_px: int, **others: Any) -> Callable[..., nnx.Module]:
-    return _vit(patch_px, 768, 12, 12, **others)
+def _base(patch_px: int, **options: Any) -> Callable[..., nnx.Module]:
+    return _vit(patch_px, 768, 12, 12, **options)
 
 
-def _large(patch_px: int, **others: Any) -> Callable[..., nnx.Module]:
-    return _vit(patch_px, 1024, 24, 16, **others)
+def _large(patch_px: int, **options: Any) -> Callable[..., nnx.Module]:
+    return _vit(patch_px, 1024, 24, 16, **options)
 
 
 _huge = partial(_vit, 14, 1280, 32, 16, hidden=6832, swiglu=True, layer_scale=True)
 _giant = partial(_vit, width=1536, heads=24, hidden=8192, swiglu=True, layer_scale=True)
-_registers: dict[str, Any] = {"layer_scale": True, "registers": 4, "embed_prefix": False}
+_FOUR_REGISTERS: dict[str, Any] = {"layer_scale": True, "registers": 4, "embed_prefix": False}
 
 PRETRAINED: dict[str, PretrainedEncoder] = {
     "uni": PretrainedEncoder(_large(16, layer_scale=True), 1024, 0.5, "MahmoodLab/UNI"),
@@ -104,10 +111,10 @@ PRETRAINED: dict[str, PretrainedEncoder] = {
     "phikon-v2": PretrainedEncoder(_large(16, layer_scale=True), 1024, 0.5, "owkin/phikon-v2"),
     "ctranspath": PretrainedEncoder(partial(Swin, conv_stem=True), 768, 1.0, "github.com/Xiyue-Wang/TransPath"),
     "hibou-b": PretrainedEncoder(
-        _base(14, swiglu=True, hidden=4096, **_registers), 768, 0.5, "histai/hibou-b", HIBOU, resampling="cubic"
+        _base(14, swiglu=True, hidden=4096, **_FOUR_REGISTERS), 768, 0.5, "histai/hibou-b", HIBOU, resampling="cubic"
     ),
     "hibou-l": PretrainedEncoder(
-        _large(14, swiglu=True, hidden=5472, **_registers), 1024, 0.5, "histai/hibou-L", HIBOU, resampling="cubic"
+        _large(14, swiglu=True, hidden=5472, **_FOUR_REGISTERS), 1024, 0.5, "histai/hibou-L", HIBOU, resampling="cubic"
     ),
     "kaiko-vits8": PretrainedEncoder(
         _small(8), 384, 0.5, "1aurent/vit_small_patch8_224.kaiko_ai_towards_large_pathology_fms", HALF
@@ -122,7 +129,7 @@ PRETRAINED: dict[str, PretrainedEncoder] = {
         _base(16), 768, 0.5, "1aurent/vit_base_patch16_224.kaiko_ai_towards_large_pathology_fms", HALF
     ),
     "kaiko-vitl14": PretrainedEncoder(
-        _large(14, grid=37, **_registers),
+        _large(14, grid=37, **_FOUR_REGISTERS),
         1024,
         0.5,
         "1aurent/vit_large_patch14_reg4_224.kaiko_ai_towards_large_pathology_fms",
@@ -143,40 +150,40 @@ PRETRAINED: dict[str, PretrainedEncoder] = {
 
 
 def pretrained_encoder(name: str) -> PretrainedEncoder:
-    """An encoder of the table. Raises InputError for an unknown one."""
+    """Looks up an encoder by name. Raises InputError for an unknown name."""
     if name not in PRETRAINED:
         raise InputError(f"encoder {name!r}: choose one of {', '.join(PRETRAINED)}")
     return PRETRAINED[name]
 
 
 def encoder_table() -> str:
-    """The table of docs/encoders.md."""
+    """Returns the Markdown table of docs/encoders.md."""
     rows = ["| encoder | kind | features | µm per px | tile | mean | std | weights |", "|" + "---|" * 8]
     for name, encoder in PRETRAINED.items():
         crop = f", its centre of {encoder.size_px}" if encoder.size_px < encoder.resize_px else ""
         mean, std = ("{:.4g}, {:.4g}, {:.4g}".format(*values) for values in encoder.normalisation)
         tile = f"{encoder.resize_px} px {encoder.resampling}{crop}"
-        facts = (name, _kind(encoder), encoder.features, encoder.mpp or "any", tile, mean, std, encoder.source)
-        rows.append("| " + " | ".join(str(fact) for fact in facts) + " |")
+        cells = (name, _architecture(encoder), encoder.features, encoder.mpp or "any", tile, mean, std, encoder.source)
+        rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
 
-def _kind(encoder: PretrainedEncoder) -> str:
+def _architecture(encoder: PretrainedEncoder) -> str:
     shape = getattr(encoder.build, "keywords", {})
     if "patch_px" not in shape:
         return getattr(encoder.build, "func", encoder.build).__name__
     size = {384: "S", 768: "B", 1024: "L", 1280: "H", 1536: "g"}[shape["width"]]
-    parts = [f"ViT-{size}/{shape['patch_px']}, {shape['depth']} blocks"]
-    parts += [f"{shape['registers']} registers"] if "registers" in shape else []
-    parts += ["SwiGLU"] if shape.get("swiglu") else []
-    parts += ["class and mean"] if shape.get("pool") == "class_mean" else []
-    return ", ".join(parts)
+    properties = [f"ViT-{size}/{shape['patch_px']}, {shape['depth']} blocks"]
+    properties += [f"{shape['registers']} registers"] if "registers" in shape else []
+    properties += ["SwiGLU"] if shape.get("swiglu") else []
+    properties += ["class and mean"] if shape.get("pool") == "class_mean" else []
+    return ", ".join(properties)
 
 
 class PublishedEncoder(nnx.Module):
-    """An encoder of the table within a model: prepares tiles, and projects its features to the model's width.
+    """A published encoder within the MIL model: preprocesses tiles, encodes them, and projects the features.
 
-    If `config.frozen` nothing is learned but the projection.
+    With `config.frozen`, only the projection is trained.
     """
 
     def __init__(self, config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -190,46 +197,48 @@ class PublishedEncoder(nnx.Module):
         return self.from_stored(jax.lax.stop_gradient(features) if self.frozen else features)
 
     def from_stored(self, features: Float[Array, "tile stored"]) -> Float[Array, "tile feature"]:
-        """What the encoder gives for tiles whose published features are at hand."""
+        """Projects stored features of the published encoder to the model's width."""
         return self.project(features)
 
 
 class ImportedFeatures(nnx.Module):
-    """Stands for an encoder whose features were imported and whose weights are not known: projects the features."""
+    """Takes the place of an encoder whose features were imported and whose weights are unknown: projects the features."""
 
     def __init__(self, config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.project = linear_layer(config.imported_features, config.features, dtype=dtype, rngs=rngs)
 
     def from_stored(self, features: Float[Array, "tile stored"]) -> Float[Array, "tile feature"]:
-        """What the model sees of tiles whose features are at hand."""
+        """Projects imported features to the model's width."""
         return self.project(features)
 
 
 def build_encoder(config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
-    """The tile encoder that `config.encoder` names, its weights drawn at random.
+    """Builds the tile encoder that `config.encoder` names, with random weights.
 
-    Raises InputError for an unknown one, and for `config.batch_norm_momentum` where no batch norm is trained.
+    Raises InputError for an unknown encoder, and for `config.batch_norm_momentum` without a trained BatchNorm layer.
     """
-    kind: Callable[..., nnx.Module]
+    encoder_class: Callable[..., nnx.Module]
     if config.imported_features:
-        kind = ImportedFeatures
+        encoder_class = ImportedFeatures
     elif config.encoder == "compact":
-        kind = CompactEncoder
+        encoder_class = CompactEncoder
     elif config.encoder in PRETRAINED:
-        kind = PublishedEncoder
+        encoder_class = PublishedEncoder
     else:
         raise InputError(f"config.model.encoder {config.encoder!r}: choose one of compact, {', '.join(PRETRAINED)}")
-    encoder = kind(config, dtype=dtype, rngs=rngs)
+    encoder = encoder_class(config, dtype=dtype, rngs=rngs)
     if config.batch_norm_momentum:
         _check_batch_norm(config, encoder)
     return encoder
 
 
 def _check_batch_norm(config: ConfigDict, encoder: nnx.Module) -> None:
-    setting = f"config.model.batch_norm_momentum {config.batch_norm_momentum}"
-    if not 0 < config.batch_norm_momentum <= 1:
-        raise InputError(f"{setting}: is a share from 0 to 1; set it so")
-    if not any(isinstance(part, BatchNorm) for _, part in nnx.iter_modules(encoder)):
-        raise InputError(f"{setting}: {config.encoder} has no batch norms; set it to 0")
+    field, momentum = "config.model.batch_norm_momentum", config.batch_norm_momentum
+    if not 0 < momentum <= 1:
+        raise InputError(f"{field} must be a share from 0 to 1, got {momentum}")
+    if not any(isinstance(submodule, BatchNorm) for _, submodule in nnx.iter_modules(encoder)):
+        raise InputError(f"{field} must be 0 for {config.encoder}, which has no BatchNorm layers, got {momentum}")
     if config.frozen:
-        raise InputError(f"{setting}: a frozen encoder stays as it is; set it to 0, or config.model.frozen to False")
+        raise InputError(
+            f"{field} must be 0 for a frozen encoder, got {momentum}; set it to 0, or config.model.frozen to False"
+        )

@@ -1,4 +1,4 @@
-"""Swin transformers, with the parts' names of timm."""
+"""Swin transformers; modules have the names of timm, so that its checkpoints fit."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 from crcjax.models.encoders.convnets import BatchNorm, convolution
 from crcjax.models.encoders.vit import MLP, layer_norm, linear_layer, self_attention
 
-WINDOW = 7  # tokens along a window's side
+# Tokens along the side of a window.
+WINDOW = 7
 _EPSILON = 1e-5
 
 
 class Swin(nnx.Module):
-    """The Swin transformer (Liu 2021); with `conv_stem`, that of CTransPath (Wang 2022).
+    """The Swin transformer (Liu 2021); with `conv_stem`, the encoder of CTransPath (Wang 2022).
 
-    The sides of images are multiples of 224 px for four stages, so that windows fill every stage. Features are the mean
-    of the last stage.
+    With four stages, the sides of images must be multiples of 224 px, so that windows fill every stage. Features are the
+    mean of the last stage.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Swin(nnx.Module):
         self.norm = layer_norm(widths[-1], epsilon=_EPSILON, rngs=rngs)
 
     def __call__(self, images: Float[Array, "tile y x 3"]) -> Float[Array, "tile feature"]:
-        """Features of normalised images."""
+        """Encodes normalised images. Raises ValueError if windows do not fill them."""
         unit = 4 * WINDOW * 2 ** (len(self.layers) - 1)
         if images.shape[1] % unit or images.shape[2] % unit:
-            raise ValueError(f"images of {images.shape[2]} x {images.shape[1]} px: no multiples of {unit} px")
+            raise ValueError(
+                f"sides of images must be multiples of {unit} px, got {images.shape[2]} x {images.shape[1]}"
+            )
         maps = self.patch_embed(images)
         for stage in self.layers:
             maps = stage(maps)
@@ -71,15 +74,15 @@ class _ConvStem(nnx.Module):
     def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         kind: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         thin = width // 8
-        # torch counts the activations between them too.
-        parts = {
+        # The missing numbers are activations, which torch counts too.
+        layers = {
             "0": convolution(3, thin, 3, 2, **kind),
             "1": BatchNorm(thin, rngs=rngs),
             "3": convolution(thin, 2 * thin, 3, 2, **kind),
             "4": BatchNorm(2 * thin, rngs=rngs),
             "6": nnx.Conv(2 * thin, width, (1, 1), **kind),
         }
-        self.proj = nnx.Dict(parts)
+        self.proj = nnx.Dict(layers)
         self.norm = layer_norm(width, epsilon=_EPSILON, rngs=rngs)
 
     def __call__(self, images: Float[Array, "tile y x 3"]) -> Float[Array, "tile row column feature"]:
@@ -124,7 +127,8 @@ class _Block(nnx.Module):
 
     def __call__(self, maps: Float[Array, "tile row column feature"]) -> Float[Array, "tile row column feature"]:
         _, rows, columns, _ = maps.shape
-        shift = self.shift if min(rows, columns) > WINDOW else 0  # a single window has no neighbour to see
+        # A single window has no neighbours.
+        shift = self.shift if min(rows, columns) > WINDOW else 0
         windows = jnp.roll(self.norm1(maps), (-shift, -shift), (1, 2))
         windows = self.attn(windows, _neighbours(rows, columns, shift) if shift else None)
         maps = maps + jnp.roll(windows, (shift, shift), (1, 2))
@@ -153,19 +157,19 @@ class _WindowAttention(nnx.Module):
 
 
 def _relative_index() -> Int[np.ndarray, "token token"]:
-    """The row of the bias table for each pair of a window's tokens (Liu 2021, section 3.2)."""
+    """The row of the position bias table for each pair of tokens of a window (Liu 2021, section 3.2)."""
     row, column = np.divmod(np.arange(WINDOW**2), WINDOW)
-    apart = WINDOW - 1
-    return (row[:, None] - row + apart) * (2 * WINDOW - 1) + column[:, None] - column + apart
+    largest_offset = WINDOW - 1
+    return (row[:, None] - row + largest_offset) * (2 * WINDOW - 1) + column[:, None] - column + largest_offset
 
 
 def _neighbours(rows: int, columns: int, shift: int) -> Bool[np.ndarray, "window token token"]:
-    """Which tokens of each shifted window were neighbours before the roll joined the image's opposite sides."""
+    """Marks the pairs of tokens of each shifted window that were neighbours before the roll joined opposite sides."""
 
-    def part(length: int) -> Int[np.ndarray, " _"]:
+    def section(length: int) -> Int[np.ndarray, " _"]:
         return np.repeat([0, 1, 2], [length - WINDOW, WINDOW - shift, shift])
 
-    parts = 3 * part(rows)[:, None] + part(columns)
-    split = parts.reshape(rows // WINDOW, WINDOW, columns // WINDOW, WINDOW).transpose(0, 2, 1, 3)
+    sections = 3 * section(rows)[:, None] + section(columns)
+    split = sections.reshape(rows // WINDOW, WINDOW, columns // WINDOW, WINDOW).transpose(0, 2, 1, 3)
     windows = split.reshape(-1, WINDOW**2)
     return windows[:, :, None] == windows[:, None]

@@ -1,4 +1,4 @@
-"""Vision transformers, with the parts' names of timm, so that its checkpoints fit as they are."""
+"""Vision transformers; modules have the names of timm, so that its checkpoints fit."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from crcjax.models.attention import attend_on_chip, kernel
+from crcjax.models.attention import attend_on_chip, attention_kernel
 
 
 def layer_norm(width: int, *, epsilon: float = 1e-6, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer norm in float32 whose variance is taken after the mean, as torch does: E[x²] - E[x]² loses digits."""
+    """LayerNorm in float32 that subtracts the mean before it computes the variance, as torch does: E[x²] - E[x]² loses digits."""
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 def linear_layer(
     inputs: int, outputs: int, *, use_bias: bool = True, narrow: bool = False, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A layer that multiplies in `dtype` and sums in float32, which its outputs are too, unless `narrow`: then `dtype`."""
+    """A linear layer that multiplies in `dtype` and sums in float32; its outputs are float32, with `narrow` of `dtype`."""
     kind: dict[str, Any] = {"dtype": dtype, "preferred_element_type": dtype if narrow else jnp.float32, "rngs": rngs}
     return nnx.Linear(inputs, outputs, use_bias=use_bias, **kind)
 
@@ -33,14 +33,14 @@ def product(
     bias: Float[Array, " output"] | float,
     dtype: DTypeLike,
 ) -> Float32[Array, "*place output"]:
-    """The product with the kernel, multiplied in `dtype` and summed in float32, and the bias added."""
+    """A linear layer as a function: multiplies in `dtype`, sums in float32, and adds the bias."""
     return jnp.matmul(inputs.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32) + bias
 
 
 class LayerScale(nnx.Module):
-    """A factor for each feature (Touvron et al. 2021, CaiT) of what a layer before it gives.
+    """Scales each output feature of a linear layer (Touvron et al. 2021, CaiT).
 
-    It goes into that layer's kernel and bias, so that GPUs add the product to the tokens as they make it.
+    The factors multiply the layer's kernel and bias, so that GPUs fuse the product with the addition to the tokens.
     """
 
     def __init__(self, width: int):
@@ -57,7 +57,7 @@ def _unscaled(layer: nnx.Linear, inputs: Array) -> Array:
 
 
 class MLP(nnx.Module):
-    """Two layers with GELU between, or with SwiGLU (Shazeer 2020): `hidden` then holds gates and values together."""
+    """Two linear layers with GELU or SwiGLU (Shazeer 2020) between them; with SwiGLU, `hidden` counts gates and values."""
 
     def __init__(self, width: int, hidden: int, *, swiglu: bool = False, dtype: DTypeLike, rngs: nnx.Rngs):
         self.swiglu = swiglu
@@ -71,7 +71,8 @@ class MLP(nnx.Module):
         if self.swiglu:
             gate, value = jnp.split(hidden, 2, axis=-1)
             return scale(self.fc2, jax.nn.silu(gate) * value)
-        # jax.nn.gelu's erfc keeps digits of results near zero, which sums lose, and takes GPUs twice as long.
+        # jax.nn.gelu uses erfc, which keeps more digits of results near zero. The following sums lose them, and erfc takes
+        # GPUs twice as long.
         return scale(self.fc2, hidden * (0.5 + 0.5 * jax.lax.erf(hidden * 0.5**0.5)))
 
 
@@ -80,9 +81,14 @@ def self_attention(
     heads: int,
     bias: Float[Array, "#group head token token"] | None = None,
 ) -> Float32[Array, "group token feature"]:
-    """What each token sees of its group, from the queries, keys and values of all heads, one after the other.
+    """Softmax attention of each token over its group.
 
-    Heads go before tokens, and the sum divides last: on CPUs twice as fast as jax.nn.dot_product_attention.
+    On CPUs it is twice as fast as jax.nn.dot_product_attention, since heads precede tokens and the division comes last.
+
+    Args:
+      qkv: the queries, keys and values of all heads, one after the other.
+      heads: the number of heads.
+      bias: added to the scores.
     """
     groups, tokens, _ = qkv.shape
     query, key, value = qkv.reshape(groups, tokens, 3, heads, -1).transpose(2, 0, 3, 1, 4)
@@ -105,7 +111,7 @@ class _Attention(nnx.Module):
     ) -> Float[Array, "tile token feature"]:
         qkv = self.qkv(tokens)
         tiles, count, width = tokens.shape
-        if not (self.fused and (implementation := kernel(self.dtype, width // self.heads))):
+        if not (self.fused and (implementation := attention_kernel(self.dtype, width // self.heads))):
             return scale(self.proj, self_attention(qkv, self.heads))
         query, key, value = jnp.moveaxis(qkv.reshape(tiles, count, 3, self.heads, -1), 2, 0)
         attended = attend_on_chip(query, key, value, jnp.full(tiles, count), implementation)
@@ -142,7 +148,7 @@ class _PatchEmbed(nnx.Module):
         self.proj = nnx.Conv(3, width, side, strides=side, padding="VALID", dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "tile y x 3"]) -> Float32[Array, "tile row column feature"]:
-        # As a product of patches, which GPUs are ten times as fast at as at a convolution of three channels.
+        # On GPUs a product of patches is ten times as fast as a convolution of three channels.
         weights, bias = self.proj.kernel[...], self.proj.bias
         patch, (tiles, height, width, _) = len(weights), images.shape
         split = images.reshape(tiles, height // patch, patch, width // patch, patch, 3).swapaxes(2, 3)
@@ -151,12 +157,26 @@ class _PatchEmbed(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """A vision transformer (Dosovitskiy 2021) with registers (Darcet 2024), LayerScale and SwiGLU where wanted.
+    """A vision transformer (Dosovitskiy 2021), optionally with registers (Darcet 2024), LayerScale and SwiGLU.
 
-    `grid` is the side, in patches, of the images that its positions were learned on; for another size they are
-    interpolated as timm does (bicubic, antialiased). With `embed_prefix` the class and register tokens have positions too.
-    `pool` makes the features: `class` is the class token, `mean` that of the patches, normed thereafter (timm's avg),
-    `class_mean` both one after the other (Virchow).
+    Args:
+      patch_px: the side of a patch.
+      width: the number of features of a token.
+      depth: the number of blocks.
+      heads: the number of attention heads.
+      hidden: the width of the MLP's hidden layer.
+      grid: the side, in patches, of the images on which the positions were learned. For another size, positions are
+        interpolated as in timm (bicubic, antialiased).
+      swiglu: SwiGLU in place of GELU.
+      layer_scale: whether blocks have LayerScale.
+      class_token: whether there is a class token.
+      registers: the number of register tokens.
+      embed_prefix: whether class and register tokens have positions.
+      pool: the features: "class" for the class token, "mean" for the mean of the patches, normalised afterwards (timm's
+        avg), "class_mean" for both, concatenated (Virchow).
+      epsilon: of the LayerNorms.
+      dtype: the type of the computation.
+      rngs: the random keys of the initialisation.
     """
 
     def __init__(
@@ -185,7 +205,7 @@ class ViT(nnx.Module):
         self.cls_token = nnx.Param(jnp.zeros((1, 1, width))) if class_token else None
         self.reg_token = nnx.Param(jnp.zeros((1, registers, width))) if registers else None
         if pool not in ("class", "mean", "class_mean"):
-            raise ValueError(f"pool {pool!r}")
+            raise ValueError(f"pool must be class, mean or class_mean, got {pool!r}")
         places = grid**2 + self.prefix * embed_prefix
         self.pos_embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, places, width)))
         shape: dict[str, Any] = {
@@ -201,17 +221,19 @@ class ViT(nnx.Module):
         self.fc_norm = norm if pool == "mean" else None
 
     def __call__(self, images: Float[Array, "tile y x 3"]) -> Float[Array, "tile feature"]:
-        """Features of normalised images, whose sides are multiples of `patch_px`."""
+        """Encodes normalised images, whose sides must be multiples of `patch_px`. Raises ValueError otherwise."""
         if images.shape[1] % self.patch_px or images.shape[2] % self.patch_px:
-            raise ValueError(f"images of {images.shape[2]} x {images.shape[1]} px: no multiples of {self.patch_px} px")
+            raise ValueError(
+                f"sides of images must be multiples of {self.patch_px} px, got {images.shape[2]} x {images.shape[1]}"
+            )
         patches = self.patch_embed(images)
         tiles, height, width, _ = patches.shape
         tokens = patches.reshape(tiles, height * width, -1)
         positions = self._positions(height, width)
         tokens = tokens + positions[:, -height * width :]
         if self.prefix:
-            parts = [token[...] for token in (self.cls_token, self.reg_token) if token is not None]
-            prefix = jnp.concatenate(parts, axis=1)
+            prefix_tokens = [token[...] for token in (self.cls_token, self.reg_token) if token is not None]
+            prefix = jnp.concatenate(prefix_tokens, axis=1)
             if self.embed_prefix:
                 prefix = prefix + positions[:, : self.prefix]
             prefix = jnp.broadcast_to(prefix, (tiles, *prefix.shape[1:]))
@@ -226,6 +248,7 @@ class ViT(nnx.Module):
         return first if self.pool == "class" else jnp.concatenate([first, mean], axis=-1)
 
     def _positions(self, height: int, width: int) -> Float[Array, "1 token feature"]:
+        """The position embeddings for an image of `height` x `width` patches."""
         learned = self.pos_embed[...]
         if (height, width) == (self.grid, self.grid):
             return learned

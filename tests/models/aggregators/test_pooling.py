@@ -482,7 +482,7 @@ def test_a_kernel_of_attention_gives_what_blocks_give(monkeypatch: pytest.Monkey
         called.append(channels)
         return "xla"
 
-    monkeypatch.setattr("crcjax.models.aggregators.hierarchical.kernel", kernel)
+    monkeypatch.setattr("crcjax.models.aggregators.hierarchical.attention_kernel", kernel)
     for part, truth in zip(found(), blocks, strict=True):
         np.testing.assert_allclose(part, truth, rtol=1e-4, atol=1e-5 * max(float(jnp.abs(truth).max()), 1e-3))
     assert called

@@ -15,7 +15,7 @@ from flax import nnx
 from PIL import Image
 
 from crcjax.errors import InputError
-from crcjax.models.encoders.convnets import Batch, BatchNorm, by_batch
+from crcjax.models.encoders.convnets import Batch, BatchNorm, use_batch_statistics
 from crcjax.models.encoders.registry import PRETRAINED, encoder_table, pretrained_encoder
 from crcjax.models.encoders.torch_weights import fill, torch_tensors
 
@@ -87,10 +87,12 @@ def test_a_kernel_of_attention_gives_the_same_features(monkeypatch: pytest.Monke
     """With the XLA implementation of the function that cuDNN's kernel is called by: it is there on CPUs."""
     module = _small("uni")(dtype=jnp.float32, rngs=nnx.Rngs(0))
     plain = _ours(module, _images())
-    monkeypatch.setattr("crcjax.models.encoders.vit.kernel", lambda dtype, channels: "xla")
+    monkeypatch.setattr("crcjax.models.encoders.vit.attention_kernel", lambda dtype, channels: "xla")
     np.testing.assert_allclose(_ours(module, _images()), plain, rtol=1e-4, atol=1e-5)
     module.set_attributes(fused=False)
-    monkeypatch.setattr("crcjax.models.encoders.vit.kernel", lambda dtype, channels: pytest.fail("asked for a kernel"))
+    monkeypatch.setattr(
+        "crcjax.models.encoders.vit.attention_kernel", lambda dtype, channels: pytest.fail("asked for a kernel")
+    )
     _ours(module, _images())
 
 
@@ -108,7 +110,7 @@ def test_batch_norms_of_a_batch_are_torchs_in_training_on_the_valid_tiles_alone(
     @jax.jit
     def of_batch(params: Any, images: Any) -> tuple[Any, Any]:
         ours = nnx.merge(graph, params)
-        by_batch(ours, Batch(jnp.asarray(valid), jnp.float32(valid.sum()), ()))
+        use_batch_statistics(ours, Batch(jnp.asarray(valid), jnp.float32(valid.sum()), ()))
         return ours(images), nnx.to_pure_dict(nnx.state(ours))
 
     found, held = of_batch(params, images)
@@ -132,7 +134,7 @@ def test_the_gradient_through_a_batchs_statistics_is_torchs(twins: Any) -> None:
 
     def objective(params: Any, maps: Any) -> Any:
         ours = nnx.merge(graph, params)
-        by_batch(ours, Batch(jnp.asarray(valid), jnp.float32(3), ()))
+        use_batch_statistics(ours, Batch(jnp.asarray(valid), jnp.float32(3), ()))
         return (ours(maps) * weights)[valid].sum()
 
     of_params, of_maps = jax.grad(objective, argnums=(0, 1))(nnx.to_pure_dict(params), maps)
