@@ -1,4 +1,4 @@
-"""What this machine has for crcjax, and what is wrong with it."""
+"""Examines this machine: versions, devices, slide formats and free resources, and the faults with their remedies."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ PACKAGES = [
 ]
 FORMATS = (
     "Aperio (.svs, .tif) · Hamamatsu (.ndpi, .vms, .vmu) · Leica (.scn) · MIRAX (.mrxs) · Philips (.tiff) · Sakura "
-    "(.svslide) · Trestle (.tif) · Ventana (.bif, .tif) · Zeiss (.czi) · DICOM (.dcm, a folder a slide) · tiled TIFF; "
-    "without it OME-TIFF (.ome.tif, .ome.tiff)"
+    "(.svslide) · Trestle (.tif) · Ventana (.bif, .tif) · Zeiss (.czi) · DICOM (.dcm, one folder per slide) · tiled TIFF; "
+    "OME-TIFF (.ome.tif, .ome.tiff) is read without OpenSlide"
 )
 _LEAST_FREE_GIB = 5.0
 _LEAST_MEMORY_GIB = 4.0
@@ -39,7 +39,7 @@ _LEAST_MEMORY_GIB = 4.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's: what was looked at, what was observed, and what to do if that is wrong."""
+    """One line of the report: the subject, the observation, and the remedy if the observation is a fault."""
 
     about: str
     observed: str
@@ -47,7 +47,7 @@ class Finding:
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Looks at the installation and at `folder`, where output would go; findings with a remedy are faults."""
+    """Examines the installation and `folder`, where output would be written; findings with a remedy are faults."""
     findings = [Finding("Python", platform.python_version())]
     for name in PACKAGES:
         try:
@@ -67,7 +67,9 @@ def _devices() -> Finding:
         return Finding("devices", f"none ({error})", "install jax for this machine: pip install '.[cuda12]' with a GPU")
     description = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     if devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
-        return Finding("devices", f"{description}, though there is an NVIDIA driver", "pip install '.[cuda12]'")
+        return Finding(
+            "devices", f"{description} despite an NVIDIA driver", "install jax for GPUs: pip install '.[cuda12]'"
+        )
     return Finding("devices", description)
 
 
@@ -91,6 +93,6 @@ def _machine(folder: Path) -> list[Finding]:
     return [
         Finding("cores", str(cores)),
         Finding("memory free", f"{memory:.1f} GiB", "" if memory >= _LEAST_MEMORY_GIB else "close other programs"),
-        Finding("disk free", f"{free:.1f} GiB", "" if free >= _LEAST_FREE_GIB else "free space: tiles need it"),
+        Finding("disk free", f"{free:.1f} GiB", "" if free >= _LEAST_FREE_GIB else "free disk space for tiles"),
         writable,
     ]

@@ -65,7 +65,7 @@ def test_a_library_that_cannot_be_loaded_is_a_fault_and_status_1(module: str, wo
 
 
 def test_a_small_disk_is_a_fault(small_disk: Path) -> None:
-    assert _about(small_disk)["disk free"].remedy == "free space: tiles need it"
+    assert _about(small_disk)["disk free"].remedy == "free disk space for tiles"
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault() -> None:

@@ -1,1 +1,1 @@
-"""The Python API (docs/python.md): functions and objects of `crcjax` that show themselves in a notebook."""
+"""The Python API (docs/python.md): the functions of `crcjax`, and the objects that a notebook displays."""

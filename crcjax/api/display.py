@@ -1,4 +1,4 @@
-"""Tables and pictures that show themselves in a notebook."""
+"""Tables and pictures that a notebook displays."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_SHOWN_ROWS = 20
+# Rows of the HTML table.
+_DISPLAYED_ROWS = 20
 
 
 class Table(Sequence[Mapping[str, Any]]):
-    """Rows with named columns: a sequence of dictionaries, an HTML table in a notebook, and a pandas DataFrame."""
+    """Rows with named columns: a sequence of dictionaries that a notebook displays as a table and pandas can read."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]):
         self.rows = [dict(row) for row in rows]
@@ -33,7 +34,7 @@ class Table(Sequence[Mapping[str, Any]]):
         return [row.get(name) for row in self.rows]
 
     def to_pandas(self) -> pd.DataFrame:
-        """Returns a DataFrame. Raises InputError without the extra `notebook`."""
+        """Returns the rows as a DataFrame. Raises InputError without the extra `notebook`."""
         pandas = require_extra("pandas", "notebook", "to_pandas")
         return pandas.DataFrame(self.rows, columns=self.columns)
 
@@ -57,22 +58,22 @@ class Table(Sequence[Mapping[str, Any]]):
         head = "".join(f"<th>{html.escape(name)}</th>" for name in self.columns)
         body = "".join(
             "<tr>" + "".join(f"<td>{_text(row.get(name))}</td>" for name in self.columns) + "</tr>"
-            for row in self.rows[:_SHOWN_ROWS]
+            for row in self.rows[:_DISPLAYED_ROWS]
         )
-        hidden = len(self) - _SHOWN_ROWS
-        hidden_rows_note = f"<p>and {hidden} more rows; to_pandas() has them all</p>" if hidden > 0 else ""
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{hidden_rows_note}"
+        hidden = len(self) - _DISPLAYED_ROWS
+        remark = f"<p>and {hidden} more rows; to_pandas() returns all</p>" if hidden > 0 else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{remark}"
 
 
 class Picture:
-    """A PNG picture that a notebook shows."""
+    """A PNG picture that a notebook displays."""
 
     def __init__(self, png: bytes, title: str):
         self.png, self.title = png, title
 
     @classmethod
     def of_figure(cls, figure: Figure, title: str) -> Picture:
-        """Draws a matplotlib figure."""
+        """Renders a matplotlib figure."""
         from io import BytesIO
 
         png = BytesIO()

@@ -1,4 +1,4 @@
-"""Prediction, calibration and validation by the Python API."""
+"""Prediction, calibration and validation in the Python API."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def predict(
     """Predicts the subtype of slides.
 
     Args:
-      run: a trained run, or several that differ by their seed and predict as an ensemble.
+      run: a trained run, or several runs that differ by their seed, as an ensemble.
       slides_or_store: slide files, folders to search, a cohort CSV, or a tile store.
       out: the folder of predictions.csv, heatmaps/ and attention/; by default a new temporary folder, `Predictions.path`.
-      cohort: CSV that names the cases and sites of the slides; with it only its slides are predicted.
+      cohort: CSV with the cases and sites of the slides; if given, only its slides are predicted.
       calibration: the result of `calibrate`, or its file.
 
     Returns:
@@ -55,7 +55,8 @@ def predict(
       OutputError: the folder cannot be written.
     """
     runs = [run] if isinstance(run, Run | str | PathLike) else list(run)
-    members = [member for one in runs for member in (one if isinstance(one, Run) else Run(one)).members]
+    opened = [item if isinstance(item, Run) else Run(item) for item in runs]
+    members = [member for trained in opened for member in trained.members]
     folder = Path(tempfile.mkdtemp(prefix="crcjax-predictions-") if out is None else out)
     fitted = None if calibration is None else Path(calibration)
     table = None if cohort is None else Path(cohort)
@@ -84,8 +85,8 @@ def calibrate(
       cohort: CSV with the reference subtypes.
       out: the file; by default calibration.json beside predictions.csv.
       method: "lac" for the smallest sets, "aps" for sets that grow with the uncertainty.
-      error: how often a set may miss the true subtype.
-      by_site: fits a threshold for each site with enough cases.
+      error: the share of sets that may miss the true subtype.
+      by_site: fits a separate threshold for each site with enough cases.
 
     Raises:
       InputError: there are no validation cases, or an argument is out of range.
@@ -126,12 +127,12 @@ class Predictions:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The subtypes."""
+        """The subtypes, in the order of the probabilities."""
         return self._table.classes
 
     @property
     def rows(self) -> Table:
-        """The rows of predictions.csv: numbers as float, empty fields as None."""
+        """The rows of predictions.csv, with numbers as float or int and empty fields as None."""
         texts = (row.to_csv(self.classes) for row in self._table.rows)
         return Table({name: _value(name, text) for name, text in row.items()} for row in texts)
 
@@ -140,13 +141,13 @@ class Predictions:
         return self.rows.to_pandas()
 
     def heatmap(self, slide_id: str) -> Picture:
-        """The slide with the attention of its regions. Raises InputError if there is none."""
+        """The heatmap of a slide. Raises InputError if there is none."""
         path = self.path / "heatmaps" / f"{slide_id}.png"
         try:
             return Picture(path.read_bytes(), f"{slide_id}: heatmap")
         except OSError as error:
-            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.png"))[:5]) or "none"
-            raise InputError(f"{path}: there is no heatmap of {slide_id!r}; there are: {known}") from error
+            existing = ", ".join(sorted(p.stem for p in path.parent.glob("*.png"))[:5]) or "none"
+            raise InputError(f"{path}: there is no heatmap of {slide_id!r}; there are: {existing}") from error
 
     def __len__(self) -> int:
         return len(self._table.rows)
@@ -158,13 +159,14 @@ class Predictions:
         return f"Predictions({str(self.path)!r}, {len(self)} slides)"
 
     def _repr_html_(self) -> str:
-        shown = ("slide_id", "case_id", "subtype", *(f"p_{name}" for name in self.classes), "set", "status", "reason")
-        table = Table({name: row.get(name) for name in shown} for row in self.rows)
+        probabilities = (f"p_{name}" for name in self.classes)
+        columns = ("slide_id", "case_id", "subtype", *probabilities, "set", "status", "reason")
+        table = Table({name: row.get(name) for name in columns} for row in self.rows)
         return heading(f"{len(self)} predictions in {self.csv}; research use only") + table._repr_html_()
 
 
 class CalibrationFile:
-    """A fitted calibration and its file: a temperature, and the thresholds of the conformal sets."""
+    """A fitted calibration and its file: a temperature and the thresholds of conformal sets."""
 
     def __init__(self, path: Path, values: Calibration):
         self.path, self.values = path, values
@@ -195,7 +197,7 @@ class Report:
 
     @property
     def statistics(self) -> Table:
-        """One row for each statistic: value and 95 % interval."""
+        """One row per statistic: the value and the 95 % interval."""
         rows = []
         for name, estimate in self.metrics["statistics"].items():
             if isinstance(estimate, dict) and "value" in estimate:
@@ -211,7 +213,7 @@ class Report:
     def _repr_html_(self) -> str:
         stamp = "Synthetic slides: no evidence about patients. " if self.metrics["synthetic"] else ""
         link = (
-            f'<p>{stamp}The whole report: <a href="{html.escape(str(self.html))}">{html.escape(str(self.html))}</a></p>'
+            f'<p>{stamp}The full report: <a href="{html.escape(str(self.html))}">{html.escape(str(self.html))}</a></p>'
         )
         return heading("Validation") + link + self.statistics._repr_html_()
 

@@ -1,4 +1,4 @@
-"""Training by the Python API."""
+"""Training in the Python API."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def train(
 ) -> Run:
     """Trains a model, or resumes the run from its newest checkpoint.
 
-    JAX's options and absl's flags are as before afterwards.
+    JAX's options and absl's flags are restored afterwards.
 
     Args:
       store: the tile store.
       cohort: CSV with slide_id, case_id and subtype, and optionally site, scanner and split.
       run: the run's directory, new or to be resumed.
       config: a config file, or a ConfigDict of `crcjax.config.get_config`; by default the default config.
-      **overrides: config fields by name, such as steps=200 or batch_size=4. Where two sections have a field of that name,
-        give the section too: data__features=True, model__features=64.
+      **overrides: config fields by name, such as steps=200 or batch_size=4. If two sections have a field of that name, add
+        the section: data__features=True, model__features=64.
 
     Returns:
       The trained run.
@@ -69,7 +69,7 @@ def train(
 
 
 class Run:
-    """The directory of a training run, with its metrics."""
+    """The directory of a training run, with its metrics. Raises InputError if it holds no run."""
 
     def __init__(self, path: AnyPath):
         self.path = Path(path)
@@ -78,17 +78,17 @@ class Run:
 
     @property
     def members(self) -> list[Path]:
-        """The run directories that predict together: this one, or those of an ensemble."""
+        """The run directories of the ensemble members, or this directory if it is a single run."""
         return sorted(self.path.glob("seed-*")) or [self.path]
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The config that the run was trained with."""
+        """The config of the training."""
         return json.loads((self.members[0] / "config.json").read_text())
 
     @property
     def history(self) -> Table:
-        """One row for each reported step: train/loss, val/balanced_accuracy and the like; of an ensemble's first member."""
+        """One row per logged step, such as train/loss and val/balanced_accuracy; of an ensemble, those of the first member."""
         path = self.members[0] / "metrics.jsonl"
         rows: dict[int, dict[str, Any]] = {}
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -105,7 +105,7 @@ class Run:
         return newest
 
     def plot(self) -> Picture:
-        """Training and validation loss, and the validation metric, by step."""
+        """Plots training loss, validation loss and validation accuracy by step."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 3), layout="constrained")
@@ -142,41 +142,41 @@ def _config(config: ConfigDict | AnyPath | None) -> ConfigDict:
 
 
 def _override(config: ConfigDict, name: str, value: Any) -> None:
-    """Sets a field by FIELD or SECTION__FIELD. Raises InputError."""
+    """Sets the config field FIELD or SECTION__FIELD. Raises InputError if the name is unknown or ambiguous, or the type wrong."""
     fields = {"seed": (config, "seed")}
     for section_name, section in config.items():
         if isinstance(section, ConfigDict):
             fields |= {f"{section_name}__{field}": (section, field) for field in section}
     matches = [full for full in fields if name in (full, full.split("__")[-1])]
     if not matches:
-        short = {full.split("__")[-1]: full for full in fields}
-        near = difflib.get_close_matches(name, [*fields, *short], 1, 0)[0]
-        raise InputError(f"{name}: is no config field; did you mean {near}?")
+        short_names = [full.split("__")[-1] for full in fields]
+        nearest = difflib.get_close_matches(name, [*fields, *dict.fromkeys(short_names)], 1, 0)[0]
+        raise InputError(f"{name}: is no config field; did you mean {nearest}?")
     if len(matches) > 1:
         raise InputError(f"{name}: several sections have this field; give {' or '.join(matches)}")
     section, field = fields[matches[0]]
-    old = section[field]
-    if isinstance(old, bool) != isinstance(value, bool):
-        raise InputError(f"{name} must be {type(old).__name__}, got {value!r}")
+    default = section[field]
+    if isinstance(default, bool) != isinstance(value, bool):
+        raise InputError(f"{name} must be {type(default).__name__}, got {value!r}")
     try:
-        section[field] = tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value
+        section[field] = tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name} must be {type(old).__name__}, got {value!r}") from error
+        raise InputError(f"{name} must be {type(default).__name__}, got {value!r}") from error
 
 
 @contextmanager
 def _restored_options() -> Iterator[None]:
-    """Restores JAX's options and absl's flags, which a notebook may use for something else."""
-    before, parsed = dict(jax.config.values), flags.FLAGS.is_parsed()
+    """Restores JAX's options and absl's flags on leaving, since a notebook may use them for other code."""
+    options, were_parsed = dict(jax.config.values), flags.FLAGS.is_parsed()
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in options.items():
             if jax.config.values[name] != value:
                 jax.config.update(name, value)
                 if name == "jax_compilation_cache_dir":
                     from jax.experimental.compilation_cache import compilation_cache
 
                     compilation_cache.reset_cache()
-        if flags.FLAGS.is_parsed() and not parsed:
+        if flags.FLAGS.is_parsed() and not were_parsed:
             flags.FLAGS.unparse_flags()

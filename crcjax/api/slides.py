@@ -1,4 +1,4 @@
-"""Slides by the Python API: one open slide, and a synthetic cohort to try things on."""
+"""Slides in the Python API: opening a slide, and a synthetic cohort to experiment with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_slide(path: str | PathLike[str], mpp: float | None = None) -> Slide:
 
     Args:
       path: the slide.
-      mpp: micrometres per level-0 pixel, in place of what the file states.
+      mpp: micrometres per level-0 pixel, in place of the value in the file.
 
     Raises:
       SlideError: the file is missing, damaged, of an unknown format, or does not state its micrometres per pixel.
@@ -34,11 +34,11 @@ def demo_cohort(
     size_px: tuple[int, int] = DEMO_SIZE_PX,
     seed: int = 0,
 ) -> Path:
-    """Paints a small synthetic cohort with known ground truth; slides that are already there are not painted again.
+    """Paints a small synthetic cohort with known ground truth; slides that already exist are not painted again.
 
     Args:
-      folder: holds slides/ and cohort.csv afterwards.
-      cases: slides of each split; by default 12 train, 3 val and 6 test.
+      folder: the folder in which slides/ and cohort.csv are written.
+      cases: the number of slides in each split; by default 12 train, 3 val and 6 test.
       size_px: width and height of the slides, at 0.5 µm per pixel.
       seed: decides tissue, stains and artefacts.
 

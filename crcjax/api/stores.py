@@ -1,4 +1,4 @@
-"""Tile stores by the Python API: tiling, features, and what a store holds of each slide."""
+"""Tile stores in the Python API: tiling, features, and the slides of a store."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def tile(
     mpp: float | None = None,
     workers: int | None = None,
 ) -> Store:
-    """Cuts slides into tiles. Slides that are in the store already are not tiled again.
+    """Cuts slides into tiles; slides that the store already has are not tiled again.
 
     Args:
       slides: slide files, folders to search, or one cohort CSV with the columns slide_id, case_id and path.
       store: the folder of the tile store.
       magnifications: such as ("10x", "20x"); 20x is 0.5 µm per pixel.
-      tile_px: side of a tile in pixels.
+      tile_px: the side of a tile in pixels.
       mpp: micrometres per level-0 pixel of slides that state none.
-      workers: processes; by default one for each core.
+      workers: processes; by default one per usable core.
 
     Returns:
       The store. A slide that cannot be tiled does not stop the others: `Store.failed` lists it with its reason.
@@ -85,13 +85,13 @@ def open_store(store: AnyPath) -> Store:
 
 
 def embed(store: Store | AnyPath, encoder: str, weights: AnyPath | None = None, *, batch: int | None = None) -> Store:
-    """Computes features of all tiles with a published encoder and keeps them in the store.
+    """Encodes all tiles of a store with a published encoder and stores the features.
 
     Args:
       store: the store.
       encoder: a name of docs/encoders.md, such as "uni2-h".
       weights: the encoder's weights, a local .safetensors, .bin or .pth file.
-      batch: tiles at a time; by default what memory allows.
+      batch: tiles at a time; by default as many as memory allows.
 
     Raises:
       InputError: the encoder is unknown, the weights are missing or do not fit, or no slide could be embedded.
@@ -127,7 +127,7 @@ class Store:
 
     @property
     def failed(self) -> Table:
-        """The slides that could not be tiled: slide id, status and reason of the last attempt."""
+        """The slides that could not be tiled: the slide id, and the status and reason of the last attempt."""
         outcomes = read_manifest(self.path)
         ids = set(self.slide_ids)
         columns = ("slide_id", "status", "reason")
@@ -135,7 +135,7 @@ class Store:
 
     @property
     def slides(self) -> Table:
-        """One row for each slide: size, micrometres per pixel, tiles, QC result and features."""
+        """One row per slide: size, micrometres per pixel, tiles, QC result and features."""
         return Table(self[slide_id].summary() for slide_id in self.slide_ids)
 
     def __getitem__(self, slide_id: str) -> StoredSlide:
@@ -163,7 +163,7 @@ class Store:
 
 
 class StoredSlide:
-    """One slide of a store: its tiles, their features, and a picture."""
+    """One slide of a store, with its tiles, their features and a picture."""
 
     def __init__(self, stored: TileStore):
         self._stored = stored
@@ -171,7 +171,7 @@ class StoredSlide:
         self.info = stored.info
 
     def summary(self) -> dict[str, Any]:
-        """The row of `Store.slides`."""
+        """Returns the slide's row of `Store.slides`."""
         stored = self._stored
         return {
             "slide_id": self.slide_id,
@@ -186,44 +186,44 @@ class StoredSlide:
 
     @property
     def feature_names(self) -> list[str]:
-        """The encoders whose features the store holds for this slide."""
+        """The names of the encoders whose features the store has for this slide."""
         return feature_names(self._stored.path.parent, self.slide_id)
 
     def tiles(self, magnification: str | None = None) -> Tiles:
-        """The tiles that passed quality control, of all magnifications or of one. Raises InputError."""
-        known = self._stored.params.magnifications
-        if magnification is not None and magnification not in known:
-            raise InputError(f"magnification must be one of {', '.join(known)}, got {magnification!r}")
+        """The tiles that passed quality control, at all magnifications or one. Raises InputError for an unknown one."""
+        magnifications = self._stored.params.magnifications
+        if magnification is not None and magnification not in magnifications:
+            raise InputError(f"magnification must be one of {', '.join(magnifications)}, got {magnification!r}")
         return Tiles(self._stored, self._stored.params.slots_of(() if magnification is None else (magnification,)))
 
     def features(self, name: str) -> Float[np.ndarray, "tile feature"]:
-        """The features of one encoder: row i is of tile i of `feature_tiles(name)`. Raises InputError."""
+        """The features of one encoder; row i belongs to tile i of `feature_tiles(name)`. Raises InputError if there are none."""
         values = read_features(self._stored.path.parent, self.slide_id, name)
         places = self.feature_tiles(name).places
         return values[places[:, 0], places[:, 1]]
 
     def feature_tiles(self, name: str) -> Tiles:
-        """The tiles that have features of one encoder. Raises InputError."""
+        """The tiles that have features of one encoder. Raises InputError if the features are damaged."""
         attributes = feature_attributes(self._stored.path.parent, self.slide_id, name) or {}
-        shown = attributes.get("magnifications") or ()
-        return Tiles(self._stored, self._stored.params.slots_of(tuple(shown)))
+        magnifications = tuple(attributes.get("magnifications") or ())
+        return Tiles(self._stored, self._stored.params.slots_of(magnifications))
 
     def to_anndata(self, name: str) -> anndata.AnnData:
-        """Features as AnnData: one observation for each tile, its centre in level-0 pixels in obsm["spatial"].
+        """Returns features as AnnData: one observation per tile, with its centre in level-0 pixels in obsm["spatial"].
 
-        Raises InputError if there are no such features, or without the extra `notebook`.
+        Raises InputError if the slide has no such features, or without the extra `notebook`.
         """
         package = require_extra("anndata", "notebook", "to_anndata")
         features, tiles = self.features(name), self.feature_tiles(name)
-        observed = tiles.to_pandas()
-        observed.index = [f"{self.slide_id}-{i}" for i in range(len(tiles))]
-        made = package.AnnData(X=features.astype(np.float32), obs=observed)
-        made.obsm["spatial"] = tiles.corners + tiles.sides[:, None] / 2
-        made.uns["encoder"], made.uns["slide_id"] = name, self.slide_id
-        return made
+        observations = tiles.to_pandas()
+        observations.index = [f"{self.slide_id}-{i}" for i in range(len(tiles))]
+        data = package.AnnData(X=features.astype(np.float32), obs=observations)
+        data.obsm["spatial"] = tiles.corners + tiles.sides[:, None] / 2
+        data.uns["encoder"], data.uns["slide_id"] = name, self.slide_id
+        return data
 
     def plot(self, magnification: str | None = None) -> Picture:
-        """The slide with the outlines of its tiles, by default those of the coarsest magnification."""
+        """Plots the slide with the outlines of its tiles at one magnification, by default the coarsest."""
         from matplotlib.collections import PatchCollection
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
@@ -234,7 +234,7 @@ class StoredSlide:
         width, height = self.info.size
         if self._stored.pixels != NO_PIXELS:
             axes.imshow(self._stored.thumbnail()[0], extent=(0, width, height, 0))
-        boxes = [Rectangle(tuple(at), side, side) for at, side in zip(tiles.corners, tiles.sides, strict=True)]
+        boxes = [Rectangle(tuple(xy), side, side) for xy, side in zip(tiles.corners, tiles.sides, strict=True)]
         axes.add_collection(PatchCollection(boxes, facecolor="none", edgecolor="tab:blue", linewidth=0.8))
         axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal", xlabel="x (level-0 px)", ylabel="y (level-0 px)")
         synthetic = "SYNTHETIC SLIDE · " if self.info.synthetic else ""
@@ -252,9 +252,13 @@ class StoredSlide:
 
 
 class Tiles:
-    """Tiles of one slide: places, quality scores, and pixels that are read when asked for.
+    """Tiles of one slide: their places, quality scores, and pixels, which are read on access.
 
-    `corners` and `sides` are in level-0 pixels; `places` are region and slot within the store.
+    Attributes:
+      corners: the top-left corner (x, y) of each tile in level-0 pixels.
+      sides: the side of each tile in level-0 pixels.
+      places: the region and the slot of each tile within the store.
+      magnifications: the magnification of each tile.
     """
 
     def __init__(self, stored: TileStore, slots: Bool[np.ndarray, " slot"]):
@@ -269,14 +273,14 @@ class Tiles:
         self.magnifications: list[str] = np.repeat(params.magnifications, np.square(params.factors))[slot].tolist()
 
     def pixels(self, indices: Sequence[int] | slice | None = None) -> UInt8[np.ndarray, "tile y x 3"]:
-        """The pixels of some tiles, by default of all. Raises InputError if the store does not hold them."""
+        """Reads the pixels of the given tiles, by default of all. Raises InputError if the store does not hold them."""
         places = self.places if indices is None else self.places[indices]
         regions, inverse = np.unique(places[:, 0], return_inverse=True)
         return self._stored.read_pixels(regions)[inverse, places[:, 1]]
 
     @property
     def table(self) -> Table:
-        """One row for each tile: corner, side, magnification and quality scores."""
+        """One row per tile: corner, side, magnification and quality scores."""
         scores = self._stored.quality[self.places[:, 0], self.places[:, 1]].tolist()
         names = self._stored.attributes["quality"] if self._stored.pixels != NO_PIXELS else []
         rows = zip(self.corners.tolist(), self.sides.tolist(), self.magnifications, scores, strict=True)
@@ -286,14 +290,15 @@ class Tiles:
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        """`table` as a DataFrame. Raises InputError without the extra `notebook`."""
+        """Returns `table` as a DataFrame. Raises InputError without the extra `notebook`."""
         return self.table.to_pandas()
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "y x 3"]:
-        if not -len(self) <= index < len(self):  # so that iteration ends
+        # An IndexError ends the iteration over tiles.
+        if not -len(self) <= index < len(self):
             raise IndexError(index)
         return self.pixels([index])[0]
 
@@ -305,13 +310,13 @@ class Tiles:
 
 
 def _qc_status(attributes: dict) -> str:
-    """The QC result; older stores call it a verdict."""
+    """The QC result; older stores have the key `verdict`."""
     result = attributes.get("qc") or attributes.get("verdict") or {}
     return result.get("qc_status") or result.get("verdict") or "" if isinstance(result, dict) else ""
 
 
 def _slides_or_cohort(slides: AnyPath | Iterable[AnyPath]) -> tuple[list[Path] | None, Path | None]:
-    """(paths, None) for slides and folders, (None, cohort) for a CSV."""
+    """Returns (paths, None) for slides and folders, and (None, cohort) for a single CSV."""
     paths = [Path(slides)] if isinstance(slides, str | PathLike) else [Path(path) for path in slides]
     if len(paths) == 1 and paths[0].suffix.lower() == ".csv":
         return None, paths[0]
