@@ -314,17 +314,22 @@ def embed(
     encoder: Annotated[str, typer.Option(help="a name of docs/encoders.md, such as uni2-h")],
     weights: Annotated[Path, typer.Option(help="the encoder's weights, a local .safetensors, .bin or .pth")],
     mag: Annotated[
-        str | None, typer.Option(help="magnifications to embed; by default the nearest to the encoder's resolution")
+        str | None, typer.Option(help="magnifications to encode; by default the nearest to the encoder's resolution")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="tiles at a time; by default what memory allows")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="tiles per batch; by default as many as memory allows")
+    ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="of the computation; bfloat16 but on CPUs")
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="type of the computation; by default float32 on CPUs and bfloat16 on other devices"),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="threads that decode; all cores by default")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="threads that decode tiles; by default one per core")
+    ] = None,
 ) -> None:
-    """Computes the features of all tiles with a published encoder, on all devices, into the store.
+    """Encodes all tiles of a store with a published encoder, on all devices, and stores the features.
 
-    Started again, it does what is missing.
+    The same command resumes an interrupted run.
     """
     from crcjax.predict.embed import View, embed_store
 
@@ -335,7 +340,7 @@ def embed(
             progress.update(task, total=slides)
             if view.warning:
                 _stderr.print(f"warning: {view.warning}", markup=False)
-            _stderr.print(f"{', '.join(view.magnifications)}, {tiles} tiles a batch", markup=False)
+            _stderr.print(f"{', '.join(view.magnifications)}, {tiles} tiles per batch", markup=False)
 
         outcomes = embed_store(
             store,
@@ -353,7 +358,8 @@ def embed(
         _stderr.print(f"failed: {outcome.slide_id}: {outcome.reason}", markup=False)
     tiles, seconds = sum(outcome.tiles for outcome in outcomes), sum(outcome.seconds for outcome in outcomes)
     speed = f", {tiles / seconds:.1f} tiles/s" if seconds else ""
-    _stderr.print(f"{len(outcomes) - len(failed)} of {len(outcomes)} slides have {encoder}{speed}", markup=False)
+    done = f"{len(outcomes) - len(failed)} of {len(outcomes)} slides"
+    _stderr.print(f"{done} have features of {encoder}{speed}", markup=False)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -373,35 +379,45 @@ def train(context: typer.Context) -> None:
 def predict(
     slides: Slides = None,
     run: Annotated[
-        list[Path], typer.Option(help="the --workdir of a training; repeated, a deep ensemble of runs of other seeds")
+        list[Path],
+        typer.Option(help="the --workdir of a training; repeat it for a deep ensemble of runs with different seeds"),
     ] = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="folder for predictions.csv, heatmaps and attention")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="folder of predictions.csv, heatmaps and attention files")] = ...,  # type: ignore[assignment]
     cohort: CohortFile = None,
     mpp: Mpp = None,
-    dropout_samples: Annotated[int, typer.Option(min=0, help="predictions with dropout (Monte Carlo) by each run")] = 0,
+    dropout_samples: Annotated[
+        int, typer.Option(min=0, help="predictions of each run with dropout (Monte Carlo); 0: one without dropout")
+    ] = 0,
     calibration: Annotated[
-        Path | None, typer.Option(help="calibration.json of crcjax calibrate: a temperature, and sets of subtypes")
+        Path | None,
+        typer.Option(help="calibration.json of crcjax calibrate, for calibrated probabilities and conformal sets"),
     ] = None,
     attribution: Annotated[
         Literal["attention", "gradient", "occlusion", "region_occlusion"],
-        typer.Option(help="what the heatmap shows; occlusion takes a pass of the bag for every tile, or every region"),
+        typer.Option(help="method of the heatmap; occlusion pools the bag once per tile, region_occlusion per region"),
     ] = "attention",
-    workers: Annotated[int | None, typer.Option(min=1, help="threads that decode; all cores by default")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="threads that decode tiles; by default one per core")
+    ] = None,
     pseudonym_key: PseudonymKey = None,
     store: Annotated[
-        Path | None, typer.Option(help="predict what was tiled, embedded or imported there, without the slides")
+        Path | None,
+        typer.Option(help="folder of crcjax tile or import: predict its tiles or features, without the slide files"),
     ] = None,
 ) -> None:
-    """Predicts the subtype of slides with a trained run, or with several."""
+    """Predicts the subtype of slides with a trained run, or with an ensemble of runs.
+
+    The same command resumes an interrupted run.
+    """
     from crcjax.data.slide_selection import named_slides
     from crcjax.predict.predict_slides import PredictJob, predict_slides
     from crcjax.predict.predictor import Predictor
     from crcjax.validation.calibration import load_calibration
 
     if store:
-        alone = {"slides": slides, "--mpp": mpp, "--workers": workers, "--pseudonym-key": pseudonym_key}
-        if given := [name for name, value in alone.items() if value]:
-            raise InputError(f"--store: goes without {' and '.join(given)}; leave out one or the other")
+        file_options = {"slides": slides, "--mpp": mpp, "--workers": workers, "--pseudonym-key": pseudonym_key}
+        if conflicting := [name for name, value in file_options.items() if value]:
+            raise InputError(f"--store cannot be combined with {' and '.join(conflicting)}; leave out one or the other")
         _predict_stored(run, store, out, cohort, calibration, dropout_samples, attribution)
     predictor = Predictor(*run, dropout_samples=dropout_samples, attribution=attribution)
     fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
@@ -415,7 +431,7 @@ def predict(
             predictor, jobs, out, threads=workers, calibration=fitted, on_row=lambda row: progress.advance(task)
         )
     names = {job.slide_id: job.slide_id if pseudonym_key else str(job.path) for job in jobs}
-    _say_predictions(rows, names, out)
+    _print_predictions(rows, names, out)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -453,12 +469,14 @@ def crossvalidate(
 def calibrate(
     predictions: Annotated[Path, typer.Option(help="predictions.csv of crcjax predict on the run's validation slides")],
     cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id, subtype, and site for --by-site")],
-    out: Annotated[Path, typer.Option(help="calibration.json, for crcjax predict --calibration")],
+    out: Annotated[Path, typer.Option(help="the calibration.json to write, for crcjax predict --calibration")],
     method: Annotated[
-        Literal["lac", "aps"], typer.Option(help="the smallest sets, or sets that grow with doubt")
+        Literal["lac", "aps"], typer.Option(help="lac: the smallest sets; aps: sets that grow with the uncertainty")
     ] = "lac",
-    error: Annotated[float, typer.Option(help="how often a set may miss the true subtype")] = 0.1,
-    by_site: Annotated[bool, typer.Option("--by-site", help="a threshold for every site with enough cases")] = False,
+    error: Annotated[float, typer.Option(help="share of sets that may miss the true subtype, between 0 and 1")] = 0.1,
+    by_site: Annotated[
+        bool, typer.Option("--by-site", help="fit a separate threshold for every site with enough cases")
+    ] = False,
 ) -> None:
     """Fits a temperature and conformal sets on the validation cases of a run (see docs/uncertainty.md)."""
     from crcjax.validation.calibration import HOTTEST
@@ -469,20 +487,23 @@ def calibrate(
     _stderr.print(f"temperature {calibration.temperature:.3f}, sets by {counts}: {out}", markup=False)
     if not 1.01 / HOTTEST < calibration.temperature < 0.99 * HOTTEST:
         _stderr.print(
-            "warning: the temperature is at its limit; too few validation cases, or all called right or wrong"
+            "warning: the temperature is at its limit; there are too few validation cases, or all of them are classified "
+            "correctly, or none"
         )
     if calibration.thresholds[""] == float("inf"):
-        _stderr.print(f"warning: too few cases for an error of {error}; every set is full", markup=False)
+        _stderr.print(f"warning: too few cases for an error of {error}; every set contains all subtypes", markup=False)
 
 
 @app.command()
 def validate(
     predictions: Annotated[Path, typer.Option(help="predictions.csv of crcjax predict")],
     cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id and the reference subtype")],
-    out: Annotated[Path, typer.Option(help="folder for metrics.json and report.html")],
-    truth: Annotated[Path | None, typer.Option(help="folder of painted slides with their truths")] = None,
+    out: Annotated[Path, typer.Option(help="folder of metrics.json, cases.csv and report.html")],
+    truth: Annotated[
+        Path | None, typer.Option(help="folder of synthetic slides with their ground truth, to evaluate attention")
+    ] = None,
 ) -> None:
-    """Compares predictions with reference labels and writes the report."""
+    """Compares predictions of held-out cases with reference subtypes and writes a report."""
     from crcjax.validation.report import validate as write_report
 
     write_report(predictions, cohort, out, truth)
@@ -607,11 +628,11 @@ def _predict_stored(
             attribution=attribution,
             on_row=lambda row: progress.advance(task),
         )
-    _say_predictions(rows, {row.slide_id: row.slide_id for row in rows}, out)
+    _print_predictions(rows, {row.slide_id: row.slide_id for row in rows}, out)
 
 
-def _say_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out: Path) -> NoReturn:
-    """Prints a line for each slide without a prediction and one for all, and exits with the status."""
+def _print_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out: Path) -> NoReturn:
+    """Prints a line for each slide without a prediction and a summary, and exits with status 1 if there are any."""
     failed = [row for row in rows if not row.is_ok]
     for row in failed:
         _stderr.print(f"{row.status}: {names[row.slide_id]}: {row.reason}", markup=False)

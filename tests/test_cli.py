@@ -301,7 +301,7 @@ def test_a_store_is_predicted_without_its_slides_as_they_would_be(painted: Path,
         assert [row["status"] for row in csv.DictReader(file)] == ["not_tiled", "ok"]
     refused = _crcjax("predict", "--run", run, "--store", painted / "store", "--out", tmp_path, "--mpp", "1")
     assert refused.returncode == 2
-    assert "--store: goes without --mpp; leave out one or the other" in refused.stderr
+    assert "--store cannot be combined with --mpp; leave out one or the other" in refused.stderr
 
 
 def test_validation_reports_the_held_out_cases_and_the_attention(painted: Path, run: Path, tmp_path: Path) -> None:
@@ -391,5 +391,5 @@ def test_embedding_refuses_weights_in_one_line_and_writes_features_of_good_ones(
     }
     assert (done["bad"].returncode, done["good"].returncode) == (2, 0), done["good"].stderr
     assert "does not fit imagenet-resnet50-clam: 1 missing: bn1.bias;" in done["bad"].stderr.splitlines()[-1]
-    assert "1 of 1 slides have imagenet-resnet50-clam" in done["good"].stderr
+    assert "1 of 1 slides have features of imagenet-resnet50-clam" in done["good"].stderr
     assert read_features(tmp_path / "store", name, "imagenet-resnet50-clam").shape[-1] == 1024
