@@ -1,4 +1,4 @@
-"""Tile encoders and whole training steps on the device at hand, beside the same in PyTorch, and how near its limits they come.
+"""Tile encoders and whole training steps on this device, compared with PyTorch and with the limits of the device.
 
 Made for a GPU; on a CPU it runs at small sizes.
 """
@@ -37,7 +37,7 @@ DEVICE, DTYPE = ("cpu", "float32") if ON_CPU else ("cuda", "bfloat16")
 TILES = 8 if ON_CPU else 256
 REPEATS = 2 if ON_CPU else 10
 TILE_PX = 256
-# What timm calls an encoder of the same shape.
+# The model of timm that has the shape of each encoder.
 TIMM: dict[str, Callable[[], torch.nn.Module]] = {
     "lunit-dino-s16": partial(timm.create_model, "vit_small_patch16_224", num_classes=0),
     "uni": partial(timm.create_model, "vit_large_patch16_224", init_values=1e-5, num_classes=0, dynamic_img_size=True),
@@ -66,7 +66,10 @@ ENCODERS = ("lunit-dino-s16", "imagenet-resnet50") if ON_CPU else tuple(TIMM)
 
 @dataclass
 class Case:
-    """One row to be: `ours` and `theirs` do the same work and wait for its end; `per` things of a `unit` a call."""
+    """One row of the table.
+
+    `ours` and `theirs` return functions that do the same work and wait for its end. A call does `per` of a `unit`.
+    """
 
     name: str
     ours: Future[Callable[[], object]]
@@ -77,7 +80,7 @@ class Case:
 
 
 def encoder_case(name: str, pool: ThreadPoolExecutor) -> Case:
-    """Features of a batch of tiles that lie on the device, prepared and encoded in bfloat16."""
+    """The features of a batch of tiles on the device; preparation and encoding are in bfloat16."""
     encoder = PRETRAINED[name]
     graph, state = nnx.split(encoder.build(dtype=DTYPES[DTYPE], rngs=nnx.Rngs(0)))
     pixels = jax.random.randint(jax.random.key(0), (TILES, TILE_PX, TILE_PX, 3), 0, 256, jnp.uint8)
@@ -106,8 +109,9 @@ def encoder_case(name: str, pool: ThreadPoolExecutor) -> Case:
         model, image = TIMM[name]().eval(), torch.empty(1, 3, 224, 224)
     with torch.inference_mode():
         flops = TILES * torch_work(lambda: model(image))
-    held = sum(part.numel() for part in model.parameters()) * jnp.dtype(DTYPE).itemsize
-    return Case(f"{name}, encoding", pool.submit(compiled), theirs, Work(flops, held + pixels.nbytes), "tiles/s", TILES)
+    weight_bytes = sum(part.numel() for part in model.parameters()) * jnp.dtype(DTYPE).itemsize
+    work = Work(flops, weight_bytes + pixels.nbytes)
+    return Case(f"{name}, encoding", pool.submit(compiled), theirs, work, "tiles/s", TILES)
 
 
 class CompactEncoder(torch.nn.Module):
@@ -136,7 +140,7 @@ class CompactEncoder(torch.nn.Module):
 
 
 class ViTSmall(torch.nn.Module):
-    """timm's ViT-S/16 on pixels [tile, y, x, 3], prepared as ours."""
+    """timm's ViT-S/16 on pixels [tile, y, x, 3], prepared as in crcjax."""
 
     def __init__(self, features: int):
         super().__init__()
@@ -155,17 +159,17 @@ class Learner(torch.nn.Module):
         self.encoder, self.norm, self.aggregator = encoder, torch.nn.LayerNorm(features), aggregator
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        lead = tiles.shape[:3]  # bags, regions, slots
-        features = self.norm(self.encoder(tiles.flatten(0, 2))).view(lead[0], lead[1] * lead[2], -1)
+        bags, regions, slots = tiles.shape[:3]
+        features = self.norm(self.encoder(tiles.flatten(0, 2))).view(bags, regions * slots, -1)
         return self.aggregator(functional.dropout(features, 0.1, self.training), None)[0]
 
 
 def augmented(pixels: torch.Tensor) -> torch.Tensor:
-    """Tiles mirrored and turned each by itself, and each bag's densities gained by channel, as config.augment's defaults."""
-    turns = torch.rand(3, *pixels.shape[:3], 1, 1, 1, device=pixels.device) < 0.5
-    pixels = torch.where(turns[0], pixels.flip(4), pixels)
-    pixels = torch.where(turns[1], pixels.flip(3), pixels)
-    pixels = torch.where(turns[2], pixels.transpose(3, 4), pixels)
+    """The defaults of config.augment: a flip and a rotation per tile, and gains of the optical density per bag and channel."""
+    flips = torch.rand(3, *pixels.shape[:3], 1, 1, 1, device=pixels.device) < 0.5
+    pixels = torch.where(flips[0], pixels.flip(4), pixels)
+    pixels = torch.where(flips[1], pixels.flip(3), pixels)
+    pixels = torch.where(flips[2], pixels.transpose(3, 4), pixels)
     gain = torch.exp(0.15 * torch.randn(len(pixels), 1, 1, 1, 1, 3, device=pixels.device))
     density = -torch.log((pixels.float() + 1) / 256)
     return (256 * torch.exp(-density * gain) - 1).clamp(0, 255)
@@ -173,7 +177,7 @@ def augmented(pixels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StepCase:
-    """A training step: `parts` are those that its bags are computed in, in ours and in PyTorch."""
+    """A training step, with the same micro-batches in crcjax and in PyTorch."""
 
     name: str
     learner: Callable[[ConfigDict], Learner]
@@ -181,7 +185,7 @@ class StepCase:
     bags: int
     regions: int
     slots: int = 1
-    parts: int = 1
+    micro_batches: int = 1
 
 
 def _frozen(aggregator: Callable[[], torch.nn.Module]) -> Callable[[ConfigDict], Learner]:
@@ -202,7 +206,7 @@ STEPS = (
         _frozen(Hierarchical),
         STORED | {"model.mil": "hierarchical", "model.heads": HEADS},
         *((2, 64) if ON_CPU else (32, 4096)),
-        parts=1 if ON_CPU else 4,
+        micro_batches=1 if ON_CPU else 4,
     ),
     StepCase(
         "pixels, compact encoder (configs/epoc.py)",
@@ -211,7 +215,7 @@ STEPS = (
         *((2, 2, 5) if ON_CPU else (32, 64, 5, 8)),
     ),
     StepCase(
-        "pixels, ViT-S/16 trained too",
+        "pixels, ViT-S/16 fine-tuned",
         _pixels(lambda config: ViTSmall(config.model.features)),
         {
             "model.encoder": "kaiko-vits16",
@@ -221,24 +225,24 @@ STEPS = (
             "model.remat": "none",
         },
         *((2, 2) if ON_CPU else (8, 64)),
-        parts=1 if ON_CPU else 2,
+        micro_batches=1 if ON_CPU else 2,
     ),
 )
 
 
 def step_config(case: StepCase) -> ConfigDict:
-    """Of a case, in the device's type."""
+    """The config of a case, in the device's type."""
     config = get_config()
     for field, value in case.settings.items():
-        room, name = field.split(".")
-        config[room][name] = value
+        section, name = field.split(".")
+        config[section][name] = value
     config.data.batch_size, config.data.regions_per_bag, config.model.dtype = case.bags, case.regions, DTYPE
-    config.train.micro_batches = case.parts
+    config.train.micro_batches = case.micro_batches
     return config
 
 
 def step_case(case: StepCase, pool: ThreadPoolExecutor) -> Case:
-    """The whole step on bags that lie on the device: augmentation, encoder, aggregator, gradient and AdamW."""
+    """The whole step on bags on the device: augmentation, encoder, aggregator, gradient and AdamW."""
     config = step_config(case)
     stored = config.data.features
     shape = (case.bags, case.regions, case.slots)
@@ -264,15 +268,14 @@ def step_case(case: StepCase, pool: ThreadPoolExecutor) -> Case:
     lowered = step.lower(abstract, jax.eval_shape(bag))
 
     def compiled() -> Callable[[], object]:
-        program, made = lowered.compile(), []
-        print(
-            f"{case.name}: {program.memory_analysis().temp_size_in_bytes / 2**30:.2f} GiB beside its state", flush=True
-        )
+        program, bags = lowered.compile(), []
+        temporary_gib = program.memory_analysis().temp_size_in_bytes / 2**30
+        print(f"{case.name}: {temporary_gib:.2f} GiB without its state", flush=True)
 
         def train() -> None:
-            if not made:
-                made.append(jax.jit(bag)())
-            state[0], _ = jax.block_until_ready(program(state[0], made[0]))
+            if not bags:
+                bags.append(jax.jit(bag)())
+            state[0], _ = jax.block_until_ready(program(state[0], bags[0]))
 
         return train
 
@@ -286,13 +289,11 @@ def step_case(case: StepCase, pool: ThreadPoolExecutor) -> Case:
 
         def train() -> None:
             optimizer.zero_grad()
-            for some, its in zip(values.chunk(case.parts), label.chunk(case.parts), strict=True):
+            for tiles, labels in zip(values.chunk(case.micro_batches), label.chunk(case.micro_batches), strict=True):
                 with torch.autocast(DEVICE, torch.bfloat16, enabled=not ON_CPU):
-                    logits = model(some.float() if stored and ON_CPU else some if stored else augmented(some))
-                    loss = (
-                        functional.cross_entropy(logits.float(), its, reduction="sum", label_smoothing=0.05) / case.bags
-                    )
-                loss.backward()
+                    logits = model(tiles.float() if stored and ON_CPU else tiles if stored else augmented(tiles))
+                    losses = functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=0.05)
+                (losses / case.bags).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             wait_for_torch()
@@ -300,30 +301,30 @@ def step_case(case: StepCase, pool: ThreadPoolExecutor) -> Case:
         return train
 
     with torch.device("meta"):
-        twin, some = case.learner(config), torch.empty((1, *shape[1:], *tile))
-    held = 4 * sum(part.numel() for part in twin.parameters())
-    ours, whole = (sum(part.size for part in jax.tree.leaves(abstract.params)), held // 4)
-    assert abs(ours - whole) <= 0.01 * whole, f"{case.name}: {ours:,} parameters, PyTorch's {whole:,}"
-    flops = case.bags * torch_work(lambda: twin(some).sum().backward())
-    # AdamW reads and writes the parameters and both moments, and reads the gradient, which was written.
-    read = np.prod((*shape, *tile)) * (2 if stored else 1)
-    return Case(
-        case.name, pool.submit(compiled), theirs, Work(flops, float(read) + 8 * held), "slides/hour", 3600 * case.bags
+        twin, one_bag = case.learner(config), torch.empty((1, *shape[1:], *tile))
+    count = sum(part.size for part in jax.tree.leaves(abstract.params))
+    torch_count = sum(part.numel() for part in twin.parameters())
+    assert abs(count - torch_count) <= 0.01 * torch_count, (
+        f"{case.name}: {count:,} parameters, PyTorch's {torch_count:,}"
     )
+    flops = case.bags * torch_work(lambda: twin(one_bag).sum().backward())
+    # AdamW reads and writes the parameters and both moments, and reads the gradient, which was written: 8 float32 numbers.
+    moved = float(np.prod((*shape, *tile)) * (2 if stored else 1)) + 8 * 4 * torch_count
+    return Case(case.name, pool.submit(compiled), theirs, Work(flops, moved), "slides/hour", 3600 * case.bags)
 
 
 def rows_of(cases: list[Case], limits: Ceilings) -> Iterator[dict]:
-    """One by one; what a case held is freed before the next."""
+    """Yields the rows; the memory of a case is freed before the next one."""
     while cases:
         case = cases.pop(0)
         seconds = median_seconds(case.ours.result(), REPEATS)
-        of_torch = median_seconds(case.theirs(), REPEATS)
+        torch_seconds = median_seconds(case.theirs(), REPEATS)
         if not ON_CPU:
             torch.cuda.empty_cache()
-        least, by = limits.seconds(case.work, DTYPE)
-        row = {"what": case.name, "ours, ms": seconds * 1e3, "ours": case.per / seconds, "unit": case.unit}
-        row |= {"PyTorch": case.per / of_torch, "times as fast": of_torch / seconds}
-        row |= {"of the limit": least / seconds, "limit": by, "TFLOP/s": case.work.flops / seconds / 1e12}
+        least, limit = limits.seconds(case.work, DTYPE)
+        row = {"task": case.name, "crcjax, ms": seconds * 1e3, "crcjax": case.per / seconds, "unit": case.unit}
+        row |= {"PyTorch": case.per / torch_seconds, "speed-up": torch_seconds / seconds}
+        row |= {"fraction of limit": least / seconds, "limit": limit, "TFLOP/s": case.work.flops / seconds / 1e12}
         print(row, flush=True)
         yield row
 
@@ -336,24 +337,31 @@ def main(chosen: list[str]) -> None:
         cases = [encoder_case(name, pool) for name in ENCODERS if not chosen or name in chosen]
         cases += [step_case(case, pool) for case in STEPS if not chosen or case.name in chosen]
         rows = list(rows_of(cases, limits))
-    note = (
-        f"{DTYPE}; random weights and random data that lie on the device. Encoders: {TILES} tiles of {TILE_PX} px a batch. Steps: "
-        + "; ".join(
-            f"{case.name}: {case.bags} bags of {case.regions} x {case.slots} in {case.parts} parts" for case in STEPS
-        )
-        + f". The limit is the time of the least that must be computed (operations of all products, none twice) or moved, at"
-        f" what this device reached: {limits}. PyTorch {torch.__version__}, timm {timm.__version__}, eager, autocast for steps."
+    steps = "; ".join(
+        f"{case.name}, {case.bags} bags of {case.regions} x {case.slots} in {case.micro_batches}"
+        f" micro-batch{'es' if case.micro_batches > 1 else ''}"
+        for case in STEPS
     )
-    note += "" if ON_CPU else GPU_NOTE
-    record("device", "python tools/bench_device.py", rows, note)
+    about = (
+        "Tile encoders and whole training steps on one device, compared with PyTorch and with the limits of the device.\n\n"
+        f"* {DTYPE}; random weights; random data, which already lie on the device.\n"
+        f"* Encoders: {TILES} tiles of {TILE_PX} px per batch.\n"
+        f"* Steps, with regions x slots of a bag: {steps}.\n"
+        f"* PyTorch {torch.__version__}, timm {timm.__version__}, in eager mode, with autocast for steps.\n"
+        "* The limit is the shortest time for all products, none computed twice, or for all memory traffic, at the rates that"
+        f" this device reached: {limits}."
+    )
+    record("device", "python tools/bench_device.py", rows, about if ON_CPU else about + ABOUT_GPU)
 
 
-GPU_NOTE = (
-    " Behind with vision transformers by what lies between the products, in float32: of uni's 95 ms products took 42, GELU 16,"
-    " norms and sums with tokens 17, cuDNN's attention 6 and laying out its inputs 7, the patches' convolution 3. Measured before"
-    " GELU went by erf, LayerScale into the kernels and patches by a product, and hierarchical's before the gradient of attention"
-    " in blocks was its own, which have not been timed yet. The compact encoder reaches a tenth of the limit, as its first layers"
-    " are narrow: memory, not products, would be its limit."
+ABOUT_GPU = (
+    "\n* Vision transformers are slower than PyTorch's because of the float32 operations between the products. Of uni's 95 ms,"
+    " products took 42, GELU 16, norms and sums with tokens 17, cuDNN's attention 6, the layout of its inputs 7, and the"
+    " convolution of the patches 3.\n"
+    "* Some changes have not been timed yet: GELU by erf, LayerScale merged into the kernels, patches by a product, and, for"
+    " hierarchical, a custom gradient for attention in blocks.\n"
+    "* The compact encoder reaches a tenth of the limit, because its first layers are narrow: memory, not products, would be"
+    " its limit."
 )
 
 

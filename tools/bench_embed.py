@@ -1,4 +1,4 @@
-"""`crcjax embed` beside its encoder alone, which decoding and writing should not slow, and torch's own encoder."""
+"""`crcjax embed` compared with its encoder alone, which decoding and writing should not slow down, and with PyTorch's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCHES = 6
 
 
 def tiles_per_s(encode: Callable[[], object], tiles: int) -> float:
-    """Of `BATCHES` batches, after one."""
+    """The mean speed over `BATCHES` batches, after one that compiles."""
     encode()
     start = time.monotonic()
     for _ in range(BATCHES):
@@ -35,7 +35,7 @@ def tiles_per_s(encode: Callable[[], object], tiles: int) -> float:
 
 
 def torch_encoder(images: np.ndarray) -> Callable[[], object] | None:
-    """timm's encoder on the CPU; None without the extra torch, or where crcjax has an accelerator."""
+    """timm's encoder on the CPU; None without the extra torch, or if JAX uses an accelerator."""
     try:
         import timm
         import torch
@@ -69,16 +69,24 @@ def main() -> None:
         embedder = Embedder(ENCODER, folder / "w.safetensors", dtype, 256, batches[0])
     pixels = np.random.default_rng(0).integers(0, 256, (embedder.batch, 256, 256, 3), np.uint8)
     alone = tiles_per_s(lambda: np.asarray(embedder.encode(pixels)), embedder.batch)
-    whole = outcome.tiles / outcome.seconds
-    kind = f"ViT-S/16, {dtype}, {embedder.batch} tiles a batch"
+    store_to_store = outcome.tiles / outcome.seconds
+    kind = f"ViT-S/16, {dtype}, {embedder.batch} tiles per batch"
     rows = [Row(f"encoder alone, {kind}", alone, "tiles/s")]
-    rows.append(Row(f"store to store, {outcome.tiles} tiles", whole, "tiles/s", whole / alone, "encoder alone"))
+    rows.append(
+        Row(
+            f"store to store, {outcome.tiles} tiles", store_to_store, "tiles/s", store_to_store / alone, "encoder alone"
+        )
+    )
     rival = torch_encoder(np.zeros((embedder.batch, 3, 224, 224), np.float32))
     if rival:
         torch_speed = tiles_per_s(rival, embedder.batch)
-        rows.append(Row("encoder alone in torch", torch_speed, "tiles/s"))
-        rows[0] = Row(rows[0].measure, alone, "tiles/s", alone / torch_speed, "torch")
-    record("embed", "python tools/bench_embed.py", rows)
+        rows.append(Row("encoder alone in PyTorch", torch_speed, "tiles/s"))
+        rows[0] = Row(rows[0].measure, alone, "tiles/s", alone / torch_speed, "PyTorch")
+    about = (
+        "`crcjax embed` from store to store, compared with its encoder alone and with timm's encoder in PyTorch.\n\n"
+        f"Random weights; the tiles of a synthetic slide of {SIZE_PX[0]} x {SIZE_PX[1]} px."
+    )
+    record("embed", "python tools/bench_embed.py", rows, about)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long a step of an ensemble takes over stored features: its members by one step, against one after the other."""
+"""The time of an ensemble's step over stored features: all members in one vmapped step, or one member after the other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import build_step, init_state
 
 MEMBERS, STEPS, ROUNDS = (1, 5, 10), 8, 3
-SIZES = {"512 regions a bag": (512, 128, 64), "64 regions a bag": (64, 128, 64)}  # regions, features, attention
+# The regions per bag, features and attention units of each size.
+SIZES = {"512 regions per bag": (512, 128, 64), "64 regions per bag": (64, 128, 64)}
 
 
 def main() -> None:
@@ -37,18 +38,21 @@ def main() -> None:
             config.model.imported_features, config.data.sampling_seed = WIDTH, 0
             for members in MEMBERS:
                 rows += compared(config, members, name)
-    note = (
-        f"Stored features of {WIDTH} float16 numbers (random), 8 bags a step, gated attention, from the page cache. A round is"
-        f" {STEPS} steps of all members, bags read and sent by the loader: of one step for all (config.train.ensemble_size), which"
-        f" reads them once, or of each member's own, one member after the other, which reads them for each. Medians of {ROUNDS}"
-        " rounds of both in turn, compilation not counted. Both compute the same: what is saved is reading, the loader's start,"
-        " which is counted, and the cost of starting operations; the figures do not tell these apart."
+    about = (
+        "One training step of an ensemble over stored features: all members in one vmapped step, compared with one member after"
+        " the other.\n\n"
+        f"* Random features of {WIDTH} float16 numbers, 8 bags per step, gated attention, everything from the page cache.\n"
+        f"* A round is {STEPS} steps of all members; the loader reads the bags and sends them to the device. The vmapped step"
+        " (`config.train.ensemble_size`) reads them once; members that train one after the other each read them.\n"
+        f"* Medians of {ROUNDS} rounds, which alternate between the two ways. Compilation is not counted.\n"
+        "* Both ways compute the same. The vmapped step saves reading, the start of the loader, which is counted, and the cost of"
+        " starting operations. The figures do not separate these."
     )
-    record("ensemble", "python tools/bench_ensemble.py", rows, note)
+    record("ensemble", "python tools/bench_ensemble.py", rows, about)
 
 
 def compared(config: ConfigDict, members: int, name: str) -> list[Row]:
-    """Seconds per step of all members, by one step and by one after the other."""
+    """The time of a step of all members in both ways, at one size."""
     seeds = tuple(range(members))
     mesh, model = device_mesh(config), partial(build_model, config.model, len(config.data.classes))
     optimizer = build_optimizer(config.optimizer, config.train.steps)
@@ -64,26 +68,25 @@ def compared(config: ConfigDict, members: int, name: str) -> list[Row]:
         return jax.block_until_ready(state)
 
     ensemble = Ensemble(partial(model, 0), optimizer, config, mesh)
-    joint = ensemble.join(init_state(model(seed), optimizer, config, mesh) for seed in seeds)
-    joint_step, alone = (
-        ensemble.build(seeds, config),
-        [init_state(model(seed), optimizer, config, mesh) for seed in seeds],
-    )
-    step = build_step(model(0), optimizer, config, mesh)  # of one seed for all: their dropout is not compared
-    joint, alone[0] = run(joint_step, joint), run(step, alone[0])
-    together_s, apart_s = [], []
+    joint_state = ensemble.join(init_state(model(seed), optimizer, config, mesh) for seed in seeds)
+    joint_step = ensemble.build(seeds, config)
+    states = [init_state(model(seed), optimizer, config, mesh) for seed in seeds]
+    # One step function serves all seeds, because their dropout is not compared.
+    step = build_step(model(0), optimizer, config, mesh)
+    joint_state, states[0] = run(joint_step, joint_state), run(step, states[0])
+    vmapped_s, sequential_s = [], []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        joint = run(joint_step, joint)
+        joint_state = run(joint_step, joint_state)
         between = time.perf_counter()
-        alone = [run(step, state) for state in alone]
-        together_s.append((between - start) / STEPS)
-        apart_s.append((time.perf_counter() - between) / STEPS)
-    one, other = statistics.median(together_s), statistics.median(apart_s)
-    of = f"{name}, {members} member{'s' if members > 1 else ''}"
+        states = [run(step, state) for state in states]
+        vmapped_s.append((between - start) / STEPS)
+        sequential_s.append((time.perf_counter() - between) / STEPS)
+    vmapped, sequential = statistics.median(vmapped_s), statistics.median(sequential_s)
+    case = f"{name}, {members} member{'s' if members > 1 else ''}"
     return [
-        Row(f"{of}: one after the other", 1e3 * other, "ms/step"),
-        Row(f"{of}: together", 1e3 * one, "ms/step", one / other, "one after the other"),
+        Row(f"{case}: one after the other", 1e3 * sequential, "ms/step"),
+        Row(f"{case}: vmapped", 1e3 * vmapped, "ms/step", vmapped / sequential, "one after the other"),
     ]
 
 

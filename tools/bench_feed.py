@@ -1,7 +1,7 @@
-"""How fast training is fed from stores on disk, of features and of pixels, beside reading the same bytes without it.
+"""The speed at which training reads features and pixels from stores, compared with reading the same bytes without the loader.
 
-The rival reads what the loader reads in as many plain threads: with TensorStore alone, and of pixels with the same JPEG
-decoder after it. Every figure is of one process, and of two that divide the slides, each with its own rival beside it.
+The rival reads the same data with as many plain threads: by TensorStore alone and, for pixels, with the same JPEG decoder. All
+figures are measured with one process, and with two that divide the slides, each with its own rival.
 """
 
 from __future__ import annotations
@@ -40,16 +40,19 @@ from crcjax.slides.tiling.plan import TilingParams, plan_tiles
 from crcjax.slides.wsi.slide import open_slide
 from crcjax.train.loop import train
 
-SLIDES, REGIONS, WIDTH = 12, 4096, 1024  # of features: a slide has 8 MiB in float16
-STEPS = {"features": 40, "pixels": 8}  # a reading
-ROUNDS = 15  # of a reading through the loader and one without it, right after each other
+# The stored features; a slide has 8 MiB in float16.
+SLIDES, REGIONS, WIDTH = 12, 4096, 1024
+# Training steps per reading.
+STEPS = {"features": 40, "pixels": 8}
+# A round is a reading through the loader and one without it, immediately after it.
+ROUNDS = 15
 THREADS = 4
 
-Drawn = list[tuple[FeatureReader | TileStore, np.ndarray]]
+Reads = list[tuple[FeatureReader | TileStore, np.ndarray]]
 
 
 def feature_store(folder: Path) -> None:
-    """Slides with no pixels and random features, and their cohort."""
+    """Writes slides with random features and without pixels, and their cohort."""
     path = paint_slide(folder / "slide.svs", SlideSpec("immune", 0, size_px=(1024, 1024)))
     generator = np.random.default_rng(0)
     rows = ["slide_id,case_id,subtype,split"]
@@ -69,14 +72,14 @@ def feature_store(folder: Path) -> None:
 
 
 def pixel_store(folder: Path) -> None:
-    """Painted slides, tiled."""
+    """Paints slides and tiles them."""
     table = paint_cohort(folder, {"train": 6}, size_px=(6144, 5120))
     jobs = [TileJob(row.slide_id, row.path) for row in load_cohort(table, None).rows]
     assert all(outcome.succeeded for outcome in tile_slides(jobs, folder / "store", TilingParams(("10x",))))
 
 
 def bench_config(kind: str, folder: Path) -> ConfigDict:
-    """Eight bags a step, on a small model."""
+    """A config with eight bags per step and a small model."""
     config = get_config()
     config.data.store, config.data.cohort = str(folder / "store"), str(folder / "cohort.csv")
     config.data.val_fraction = config.data.test_fraction = 0.0
@@ -93,7 +96,7 @@ def bench_config(kind: str, folder: Path) -> ConfigDict:
 
 
 def measure(kind: str, folder: Path) -> dict:
-    """This process's bytes a second through the loader and without it, by round, and what a run of training says of itself."""
+    """Bytes per second of this process through the loader and without it, by round, and the metrics that a run logs."""
     config = bench_config(kind, folder)
     cohort = load_cohort(config.data.cohort, config.data.classes).split("train")
     mesh = device_mesh()
@@ -105,8 +108,8 @@ def measure(kind: str, folder: Path) -> dict:
             sum(shard.data.nbytes for shard in jax.block_until_ready(bag.tiles).addressable_shards) for bag in batches
         )
 
-    drawn = _drawn(kind, through_loader)
-    rival = _plain_features(drawn) if kind == "features" else _plain_pixels(drawn)
+    reads = _recorded_reads(kind, through_loader)
+    rival = _plain_features(reads) if kind == "features" else _plain_pixels(reads)
     rates: dict[str, list[float]] = {"loader": [], "rival": []}
     for round_ in range(ROUNDS):
         for name, read in (("loader", through_loader), ("rival", rival)):
@@ -116,62 +119,63 @@ def measure(kind: str, folder: Path) -> dict:
     config.train.steps = 3 * STEPS[kind]
     config.train.eval_every = config.train.checkpoint_every = config.train.log_every = STEPS[kind]
     train(config, folder / f"run-{jax.process_count()}", ProcessGroup(jax.process_index()))
-    sync_global_devices("trained")  # the first process has written what it says of itself
+    # The first process has written its metrics.
+    sync_global_devices("trained")
     lines = [json.loads(line) for line in (folder / f"run-{jax.process_count()}" / "metrics.jsonl").open()]
-    said = [line for line in lines if "train/data_wait" in line][-1]
+    metrics = [line for line in lines if "train/data_wait" in line][-1]
     config.train.steps = STEPS[kind]
     return {
         "bytes": through_loader() / STEPS[kind],
         **rates,
-        "slides_per_hour": said["train/slides_per_hour"],
-        "data_wait": said["train/data_wait"],
+        "slides_per_hour": metrics["train/slides_per_hour"],
+        "data_wait": metrics["train/data_wait"],
     }
 
 
-def _drawn(kind: str, read: Callable[[], int]) -> Drawn:
-    """What is read of which slide, in order."""
+def _recorded_reads(kind: str, read: Callable[[], int]) -> Reads:
+    """The slides and regions that `read` reads, in order."""
     owner, name = (FeatureReader, "read") if kind == "features" else (TileStore, "read_pixels")
-    original, drawn = getattr(owner, name), []
+    original, reads = getattr(owner, name), []
 
-    def noting(self: FeatureReader | TileStore, indices: np.ndarray, *into: np.ndarray) -> np.ndarray:
-        drawn.append((self, np.asarray(indices)))
+    def recording(self: FeatureReader | TileStore, indices: np.ndarray, *into: np.ndarray) -> np.ndarray:
+        reads.append((self, np.asarray(indices)))
         return original(self, indices, *into)
 
-    setattr(owner, name, noting)
+    setattr(owner, name, recording)
     read()
     setattr(owner, name, original)
-    return drawn
+    return reads
 
 
-def _plain_features(drawn: Drawn) -> Callable[[], int]:
-    arrays = {reader.path: open_array(reader.path) for reader, _ in drawn}
+def _plain_features(reads: Reads) -> Callable[[], int]:
+    arrays = {reader.path: open_array(reader.path) for reader, _ in reads}
     pool = ThreadPoolExecutor(THREADS)
 
     def read() -> int:
-        return sum(pool.map(lambda one: arrays[one[0].path][one[1]].read().result().nbytes, drawn))
+        return sum(pool.map(lambda one: arrays[one[0].path][one[1]].read().result().nbytes, reads))
 
     return read
 
 
-def _plain_pixels(drawn: Drawn) -> Callable[[], int]:
-    paths = {store.path for store, _ in drawn}
+def _plain_pixels(reads: Reads) -> Callable[[], int]:
+    paths = {store.path for store, _ in reads}
     arrays = {path: open_array(path / "pixels" / "streams") for path in paths}
     offsets = {path: open_array(path / "pixels" / "offset").read().result() for path in paths}
     pool = ThreadPoolExecutor(THREADS)
 
     def one(store: TileStore, indices: np.ndarray) -> int:
         begins = offsets[store.path]
-        reads = [arrays[store.path][begins[i] : begins[i + 1]].read() for i in indices]
-        return sum(simplejpeg.decode_jpeg(read.result(), "RGB").nbytes for read in reads if read.result().size)
+        streams = [arrays[store.path][begins[i] : begins[i + 1]].read() for i in indices]
+        return sum(simplejpeg.decode_jpeg(stream.result(), "RGB").nbytes for stream in streams if stream.result().size)
 
     def read() -> int:
-        return sum(pool.map(lambda what: one(*what), drawn))
+        return sum(pool.map(lambda args: one(*args), reads))
 
     return read
 
 
 def run(kind: str, folder: Path, processes: int) -> list[dict]:
-    """What each of so many processes measures."""
+    """The measurements of each of `processes` processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -187,9 +191,9 @@ def run(kind: str, folder: Path, processes: int) -> list[dict]:
 
 
 def chunk_rows(folder: Path) -> list[Row]:
-    """A draw of 32 regions of a slide's features by the regions that are read as one."""
+    """The time to read 32 random regions of a slide's features, by the size of the chunks."""
     values = np.random.default_rng(0).standard_normal((2 * REGIONS, 1, WIDTH)).astype(np.float16)
-    draws = [np.sort(np.random.default_rng(i).choice(len(values), 32, replace=False)) for i in range(30)]
+    samples = [np.sort(np.random.default_rng(i).choice(len(values), 32, replace=False)) for i in range(30)]
     milliseconds = {}
     for chunk, packed in ((1, False), (4, False), (16, False), (64, False), (256, False), (4, True), (256, True)):
         name = f"chunks of {chunk} regions{', zstd' if packed else ''}"
@@ -199,9 +203,9 @@ def chunk_rows(folder: Path) -> list[Row]:
         array.write(values).result()
         opened = open_array(folder / name)
         times = []
-        for draw in draws:
+        for sample in samples:
             start = time.perf_counter()
-            opened[draw].read().result()
+            opened[sample].read().result()
             times.append(time.perf_counter() - start)
         milliseconds[name] = 1e3 * statistics.median(times)
     base = "chunks of 256 regions, zstd"
@@ -220,38 +224,42 @@ def main() -> None:
             folder.mkdir()
             make(folder)
             for processes in (1, 2):
-                each = run(kind, folder, processes)
-                rounds = [np.sum([found[name] for found in each], axis=0) for name in ("loader", "rival")]
+                measured = run(kind, folder, processes)
+                rounds = [np.sum([one[name] for one in measured], axis=0) for name in ("loader", "rival")]
                 loader, ratio = float(np.median(rounds[0])), float(np.median(rounds[0] / rounds[1]))
-                of = f"{kind}, {processes} process{'es' if processes > 1 else ''}"
+                case = f"{kind}, {processes} process{'es' if processes > 1 else ''}"
                 bags = bench_config(kind, folder).data.batch_size
-                step_bytes = sum(found["bytes"] for found in each)
+                step_bytes = sum(one["bytes"] for one in measured)
                 against = "TensorStore alone" if kind == "features" else "TensorStore and the decoder alone"
                 rows += [
-                    Row(f"{of}: the loader", loader / 1e6, "MB/s", ratio, against),
-                    Row(f"{of}: the loader", 3600 * bags * loader / step_bytes, "slides/hour"),
-                    Row(f"{of}: training", each[0]["slides_per_hour"], "slides/hour"),
-                    Row(f"{of}: training, waits for data", 100 * each[0]["data_wait"], "% of the time"),
+                    Row(f"{case}: the loader", loader / 1e6, "MB/s", ratio, against),
+                    Row(f"{case}: the loader", 3600 * bags * loader / step_bytes, "slides/hour"),
+                    Row(f"{case}: training", measured[0]["slides_per_hour"], "slides/hour"),
+                    Row(f"{case}: training, waits for data", 100 * measured[0]["data_wait"], "% of the time"),
                 ]
-    note = (
-        f"Features: {SLIDES} slides of {REGIONS} regions with {WIDTH} random float16 numbers, 512 regions a bag and step."
-        " Pixels: painted (synthetic) slides, JPEG tiles of 256 px, 32 a bag and step; MB/s are of pixels. 8 bags a step,"
-        " a small model, all from the page cache. With two processes the cores are shared by both, and by their steps."
-        " The rival drops what it decodes and has its stores open before its clock starts; the loader opens them in its time"
-        " and keeps what it decodes. Pixels lacked the aim of 0.8 (0.74 and 0.62) since the system cleared new pages for every"
-        " batch of 50 MB, a fifth of the loader's processor time on this virtual machine (perf: clear_page_erms): batches now"
-        " have the memory of earlier ones. Python and NumPy about the tiles took 13 % and take 10 %, of the rival 3 %. Decoding"
-        " into memory that the caches do not hold takes no longer than into the same tile again (0.40 and 0.41 ms). Features,"
-        " read where the batch has them, take 0.94 to 1.12 times the rival's processor time, with a copy 1.09 to 1.15; their"
-        f" ratio in one process had been 0.73 to 0.95 from run to run, as that of two medians of 5: it is the median of {ROUNDS} rounds'"
-        " ratios (0.77 while other programs ran). A reading of 2 s begins with opening the stores, 0.05 s, and has its first batch"
-        " 0.25 s later."
+    about = (
+        "The speed at which training reads features and pixels from stores, compared with plain threads that read the same bytes."
+        "\n\n"
+        "| | features | pixels |\n|---|---|---|\n"
+        f"| store | {SLIDES} slides of {REGIONS} regions, {WIDTH} random float16 numbers each | synthetic slides, JPEG tiles of"
+        " 256 px |\n| regions per bag | 512 | 32 |\n| MB/s of | features | decoded pixels |\n\n"
+        "* 8 bags per step, a small model, everything from the page cache. Two processes share the cores, also for their steps.\n"
+        "* The rival drops the result, and its stores are open before its clock starts. The loader keeps the result and opens the"
+        " stores within its time: 0.05 s of a reading of 2 s. Its first batch follows 0.25 s later.\n"
+        f"* The ratio is the median of the ratios of {ROUNDS} rounds. Features, one process: 0.77 while other programs ran. As the"
+        " ratio of two medians of 5 rounds, it had varied from 0.73 to 0.95 between runs.\n"
+        "* Pixels missed the target of 0.8 at first (0.74 and 0.62), because the system cleared new pages for every batch of 50 MB:"
+        " a fifth of the loader's processor time on this virtual machine (perf: clear_page_erms). Batches now reuse the memory of"
+        " earlier ones. Python and NumPy took 13 % and now take 10 %; in the rival, 3 %. Decoding into memory outside the caches"
+        " takes no longer than into the same tile again (0.40 and 0.41 ms).\n"
+        "* Features are read directly into the batch. This takes 0.94 to 1.12 times the rival's processor time; with a copy, 1.09 to"
+        " 1.15 times."
     )
-    record("feed", "python tools/bench_feed.py", rows, note)
+    record("feed", "python tools/bench_feed.py", rows, about)
 
 
 def child(kind: str, folder: str, port: str, processes: str, index: str) -> None:
-    """One of the processes; the last line it prints is what it measured."""
+    """One of the processes; it prints its measurements as the last line."""
     jax.distributed.initialize(f"localhost:{port}", int(processes), int(index))
     print(json.dumps(measure(kind, Path(folder))))
 

@@ -1,6 +1,6 @@
-"""What a compiled step says it takes, beside what it takes: activations and gradients against the peak of memory.
+"""The memory that a compiled training step predicts, compared with the measured peak of activations and gradients.
 
-Each size is a process of its own, since memory that was used before would hide what a step adds to it.
+Each size runs in a process of its own, since memory used before would hide the memory that a step adds.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step, init_state
 
 ON_CPU = jax.default_backend() == "cpu"
-# What is freed is returned at once, so that the memory held is the memory used.
+# The C library returns freed memory at once, so that the resident memory is the memory in use.
 PROMPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 PROMPT |= {"MALLOC_MMAP_MAX_": "1000000", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 BAGS = 8
-SIZES = (  # regions, px of a tile's side, config.model.remat, parts
+# Regions per bag, side of a tile in px, config.model.remat and micro-batches.
+SIZES = (
     (64, 64, "none", 1),
     (128, 64, "none", 1),
     (128, 64, "none", 2),
@@ -40,14 +41,15 @@ SIZES = (  # regions, px of a tile's side, config.model.remat, parts
     (128, 256, "full", 1),
     (128, 256, "full", 2),
 )
-TIMES = 1 if ON_CPU else 8  # as many regions
+# A GPU has this many times the regions of SIZES.
+REGION_FACTOR = 1 if ON_CPU else 8
 
 
-def measure(regions: int, side: int, remat: str, parts: int) -> tuple[int, int]:
-    """Bytes that the step's activations and gradients are said to take, and bytes that the peak rises by as it runs."""
+def measure(regions: int, side: int, remat: str, micro_batches: int) -> tuple[int, int]:
+    """The bytes that the compiled step predicts for activations and gradients, and the measured rise of the peak."""
     config = get_config()
     config.data.batch_size, config.data.regions_per_bag = BAGS, regions
-    config.model.remat, config.train.micro_batches = remat, parts
+    config.model.remat, config.train.micro_batches = remat, micro_batches
     mesh, model = device_mesh(config), build_model(config.model, 3, 0)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     pixels = np.random.default_rng(0).integers(0, 255, (BAGS, regions, 1, side, side, 3), np.uint8)
@@ -58,29 +60,29 @@ def measure(regions: int, side: int, remat: str, parts: int) -> tuple[int, int]:
     step = build_step(model, optimizer, config, mesh)
     compiled, budget = step_budget(step, abstract_state(model, optimizer, config, mesh), bag)
     jax.block_until_ready(state)
-    before = held()
+    before = bytes_in_use()
     jax.block_until_ready(compiled(state, bag))
-    return budget.temporary, peak() - before
+    return budget.temporary, peak_bytes() - before
 
 
-def held() -> int:
-    """Bytes that are in use: of the device, on a CPU of this process."""
+def bytes_in_use() -> int:
+    """The memory in use on the device; on a CPU, by this process."""
     return resident("VmRSS") if ON_CPU else jax.devices()[0].memory_stats()["bytes_in_use"]
 
 
-def peak() -> int:
-    """The most bytes that were in use so far."""
+def peak_bytes() -> int:
+    """The largest memory in use so far."""
     return resident("VmHWM") if ON_CPU else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 def resident(field: str) -> int:
-    """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM; getrusage's peak begins with the parent's)."""
+    """The resident memory (VmRSS) of this process or its peak (VmHWM), in bytes. The peak of getrusage includes the parent's."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-def apart(size: tuple) -> str:
-    """What a process of its own prints of a size."""
+def measured_apart(size: tuple) -> str:
+    """The output of a process of its own that measures one size."""
     command = [sys.executable, __file__, *map(str, size)]
     return subprocess.run(command, env=os.environ | PROMPT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
@@ -88,31 +90,35 @@ def apart(size: tuple) -> str:
 def main() -> None:
     rows = []
     with ThreadPoolExecutor(1 if ON_CPU else 5) as pool:
-        sizes = [(TIMES * regions, *others) for regions, *others in SIZES]
-        outputs = list(pool.map(apart, sizes))
-    for (regions, side, remat, parts), output in zip(sizes, outputs, strict=True):
-        said, taken = (int(value) / 2**20 for value in output.split())
-        name = f"{BAGS} bags of {regions} tiles of {side} px in {parts} part{'s' if parts > 1 else ''}, remat {remat}"
+        sizes = [(REGION_FACTOR * regions, *others) for regions, *others in SIZES]
+        outputs = list(pool.map(measured_apart, sizes))
+    for (regions, side, remat, micro_batches), output in zip(sizes, outputs, strict=True):
+        predicted, measured = (int(value) / 2**20 for value in output.split())
+        batches = f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}"
+        name = f"{BAGS} bags of {regions} tiles of {side} px in {batches}, remat {remat}"
         rows += [
-            Row(f"{name}: said", said, "MiB"),
-            Row(f"{name}: measured", taken, "MiB", taken / said, "what the step says"),
+            Row(f"{name}: predicted", predicted, "MiB"),
+            Row(f"{name}: measured", measured, "MiB", measured / predicted, "predicted"),
         ]
-    note = (
-        "The default model on random tiles. Said: the compiled program's own account, with nothing allocated."
-        " Measured: by how much the step raises the memory of a fresh process over what it holds already, its parameters,"
-        " optimiser and bags."
+    about = (
+        "Memory of a training step: predicted by the compiled program, compared with the measured peak.\n\n"
+        "* The default model on random tiles.\n"
+        "* Predicted: the memory analysis of the compiled program; nothing is allocated for it.\n"
+        "* Measured: the memory that a step adds in a fresh process to parameters, optimiser state and bags.\n"
     )
-    record("memory", "python tools/bench_memory.py", rows, note + (CPU_NOTE if ON_CPU else GPU_NOTE))
+    record("memory", "python tools/bench_memory.py", rows, about + (ABOUT_CPU if ON_CPU else ABOUT_GPU))
 
 
-CPU_NOTE = (
-    " On the CPU this is the resident memory, with the C library set to return at once what is freed: by default it keeps some"
-    " for later, and the smallest steps rise by up to 1.4 of what is said. What lies above is the runtime's own, about 10 MiB as a"
-    " process runs its first step, so that the smallest step misses the 10 % that were aimed at."
+ABOUT_CPU = (
+    "* On the CPU this is resident memory. The C library is set to return freed memory at once: by default it keeps some for"
+    " later, and the smallest steps then take up to 1.4 times the prediction.\n"
+    "* The difference is the runtime's own memory, about 10 MiB in the first step of a process. The smallest step therefore misses the"
+    " target of 10 %."
 )
-GPU_NOTE = (
-    " On the GPU this is what JAX's allocator has handed out, in blocks that may be larger than what is asked for, and the peak"
-    " counts what compiling tried too, 430 MiB or less: steps of an eighth of these sizes rose to that, where they say less."
+ABOUT_GPU = (
+    "* On the GPU this is the memory that JAX's allocator has handed out. Its blocks may be larger than requested.\n"
+    "* The peak includes trials of the compiler, up to 430 MiB. Steps of an eighth of these sizes rose to that peak, although"
+    " their prediction was smaller."
 )
 
 

@@ -1,4 +1,4 @@
-"""Memory of the training step through the encoder against the size of the bag, and one whole slide of 10,000 tiles."""
+"""The memory of the training step through the encoder by the size of the bag, and one step on a slide of 10,000 tiles."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ TILE_PX, COUNTS = 256, (1_000, 4_000, 10_000)
 def main() -> None:
     rows = [row for mil in ("gated_abmil", "hierarchical") for row in _rows(mil)]
     rows.append(Row("largest memory of the process, pixels included", peak_memory_mib(), "MiB"))
-    note = (
-        f"The training step as it is (crcjax.train.step) with the compact encoder: one bag of tiles of {TILE_PX} px, "
-        f"{get_config().model.encode_regions} encoded at a time (config.model.encode_regions). Temporary memory is what the "
-        "compiler counts of the program beside pixels, parameters and their moments."
+    about = (
+        "Memory of the training step through the compact encoder, by the number of tiles in the bag.\n\n"
+        f"* The step of `crcjax.train.step` on one bag of tiles of {TILE_PX} px, of which"
+        f" {get_config().model.encode_regions} are encoded at a time (`config.model.encode_regions`).\n"
+        "* Temporary memory: the compiler's count for the program, without pixels, parameters and optimiser state."
     )
-    record("mil_memory", "python tools/bench_mil_memory.py", rows, note)
+    record("mil_memory", "python tools/bench_mil_memory.py", rows, about)
 
 
 def _rows(mil: str) -> list[Row]:
@@ -45,7 +46,7 @@ def _rows(mil: str) -> list[Row]:
     slope = (temporary[most] - temporary[fewest]) / (most - fewest)
     against = "a tile's features"
     rows.append(
-        Row(f"{mil}: slope from {fewest:,} tiles", slope, "bytes a tile", slope / (4 * config.model.features), against)
+        Row(f"{mil}: slope from {fewest:,} tiles", slope, "bytes/tile", slope / (4 * config.model.features), against)
     )
     given = init_state(model, optimizer, config, mesh), jax.block_until_ready(jax.jit(lambda: _bag(most))())
     begun = time.perf_counter()

@@ -1,6 +1,8 @@
-"""Seconds of MIL models' forward pass and training step, ours and the same in PyTorch, on the same device.
+"""The time of the forward pass and training step of MIL models, compared with the same models in PyTorch on the same device.
 
-python tools/bench_mil_torch.py [MODEL ...] [TYPE ...] [PASS ...] [INSTANCES ...]     # of others, the rows recorded last stay
+    python tools/bench_mil_torch.py [MODEL ...] [TYPE ...] [PASS ...] [INSTANCES ...]
+
+The other rows stay as they were recorded last.
 """
 
 from __future__ import annotations
@@ -35,13 +37,12 @@ DEVICE = "cpu" if ON_CPU else "cuda"
 REPEATS, MOST_S, ONCE_S = (5, 30.0, 30.0) if ON_CPU else (20, 2.0, math.inf)
 SLOTS = sum(factor**2 for factor in FACTORS)
 
-Timed = tuple[
-    Callable[[], object], Callable[[], object]
-]  # a forward pass and a training step, which wait for their end
+# A forward pass and a training step; both wait for their end.
+Timed = tuple[Callable[[], object], Callable[[], object]]
 
 
 def in_torch(mil: str, features: np.ndarray, dtype: str) -> Timed:
-    """The forward pass and the step of AdamW; in bfloat16 as torch.autocast has it."""
+    """The forward pass and the step of AdamW in PyTorch; bfloat16 is torch.autocast."""
     model, label = TWINS[mil]().to(DEVICE), torch.tensor([LABEL], device=DEVICE)
     bag = torch.from_numpy(features).to(DEVICE, getattr(torch, dtype))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
@@ -65,12 +66,13 @@ def in_torch(mil: str, features: np.ndarray, dtype: str) -> Timed:
 
 
 def in_jax(mil: str, features: np.ndarray, dtype: str, pool: ThreadPoolExecutor) -> Callable[[], Timed]:
-    """The forward pass and the step of AdamW, compiled in `pool` until they are asked for."""
+    """The forward pass and the step of AdamW in crcjax. Both compile in `pool`; the returned function waits for them."""
     config = get_config().model
     config.mil, config.dropout = mil.partition(",")[0], 0.0
     config.features, config.attention, config.heads = WIDTH, HIDDEN, HEADS
     if ON_CPU:
-        config.remat = "dots"  # products are kept, as PyTorch keeps them
+        # Rematerialisation keeps the outputs of products, as PyTorch does.
+        config.remat = "dots"
     factors = FACTORS if mil == SLOTTED else (1,)
     graph, first = nnx.split(AGGREGATORS[config.mil](config, CLASSES, factors, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)))
     sizes = [sum(part.size for part in jax.tree.leaves(first)), sum(part.numel() for part in TWINS[mil]().parameters())]
@@ -89,8 +91,8 @@ def in_jax(mil: str, features: np.ndarray, dtype: str, pool: ThreadPoolExecutor)
         params, moments = state
 
         def loss(params: nnx.State) -> jax.Array:
-            found = nnx.merge(graph, params)(bag, label)
-            losses = optax.softmax_cross_entropy_with_integer_labels(found.logits, label) + found.instance_loss
+            pooled = nnx.merge(graph, params)(bag, label)
+            losses = optax.softmax_cross_entropy_with_integer_labels(pooled.logits, label) + pooled.instance_loss
             return losses.mean()
 
         updates, moments = optimizer.update(jax.grad(loss)(params), moments, params)
@@ -112,10 +114,10 @@ def in_jax(mil: str, features: np.ndarray, dtype: str, pool: ThreadPoolExecutor)
 
 
 def work_of(mil: str, count: int, dtype: str) -> tuple[Work, Work]:
-    """What a forward pass and a step must do at least: the bag is read once, and for the weights' gradient once more."""
+    """The least work of a forward pass and of a step: the bag is read once, and once more for the gradient of the weights."""
     with torch.device("meta"):
         model, bag = TWINS[mil](), torch.empty(count, WIDTH)
-    held = 4 * sum(part.numel() for part in model.parameters())
+    weight_bytes = 4 * sum(part.numel() for part in model.parameters())
     bag_bytes = count * WIDTH * jnp.dtype(dtype).itemsize
 
     def train() -> None:
@@ -124,34 +126,37 @@ def work_of(mil: str, count: int, dtype: str) -> tuple[Work, Work]:
 
     # AdamW reads and writes the parameters and both moments, and reads the gradient, which was written.
     return (
-        Work(torch_work(lambda: model(bag, None)), bag_bytes + held),
-        Work(torch_work(train), 2 * bag_bytes + 8 * held),
+        Work(torch_work(lambda: model(bag, None)), bag_bytes + weight_bytes),
+        Work(torch_work(train), 2 * bag_bytes + 8 * weight_bytes),
     )
 
 
 def rows_of(
     count: int, models: list[str], types: list[str], passes: list[str], limits: Ceilings | None
 ) -> Iterator[dict]:
-    """The rows of bags of one size, of several slots a region the next whole number of regions."""
+    """Yields the rows of bags of one size, rounded up to whole regions for several slots per region."""
     features = np.random.default_rng(0).standard_normal((-(-count // SLOTS) * SLOTS, WIDTH), np.float32)
     cases = [(mil, dtype) for mil in models for dtype in types]
     bags = {mil: features if mil == SLOTTED else features[:count] for mil in models}
     with ThreadPoolExecutor(1 if ON_CPU else 4) as pool:
-        # On a CPU one by one: what is held would crowd the caches, and the memory.
-        made = {} if ON_CPU else {case: in_jax(case[0], bags[case[0]], case[1], pool) for case in cases}
-        compiled = {case: ready() for case, ready in made.items()}
+        # On a CPU each case is compiled on its own, because others would occupy caches and memory.
+        compiling = {} if ON_CPU else {case: in_jax(case[0], bags[case[0]], case[1], pool) for case in cases}
+        compiled = {case: ready() for case, ready in compiling.items()}
         for mil, dtype in cases:
             ours = compiled[mil, dtype] if compiled else in_jax(mil, bags[mil], dtype, pool)()
             theirs = in_torch(mil, bags[mil], dtype)
-            for what, one, other, work in zip(PASSES, ours, theirs, work_of(mil, len(bags[mil]), dtype), strict=True):
-                if what not in passes:
+            works = work_of(mil, len(bags[mil]), dtype)
+            for name, ours_call, torch_call, work in zip(PASSES, ours, theirs, works, strict=True):
+                if name not in passes:
                     continue
-                seconds, of_torch = (median_seconds(call, REPEATS, MOST_S, ONCE_S) for call in (one, other))
-                row = {"instances": f"{count:,}", "model": mil, "type": dtype, "pass": what, "ours, ms": seconds * 1e3}
-                row |= {"PyTorch, ms": of_torch * 1e3, "times as fast": of_torch / seconds}
+                seconds = median_seconds(ours_call, REPEATS, MOST_S, ONCE_S)
+                torch_seconds = median_seconds(torch_call, REPEATS, MOST_S, ONCE_S)
+                row = {"instances": f"{count:,}", "model": mil, "type": dtype, "pass": name}
+                row |= {"crcjax, ms": seconds * 1e3, "PyTorch, ms": torch_seconds * 1e3}
+                row |= {"speed-up": torch_seconds / seconds}
                 if limits:
-                    least, by = limits.seconds(work, dtype)
-                    row |= {"of the limit": least / seconds, "limit": by}
+                    least, limit = limits.seconds(work, dtype)
+                    row |= {"fraction of limit": least / seconds, "limit": limit}
                 print(row, flush=True)
                 yield row
 
@@ -161,11 +166,13 @@ def main(chosen: list[str]) -> None:
     models = [part for part in chosen if part in TWINS] or list(TWINS)
     passes = [part for part in chosen if part in PASSES] or list(PASSES)
     counts = [int(part) for part in chosen if part not in {*DTYPES, *TWINS, *PASSES}] or COUNTS
-    torch.set_float32_matmul_precision("high")  # on GPUs as JAX has it by default: TF32
-    limits = None if ON_CPU else ceilings(types)  # a CPU holds small bags in its caches
-    anew = set(product([f"{count:,}" for count in counts], models, types, passes))
-    earlier = earlier_rows("mil_torch")
-    rows = [row for row in earlier if tuple(row[name] for name in ("instances", "model", "type", "pass")) not in anew]
+    # TF32 on GPUs, which is JAX's default.
+    torch.set_float32_matmul_precision("high")
+    # A CPU keeps small bags in its caches, so that the limit of its memory says nothing.
+    limits = None if ON_CPU else ceilings(types)
+    measured = set(product([f"{count:,}" for count in counts], models, types, passes))
+    key = ("instances", "model", "type", "pass")
+    rows = [row for row in earlier_rows("mil_torch") if tuple(row[name] for name in key) not in measured]
     for count in counts:
         rows += rows_of(count, models, types, passes, limits)
     models, types = list(TWINS), list(DTYPES)
@@ -177,44 +184,58 @@ def main(chosen: list[str]) -> None:
             PASSES.index(row["pass"]),
         )
     )
-    note = (
-        f"{WIDTH} features, {HIDDEN} hidden units, one bag, medians of {REPEATS}, of fewer, but three, past {MOST_S:.0f} s"
-        f"{'' if math.isinf(ONCE_S) else ', of the first call alone if it takes longer'}."
-        f" Of {SLOTS} slots a region (10x, 20x and 40x), the next whole number of regions: 48, 477 and 4,762."
-        f" Steps of clam and dsmil include their instance losses. PyTorch {torch.__version__}, eager. "
+    stops_at = "" if math.isinf(ONCE_S) else " If the first call takes longer than that, its time is given."
+    about = (
+        "Forward pass and training step of every MIL model, compared with the same model in PyTorch.\n\n"
+        f"* {WIDTH} features, {HIDDEN} hidden units, one bag.\n"
+        f"* Medians of {REPEATS} calls; after {MOST_S:.0f} s no call follows the third.{stops_at}\n"
+        f"* With {SLOTS} slots per region (10x, 20x and 40x), instances are rounded up to whole regions: 48, 477 and 4,762.\n"
+        "* Steps of clam and dsmil include their instance losses.\n"
+        f"* PyTorch {torch.__version__} in eager mode.\n"
     )
-    note += CPU_NOTE if limits is None else GPU_NOTE.format(limits)
-    record("mil_torch", "python tools/bench_mil_torch.py", rows, note)
+    about += ABOUT_CPU if limits is None else ABOUT_GPU.format(limits)
+    record("mil_torch", "python tools/bench_mil_torch.py", rows, about)
 
 
-CPU_NOTE = (
-    "Steps of hierarchical and transmil with config.model.remat = dots, which keeps products as PyTorch does."
-    " Where ours is behind, it is by the products: 10,000 x 1,024 features and as many outputs take XLA's CPU code 182 ms"
-    " forward and 185 and 166 for the gradients, PyTorch's library 151, 148 and 130; 256 outputs take 41, 63 and 33, PyTorch's"
-    " 35, 44 and 33: the last, of the weights, is computed turned over, which as it stands takes 48."
-    " Bags of few instances also pay XLA's start of a program."
-    " hierarchical with one slot a region is attention of all to all, which PyTorch computes in one kernel: ours in tiles of 256"
-    " queries and 512 keys, whose scores stay in the caches and are made again for the gradient. Behind it is by the products, as"
-    " above, and by exponentials and sums that XLA computes apart from them. Attention of 10,000 alone (4 heads of 256 channels)"
-    " takes, forward and with gradient, 4.4 and 13.1 s; in tiles of 512 x 512 4.4 and 14.4; with the keys' gradients turned over"
-    " 14.4 and 15.1; in blocks of 209 queries and all keys 4.9 and 13.3; PyTorch's 3.1 and 11.5. On 100,000, blocks of 20 queries"
-    " and all keys took 1,914 s forward. The machine's speed changed by up to 1.7 between rows: compare within one."
-    " TransMIL's step on 1,000 is the inverse of the landmarks' matrix: 72 products of 512 x 512 a head and"
-    " layer; it was measured as computed on as little as eleven sixteenths of them where a bag has no more; the plain iteration"
-    " that replaced this was not measured. It convolves by shifted products: 7 x 7 of 1,024 channels take 0.36 s of processor time forward, XLA's grouped convolution"
-    " 4.1. Its kernels' gradients are products with ones: of a single bag XLA's code takes 4.1 s for the sums of 33 taps over"
-    " 10,001 instances, 0.2 for the products; steps of 10,000 took 21 s, of 100,000 235."
+ABOUT_CPU = (
+    "* Steps of hierarchical and transmil use `config.model.remat = dots`, which keeps the outputs of products, as PyTorch does.\n"
+    "* The speed of the machine changed by up to 1.7 between rows. Compare figures within a row.\n\n"
+    "**Products.** Where crcjax is slower, the cause is XLA's CPU code for products. Times in ms for 10,000 x 1,024 features:\n\n"
+    "| outputs | | forward | gradient of the inputs | gradient of the weights |\n|---|---|---|---|---|\n"
+    "| 1,024 | XLA | 182 | 185 | 166 |\n| 1,024 | PyTorch | 151 | 148 | 130 |\n"
+    "| 256 | XLA | 41 | 63 | 33, computed transposed; 48 without |\n| 256 | PyTorch | 35 | 44 | 33 |\n\n"
+    "With few instances, the start of an XLA program counts too.\n\n"
+    "**Attention.** With one slot per region, hierarchical computes attention between all instances. PyTorch has one kernel for"
+    " it. crcjax computes tiles of 256 queries and 512 keys; their scores stay in the caches and are recomputed for the gradient."
+    " It is slower because of the products, and because XLA computes exponentials and sums apart from them. Times in s for"
+    " attention alone, 10,000 instances, 4 heads of 256 channels:\n\n"
+    "| method | forward | with gradient |\n|---|---|---|\n"
+    "| tiles of 256 x 512 | 4.4 | 13.1 |\n| the same, gradients of the keys transposed | | 14.4 |\n"
+    "| tiles of 512 x 512 | 4.4 | 14.4 |\n| the same, gradients of the keys transposed | | 15.1 |\n"
+    "| blocks of 209 queries and all keys | 4.9 | 13.3 |\n| PyTorch | 3.1 | 11.5 |\n\n"
+    "On 100,000 instances, the forward pass in blocks of 20 queries and all keys took 1,914 s.\n\n"
+    "**TransMIL.**\n\n"
+    "* On 1,000 instances its step is the inverse of the landmarks' matrix: 72 products of 512 x 512 per head and layer. The"
+    " measured code computed as little as eleven sixteenths of each matrix, where a bag had no more landmarks. The plain iteration"
+    " that replaced it has not been measured.\n"
+    "* It convolves by shifted products: 7 x 7 of 1,024 channels take 0.36 s of processor time forward; XLA's grouped convolution"
+    " takes 4.1 s.\n"
+    "* The gradients of its kernels are products with ones. For one bag, 33 taps over 10,001 instances take 0.2 s; XLA's code for"
+    " sums takes 4.1 s. With sums, steps took 21 s on 10,000 instances and 235 s on 100,000."
 )
-GPU_NOTE = (
-    "Products of float32 are TF32 in both; bfloat16 is PyTorch's autocast. The limit is the time of the least that must be"
-    " computed or moved, at what this device reached: {}. Training steps are ahead but for hierarchical's in bfloat16 with"
-    " one slot a region, 10,000 regions: its heads of 256 channels are wider than those that cuDNN's kernel is used for, up to"
-    " 128, where PyTorch's kernel keeps the scores on the chip. Of 8 heads of 128 cuDNN's took 0.9 ms forward and 3.1 with"
-    " gradient, blocks 4.7 and 19. A forward pass of few operations is the time to start a program, 0.1 ms; TransMIL's spends"
-    " its time on the sums of shifted products and on what masks and sorts instances."
-    " Not measured: 100,000 instances with transmil and both hierarchical. TransMIL was measured before its values reached the"
-    " landmarks first, its inverse was computed in part, and its kernels' gradients were products; hierarchical with one slot a"
-    " region on 10,000, before the gradient of attention in blocks was its own."
+ABOUT_GPU = (
+    "* float32 products use TF32 in both; bfloat16 is PyTorch's autocast.\n"
+    "* The limit is the shortest time for all products or for all memory traffic, at the rates that this device reached: {}.\n"
+    "* Training steps are faster than PyTorch's, except hierarchical's in bfloat16 with one slot per region on 10,000 regions."
+    " cuDNN's kernel is used for heads of up to 128 channels, and its heads have 256. PyTorch's kernel keeps the scores on the"
+    " chip. With 8 heads of 128 channels, cuDNN's kernel took 0.9 ms forward and 3.1 ms with gradient; blocks took 4.7 and"
+    " 19 ms.\n"
+    "* A forward pass of few operations takes the time to start a program, 0.1 ms. TransMIL's forward pass spends its time on"
+    " sums of shifted products and on masking and sorting instances.\n"
+    "* Not measured: 100,000 instances with transmil and both hierarchical.\n"
+    "* Some changes have not been timed yet. TransMIL: values reach the landmarks first, the inverse is computed in part, and the"
+    " gradients of the kernels are products. hierarchical with one slot per region on 10,000 instances: a custom gradient for"
+    " attention in blocks."
 )
 
 

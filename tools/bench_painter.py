@@ -1,4 +1,4 @@
-"""How fast synthetic slides are painted, and in how much memory. `--side 100000` paints one of ten gigapixels."""
+"""The speed and memory of painting synthetic slides. `--side 100000` paints one slide of ten gigapixels."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from crcjax.slides.synthetic.painter import SITES, SUBTYPES, SlideSpec, paint_co
 
 
 def demo_rows(folder: Path, cores: int) -> list[Row]:
-    """Slides of the demo's size, one after the other and as a cohort."""
+    """Slides of 3072 x 2560 px, one after the other and as a cohort."""
     size = (3072, 2560)
-    paint_slide(folder / "warm.svs", SlideSpec("immune", seed=0))  # textures are made once a process
+    # Each process computes the textures once.
+    paint_slide(folder / "warm.svs", SlideSpec("immune", seed=0))
     start = time.perf_counter()
     for seed, subtype in enumerate(SUBTYPES):
         paint_slide(folder / "one.svs", SlideSpec(subtype, seed=seed, site=SITES[seed], size_px=size))
@@ -49,14 +50,15 @@ def large_rows(folder: Path, cores: int, side: int) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--side", type=int, help="px of the sides of one large slide, which is painted alone")
+    parser.add_argument("--side", type=int, help="side in px of one large slide, which is painted alone")
     side = parser.parse_args().side
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         rows = large_rows(Path(folder), cores, side or 12_000)
         rows += [] if side else demo_rows(Path(folder), cores)
     name = f"painter_{side}" if side else "painter"
-    record(name, " ".join(["python", "tools/bench_painter.py", *sys.argv[1:]]), rows)
+    about = "Speed and memory of painting synthetic slides" + (f", one of {side:,} px a side." if side else ".")
+    record(name, " ".join(["python", "tools/bench_painter.py", *sys.argv[1:]]), rows, about)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds per slide of prediction, from the slide file to row, heatmap and attention file, and where they go."""
+"""The time of a prediction from the slide file to the table, heatmap and attention file, and its stages."""
 
 from __future__ import annotations
 
@@ -35,34 +35,38 @@ def main() -> None:
         large = paint_slide(folder / "large.svs", SlideSpec("immune", 0, size_px=LARGE_PX))
         predictor = Predictor(folder / "run")
         small = [PredictJob(job.slide_id, job.slide_id, job.path) for job in tiles]
-        predict_slides(predictor, small[:1], folder / "first")  # compiles
+        # The first call compiles.
+        predict_slides(predictor, small[:1], folder / "first")
         start = time.monotonic()
         predict_slides(predictor, small[1:], folder / "small")
         seconds = (time.monotonic() - start) / len(small[1:])
-        rows = [Row(f"{SIZE_PX[0]} x {SIZE_PX[1]} px, all of it", seconds, "s/slide")]
+        rows = [Row(f"{SIZE_PX[0]} x {SIZE_PX[1]} px, total", seconds, "s/slide")]
         predict_slides(predictor, [PredictJob("large", "large", large)], folder / "first")
         start = time.monotonic()
         predict_slides(predictor, [PredictJob("large", "large", large)], folder / "large")
         whole = time.monotonic() - start
         name = f"{LARGE_PX[0]} x {LARGE_PX[1]} px"
-        rows.append(Row(f"{name}, all of it", whole, "s/slide"))
+        rows.append(Row(f"{name}, total", whole, "s/slide"))
         with open_slide(large) as slide:
-            found = predictor.predict(slide, threads=2)
+            prediction = predictor.predict(slide, threads=2)
         stages = {
-            "plan": "open, thumbnail, tissue",
-            "wait": "decoding that encoding did not hide",
-            "encode": "encode",
-            "pool": "pool",
+            "plan": "opening, thumbnail, tissue segmentation",
+            "wait": "decoding that does not overlap with encoding",
+            "encode": "encoding",
+            "pool": "pooling",
         }
         rows += [
-            Row(f"{name}, {words}", found.seconds[stage], "s", found.seconds[stage] / whole, "all of it")
-            for stage, words in stages.items()
+            Row(f"{name}, {label}", prediction.seconds[stage], "s", prediction.seconds[stage] / whole, "total")
+            for stage, label in stages.items()
         ]
-        pictures = whole - sum(found.seconds.values())
-        rows.append(Row(f"{name}, heatmap, attention and table", pictures, "s", pictures / whole, "all of it"))
+        pictures = whole - sum(prediction.seconds.values())
+        rows.append(Row(f"{name}, heatmap, attention and table", pictures, "s", pictures / whole, "total"))
     rows.append(Row("peak memory", peak_memory_mib(), "MiB"))
-    note = "Painted slides at 0.5 µm per pixel, the demo's model at 10x, compiled before. Two threads decode."
-    record("predict", "python tools/bench_predict.py", rows, note)
+    about = (
+        "Time of a prediction, from the slide file to the table, heatmap and attention file.\n\n"
+        "Synthetic slides at 0.5 µm per pixel; the demo's model at 10x, compiled before; two threads decode."
+    )
+    record("predict", "python tools/bench_predict.py", rows, about)
 
 
 if __name__ == "__main__":

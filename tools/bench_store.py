@@ -1,4 +1,4 @@
-"""A store's ways to keep pixels beside HDF5 with the same content; and what JPEG costs in bytes and errors."""
+"""The forms of pixels in a store, compared with HDF5 files of the same content; and the size and error of JPEG."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from crcjax.slides.wsi.slide import Slide, open_slide
 
 SIZE_PX = (10240, 8192)
 THREADS = len(os.sched_getaffinity(0))
-DRAW = 32  # regions a random reading, as a training step draws them of one slide
+# Regions of a random reading; a training step samples as many from one slide.
+RANDOM_REGIONS = 32
 ROUNDS = 3
 COMMAND = "python tools/bench_store.py"
 Reader = Callable[[np.ndarray], np.ndarray]
 
 
 def write_store(folder: Path, slide: Slide, plan: TilePlan, tiles: RegionTiles, mode: str) -> Reader:
-    """One of ours, published and synced."""
+    """Writes, publishes and syncs a store of crcjax."""
     step = shard_regions(plan.params)
     with StoreWriter(folder, mode, slide, plan, mode) as writer, ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(tiles.mask), step):
@@ -45,7 +46,7 @@ def write_store(folder: Path, slide: Slide, plan: TilePlan, tiles: RegionTiles, 
 def _packed(
     slide: Slide, plan: TilePlan, pack: Pack | None, start: int, tiles: RegionTiles, pool: ThreadPoolExecutor
 ) -> RegionTiles:
-    """The tiles as `read_regions` would have packed them."""
+    """The tiles, packed as `read_regions` packs them."""
     if pack is None:
         return tiles
 
@@ -60,7 +61,7 @@ def _packed(
 
 
 def write_hdf5(path: Path, tiles: np.ndarray, **compression: object) -> Reader:
-    """A chunk a tile, as tile extractors write it."""
+    """Writes one chunk per tile, as tile extractors do."""
     with h5py.File(path, "w") as file:
         images = file.create_dataset("imgs", tiles.shape, np.uint8, chunks=(1, *tiles.shape[1:]), **compression)
         for start in range(0, len(tiles), 128):
@@ -71,13 +72,14 @@ def write_hdf5(path: Path, tiles: np.ndarray, **compression: object) -> Reader:
     def read(chosen: np.ndarray) -> np.ndarray:
         if (np.diff(chosen) == 1).all():
             return opened[chosen[0] : chosen[-1] + 1]
-        return np.stack([opened[i] for i in chosen])  # thirty times as fast as h5py's own list of indices
+        # Thirty times as fast as h5py's own list of indices.
+        return np.stack([opened[i] for i in chosen])
 
     return read
 
 
 def write_hdf5_jpeg(path: Path, tiles: np.ndarray) -> Reader:
-    """A JPEG stream a row, encoded and decoded by as many threads as ours."""
+    """Writes one JPEG stream per row, encoded and decoded by as many threads as in crcjax."""
     pool = ThreadPoolExecutor(THREADS)
     with h5py.File(path, "w") as file:
         rows = file.create_dataset("imgs", len(tiles), h5py.vlen_dtype(np.uint8))
@@ -114,16 +116,16 @@ def main() -> None:
             plan = plan_tiles(slide, TilingParams())
             plans = {"on": plan, "off": replace(plan, origin=plan.origin + np.int32(13))}
             tiles = {grid: read_regions(slide, shifted, 0, len(plan.origin)) for grid, shifted in plans.items()}
-            kept = tiles["on"].mask[:, 0] & tiles["off"].mask[:, 0]
-            plans = {grid: replace(shifted, **_chosen(shifted, kept)) for grid, shifted in plans.items()}
-            tiles = {grid: replace(read, **_chosen(read, kept)) for grid, read in tiles.items()}
+            both = tiles["on"].mask[:, 0] & tiles["off"].mask[:, 0]
+            plans = {grid: replace(shifted, **_chosen(shifted, both)) for grid, shifted in plans.items()}
+            tiles = {grid: replace(read, **_chosen(read, both)) for grid, read in tiles.items()}
             _forms(folder, slide, plans, tiles)
-        pictures = {"painted": tiles["off"].pixels[:100, 0]} | _real_tiles()
+        pictures = {"a synthetic slide": tiles["off"].pixels[:100, 0]} | _real_tiles()
         _qualities(pictures)
 
 
 def _chosen(regions: TilePlan | RegionTiles, part: slice | np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of some regions."""
+    """The arrays of the chosen regions."""
     names = ("origin", "mask") if isinstance(regions, TilePlan) else ("pixels", "mask", "quality", "reason")
     return {name: getattr(regions, name)[part] for name in names}
 
@@ -141,12 +143,13 @@ def _forms(folder: Path, slide: Slide, plans: dict[str, TilePlan], tiles: dict[s
         "HDF5, JPEG": ("", lambda place: write_hdf5_jpeg(place / "a", images)),
         "lossless": ("HDF5, gzip 4", ours("lossless", "off")),
         "jpeg, encoded": ("HDF5, JPEG", ours("jpeg", "off")),
-        "jpeg, the slide's own streams": ("HDF5, JPEG", ours("jpeg", "on")),
+        "jpeg, native JPEG tiles": ("HDF5, JPEG", ours("jpeg", "on")),
         "none: read from the slide, on its grid": ("HDF5, JPEG", ours("none", "on")),
         "none: read from the slide, off its grid": ("HDF5, JPEG", ours("none", "off")),
     }
     rows: dict[str, dict] = {form: {"form": form} for form in forms}
-    for _ in range(ROUNDS):  # one form after the other, so that a busy moment of the machine spares none or all
+    # One form after the other in each round, so that a busy moment of the machine affects all forms alike.
+    for _ in range(ROUNDS):
         for form, (_, write) in forms.items():
             place = folder / "form"
             place.mkdir()
@@ -162,43 +165,45 @@ def _forms(folder: Path, slide: Slide, plans: dict[str, TilePlan], tiles: dict[s
         ratios = [f"{rows[form][figure] / rows[rival][figure]:.2g}" for figure in seconds] if rival else []
         rows[form]["ratio (write, sequential, random)"] = f"{', '.join(ratios)} of {rival}" * bool(rival)
     small, large = (rows[form]["bytes/tile"] * 500 * 10_000 / 1e9 for form in ("jpeg, encoded", "lossless"))
-    note = (
-        f"{len(images)} tiles of 256 px at 20x of a slide painted with {SIZE_PX[0]} x {SIZE_PX[1]} px; write from"
-        " pixels in memory to synced files; read with the pages cached, to pixels, sequential 128 tiles at a time,"
-        f" random {DRAW}; the best of {ROUNDS} rounds. Ours and HDF5's JPEG use {THREADS} threads; ours carry checksums, HDF5 none. crcjax tile keeps"
-        f" `jpeg` by default: 500 slides of 10,000 tiles take {small:.0f} GB where `lossless` takes {large:.0f} GB, it is"
-        " written faster, and where the slide's own streams serve nothing is lost. `lossless` (and raw HDF5 more"
-        " so) is read faster, but only as long as its many bytes come from memory or a fast disk."
+    about = (
+        "Forms of pixels in a store, compared with HDF5 files of the same content.\n\n"
+        f"* {len(images)} tiles of 256 px at 20x of a synthetic slide of {SIZE_PX[0]} x {SIZE_PX[1]} px; the best of {ROUNDS} rounds.\n"
+        "* Writing begins with pixels in memory and ends with synced files. Reading ends with pixels, from the page cache:"
+        f" sequentially 128 tiles at a time, randomly {RANDOM_REGIONS}.\n"
+        f"* crcjax and HDF5's JPEG use {THREADS} threads. The stores of crcjax have checksums; the HDF5 files have none.\n"
+        f"* `crcjax tile` writes `jpeg` by default. 500 slides of 10,000 tiles take {small:.0f} GB, with `lossless` {large:.0f} GB;"
+        " writing is faster; native JPEG tiles lose nothing. `lossless`, and even more so raw HDF5, is read faster, but only as"
+        " long as its many bytes come from memory or a fast disk."
     )
-    record("store", COMMAND, list(rows.values()), note)
+    record("store", COMMAND, list(rows.values()), about)
 
 
 def _read_seconds(read: Reader, count: int) -> dict[str, float]:
-    """Seconds a tile."""
+    """Seconds per tile."""
     rng = np.random.default_rng(0)
-    draws = {
+    readings = {
         "sequential tiles/s": [np.arange(i, min(i + 128, count)) for i in range(0, count, 128)],
-        "random tiles/s": [rng.choice(count, DRAW, replace=False) for _ in range(24)],
+        "random tiles/s": [rng.choice(count, RANDOM_REGIONS, replace=False) for _ in range(24)],
     }
-    read(draws["random tiles/s"][0])
+    read(readings["random tiles/s"][0])
     seconds = {}
-    for order, chosen in draws.items():
+    for order, reading in readings.items():
         start = time.monotonic()
-        for indices in chosen:
+        for indices in reading:
             read(indices)
-        seconds[order] = (time.monotonic() - start) / sum(map(len, chosen))
+        seconds[order] = (time.monotonic() - start) / sum(map(len, reading))
     return seconds
 
 
 def _real_tiles() -> dict[str, np.ndarray]:
     """Tiles of the real slides of CRCJAX_REAL_DATA, if it is set."""
-    found = {}
+    tiles_of = {}
     for path in sorted(Path(os.environ.get("CRCJAX_REAL_DATA", "")).glob("slides/*.svs")):
         with open_slide(path, None if "cmu" in path.name else 0.25) as slide:
             plan = plan_tiles(slide, TilingParams())
             tiles = read_regions(slide, plan, 0, min(len(plan.origin), 300))
-        found[path.stem] = tiles.pixels[tiles.mask]
-    return found
+        tiles_of[path.stem] = tiles.pixels[tiles.mask]
+    return tiles_of
 
 
 def _qualities(pictures: dict[str, np.ndarray]) -> None:
@@ -224,11 +229,12 @@ def _qualities(pictures: dict[str, np.ndarray]) -> None:
                         "decode tiles/s": len(tiles) / (done - encoded),
                     }
                 )
-    note = (
-        "One thread. Tiles that the slide's JPEG grid does not serve are encoded at quality"
-        f" {JPEG_QUALITY}, {JPEG_SUBSAMPLING}: at equal bytes 4:4:4 errs less than 4:2:0, and stains are told apart by colour."
+    about = (
+        "Size and error of JPEG by quality and subsampling, and its speed on one thread.\n\n"
+        f"Tiles off the slide's JPEG grid are encoded with quality {JPEG_QUALITY} and subsampling {JPEG_SUBSAMPLING}. At the same"
+        " size, 4:4:4 has smaller errors than 4:2:0, and colour distinguishes the stains."
     )
-    record("jpeg_quality", COMMAND, rows, note)
+    record("jpeg_quality", COMMAND, rows, about)
 
 
 if __name__ == "__main__":

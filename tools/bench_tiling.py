@@ -1,4 +1,4 @@
-"""Tiling with the store written, beside OpenSlide and bare libjpeg-turbo over the same tiles on the same cores."""
+"""Tiling into a store, compared with OpenSlide and bare libjpeg-turbo over the same tiles on the same cores."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ from crcjax.slides.tiling.read import native_square, read_regions
 from crcjax.slides.wsi.slide import open_slide
 
 SIZE_PX = (16384, 12288)
-SLIDES = 4  # a core
-# Of two cores, from raw pixels to tiles, measured on another machine of the same size.
+SLIDES_PER_CORE = 4
+# Speeds on two cores, from raw pixels to tiles, measured on another machine of the same size.
 OTHERS = {"tiatoolbox at 0.5 mpp": 412.0, "OpenSlide read_region on 2 threads": 922.0, "STAMP at 0.5 mpp": 93.0}
 CORES = sorted(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
 class Reading:
+    """A slide, and x, y and side of its tiles in level-0 px."""
+
     slide: Path
-    boxes: list[tuple[int, int, int]]  # x, y and side of every tile, in level-0 px
+    boxes: list[tuple[int, int, int]]
 
 
 def read_with_openslide(reading: Reading) -> int:
@@ -47,13 +49,13 @@ def read_with_openslide(reading: Reading) -> int:
 
 
 def decode_with_libjpeg_turbo(reading: Reading) -> float:
-    """Decodes the slide's own tiles that lie under the tiles, streams in memory, pixels dropped; returns the seconds."""
+    """Decodes the native JPEG tiles under the boxes from memory and drops the pixels; returns the seconds."""
     with tifffile.TiffFile(reading.slide) as tiff:
         page = tiff.pages[0]
         assert isinstance(page, tifffile.TiffPage)
         across, side = -(-page.imagewidth // page.tilewidth), page.tilewidth
-        own = {(y // side) * across + x // side for x, y, _ in reading.boxes}
-        pieces = [(page.dataoffsets[index], page.databytecounts[index]) for index in sorted(own)]
+        covered = {(y // side) * across + x // side for x, y, _ in reading.boxes}
+        pieces = [(page.dataoffsets[index], page.databytecounts[index]) for index in sorted(covered)]
         tables = page.jpegtables
     with open(reading.slide, "rb") as file:
         streams = [os.pread(file.fileno(), count, offset) for offset, count in pieces]
@@ -67,34 +69,39 @@ def decode_with_libjpeg_turbo(reading: Reading) -> float:
 
 def main() -> None:
     rows = []
-    # Starts the server of worker processes, as `crcjax tile` would: the painter would start it with less in it.
+    # Starts the server of worker processes as `crcjax tile` does. The painter would start it with fewer modules loaded.
     list(run_jobs(check_slide_ids, [[]], 1))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         painted = paint_slide(folder / "slide0.svs", SlideSpec("immune", 0, size_px=SIZE_PX), workers=len(CORES))
         slides = [painted]
-        for i in range(1, SLIDES * len(CORES)):
+        for i in range(1, SLIDES_PER_CORE * len(CORES)):
             slides.append(folder / f"slide{i}.svs")
             slides[-1].hardlink_to(painted)
         for cores in dict.fromkeys((1, len(CORES))):
             for magnifications in (("20x",), ("10x", "20x")):
-                rows += _measure(slides[: SLIDES * cores], folder, cores, magnifications)
+                rows += _measure(slides[: SLIDES_PER_CORE * cores], folder, cores, magnifications)
         rows += [Row(f"{name}, measured on another machine", speed, "tiles/s") for name, speed in OTHERS.items()]
         os.sched_setaffinity(0, CORES[:1])
         rows += _stages(painted, folder) + _decodes(painted)
-    note = (
-        f"Painted slides of {SIZE_PX[0]} x {SIZE_PX[1]} px, {SLIDES} a core, JPEG 4:2:0 tiles of 256 px. Ours opens, finds the"
-        " tissue, decodes, scores, compresses and writes, from the call to the published stores; OpenSlide only calls"
-        " read_region, tile by tile. Each worker's start and each slide's opening, tissue and publishing count in full. The"
-        " last rows say where a core's time goes, at 20x, where tiles are the slide's own streams: they are judged by a"
-        " decode to half the size, so `decode` is of that."
-        " Below: other ways to decode, alone. The aim of 0.7 of bare libjpeg-turbo is missed: reading the bits takes half of a"
-        " whole decode, whatever is computed of them, and scores and writing take as long as the decode. A quarter of the size"
-        " would lose the detail of 1 µm that sharpness is judged by, grey the colours; fast cosines save less than they vary;"
-        " scores in NumPy on stacks of whole tiles took longer than tile by tile. Of a 10x tile the JPEG"
-        " encoder, in 4:4:4, takes another 450 µs."
+    about = (
+        "Tiling into a store, compared with OpenSlide and bare libjpeg-turbo over the same tiles.\n\n"
+        f"* Synthetic slides of {SIZE_PX[0]} x {SIZE_PX[1]} px, {SLIDES_PER_CORE} per core, JPEG 4:2:0 tiles of 256 px.\n"
+        "* crcjax opens the slides, segments the tissue, decodes, scores, compresses and writes. The time runs from the call to the"
+        " published stores and includes the start of each worker. OpenSlide only calls read_region, tile by tile.\n"
+        "* `1 core, …`: the stages of one core's time at 20x. The tiles are native JPEG tiles, which are scored after decoding to"
+        " half the size; `decode` refers to that.\n"
+        "* `decode, …`: other ways to decode, alone.\n\n"
+        "The target of 0.7 of bare libjpeg-turbo is missed. Reading the bits takes half of a whole decode, whatever is computed from"
+        " them, and scoring and writing take as long as the decode. These alternatives do not help:\n\n"
+        "| alternative | result |\n|---|---|\n"
+        "| decoding to a quarter of the size | loses the detail of 1 µm that sharpness needs |\n"
+        "| decoding to grey | loses the colours |\n"
+        "| fast cosines | save less than their own variation |\n"
+        "| scores in NumPy on stacks of whole tiles | take longer than tile by tile |\n\n"
+        "The JPEG encoder, in 4:4:4, takes another 450 µs for a 10x tile."
     )
-    record("tiling", "python tools/bench_tiling.py", rows, note)
+    record("tiling", "python tools/bench_tiling.py", rows, about)
 
 
 def _measure(slides: list[Path], folder: Path, cores: int, magnifications: tuple[str, ...]) -> list[Row]:
@@ -107,10 +114,12 @@ def _measure(slides: list[Path], folder: Path, cores: int, magnifications: tuple
     boxes = [(int(x), int(y), int(side)) for (x, y), side in zip(corners, slots[:, 2], strict=True)]
     store = folder / f"store-{cores}-{len(magnifications)}"
     here = psutil.Process()
-    for process in (here, *here.children(recursive=True)):  # the server of worker processes too
+    # The children include the server of worker processes.
+    for process in (here, *here.children(recursive=True)):
         process.cpu_affinity(CORES[:cores])
     readings = [Reading(path, boxes) for path in slides]
-    list(run_jobs(read_with_openslide, readings[:1], 1))  # warms the page cache
+    # Fills the page cache.
+    list(run_jobs(read_with_openslide, readings[:1], 1))
     start = time.monotonic()
     list(run_jobs(read_with_openslide, readings, cores))
     rival = time.monotonic() - start
@@ -134,20 +143,23 @@ def _measure(slides: list[Path], folder: Path, cores: int, magnifications: tuple
 
 
 def _stages(path: Path, folder: Path) -> list[Row]:
-    """Seconds of processor time of one slide at 20x by what they go to; the best of 3."""
-    cv2.setNumThreads(1)  # as in a worker
-    found: dict[str, float] = {}
+    """The processor time of one slide at 20x by stage; the best of 3."""
+    # As in a worker process.
+    cv2.setNumThreads(1)
+    seconds: dict[str, float] = {}
+
+    opening = "opening, thumbnail, tissue segmentation"
 
     def spent(name: str, began: float) -> float:
         now = time.process_time()
-        found[name] = min(found.get(name, np.inf), now - began)
+        seconds[name] = min(seconds.get(name, np.inf), now - began)
         return now
 
     for _ in range(3):
         now = time.process_time()
         with open_slide(path) as slide:
             plan = plan_tiles(slide, TilingParams(("20x",)))
-            now = spent("open, thumbnail, tissue", now)
+            now = spent(opening, now)
             shards = range(0, len(plan.origin), step := shard_regions(plan.params))
             for region in range(len(plan.origin)):
                 if stream := slide.jpeg_stream(*(square := native_square(slide, plan, region, 0))):
@@ -160,17 +172,17 @@ def _stages(path: Path, folder: Path) -> list[Row]:
                 now = spent("decode, score, pack, write", now)
                 writer.commit()
                 spent("publish", now)
-    rest = found["decode, score, pack, write"] - found["decode"]
-    whole = found["open, thumbnail, tissue"] + found["decode, score, pack, write"] + found["publish"]
-    names = {"open, thumbnail, tissue": found["open, thumbnail, tissue"], "decode": found["decode"]}
-    names |= {"score, pack, write": rest, "publish": found["publish"]}
+    total = seconds[opening] + seconds["decode, score, pack, write"] + seconds["publish"]
+    stages = {opening: seconds[opening], "decode": seconds["decode"]}
+    stages |= {"score, pack, write": seconds["decode, score, pack, write"] - seconds["decode"]}
+    stages |= {"publish": seconds["publish"]}
     return [
-        Row(f"1 core, {name}", 1e6 * s / len(plan.origin), "µs/tile", s / whole, "all") for name, s in names.items()
+        Row(f"1 core, {name}", 1e6 * s / len(plan.origin), "µs/tile", s / total, "total") for name, s in stages.items()
     ]
 
 
 def _decodes(path: Path) -> list[Row]:
-    """Processor time of ways to decode 400 of the slide's own tiles at 20x; the best of 8."""
+    """The processor time of ways to decode 400 native JPEG tiles at 20x; the best of 8."""
     ways = {
         "whole": {},
         "whole, fast cosines and upsampling": {"fastdct": True, "fastupsample": True},
@@ -178,7 +190,7 @@ def _decodes(path: Path) -> list[Row]:
         "half, fast cosines": {"shrink": 2, "fastdct": True},
         "half, grey": {"shrink": 2, "colorspace": "GRAY"},
         "quarter": {"shrink": 4},
-        "eighth, grey: little but the bits": {"shrink": 8, "colorspace": "GRAY"},
+        "eighth, grey: little more than reading the bits": {"shrink": 8, "colorspace": "GRAY"},
     }
     with open_slide(path) as slide:
         plan = plan_tiles(slide, TilingParams(("20x",)))

@@ -1,4 +1,4 @@
-"""How fast the demo's training step is, with the loader and without, and how much of the whole line's memory it takes."""
+"""The speed of the demo's training step with and without the loader, and the peak memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 12
 
 
 def seconds_per_step(step, state, bags: Iterator[Bag]) -> float:
-    """The mean over STEPS steps after a first one, which compiles."""
+    """The mean over STEPS steps, after one that compiles."""
     state, _ = jax.block_until_ready(step(state, next(bags)))
     start = time.perf_counter()
     for _ in range(STEPS):
@@ -37,7 +37,7 @@ def seconds_per_step(step, state, bags: Iterator[Bag]) -> float:
 
 
 def matrix_flops_per_s(side: int = 1024) -> float:
-    """What the device does of one square matrix product."""
+    """The speed of the device on a product of two square matrices."""
     product, a = jax.jit(jnp.matmul), jnp.ones((side, side))
     product(a, a).block_until_ready()
     start = time.perf_counter()
@@ -63,22 +63,25 @@ def main() -> None:
         step = build_step(model, optimizer, config, mesh)
         bags = train_batches(cohort, config, mesh, 0)
         bag = next(bags)
-        alone = seconds_per_step(step, init_state(model, optimizer, config, mesh), iter([bag] * (STEPS + 1)))
-        whole = seconds_per_step(step, init_state(model, optimizer, config, mesh), bags)
+        step_s = seconds_per_step(step, init_state(model, optimizer, config, mesh), iter([bag] * (STEPS + 1)))
+        with_loader_s = seconds_per_step(step, init_state(model, optimizer, config, mesh), bags)
         # XLA counts the compiled step's own operations.
         cost = step.lower(init_state(model, optimizer, config, mesh), bag).compile().cost_analysis()
     tiles = config.data.batch_size * config.data.regions_per_bag
-    flops = cost["flops"] / alone
+    flops = cost["flops"] / step_s
     rows = [
-        Row("the step alone", 1 / alone, "steps/s"),
-        Row("with the loader", 1 / whole, "steps/s", alone / whole, "the step alone"),
-        Row("with the loader", tiles / whole, "tiles/s"),
-        Row("with the loader", 3600 * config.data.batch_size / whole, "slides/hour"),
+        Row("the step alone", 1 / step_s, "steps/s"),
+        Row("with the loader", 1 / with_loader_s, "steps/s", step_s / with_loader_s, "the step alone"),
+        Row("with the loader", tiles / with_loader_s, "tiles/s"),
+        Row("with the loader", 3600 * config.data.batch_size / with_loader_s, "slides/hour"),
         Row("the step's operations", flops / 1e9, "GFLOP/s", flops / matrix_flops_per_s(), "a 1024 x 1024 product"),
         Row("peak memory", peak_memory_mib(), "MiB"),
     ]
-    note = f"The demo's step: {config.data.batch_size} bags of {config.data.regions_per_bag} tiles of 256 px on {jax.devices()[0].platform}."
-    record("train", "python tools/bench_train.py", rows, note)
+    about = (
+        "The demo's training step with and without the loader.\n\n"
+        f"{config.data.batch_size} bags of {config.data.regions_per_bag} tiles of 256 px on {jax.devices()[0].platform}."
+    )
+    record("train", "python tools/bench_train.py", rows, about)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a device does at most, measured: products of matrices, and bytes moved; what a computation must do at least; how long it takes."""
+"""The measured limits of a device (matrix products, memory traffic), the least work of a computation, and its median time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Operations a second of a product by type, and bytes a second of a copy, read and written."""
+    """Operations per second of a product, by type, and bytes per second that a copy reads and writes."""
 
     flops: dict[str, float]
     bytes: float
 
     def seconds(self, work: Work, dtype: str) -> tuple[float, str]:
-        """The least time of some work, and what sets it."""
+        """The shortest time for a computation, and the limit that sets it."""
         compute, memory = work.flops / self.flops[dtype], work.bytes / self.bytes
         return (compute, "products") if compute > memory else (memory, "memory")
 
@@ -41,7 +41,7 @@ class Ceilings:
 
 
 def ceilings(dtypes: Sequence[str]) -> Ceilings:
-    """Of this device, as JAX uses it: a product of two large square matrices of random numbers, and a copy."""
+    """Measures this device through JAX: a product of two large square matrices of random numbers, and a copy."""
     on_cpu = jax.default_backend() == "cpu"
     side, count = (1024, 2**26) if on_cpu else (8192, 2**30)
     flops = {}
@@ -53,7 +53,7 @@ def ceilings(dtypes: Sequence[str]) -> Ceilings:
 
 
 def torch_work(call: Callable[[], object]) -> float:
-    """The operations of all products in PyTorch, nothing computed twice; to be called on tensors of the device meta."""
+    """The operations of all products in PyTorch, none computed twice; `call` works on tensors of the device meta."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -62,9 +62,13 @@ def torch_work(call: Callable[[], object]) -> float:
 def median_seconds(
     call: Callable[[], object], repeats: int, most_s: float = math.inf, once_s: float = math.inf
 ) -> float:
-    """The median of so many calls, after two that compile or allocate; of fewer, but three, once they took `most_s`.
+    """The median time of several calls, after two that compile or allocate.
 
-    If the first took longer than `once_s`, its time.
+    Args:
+      call: the function.
+      repeats: the largest number of timed calls.
+      most_s: after this time no call follows the third.
+      once_s: if the first call takes longer, its time is returned.
     """
 
     def seconds() -> float:
@@ -75,14 +79,14 @@ def median_seconds(
     if (first := seconds()) > once_s:
         return first
     call()
-    found: list[float] = []
-    while len(found) < repeats and (len(found) < 3 or sum(found) < most_s):
-        found.append(seconds())
-    return statistics.median(found)
+    times: list[float] = []
+    while len(times) < repeats and (len(times) < 3 or sum(times) < most_s):
+        times.append(seconds())
+    return statistics.median(times)
 
 
 def wait_for_torch() -> None:
-    """Until PyTorch's device has done what it was given."""
+    """Waits until PyTorch's device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

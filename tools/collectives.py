@@ -1,6 +1,6 @@
-"""What devices say to each other in one step of configs/epoc.py, from the program compiled for 32 of them, and what it costs.
+"""The communication of one step of configs/epoc.py and its predicted cost, from the programs compiled for 8 to 256 devices.
 
-Nothing is run: XLA's own text of the partitioned program has every collective with its shape and its devices.
+Nothing runs. XLA's text of the partitioned program states every collective with its shape and devices.
 """
 
 from __future__ import annotations
@@ -33,12 +33,18 @@ from crcjax.train.auxiliary_tasks import add_heads, open_tasks
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step
 
-FACTORS = (1, 2, 4)  # 10x, 20x and 40x
-MEASURED_TILES = (32, 64, 5)  # bags, regions and tiles a region of the step that tools/bench_device.py measures
-HOST = 8  # GPUs that NVLink connects
-NVLINK, NETWORK = 450e9, 25e9  # bytes/s each way: of a GPU, and of a host's one 200 Gb/s port
-LATENCY = {True: 30e-6, False: 10e-6}  # s a collective, across hosts and within one
-LAYOUTS = (  # bags, devices, data, bag, model, config.mesh.fsdp_min_size
+# Tiles along the side of a region at 10x, 20x and 40x.
+FACTORS = (1, 2, 4)
+# Bags, regions and tiles per region of the step that tools/bench_device.py measures.
+MEASURED_TILES = (32, 64, 5)
+# GPUs of a host, which NVLink connects.
+HOST = 8
+# Bytes/s in each direction: of a GPU's NVLink, and of the one 200 Gb/s port of a host.
+NVLINK, NETWORK = 450e9, 25e9
+# Seconds per collective, across hosts (True) and within one.
+LATENCY = {True: 30e-6, False: 10e-6}
+# Bags, devices, the mesh axes data, bag and model, and config.mesh.fsdp_min_size.
+LAYOUTS = (
     (64, 8, 8, 1, 1, 0),
     (32, 32, 32, 1, 1, 0),
     (64, 32, 32, 1, 1, 0),
@@ -58,17 +64,25 @@ _OPERATION = re.compile(
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of one device: bytes it sends (as a ring does it), how often, and whether its devices span hosts."""
+    """One collective, seen from one device.
+
+    Attributes:
+      kind: XLA's name.
+      sent: the bytes that the device sends, in a ring.
+      times: how often it runs per step.
+      across: whether its devices span hosts.
+      sharing: the number of groups that use the port of a host at once.
+    """
 
     kind: str
     sent: float
     times: int
     across: bool
-    sharing: int  # groups that use a host's port at once
+    sharing: int
 
 
 def collectives(text: str) -> list[Collective]:
-    """All of a program's, those in loops as often as the loops run."""
+    """All collectives of a program; a collective in a loop counts as often as the loop runs."""
     blocks: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -78,18 +92,18 @@ def collectives(text: str) -> list[Collective]:
             blocks[name] = []
         elif name:
             blocks[name].append(line)
-    found: list[Collective] = []
+    operations: list[Collective] = []
 
     def walk(block: str, times: int) -> None:
         for line in blocks.get(block, ()):
             if match := _OPERATION.search(line):
-                found.append(_collective(match["kind"], match["shape"], line, times))
+                operations.append(_collective(match["kind"], match["shape"], line, times))
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             for called in re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line):
                 walk(called, times * (int(trips[1]) if trips else 1))
 
     walk(entry, 1)
-    return found
+    return operations
 
 
 def _collective(kind: str, shape: str, line: str, times: int) -> Collective:
@@ -121,8 +135,8 @@ def _groups(line: str) -> list[list[int]]:
         assert ":(" not in named[4], line
         devices = np.arange(math.prod(sides.values()))
         if named[2]:
-            before, turned = ([int(part) for part in named[i].split(",")] for i in (2, 3))
-            devices = devices.reshape(before).transpose(turned)
+            shape, order = ([int(part) for part in named[i].split(",")] for i in (2, 3))
+            devices = devices.reshape(shape).transpose(order)
         devices = devices.reshape(list(sides.values()))
         order = [name for name in sides if name not in over] + over
         moved = devices.transpose([list(sides).index(name) for name in order])
@@ -133,7 +147,7 @@ def _groups(line: str) -> list[list[int]]:
 
 
 def compiled(bags: int, devices: int, data: int, bag: int, model: int, fsdp_min_size: int) -> list[Collective]:
-    """The collectives of a layout's step."""
+    """The collectives of the step in one layout."""
     config = get_config()
     sizes, config.data.batch_size = config.mesh, bags
     sizes.data, sizes.bag, sizes.model, sizes.fsdp_min_size = data, bag, model, fsdp_min_size
@@ -145,7 +159,7 @@ def compiled(bags: int, devices: int, data: int, bag: int, model: int, fsdp_min_
     add_heads(built, tasks, 0)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     batch, regions, slots = config.data.batch_size, config.data.regions_per_bag, sum(factor**2 for factor in FACTORS)
-    parts = Bag(
+    bag_shape = Bag(
         jax.ShapeDtypeStruct((batch, regions, slots, 256, 256, 3), np.uint8),
         jax.ShapeDtypeStruct((batch, regions, slots), bool),
         jax.ShapeDtypeStruct((batch, regions, 2), np.float32),
@@ -156,66 +170,74 @@ def compiled(bags: int, devices: int, data: int, bag: int, model: int, fsdp_min_
         ),
     )
     placed = jax.tree_util.tree_map_with_path(
-        lambda path, part: part.update(sharding=NamedSharding(mesh, bag_spec(path))), parts
+        lambda path, part: part.update(sharding=NamedSharding(mesh, bag_spec(path))), bag_shape
     )
     step = build_step(built, optimizer, config, mesh, normaliser, tasks)
     return collectives(step.lower(abstract_state(built, optimizer, config, mesh), placed).compile().as_text())
 
 
 def row(layout: tuple[int, ...]) -> dict:
-    found = compiled(*layout)
+    operations = compiled(*layout)
     bags, devices, data, bag, model, fsdp_min_size = layout
     by_kind: dict[str, float] = defaultdict(float)
-    for one in found:
+    for one in operations:
         by_kind[one.kind] += one.sent * one.times / 1e6
-    # XLA for GPUs joins the collectives of one kind and one group that a program has outside of loops.
-    joined = {(one.kind, one.across, one.sharing) if one.times == 1 else id(one): one for one in found}
+    # XLA for GPUs merges the collectives of one kind and group that are outside of loops.
+    merged = {(one.kind, one.across, one.sharing) if one.times == 1 else id(one): one for one in operations}
     transfer = sum(
-        one.times * one.sent / (NETWORK / one.sharing if one.across else NVLINK) for one in found if one.sent
+        one.times * one.sent / (NETWORK / one.sharing if one.across else NVLINK) for one in operations if one.sent
     )
-    latency = sum(one.times * LATENCY[one.across] for one in joined.values())
+    latency = sum(one.times * LATENCY[one.across] for one in merged.values())
     tiles = bags * get_config().data.regions_per_bag * sum(factor**2 for factor in FACTORS)
     compute = seconds_per_tile() * tiles / devices
     return {
         "bags": bags,
         "devices": devices,
         "data x bag x model": f"{data} x {bag} x {model}",
-        "parameters": "divided" if fsdp_min_size else "whole",
-        "MB sent a device": ", ".join(f"{kind} {sent:.3g}" for kind, sent in sorted(by_kind.items())),
-        "across hosts MB": sum(one.sent * one.times for one in found if one.across) / 1e6,
+        "parameters": "sharded" if fsdp_min_size else "replicated",
+        "MB sent per device": ", ".join(f"{kind} {sent:.3g}" for kind, sent in sorted(by_kind.items())),
+        "MB across hosts": sum(one.sent * one.times for one in operations if one.across) / 1e6,
         "compute ms": 1e3 * compute,
         "transfer ms": 1e3 * transfer,
         "latency ms": 1e3 * latency,
-        "efficiency, nothing hidden": compute / (compute + transfer + latency),
-        "hidden": compute / (compute + latency + max(0.0, transfer - compute / 2)),
+        "efficiency without overlap": compute / (compute + transfer + latency),
+        "efficiency with overlap": compute / (compute + latency + max(0.0, transfer - compute / 2)),
     }
 
 
 def measured() -> dict:
-    """What tools/bench_device.py measured last on a GPU."""
+    """The last result of tools/bench_device.py on a GPU."""
     return json.loads((RESULTS / "device_gpu.json").read_text())
 
 
 def seconds_per_tile() -> float:
     """The measured step of the compact encoder of configs/epoc.py on one GPU, divided by its tiles."""
-    seconds = next(row["ours, ms"] for row in measured()["rows"] if "configs/epoc.py" in row["what"]) / 1e3
+    seconds = next(row["crcjax, ms"] for row in measured()["rows"] if "configs/epoc.py" in row["task"]) / 1e3
     return seconds / math.prod(MEASURED_TILES)
 
 
 def main() -> None:
     rows = [row(layout) for layout in LAYOUTS]
-    note = (
-        "The step of configs/epoc.py (pixels, 10x, 20x and 40x, 32 regions a bag, stain normalisation, evidential head,"
-        " artefact task) as XLA partitions it for CPUs. Its compute is that of the compact encoder's step as measured on"
-        f" {measured()['machine'].partition(',')[0]} (device_gpu: {1e6 * seconds_per_tile():.2f} µs a tile), in proportion"
-        f" to tiles, without what normalisation, head and task add; no step was run on several GPUs. Assumed: {HOST} GPUs a host, NVLink {NVLINK / 1e9:.0f} GB/s each way, one port of 200 Gb/s a host that"
-        f" all its groups share, rings, {1e6 * LATENCY[True]:.0f} µs a joined collective across hosts and {1e6 * LATENCY[False]:.0f}"
-        " within one. Hidden: each gradient is sent while the backward pass of the layers below it, half of the step, goes on. The"
-        " efficiency is of the communication alone. configs/epoc.py has two bags a device at 32 devices. Dividing parameters, or"
-        " a layer, costs more than this small model has to gain."
+    about = (
+        "Predicted communication of one step of configs/epoc.py on 8 to 256 GPUs. No step was run on several GPUs.\n\n"
+        "* Step: pixels at 10x, 20x and 40x, 32 regions per bag, stain normalisation, evidential head and artefact task, as XLA"
+        " partitions it for CPUs. configs/epoc.py has two bags per device on 32 devices.\n"
+        "* Compute: the compact encoder's step, measured on"
+        f" {measured()['machine'].partition(',')[0]} (device_gpu: {1e6 * seconds_per_tile():.2f} µs per tile), in proportion to"
+        " the tiles. Normalisation, head and task are not included.\n"
     )
-    record("collectives", "python tools/collectives.py", rows, note)
+    record("collectives", "python tools/collectives.py", rows, about + ABOUT_EFFICIENCY)
     print(json.dumps(rows, indent=1))
+
+
+ABOUT_EFFICIENCY = (
+    f"* Assumptions: {HOST} GPUs per host; NVLink of {NVLINK / 1e9:.0f} GB/s in each direction; one port of 200 Gb/s per host,"
+    f" which all groups of the host share; rings; {1e6 * LATENCY[True]:.0f} µs per merged collective across hosts and"
+    f" {1e6 * LATENCY[False]:.0f} µs within a host.\n"
+    "* With overlap, each gradient is sent during the backward pass of the layers below it, which is half of the step.\n"
+    "* The efficiency considers communication only. Sharding the parameters, or a layer, costs more than this small model can"
+    " gain."
+)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Painted slides of 60,000 x 60,000 px, and of 102,400 x 102,400, through tiling at three magnifications: time and memory.
+"""The time and memory of tiling synthetic slides of 60,000 and 102,400 px a side at three magnifications.
 
     python tools/gigapixel.py OUT
 
-OUT/giga.svs is painted (synthetic, minutes) unless it is there; the larger one is OUT/part.svs laid 5 x 5 times.
+OUT/giga.svs and OUT/part.svs are painted (in minutes) unless they exist. The larger slide repeats OUT/part.svs 5 x 5 times.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAGNIFICATIONS = ("10x", "20x", "40x")
 
 
 def painted(path: Path, side: int, cores: int) -> Path:
-    """The slide, painted unless it is there."""
+    """Paints a slide unless it exists."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         paint_slide(path, SlideSpec("stromal", 0, size_px=(side, side), mpp=MPP), workers=cores)
@@ -35,13 +35,14 @@ def painted(path: Path, side: int, cores: int) -> Path:
 
 
 def laid_out(part: Path, path: Path) -> Path:
-    """A slide of TIMES x TIMES copies of a painted one, tile by tile without decoding; its sides are whole tiles."""
+    """Repeats a painted slide TIMES x TIMES times, tile by tile without decoding. Its sides must be whole tiles."""
     with tifffile.TiffFile(part) as small, tifffile.TiffWriter(path, bigtiff=True) as large:
         handle = small.filehandle
         for page in small.pages:
             columns = page.imagewidth // page.tilewidth
+            # The remaining levels are small, and a slide does not need them.
             if page.imagewidth % page.tilewidth:
-                break  # the levels that are left are small; a slide may do without
+                break
             places = list(zip(page.dataoffsets, page.databytecounts, strict=True))
             rows = [places[i : i + columns] * TIMES for i in range(0, len(places), columns)] * TIMES
 
@@ -66,7 +67,7 @@ def laid_out(part: Path, path: Path) -> Path:
 
 
 def rows_of(slide: Path, side: int, out: Path, workers: int) -> list[Row]:
-    """Tiling's time and memory."""
+    """The time and memory of tiling a slide."""
     store = out / f"store-{slide.stem}-{workers}"
     shutil.rmtree(store, ignore_errors=True)
     with PeakMemory(largest_worker_mib, 0.2) as memory:
@@ -74,15 +75,15 @@ def rows_of(slide: Path, side: int, out: Path, workers: int) -> list[Row]:
         (outcome,) = tile_slides([TileJob("giga", slide)], store, TilingParams(MAGNIFICATIONS), workers=workers)
         seconds = time.monotonic() - start
     assert outcome.status == "tiled", outcome
-    kept = int(open_store(store, "giga").mask.sum())
+    tiles = int(open_store(store, "giga").mask.sum())
     stored = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     name = f"{side:,} px a side, {workers} core{'s' if workers > 1 else ''}"
     return [
         Row(f"{name}: tiling", seconds, "s"),
-        Row(f"{name}: tiling", kept / seconds, "tiles/s"),
+        Row(f"{name}: tiling", tiles / seconds, "tiles/s"),
         Row(f"{name}: peak memory of the worker", memory.mib, "MiB", memory.mib / 2048, "2 GiB"),
         Row(f"{name}: store", stored / 2**20, "MiB", stored / slide.stat().st_size, "the slide file"),
-        Row(f"{name}: tiles kept", float(kept), ""),
+        Row(f"{name}: tiles stored", float(tiles), ""),
     ]
 
 
@@ -96,11 +97,13 @@ def main(out: Path) -> None:
         for workers in dict.fromkeys((1, cores))
         for row in rows_of(slide, side, out, workers)
     ]
-    note = (
-        f"Synthetic slides at {MPP} µm per pixel, {', '.join(MAGNIFICATIONS)}, tiles of 256 px; the larger one is a painted"
-        f" one of {PART_PX:,} px laid {TIMES} x {TIMES} times. A slide is one worker's: with 2 cores it decodes in 2 threads."
+    about = (
+        f"Tiling synthetic slides of {SIDE_PX:,} and {PART_PX * TIMES:,} px a side: time, memory and size of the store.\n\n"
+        f"* {MPP} µm per pixel; {', '.join(MAGNIFICATIONS)}; tiles of 256 px.\n"
+        f"* The larger slide repeats a painted slide of {PART_PX:,} px {TIMES} x {TIMES} times.\n"
+        "* One worker tiles a slide. With 2 cores it decodes in 2 threads."
     )
-    record("gigapixel", "python tools/gigapixel.py runs/gigapixel", rows, note)
+    record("gigapixel", "python tools/gigapixel.py runs/gigapixel", rows, about)
 
 
 if __name__ == "__main__":

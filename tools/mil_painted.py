@@ -1,11 +1,13 @@
-"""Ours against ABMIL on the same features of painted multi-site cohorts: accuracy, calibration, doubt, and strange slides.
+"""Hierarchical MIL compared with ABMIL on synthetic cohorts of several sites: accuracy, calibration, uncertainty, OOD slides.
 
-    python tools/mil_painted.py OUT [SEED ...]     # of the other seeds, the rows recorded last stay; OUT is gone on from
+    python tools/mil_painted.py OUT [SEED ...]
 
-For each seed a cohort is painted and an encoder trained on its training cases under mean pooling, which favours neither;
-its features, frozen, are what every aggregator then learns from, with one recipe fixed beforehand. The test cases are
-looked at once. Strange slides are never trained on: a stain of no site, blur beyond any site's, and tissue without a
-tumour (fat, mucin, necrosis), each judged by how well vacuity, or entropy, tells it from the test cases.
+The rows of other seeds stay as they were recorded last. A run that was stopped continues with the files in OUT.
+
+For each seed, a cohort is painted and an encoder is trained on its training cases under mean pooling, which favours neither
+model. All aggregators then learn from the same frozen features, with one recipe fixed beforehand. The test cases are used once.
+Out-of-distribution (OOD) slides are never trained on: a stain of no site, a blur stronger than any site's, and tissue without
+tumour (fat, mucin, necrosis). Vacuity, or entropy, is scored by how well it separates them from the test cases.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from crcjax.validation.selective import risk_coverage_area
 from crcjax.validation.statistics import Estimate, Resamples, auroc, evaluate, percentile_interval
 
 CASES = {"train": 72, "val": 18, "test": 60}
-STRANGE = 24  # slides of each kind
+# Out-of-distribution slides of each kind.
+OOD_SLIDES = 24
 MODELS = (
     ("gated_abmil", "softmax"),
     ("hierarchical", "softmax"),
@@ -59,7 +62,7 @@ BLURRED = replace(SITES[0], blur_um=2.5)
 
 @dataclass(frozen=True)
 class Bags:
-    """Slides of one kind, padded to one length."""
+    """The bags of several slides, padded to the same number of regions."""
 
     features: np.ndarray
     mask: np.ndarray
@@ -68,49 +71,48 @@ class Bags:
 
 
 def without_tumour(subtype: str, seed: int, width_um: float, height_um: float) -> np.ndarray:
-    """The outline of a slide, filled with fat, mucin and necrosis."""
+    """The tissue map of a slide, filled with fat, mucin and necrosis."""
     kinds = architecture(subtype, seed, width_um, height_um)
     rng = np.random.default_rng([seed, 30])
     patches = rng.choice([Tissue.ADIPOSE, Tissue.MUCIN, Tissue.NECROSIS], (8, 8)).astype(np.uint8)
-    return np.where(kinds > 0, cv2.resize(patches, kinds.shape[::-1], interpolation=cv2.INTER_NEAREST), 0).astype(
-        np.uint8
-    )
+    filling = cv2.resize(patches, kinds.shape[::-1], interpolation=cv2.INTER_NEAREST)
+    return np.where(kinds > 0, filling, 0).astype(np.uint8)
 
 
-def paint_strange(folder: Path, seed: int) -> dict[str, list[Path]]:
-    """Slides of each strange kind, of all subtypes in turn."""
-    found: dict[str, list[Path]] = {}
+def paint_ood(folder: Path, seed: int) -> dict[str, list[Path]]:
+    """Paints the slides of each out-of-distribution kind, with all subtypes in turn."""
+    paths: dict[str, list[Path]] = {}
     kinds = {
         "unseen stain": (UNSEEN, architecture),
         "blur": (BLURRED, architecture),
         "no tumour": (SITES[0], without_tumour),
     }
-    for name, (site, drawn) in kinds.items():
-        for i in range(STRANGE):
+    for name, (site, tissue_map) in kinds.items():
+        for i in range(OOD_SLIDES):
             spec = SlideSpec(painter.SUBTYPES[i % 3], 1000 * seed + 10_000 + i, site)
             path = folder / f"{name.replace(' ', '-')}-{i:02d}.svs"
             if not path.exists():
                 painter._scene.cache_clear()
-                with mock.patch.object(painter, "architecture", drawn):
+                with mock.patch.object(painter, "architecture", tissue_map):
                     paint_slide(path, spec)
-            found.setdefault(name, []).append(path)
-    return found
+            paths.setdefault(name, []).append(path)
+    return paths
 
 
 def encoded(predictor: Predictor, store: Path, slide_ids: list[str], labels: list[int], regions: int) -> Bags:
     """The encoder's features of slides in a store."""
-    member, parts = predictor.members[0], []
+    member, bags = predictor.members[0], []
     for slide_id in slide_ids:
-        held = open_store(store, slide_id)
-        features = np.concatenate(list(member.encode(held.read_pixels(range(len(held.mask))), None)))
+        tiled = open_store(store, slide_id)
+        features = np.concatenate(list(member.encode(tiled.read_pixels(range(len(tiled.mask))), None)))
         pad = ((0, regions - len(features)), (0, 0))
-        position = (held.origin / held.region_px).astype(np.float32)
-        parts.append((np.pad(features, (*pad, (0, 0))), np.pad(held.mask, pad), np.pad(position, pad)))
-    return Bags(*(np.stack(part) for part in zip(*parts, strict=True)), np.array(labels))
+        position = (tiled.origin / tiled.region_px).astype(np.float32)
+        bags.append((np.pad(features, (*pad, (0, 0))), np.pad(tiled.mask, pad), np.pad(position, pad)))
+    return Bags(*(np.stack(arrays) for arrays in zip(*bags, strict=True)), np.array(labels))
 
 
 def fitted(config: ConfigDict, train: Bags, seed: int) -> tuple[nnx.GraphDef, dict]:
-    """An aggregator and head after STEPS steps on the training bags."""
+    """Trains an aggregator and its head for STEPS steps on the training bags."""
     model = build_model(config.model, 3, seed, TILING.factors)
     graph, params = nnx.graphdef(model), params_of(model)
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, STEPS // 10, STEPS)
@@ -119,14 +121,14 @@ def fitted(config: ConfigDict, train: Bags, seed: int) -> tuple[nnx.GraphDef, di
 
     def step(carry: tuple, at: jax.Array) -> tuple[tuple, None]:
         params, moments = carry
-        draw, dropout = jax.random.split(jax.random.fold_in(jax.random.key(seed), at))
-        chosen = jax.random.choice(draw, len(train.label), (BATCH,), replace=False)
+        batch_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), at))
+        chosen = jax.random.choice(batch_key, len(train.label), (BATCH,), replace=False)
         features, mask, position, label = (part[chosen] for part in arrays)
 
         def loss(params: dict) -> jax.Array:
-            keys = jax.random.split(dropout, len(label))
-            found = nnx.merge(graph, params).pool(features, mask, position, keys, label)
-            return bag_losses(found, label, at, config.train).mean()
+            keys = jax.random.split(dropout_key, len(label))
+            prediction = nnx.merge(graph, params).pool(features, mask, position, keys, label)
+            return bag_losses(prediction, label, at, config.train).mean()
 
         updates, moments = optimizer.update(jax.grad(loss)(params), moments, params)
         return (optax.apply_updates(params, updates), moments), None
@@ -138,26 +140,26 @@ def fitted(config: ConfigDict, train: Bags, seed: int) -> tuple[nnx.GraphDef, di
 
 
 def predicted(graph: nnx.GraphDef, params: dict, bags: Bags) -> Prediction:
-    """What an aggregator says of slides."""
+    """Predicts bags."""
     return jax.jit(lambda *bag: nnx.merge(graph, params).pool(*bag))(bags.features, bags.mask, bags.position)
 
 
-def doubt_of(found: Prediction) -> np.ndarray:
-    """Vacuity or, without it, entropy."""
-    probs = np.asarray(found.probs, np.float64)
+def uncertainty_of(prediction: Prediction) -> np.ndarray:
+    """Vacuity, or entropy for a head without evidence."""
+    probs = np.asarray(prediction.probs, np.float64)
     entropy = -(probs * np.log(np.maximum(probs, 1e-12))).sum(axis=1)
-    return entropy if found.vacuity is None else np.asarray(found.vacuity)
+    return entropy if prediction.vacuity is None else np.asarray(prediction.vacuity)
 
 
 def summaries(bags: Bags) -> np.ndarray:
-    """What the density is of."""
+    """The summaries of bags whose density is fitted."""
     return np.stack([summary(*bag) for bag in zip(bags.features, bags.mask, strict=True)])
 
 
 def rows_of(seed: int, folder: Path) -> Iterator[dict]:
-    """One seed's rows."""
+    """Yields the rows of one seed."""
     table = paint_cohort(folder, CASES, seed=seed)
-    strange = paint_strange(folder / "strange", seed)
+    ood = paint_ood(folder / "strange", seed)
     config = demo_config()
     config.optimizer.learning_rate, config.train.steps = 1e-3, 400
     config.seed, config.data.store, config.data.cohort = seed, str(folder / "store"), str(table)
@@ -165,11 +167,11 @@ def rows_of(seed: int, folder: Path) -> Iterator[dict]:
     cohort = load_cohort(table, config.data.classes)
     jobs = [TileJob(row.slide_id, Path(str(row.path))) for row in cohort.rows]
     assert all(outcome.succeeded for outcome in tile_slides(jobs, folder / "store", TILING))
-    # Quality control would refuse the blurred ones, before any model could doubt them.
+    # Quality control would reject the blurred slides before any model could report their uncertainty.
     lenient = replace(
         TILING, quality=QualityLimits(min_focus=0, min_sharpness=0, min_stain=0, max_stain=99, max_bubble=9)
     )
-    others = [TileJob(path.stem, path) for paths in strange.values() for path in paths]
+    others = [TileJob(path.stem, path) for paths in ood.values() for path in paths]
     assert all(outcome.succeeded for outcome in tile_slides(others, folder / "strange_store", lenient))
     train(config, folder / "run")
     predictor = Predictor(folder / "run")
@@ -179,17 +181,18 @@ def rows_of(seed: int, folder: Path) -> Iterator[dict]:
     learned, validation, test = (
         encoded(predictor, folder / "store", ids[split], [label_of[i] for i in ids[split]], regions) for split in CASES
     )
-    odd = {
+    ood_bags = {
         name: encoded(predictor, folder / "strange_store", [path.stem for path in paths], [0] * len(paths), regions)
-        for name, paths in strange.items()
+        for name, paths in ood.items()
     }
-    summarised = {name: summaries(bags) for name, bags in {"": test, **odd}.items()}
+    bags_of = {"": test, **ood_bags}
+    summaries_of = {name: summaries(bags) for name, bags in bags_of.items()}
     density = fit_density(summaries(learned), learned.label, summaries(validation))
-    known, *others = (density.excess(some) for some in summarised.values())
+    excess = {name: density.excess(values) for name, values in summaries_of.items()}
     yield (
-        {"seed": seed, "model": "none: density alone", "head": ""}
+        {"seed": seed, "model": "none: feature density alone", "head": ""}
         | dict.fromkeys(("balanced accuracy", "ECE (expected if calibrated)", "risk-coverage area"), "")
-        | {f"AUROC, {name}": _separation(known, far, seed) for name, far in zip(odd, others, strict=True)}
+        | {f"AUROC, {name}": _separation(excess[""], excess[name], seed) for name in ood_bags}
     )
     for mil, head in MODELS:
         config = demo_config()
@@ -197,17 +200,20 @@ def rows_of(seed: int, folder: Path) -> Iterator[dict]:
         config.model.mil, config.model.head = mil, head
         config.train.loss = "cross_entropy" if head == "softmax" else "evidential"
         graph, params = fitted(config, learned, seed)
-        found = {name: predicted(graph, params, bags) for name, bags in {"": test, **odd}.items()}
-        by_head = {head: found}
-        if head == "evidential":  # learned alike
-            by_head[BY_DENSITY] = {name: density.scale_evidence(found[name], some) for name, some in summarised.items()}
-        for named, said in by_head.items():
-            doubt = {name: doubt_of(one) for name, one in said.items()}
-            probs = np.asarray(said[""].probs, np.float64)
+        by_head = {head: {name: predicted(graph, params, bags) for name, bags in bags_of.items()}}
+        # The head that scales evidence by density trains in the same way.
+        if head == "evidential":
+            by_head[BY_DENSITY] = {
+                name: density.scale_evidence(prediction, summaries_of[name])
+                for name, prediction in by_head[head].items()
+            }
+        for head_name, predictions in by_head.items():
+            uncertainty = {name: uncertainty_of(prediction) for name, prediction in predictions.items()}
+            probs = np.asarray(predictions[""].probs, np.float64)
             yield (
-                {"seed": seed, "model": mil, "head": named}
-                | _figures(probs, doubt[""], test.label, cohort.classes, seed)
-                | {f"AUROC, {name}": _separation(doubt[""], doubt[name], seed) for name in odd}
+                {"seed": seed, "model": mil, "head": head_name}
+                | _figures(probs, uncertainty[""], test.label, cohort.classes, seed)
+                | {f"AUROC, {name}": _separation(uncertainty[""], uncertainty[name], seed) for name in ood_bags}
             )
 
 
@@ -217,21 +223,23 @@ def _all(folder: Path) -> Iterator[tuple[str, str]]:
             yield name, path.stem
 
 
-def _figures(probs: np.ndarray, doubt: np.ndarray, label: np.ndarray, classes: tuple[str, ...], seed: int) -> dict:
-    found = evaluate(label, probs, classes, seed)
+def _figures(
+    probs: np.ndarray, uncertainty: np.ndarray, label: np.ndarray, classes: tuple[str, ...], seed: int
+) -> dict:
+    statistics = evaluate(label, probs, classes, seed)
     wrong = probs.argmax(axis=1) != label
-    resampled = _resampled(len(label), seed, lambda chosen: risk_coverage_area(doubt[chosen], wrong[chosen]))
-    area = percentile_interval(risk_coverage_area(doubt, wrong), resampled, len(label))
+    resampled = _resampled(len(label), seed, lambda chosen: risk_coverage_area(uncertainty[chosen], wrong[chosen]))
+    area = percentile_interval(risk_coverage_area(uncertainty, wrong), resampled, len(label))
     return {
-        "balanced accuracy": _shown(found["balanced_accuracy"]),
-        "ECE (expected if calibrated)": f"{found['ECE']:.3f} ({found['ECE expected if calibrated']:.3f})",
+        "balanced accuracy": _shown(statistics["balanced_accuracy"]),
+        "ECE (expected if calibrated)": f"{statistics['ECE']:.3f} ({statistics['ECE expected if calibrated']:.3f})",
         "risk-coverage area": _shown(area),
     }
 
 
-def _separation(known: np.ndarray, strange: np.ndarray, seed: int) -> str:
-    positive = np.repeat([False, True], [len(known), len(strange)])
-    score = np.concatenate([known, strange])
+def _separation(known: np.ndarray, ood: np.ndarray, seed: int) -> str:
+    positive = np.repeat([False, True], [len(known), len(ood)])
+    score = np.concatenate([known, ood])
     resampled = _resampled(len(score), seed, lambda chosen: auroc(positive[chosen], score[chosen]))
     return _shown(percentile_interval(auroc(positive, score), resampled, len(score)))
 
@@ -246,12 +254,17 @@ def _shown(estimate: Estimate) -> str:
 
 
 def main(out: Path, seeds: list[int]) -> None:
-    note = (
-        f"Synthetic slides throughout. {CASES['train']} cases to train, {CASES['test']} held out, of {len(SITES)} sites;"
-        f" bags of 5x and 10x; {STEPS} steps of {BATCH} bags, no model selection, one recipe for all. Intervals: bootstrap"
-        f" over cases. AUROC: {STRANGE} strange slides of each kind, judged without quality control, against the held-out"
-        " cases, by vacuity, or with softmax by entropy; or by the density alone, without a model. evidential_density is the model of"
-        " the row evidential above it, its evidence weighed by the density; that has its form from seeds 10 and 11, not reported here."
+    about = (
+        "Hierarchical MIL compared with gated ABMIL on synthetic slides: accuracy, calibration and out-of-distribution detection."
+        "\n\n"
+        f"* All slides are synthetic: {CASES['train']} training cases and {CASES['test']} test cases of {len(SITES)} sites; bags of"
+        " 5x and 10x.\n"
+        f"* {STEPS} steps of {BATCH} bags; no model selection; one recipe for all models.\n"
+        "* Intervals: bootstrap over cases.\n"
+        f"* AUROC: how well a score separates {OOD_SLIDES} out-of-distribution slides of each kind, without quality control, from the"
+        " test cases. The score is vacuity; with softmax, entropy; without a model, the feature density alone.\n"
+        "* `evidential_density` is the model of the `evidential` row above, with its evidence scaled by feature density. The form of"
+        " that scaling comes from seeds 10 and 11, which are not reported."
     )
     for seed in seeds:
         rows = [
@@ -259,7 +272,7 @@ def main(out: Path, seeds: list[int]) -> None:
             *(row for row in earlier_rows("mil_painted") if row["seed"] != seed),
         ]
         rows.sort(key=lambda row: row["seed"])
-        record("mil_painted", "python tools/mil_painted.py runs/painted 0 1 2", rows, note)
+        record("mil_painted", "python tools/mil_painted.py runs/painted 0 1 2", rows, about)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Every real slide through tiling and prediction, as one table.
+"""Tiles every real slide, predicts it, and reports both in one table.
 
     CRCJAX_REAL_DATA=FOLDER python tools/real_slides.py RUN OUT
 
-RUN is a trained run (the demo's will do: it shows that the files go through, not what they are). Slides that do not
-state their mpp are given 0.5, which is an assumption.
+RUN is a trained run. The demo's run suffices, because the table shows that the files are processed and not that predictions are
+right. Slides that do not state their mpp get 0.5, which is an assumption.
 """
 
 from __future__ import annotations
@@ -52,17 +52,20 @@ def main(run: Path, out: Path, data: Path) -> None:
             _row(folder, job, store, outcome, row) for job, outcome, row in zip(jobs, tiled, predicted, strict=True)
         ]
     command = "CRCJAX_REAL_DATA=… python tools/real_slides.py runs/demo/run runs/real"
-    note = (
-        f"mpp marked * was not in the file and assumed to be {ASSUMED_MPP}: no slide has 40x, and none is invented. Seconds on"
-        " one worker; the ratio is of libjpeg-turbo decoding the slide's own JPEG tiles alone to ours, from opening the file to"
-        " the published store, and blank for JPEG 2000. These slides are so small that opening, the thumbnail and publishing"
-        " weigh more than their few tiles; `bench_tiling` measures a large one."
+    about = (
+        "Real slides through tiling and prediction: format, tiles, QC result, time, and the reason for a refusal.\n\n"
+        f"* mpp marked * is missing from the file; {ASSUMED_MPP} was assumed. No slide has 40x, and crcjax does not upsample.\n"
+        "* Seconds of one worker, from opening the file to the published store.\n"
+        "* `ratio`: the time in which libjpeg-turbo alone decodes the slide's native JPEG tiles, divided by the time of tiling; blank"
+        " for JPEG 2000.\n"
+        "* On such small slides, opening, the thumbnail and publishing take longer than the few tiles. The table `tiling` measures"
+        " large slides."
     )
-    record("real_slides", command, rows, note)
+    record("real_slides", command, rows, about)
 
 
 def tile_anew(jobs: Sequence[TileJob], store: Path) -> list[Outcome]:
-    """Tiles into a store that is removed before: to look what is there already takes less time than to tile."""
+    """Tiles into an empty store, because slides that are tiled already would be skipped."""
     shutil.rmtree(store, ignore_errors=True)
     outcomes = tile_slides(jobs, store, MAGNIFICATIONS, workers=1)
     assert all(outcome.status == "tiled" for outcome in outcomes if outcome.succeeded), outcomes
@@ -79,19 +82,28 @@ def _missing_mpp(path: Path) -> float | None:
 
 def _row(folder: str, job: TileJob, store: Path, outcome: Outcome, predicted: PredictionRow) -> dict:
     row: dict = {"folder": folder, "slide": job.path.name}
-    shown = ("format", "size", "mpp", "mpp from", *MAGNIFICATIONS.magnifications, "verdict", "libjpeg-turbo s", "ratio")
+    shown = (
+        "format",
+        "size",
+        "mpp",
+        "mpp from",
+        *MAGNIFICATIONS.magnifications,
+        "QC result",
+        "libjpeg-turbo s",
+        "ratio",
+    )
     row |= dict.fromkeys(shown, "")
     if outcome.succeeded:
-        found = open_store(store, job.slide_id)
-        info, slots = found.info, np.repeat(MAGNIFICATIONS.magnifications, np.square(MAGNIFICATIONS.factors))
-        limit = _bare_seconds(found, job.path)
+        tiled = open_store(store, job.slide_id)
+        info, slots = tiled.info, np.repeat(MAGNIFICATIONS.magnifications, np.square(MAGNIFICATIONS.factors))
+        limit = _bare_seconds(tiled, job.path)
         row |= {
             "format": info.vendor,
             "size": "{}x{}".format(*info.size),
             "mpp": f"{info.mpp[0]:.3g}{'*' if job.mpp else ''}",
             "mpp from": info.mpp_source,
-            **{name: int(found.mask[:, slots == name].sum()) for name in MAGNIFICATIONS.magnifications},
-            "verdict": found.attributes["verdict"]["verdict"],
+            **{name: int(tiled.mask[:, slots == name].sum()) for name in MAGNIFICATIONS.magnifications},
+            "QC result": tiled.attributes["verdict"]["verdict"],
             "libjpeg-turbo s": "" if limit is None else f"{limit:.2f}",
             "ratio": "" if limit is None else f"{limit / outcome.seconds:.2f}",
         }
@@ -99,18 +111,20 @@ def _row(folder: str, job: TileJob, store: Path, outcome: Outcome, predicted: Pr
         "tiling s": f"{outcome.seconds:.2f}" if outcome.succeeded else "",
         "regions predicted": predicted.to_csv(())["regions"],
         "prediction s": predicted.to_csv(())["seconds"],
-        "refused because": "" if outcome.succeeded else outcome.reason.split(";")[0].replace(f"{job.path.parent}/", ""),
+        "reason for refusal": ""
+        if outcome.succeeded
+        else outcome.reason.split(";")[0].replace(f"{job.path.parent}/", ""),
     }
 
 
-def _bare_seconds(found: TileStore, path: Path) -> float | None:
-    """Seconds that libjpeg-turbo alone takes for the slide's own tiles under the regions; None where they are no JPEG's."""
-    own = _own_tiles(path)
-    if own is None:
+def _bare_seconds(tiled: TileStore, path: Path) -> float | None:
+    """Seconds in which libjpeg-turbo alone decodes the native tiles under the regions; None if these are not JPEG."""
+    native = _native_tiles(path)
+    if native is None:
         return None
-    streams, (width, height), (across_px, down_px) = own
-    side, columns, places = round(found.region_px), -(-width // across_px), set()
-    for x, y in found.origin.tolist():
+    streams, (width, height), (across_px, down_px) = native
+    side, columns, places = round(tiled.region_px), -(-width // across_px), set()
+    for x, y in tiled.origin.tolist():
         right, below = min(x + side, width) - 1, min(y + side, height) - 1
         for row in range(y // down_px, below // down_px + 1):
             places |= {row * columns + column for column in range(x // across_px, right // across_px + 1)}
@@ -120,8 +134,8 @@ def _bare_seconds(found: TileStore, path: Path) -> float | None:
     return time.monotonic() - start
 
 
-def _own_tiles(path: Path) -> tuple[list[bytes], tuple[int, int], tuple[int, int]] | None:
-    """The JPEG streams of the finest level, row by row, the level's size and a tile's; None if they are no JPEG's."""
+def _native_tiles(path: Path) -> tuple[list[bytes], tuple[int, int], tuple[int, int]] | None:
+    """The JPEG streams of the finest level, row by row, its size and that of a tile; None if they are not JPEG."""
     if path.is_dir():
         headers = {file: pydicom.dcmread(file, stop_before_pixels=True) for file in path.iterdir()}
         file = max(headers, key=lambda file: headers[file].TotalPixelMatrixColumns)

@@ -1,4 +1,4 @@
-"""One form for every benchmark: a table on the terminal, and JSON from which docs/benchmarks.md is built."""
+"""One format for every benchmark: a table on the terminal, and a JSON file from which docs/benchmarks.md is built."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = ("jax", "flax", "numpy", "tensorstore", "openslide-bin", "imagecodecs
 
 @dataclass(frozen=True)
 class Row:
-    """One measured figure; `ratio` is value over the value of `against`, measured in the same run."""
+    """One measured figure; `ratio` is `value` divided by the value of `against`, measured in the same run."""
 
     measure: str
     value: float
@@ -36,28 +36,36 @@ class Row:
 
 
 def peak_memory_mib() -> float:
-    """The largest resident memory so far of this process, in MiB."""
+    """The peak resident memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def shared_memory_mib(processes: list[psutil.Process]) -> float:
-    """The memory of processes together, what they share counted once, in MiB. Slow: some ms each."""
+    """The memory of all processes together, with shared pages counted once, in MiB. Takes some milliseconds per process."""
     return sum(process.memory_full_info().pss for process in processes) / 2**20
 
 
 def largest_worker_mib(processes: list[psutil.Process]) -> float:
-    """The largest resident memory that one of the processes but the first ever had, in MiB: the kernel's own mark."""
-    marks = [
+    """The largest peak resident memory of a process other than the first, in MiB, as the kernel records it."""
+    peaks_kib = [
         Path(f"/proc/{process.pid}/status").read_text().partition("VmHWM:")[2].split()[:1] for process in processes
     ]
-    return max((int(mark) / 1024 for found in marks[1:] for mark in found), default=0.0)
+    return max((int(peak) / 1024 for peaks in peaks_kib[1:] for peak in peaks), default=0.0)
 
 
 class PeakMemory:
-    """The largest, `mib`, that a function found of this process and all below it while the block ran, `every_s` seconds."""
+    """Samples the memory of this process and its descendants while the block runs.
 
-    def __init__(self, find: Callable[[list[psutil.Process]], float], every_s: float):
-        self._find, self._every_s = find, every_s
+    Args:
+      measure: the memory of a list of processes, in MiB.
+      every_s: seconds between two samples.
+
+    Attributes:
+      mib: the largest sample.
+    """
+
+    def __init__(self, measure: Callable[[list[psutil.Process]], float], every_s: float):
+        self._measure, self._every_s = measure, every_s
 
     def __enter__(self) -> PeakMemory:
         self.mib = 0.0
@@ -73,14 +81,19 @@ class PeakMemory:
     def _sample(self) -> None:
         here = psutil.Process()
         while not self._stop.wait(self._every_s):
-            with suppress(psutil.Error, OSError):  # one of them ended meanwhile
-                self.mib = max(self.mib, self._find([here, *here.children(recursive=True)]))
+            # A descendant may end meanwhile.
+            with suppress(psutil.Error, OSError):
+                self.mib = max(self.mib, self._measure([here, *here.children(recursive=True)]))
 
 
-def record(name: str, command: str, rows: list[Row] | list[dict], note: str = "") -> None:
-    """Prints the rows, writes them to tools/results/NAME.json with machine, versions and date, and the page anew.
+def record(name: str, command: str, rows: list[Row] | list[dict], about: str) -> None:
+    """Prints the rows, writes them to tools/results/NAME.json with machine, versions and date, and rebuilds the page.
 
-    On a GPU the name is NAME_gpu. Rows are figures (`Row`) or, where words belong in the table, dictionaries with the same keys each.
+    Args:
+      name: the name of the benchmark; on a GPU, `_gpu` is appended.
+      command: the command that runs it.
+      rows: figures or, if the table needs text, dictionaries with the same keys.
+      about: Markdown. Its first line says what is measured; the page's contents repeat it.
     """
     result = {
         "name": (name := _named(name)),
@@ -88,7 +101,7 @@ def record(name: str, command: str, rows: list[Row] | list[dict], note: str = ""
         "date": datetime.date.today().isoformat(),
         "machine": _machine(),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "note": note,
+        "note": about,
         "rows": [asdict(row) if isinstance(row, Row) else row for row in rows],
     }
     RESULTS.mkdir(exist_ok=True)
@@ -98,7 +111,7 @@ def record(name: str, command: str, rows: list[Row] | list[dict], note: str = ""
 
 
 def earlier_rows(name: str) -> list[dict]:
-    """The rows recorded last under a name: a benchmark that is run in pieces keeps those of its other pieces."""
+    """The rows recorded last under a name. A benchmark that runs in pieces keeps the rows of its other pieces."""
     path = RESULTS / f"{_named(name)}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
@@ -108,8 +121,9 @@ def _named(name: str) -> str:
 
 
 def _gpu() -> str:
-    """What GPU JAX uses, if any."""
-    import jax  # not above: the worker processes of benchmarks import this file, and would hold JAX too
+    """The name of the GPU that JAX uses, or an empty string."""
+    # Imported here because worker processes of benchmarks import this file and do not need JAX.
+    import jax
 
     return "" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
 
@@ -119,7 +133,7 @@ def _results() -> list[dict]:
 
 
 def table(results: list[dict]) -> Table:
-    """The rows of results that share their columns as one table."""
+    """One table of the rows of all results, which must have the same columns."""
     shown = Table("benchmark", *results[0]["rows"][0])
     for result in results:
         for row in result["rows"]:
@@ -144,26 +158,37 @@ def _machine() -> str:
 
 def page(results: list[dict]) -> str:
     """docs/benchmarks.md as text."""
-    parts = [
+    lines = [
         "# Benchmarks",
         "",
-        "Every figure is printed by the command above its table, and this page is written from `tools/results/*.json`"
-        " whenever one runs. Slides painted by `crcjax.slides.synthetic.painter` are synthetic: their accuracies say that the software"
-        " works, not that it works on patients.",
+        "The command above a table prints its figures. `tools/record.py` rebuilds this page from `tools/results/*.json` whenever"
+        " a benchmark runs. All figures of a table come from the machine that its section names; other sections may name other"
+        " machines.",
+        "",
+        "* `ratio` is the value divided by that of `against`, measured in the same run.",
+        "* Slides painted by `crcjax.slides.synthetic` are synthetic. Accuracies on them show that the software works, not that"
+        " it works on patients.",
+        "",
+        "| table | measures |",
+        "|---|---|",
     ]
+    lines += [f"| [{result['name']}](#{result['name']}) | {_subject(result)} |" for result in results]
     for result in results:
-        parts += ["", f"## {result['name']}", "", f"`{result['command']}` · {result['date']} · {result['machine']} · "]
-        parts[-1] += ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        if result["note"]:
-            parts += ["", result["note"]]
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        lines += ["", f"## {result['name']}", "", result["note"], ""]
+        lines += [f"`{result['command']}` · {result['date']} · {result['machine']} · {versions}"]
         columns = list(result["rows"][0])
-        parts += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        parts += [f"| {' | '.join(map(_cell, row.values()))} |" for row in result["rows"]]
-    return "\n".join(parts) + "\n"
+        lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(map(_cell, row.values()))} |" for row in result["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def _subject(result: dict) -> str:
+    return result["note"].partition("\n")[0].removesuffix(".")
 
 
 def main() -> None:
-    """Runs every quick benchmark beside this file, then prints one table."""
+    """Runs every benchmark `bench_*.py`, then prints one table."""
     for script in sorted(Path(__file__).parent.glob("bench_*.py")):
         subprocess.run([sys.executable, str(script)], check=True)
     Console().print(table([result for result in _results() if "measure" in result["rows"][0]]))

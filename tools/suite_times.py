@@ -1,4 +1,4 @@
-"""How long the checks take, read from the output of .ci/run in a fresh clone, and the demo.
+"""The times of the checks, read from the output of .ci/run in a fresh clone, and of the demo.
 
 bash .ci/run > ci.log && time make demo
 python tools/suite_times.py ci.log DEMO_SECONDS
@@ -32,6 +32,7 @@ def main(log: Path, demo_s: float) -> None:
         "suite",
         "python tools/suite_times.py ci.log DEMO_SECONDS",
         rows,
+        "Time of the checks and of the demo.\n\n"
         "In a fresh clone without a cache of compiled programs. The system tests were part of make test at 5aaf409.",
     )
 

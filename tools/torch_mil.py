@@ -1,7 +1,7 @@
 """The MIL models of crcjax.models in PyTorch, of the same sizes, for benchmarks to compare with.
 
-Each takes a bag's features [instance, WIDTH] and, in training, its label; it returns logits [1, CLASSES] and its own loss on
-instances. ABMIL and Hierarchical take [bag, instance, WIDTH] too.
+Each takes the features of a bag [instance, WIDTH] and, in training, its label. It returns logits [1, CLASSES] and its instance
+loss. ABMIL and Hierarchical also take [bag, instance, WIDTH].
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch import nn
 
 WIDTH, HIDDEN, CLASSES = 1024, 256, 3
 HEADS = 4
-SLOTTED, FACTORS = "hierarchical, 21 slots a region", (1, 2, 4)  # 10x, 20x and 40x, as the design has bags
-Found = tuple[torch.Tensor, torch.Tensor | float]  # logits, instance loss
+# Tiles along the side of a region at 10x, 20x and 40x.
+SLOTTED, FACTORS = "hierarchical, 21 slots per region", (1, 2, 4)
+# Logits and instance loss.
+Output = tuple[torch.Tensor, torch.Tensor | float]
 
 
 class Pool(nn.Module):
@@ -26,7 +28,7 @@ class Pool(nn.Module):
         super().__init__()
         self.largest, self.classify = largest, nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, features: torch.Tensor, label: int | None) -> Found:
+    def forward(self, features: torch.Tensor, label: int | None) -> Output:
         pooled = features.amax(dim=0, keepdim=True) if self.largest else features.mean(dim=0, keepdim=True)
         return self.classify(pooled), 0.0
 
@@ -54,21 +56,21 @@ class ABMIL(nn.Module):
         super().__init__()
         self.score, self.classify = Scores(gated, width=width), nn.Linear(width, CLASSES)
 
-    def forward(self, features: torch.Tensor, label: int | None) -> Found:
+    def forward(self, features: torch.Tensor, label: int | None) -> Output:
         pooled = torch.softmax(self.score(features), dim=-2).mT @ features
         return self.classify(pooled).reshape(-1, CLASSES), 0.0
 
 
 class CLAM(nn.Module):
-    """CLAM (Lu 2021), SB or MB, with the smooth top-1 SVM on the 8 first and last instances, as ours has it."""
+    """CLAM (Lu 2021), SB or MB, with the smooth top-1 SVM on the 8 first and last instances, as in crcjax."""
 
     def __init__(self, branches: int):
         super().__init__()
         self.branches = branches
         self.compress, self.score = nn.Linear(WIDTH, WIDTH), Scores(gated=True, branches=branches)
-        self.classify, self.judge = nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, 2 * CLASSES)
+        self.classify, self.classify_instance = nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, 2 * CLASSES)
 
-    def forward(self, features: torch.Tensor, label: int | None) -> Found:
+    def forward(self, features: torch.Tensor, label: int | None) -> Output:
         features = torch.relu(self.compress(features))
         scores = self.score(features)
         logits = self.classify(torch.softmax(scores, dim=0).T @ features)
@@ -78,7 +80,9 @@ class CLAM(nn.Module):
     def _instance_loss(self, features: torch.Tensor, scores: torch.Tensor, label: int) -> torch.Tensor:
         chosen = (scores.topk(8, dim=0).indices, scores.topk(8, dim=0, largest=False).indices)
         branch = [c % self.branches for c in range(CLASSES)]
-        high, low = (self.judge(features[at]).view(8, -1, CLASSES, 2)[:, branch, range(CLASSES)] for at in chosen)
+        high, low = (
+            self.classify_instance(features[at]).view(8, -1, CLASSES, 2)[:, branch, range(CLASSES)] for at in chosen
+        )
         wrong_high = nn.functional.softplus(high[..., 1] + 1 - high[..., 0]).mean(dim=0)
         right = nn.functional.softplus(high[:, label, 0] + 1 - high[:, label, 1]).sum()
         right = (right + nn.functional.softplus(low[:, label, 1] + 1 - low[:, label, 0]).sum()) / 16
@@ -94,7 +98,7 @@ class DSMIL(nn.Module):
         self.query = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh())
         self.bag = nn.Linear(CLASSES * WIDTH, CLASSES)
 
-    def forward(self, features: torch.Tensor, label: int | None) -> Found:
+    def forward(self, features: torch.Tensor, label: int | None) -> Output:
         highest, critical = self.instance(features).max(dim=0)
         query = self.query(features)
         attention = torch.softmax(query @ query[critical].T / HIDDEN**0.5, dim=0)
@@ -157,7 +161,7 @@ class TransMIL(nn.Module):
         )
         self.norm, self.classify = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, features: torch.Tensor, label: int | None) -> Found:
+    def forward(self, features: torch.Tensor, label: int | None) -> Output:
         side = math.isqrt(len(features) - 1) + 1
         sequence = torch.relu(self.compress(features))
         sequence = torch.cat([sequence, sequence[: side**2 - len(sequence)]])
@@ -169,27 +173,27 @@ class TransMIL(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention between instances, by their positions too if `turned`, and a perceptron, each added to its input."""
+    """Attention between instances, with rotary positions if `rotary`, and a perceptron; each is added to its input."""
 
-    def __init__(self, turned: bool) -> None:
+    def __init__(self, rotary: bool) -> None:
         super().__init__()
-        self.turned = turned
+        self.rotary = rotary
         self.norms = nn.ModuleList([nn.LayerNorm(WIDTH, eps=1e-6), nn.LayerNorm(WIDTH, eps=1e-6)])
         self.project, self.merge = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.perceptron = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU("tanh"), nn.Linear(2 * WIDTH, WIDTH))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         parts = self.project(self.norms[0](values)).unflatten(-1, (3, HEADS, -1)).movedim((-3, -2), (0, -3))
-        query, key = (self._turned(part) for part in parts[:2]) if self.turned else parts[:2]
-        # With one batch axis, whatever there is: PyTorch's fast kernels want one.
-        seen = nn.functional.scaled_dot_product_attention(
+        query, key = (self._rotated(part) for part in parts[:2]) if self.rotary else parts[:2]
+        # PyTorch's fast kernels need exactly one batch axis.
+        attended = nn.functional.scaled_dot_product_attention(
             *(part.reshape(-1, *part.shape[-3:]) for part in (query, key, parts[2]))
         )
-        values = values + self.merge(seen.transpose(1, 2).reshape(values.shape))
+        values = values + self.merge(attended.transpose(1, 2).reshape(values.shape))
         return values + self.perceptron(self.norms[1](values))
 
-    def _turned(self, values: torch.Tensor) -> torch.Tensor:
-        """By the position, which is the same for all here, as the time does not depend on it."""
+    def _rotated(self, values: torch.Tensor) -> torch.Tensor:
+        """Rotates pairs of channels by the position, which is the same for all here: the time does not depend on it."""
         pairs = values.shape[-1] // 4
         angle = torch.zeros(values.shape[-2], 2, 1, device=values.device) * 256.0 ** (
             -torch.arange(pairs, device=values.device) / pairs
@@ -200,9 +204,9 @@ class Block(nn.Module):
 
 
 class Hierarchical(nn.Module):
-    """Ours: attention between a region's slots, one layer of it across the regions, and gated attention a class.
+    """crcjax's hierarchical model: attention between the slots of a region, between regions, and gated attention per class.
 
-    `factors` are the tiles along a region's side, per magnification; slots of a region stand side by side.
+    `factors` are the tiles along the side of a region, per magnification. The slots of a region are adjacent instances.
     """
 
     def __init__(self, factors: tuple[int, ...] = (1,)) -> None:
@@ -211,14 +215,14 @@ class Hierarchical(nn.Module):
         self.register_buffer(
             "magnification_of", torch.tensor([i for i, count in enumerate(tiles) for _ in range(count)])
         )
-        # A region of one slot does without them; there they are counted alone, so that both are as large.
+        # A region of one slot does not use these two. They make the number of parameters equal.
         self.magnification = nn.Parameter(0.02 * torch.randn(len(tiles), WIDTH))
         self.place = nn.Parameter(0.02 * torch.randn(sum(tiles), WIDTH))
-        self.within = Block(turned=False) if sum(tiles) > 1 else None
-        self.pool_slots, self.across = Scores(gated=True), Block(turned=True)
+        self.within = Block(rotary=False) if sum(tiles) > 1 else None
+        self.pool_slots, self.across = Scores(gated=True), Block(rotary=True)
         self.pool_regions, self.classify = Scores(gated=True, branches=CLASSES), nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, features: torch.Tensor, label: int | None) -> Found:
+    def forward(self, features: torch.Tensor, label: int | None) -> Output:
         slots = features.unflatten(-2, (-1, len(self.place)))
         if self.within is not None:
             slots = self.within(slots + (self.magnification[self.magnification_of] + self.place))
