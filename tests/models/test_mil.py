@@ -6,9 +6,9 @@ from flax import nnx
 
 from crcjax.config import get_config
 from crcjax.errors import InputError
-from crcjax.models.encoders.compact import optical_density
 from crcjax.models.heads import evidential_head
 from crcjax.models.mil import MILModel, build_model, params_of
+from crcjax.slides.stain.methods import clipped_optical_density
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_bfloat16_keeps_parameters_and_results_in_float32_and_is_near() -> None:
 
 def test_optical_density_is_beer_lamberts() -> None:
     pixels = jnp.array([[[255] * 3, [127] * 3, [0] * 3]], jnp.uint8)
-    density = optical_density(pixels)[0, :, 0] + 0.5
+    density = clipped_optical_density(pixels, jnp.full(3, 255.0))[0, :, 0]
     np.testing.assert_allclose(density, np.log([1.0, 2.0, 256.0]), atol=1e-6)
 
 

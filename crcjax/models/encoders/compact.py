@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Num
+from jaxtyping import Array, Float, Num
 from ml_collections import ConfigDict
 
+from crcjax.slides.stain.methods import clipped_optical_density
 
-def optical_density(pixels: Num[Array, "*tile y x 3"]) -> Float32[Array, "*tile y x 3"]:
-    """Optical density (Beer and Lambert) of 8-bit intensities: 0 (white) to about 5.5, minus 0.5."""
-    return -jnp.log((pixels.astype(jnp.float32) + 1.0) / 256.0) - 0.5
+_WHITE = np.full(3, 255.0, np.float32)
 
 
 class CompactEncoder(nnx.Module):
@@ -34,9 +34,10 @@ class CompactEncoder(nnx.Module):
         self.project = nnx.Linear(8 * width, config.features, dtype=dtype, rngs=rngs)
 
     def __call__(self, pixels: Num[Array, "tile y x 3"]) -> Float[Array, "tile feature"]:
-        maps = optical_density(pixels)
+        # Optical density is 0 (white) to about 5.5.
+        maps = clipped_optical_density(pixels, _WHITE) - 0.5
         for stride, merge, norm in zip(self.strides, self.merges, self.norms, strict=True):
-            # The input is already normalised optical density; a norm of the first maps would cost more than all the rest.
+            # The input is already centred optical density; a norm of the first maps would cost more than all the rest.
             maps = merge(_patches(maps, stride))
             maps = jax.nn.gelu(maps if stride == 4 else norm(maps))
         pooled = jnp.concatenate([maps.mean(axis=(1, 2)), maps.max(axis=(1, 2))], axis=-1)

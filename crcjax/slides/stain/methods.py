@@ -78,7 +78,7 @@ STANDARD_MOMENTS = ColourMoments(
 
 
 def clipped_optical_density(
-    pixels: UInt8[Array | np.ndarray, "*pixel"], white: Num[Array | np.ndarray, "*channel"]
+    pixels: Num[Array | np.ndarray, "*pixel"], white: Num[Array | np.ndarray, "*channel"]
 ) -> Float32[Array, "*pixel"]:
     """Optical density of RGB pixels or of one channel on the device, 0 for pixels brighter than the background.
 
