@@ -263,6 +263,10 @@ def process_group(
                 initialization_timeout=max(1, round(wait_s)),
                 coordinator_bind_address=channel.jax_bind_address,
             )
+        if jax.default_backend() == "cpu":
+            # On CPUs jax 0.10 finds a program of all processes in the cache in process 0 alone. The others would compile it
+            # while process 0 waits for them, and Gloo gives up after 30 seconds.
+            jax.config.update("jax_enable_compilation_cache", False)
         # jax handles SIGTERM, and makes all processes agree on the step after which they stop.
         for number in (signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -116,6 +116,8 @@ Path(folder, process + ".json").write_text(json.dumps(evaluation.metrics(on_loca
 def _start(programs: list[list[str]], devices: int) -> None:
     """Runs python -c with each list of arguments, all at once and connected; fails if one does."""
     settings = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PJRT_NPROC": "16"}
+    if len(programs) > 1:
+        settings["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # for the reason in crcjax.parallel.process_group
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
