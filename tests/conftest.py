@@ -15,6 +15,9 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "crcja
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / f"tests-jax-{importlib.metadata.version('jax')}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Without LLVM's optimisations a program compiles in two thirds of the time. Tests that time a program or set device counts
+# have XLA_FLAGS of their own.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Markers and fixtures of the tests that `make test-system` runs and `make test` leaves out.
 _SYSTEM_MARKERS = {"slow", "slurm", "ray", "torch"}
