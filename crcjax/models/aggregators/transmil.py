@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from crcjax.models.aggregators.pooling import Instances, Pooled
 from crcjax.models.attention import REMAT, Remat, attend, in_blocks
 from crcjax.models.linear import Linear
+from crcjax.models.maximum import maximum_along
 
 _PINV_ITERATIONS = 6
 _RESIDUAL_KERNEL = 33
@@ -227,7 +228,7 @@ def _pseudo_inverse(matrix: Float32[Array, "head row column"]) -> Float32[Array,
     """
     absolute = jnp.abs(matrix)
     # Each head is scaled separately. The public code scales by the maximum of the batch, so that bags affect each other.
-    scale = absolute.sum(axis=-1).max(axis=-1) * absolute.sum(axis=-2).max(axis=-1)
+    scale = maximum_along(absolute.sum(axis=-1), -1) * maximum_along(absolute.sum(axis=-2), -1)
     start = jnp.swapaxes(matrix, -1, -2) / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None, None]
     identity = jnp.eye(matrix.shape[-1])
 

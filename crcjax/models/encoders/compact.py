@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 from ml_collections import ConfigDict
 
+from crcjax.models.maximum import maximum_along
 from crcjax.slides.stain.methods import clipped_optical_density
 
 _WHITE = np.full(3, 255.0, np.float32)
@@ -40,7 +41,8 @@ class CompactEncoder(nnx.Module):
             # The input is already centred optical density; a norm of the first maps would cost more than all the rest.
             maps = merge(_patches(maps, stride))
             maps = jax.nn.gelu(maps if stride == 4 else norm(maps))
-        pooled = jnp.concatenate([maps.mean(axis=(1, 2)), maps.max(axis=(1, 2))], axis=-1)
+        pixels_of_maps = maps.reshape(len(maps), -1, maps.shape[-1])
+        pooled = jnp.concatenate([pixels_of_maps.mean(axis=1), maximum_along(pixels_of_maps, 1)], axis=-1)
         return self.project(pooled)
 
 

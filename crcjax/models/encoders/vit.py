@@ -94,7 +94,7 @@ def self_attention(
     query, key, value = qkv.reshape(groups, tokens, 3, heads, -1).transpose(2, 0, 3, 1, 4)
     scores = jnp.einsum("ghqc,ghkc->ghqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     scores = scores if bias is None else scores + bias
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     attended = jnp.einsum("ghqk,ghkc->ghqc", weights.astype(qkv.dtype), value, preferred_element_type=jnp.float32)
     attended = attended / weights.sum(axis=-1, keepdims=True)
     return attended.transpose(0, 2, 1, 3).reshape(groups, tokens, -1)
