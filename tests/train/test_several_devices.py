@@ -115,7 +115,9 @@ Path(folder, process + ".json").write_text(json.dumps(evaluation.metrics(on_loca
 
 def _start(programs: list[list[str]], devices: int) -> None:
     """Runs python -c with each list of arguments, all at once and connected; fails if one does."""
-    settings = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PJRT_NPROC": "16"}
+    # With the flags of this process, so that all processes sample the same bits.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    settings = {"XLA_FLAGS": flags, "PJRT_NPROC": "16"}
     if len(programs) > 1:
         settings["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # for the reason in crcjax.parallel.process_group
     with socket.socket() as free:
