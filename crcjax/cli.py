@@ -632,10 +632,18 @@ def _predict_stored(
 
 
 def _print_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out: Path) -> NoReturn:
-    """Prints a line for each slide without a prediction and a summary, and exits with status 1 if there are any."""
+    """Prints the QC results, a line for each slide without a prediction, and a summary.
+
+    Exits with status 1 if a slide has no prediction.
+    """
     failed = [row for row in rows if not row.is_ok]
-    for row in failed:
-        _stderr.print(f"{row.status}: {names[row.slide_id]}: {row.reason}", markup=False)
+    for row in rows:
+        if not row.is_ok:
+            _stderr.print(f"{row.status}: {names[row.slide_id]}: {row.reason}", markup=False)
+        elif row.qc_status not in ("", "accept"):
+            _stderr.print(f"{row.status}, {row.qc_status}: {names[row.slide_id]}: {row.qc_reasons}", markup=False)
+    if counts := Counter(row.qc_status for row in rows if row.qc_status):
+        _stderr.print(f"QC results: {', '.join(f'{name} {counts[name]}' for name in sorted(counts))}", markup=False)
     _stderr.print(f"{len(rows) - len(failed)} of {len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
     raise typer.Exit(1 if failed else 0)
 

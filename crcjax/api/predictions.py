@@ -160,7 +160,7 @@ class Predictions:
 
     def _repr_html_(self) -> str:
         probabilities = (f"p_{name}" for name in self.classes)
-        columns = ("slide_id", "case_id", "subtype", *probabilities, "set", "status", "reason")
+        columns = ("slide_id", "case_id", "subtype", *probabilities, "set", "status", "reason", "qc_status")
         table = Table({name: row.get(name) for name in columns} for row in self.rows)
         return heading(f"{len(self)} predictions in {self.csv}; research use only") + table._repr_html_()
 

@@ -19,7 +19,9 @@ from crcjax.predict.evidence import write_evidence
 from crcjax.predict.heatmap import LONGEST_PX
 from crcjax.predict.predictor import Predictor, SlidePrediction
 from crcjax.predict.results import PendingBag, Results, digest_of
+from crcjax.slides.preprocess.manifest import REFUSALS
 from crcjax.slides.preprocess.tile_slides import check_slide_ids
+from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.slides.wsi.discovery import content_hash, without_names
 from crcjax.slides.wsi.slide import check_mpp, open_slide
 from crcjax.validation.calibration import Calibration
@@ -145,7 +147,8 @@ class _Slide:
             return self.row
         status, reason = self.failure
         row = self.row
-        return PredictionRow(row.slide_id, row.case_id, status, reason=reason, model=row.model, split=row.split)
+        failed = PredictionRow(row.slide_id, row.case_id, status, reason=reason, model=row.model, split=row.split)
+        return failed.with_qc(QCResult.of_refusal(reason)) if status in REFUSALS else failed
 
 
 def _predict_bag(
@@ -201,13 +204,14 @@ def predicted_row(
       site: decides the threshold of the conformal set.
     """
     fields = prediction_fields(prediction.prediction, classes, calibration, calibrated_by, site)
-    return replace(
+    predicted = replace(
         row,
         status="ok",
         **fields,
         regions=int(prediction.mask.any(axis=1).sum()),
         synthetic=prediction.synthetic,
     )
+    return predicted.with_qc(prediction.qc)
 
 
 def prediction_fields(

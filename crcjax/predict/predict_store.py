@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,11 @@ from crcjax.predict.predictor import (
 from crcjax.predict.results import PendingBag, Results, digest_of
 from crcjax.predict.stored_bags import Evaluation
 from crcjax.runs.run_directory import Run, open_run
+from crcjax.slides.preprocess.manifest import refused_slides
 from crcjax.slides.store.features import FeatureReader
 from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
+from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.validation.calibration import load_calibration
 from crcjax.validation.predictions_table import PredictionRow
 
@@ -50,7 +52,8 @@ def predict_stored(
     """Predicts the slides of a cohort from a store, with one run or an ensemble of runs.
 
     A run reads the data that it was trained on: imported features, features that crcjax embed computed in the run's store, and
-    otherwise tiles. A slide that is missing from the store or unreadable has a row with the status and the reason.
+    otherwise tiles. A slide that tiling refused, that is missing from the store or unreadable has a row with the status and
+    the reason.
 
     Args:
       paths: the run directories.
@@ -75,6 +78,7 @@ def predict_stored(
     check_ensemble(runs)
     keys = dropout_keys(runs, dropout_samples)
     in_store = set(tiled_slides(store)) & {row.slide_id for row in cohort.rows}
+    refused = refused_slides(store)
     if not in_store:
         raise InputError(f"{store}: holds none of the slides; give the folder that crcjax tile or import wrote them to")
     opened = {row.slide_id: _open_slide(runs, store, row.slide_id) for row in cohort.rows if row.slide_id in in_store}
@@ -100,7 +104,7 @@ def predict_stored(
 
     def predict_bag(index: int | None, bag: PendingBag, cohort_rows: Sequence[SlideRow]) -> list[PredictionRow]:
         if index is None:
-            return [_unreadable(row, store, errors.get(row.slide_id)) for row in bag.rows]
+            return [_unreadable(row, store, errors.get(row.slide_id), refused.get(row.slide_id)) for row in bag.rows]
         stores = [slides[row.slide_id].tiles for row in bag.rows]
         try:
             thumbnails = [_thumbnail(slide) if out else None for slide in stores]
@@ -235,7 +239,14 @@ def _predict_stored_bag(
     by_slide = split_by_slide(prediction, bag_attribution, [len(slide.mask) for slide in slides])
     return [
         SlidePrediction(
-            slide_prediction, slide.origin, slide.region_px, slide.mask, slide.info.synthetic, {}, slide_attribution
+            slide_prediction,
+            slide.origin,
+            slide.region_px,
+            slide.mask,
+            slide.info.synthetic,
+            {},
+            slide_attribution,
+            slide.qc,
         )
         for slide, (slide_prediction, slide_attribution) in zip(slides, by_slide, strict=True)
     ]
@@ -246,8 +257,16 @@ def _thumbnail(slide: TileStore) -> UInt8[np.ndarray, "y x 3"] | None:
     return None if slide.pixels == NO_PIXELS else slide.thumbnail()[0]
 
 
-def _unreadable(row: PredictionRow, store: Path, error: InputError | None) -> PredictionRow:
-    """The row of a slide that cannot be predicted; without an error, the slide is not in the store."""
+def _unreadable(
+    row: PredictionRow, store: Path, error: InputError | None, refusal: Mapping[str, str] | None = None
+) -> PredictionRow:
+    """The row of a slide that cannot be predicted; without an error, the slide is not in the store.
+
+    `refusal` is the outcome of its tiling, if tiling refused it.
+    """
+    if refusal:
+        refused = replace(row, status=refusal["status"], reason=refusal["reason"])
+        return refused.with_qc(QCResult.of_refusal(refusal["reason"]))
     if error is None:
         return replace(row, status="not_tiled", reason=f"is not in {store}; run crcjax tile or import for it")
     return replace(row, status="failed", reason=str(error))

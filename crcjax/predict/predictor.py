@@ -27,6 +27,8 @@ from crcjax.slides.preprocess.tile_slides import read_shards
 from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import slide_stain
 from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
+from crcjax.slides.tiling.qc_result import QCResult
+from crcjax.slides.tiling.quality_control import slide_verdict
 from crcjax.slides.wsi.slide import Slide
 
 
@@ -40,6 +42,7 @@ class EncodedSlide:
     mask: Bool[np.ndarray, "region slot"]
     synthetic: bool
     seconds: dict[str, float]
+    qc: QCResult
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class SlidePrediction:
     seconds: dict[str, float]
     # The contribution of each instance to the predicted class.
     attribution: Float[np.ndarray, "region slot"]
+    qc: QCResult
 
     @property
     def probs(self) -> Float[np.ndarray, " class"]:
@@ -110,16 +114,20 @@ class Predictor:
         transform = slide_stain(slide, plan)
         seconds["stain"] = time.monotonic() - start - seconds["plan"]
         features: list[list[np.ndarray]] = [[] for _ in self.members]
-        masks = []
+        masks, quality, reason = [], [], []
         shards = self._timed(read_shards(slide, plan, threads, transform=transform), seconds, "wait")
         for _, tiles in shards:
             begun = time.monotonic()
             for member, stain, chunks in zip(self.members, stains, features, strict=True):
                 chunks.extend(member.encode(tiles.pixels, stain))
             masks.append(tiles.mask & self._visible_slots)
+            quality.append(tiles.quality)
+            reason.append(tiles.reason)
             seconds["encode"] += time.monotonic() - begun
         by_member = [np.concatenate(chunks) for chunks in features]
-        return EncodedSlide(by_member, plan, np.concatenate(masks), slide.info.synthetic, seconds)
+        qc = slide_verdict(np.concatenate(quality), np.concatenate(reason), plan.params.quality)
+        mask = np.concatenate(masks)
+        return EncodedSlide(by_member, plan, mask, slide.info.synthetic, seconds, QCResult.from_json(qc))
 
     def predict_encoded(self, slides: Sequence[EncodedSlide]) -> list[SlidePrediction]:
         """Predicts slides as one bag: they share the prediction, and each gets the attention of its regions."""
@@ -141,6 +149,7 @@ class Predictor:
                     slide.synthetic,
                     slide.seconds | seconds,
                     slide_attribution,
+                    slide.qc,
                 )
             )
         return predictions

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from crcjax.config_check import check_config
 from crcjax.data.bags import open_stores
 from crcjax.data.cohort import Cohort, load_cohort
+from crcjax.data.slide_quality import without_refused
 from crcjax.data.splits import divide
 from crcjax.errors import InputError
 from crcjax.predict.predict_store import predict_stored
@@ -88,8 +89,9 @@ def crossvalidate(
         raise InputError(
             "config.data.val_fraction must leave validation cases to select a point of the sweep by; raise it"
         )
-    labelled = [row for row in divided.rows if row.split]
-    open_stores(config.data.store, Cohort(tuple(labelled), cohort.classes), pixels=not config.data.features)
+    labelled = Cohort(tuple(row for row in divided.rows if row.split), cohort.classes)
+    tiled, _ = without_refused(labelled, config.data.store)
+    open_stores(config.data.store, tiled, pixels=not config.data.features)
     runs: list[Trained] = []
     selected: set[Path] = set()
     rows: list[PredictionRow] = []

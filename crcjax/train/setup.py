@@ -21,6 +21,7 @@ from crcjax.data.cohort import Cohort, load_cohort
 from crcjax.data.cohort_summary import content_hashes, summarise_cohort
 from crcjax.data.hard_mining import Mining, start_mining
 from crcjax.data.loader import Feed, open_feed
+from crcjax.data.slide_quality import quality_sentences, without_refused
 from crcjax.data.splits import divide
 from crcjax.errors import InputError
 from crcjax.models.encoders.registry import PRETRAINED
@@ -84,6 +85,8 @@ def plan_run(config: ConfigDict) -> Plan:
     check_tasks(config)
     cohort = training_cohort(config)
     stores = open_stores(config.data.store, cohort, not config.data.features, config.data.magnifications)
+    for sentence in quality_sentences(cohort.rows, stores):
+        log.info(sentence)
     config = _with_embedded_magnifications(_with_imported_features(config, stores), stores)
     use_compilation_cache()
     mesh = device_mesh(config)
@@ -147,11 +150,16 @@ def _load_published(model: MILModel, config: ConfigDict, slides: StoredSlides) -
 
 
 def training_cohort(config: ConfigDict) -> Cohort:
-    """The labelled slides of the training and validation cases.
+    """The labelled slides of the training and validation cases, without those that tiling refused.
 
-    Logs the cohort's summary and its warnings. Raises InputError for a cohort that training cannot use.
+    Logs the refused slides, the summary of the others and its warnings. Raises InputError for a cohort that training cannot
+    use.
     """
     cohort = divide(load_cohort(config.data.cohort, config.data.classes), config.data)
+    # After the division, so that a refused slide changes no other case's split.
+    cohort, refusals = without_refused(cohort, config.data.store)
+    for sentence in refusals:
+        log.warning(f"{config.data.cohort}: {sentence}")
     hashes = content_hashes(config.data.store, cohort.rows)
     summary = summarise_cohort(cohort, hashes, needs_validation=config.data.val_fraction > 0)
     log.info(str(summary))

@@ -6,13 +6,14 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from crcjax.errors import InputError
+from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.validation.whole_files import write_whole
 
 _PROB = "p_"
@@ -29,7 +30,8 @@ class PredictionRow:
 
     `status` is `ok` for a slide with a prediction. Otherwise `reason` states why it has none, and `subtype`, `probs` and the
     uncertainties are empty. `probs` are in the order of the table's classes. Entropies are in nats. `conformal_set` is None
-    without a calibration and may be empty with one. `split` and `fold` state how the model's runs used the case.
+    without a calibration and may be empty with one. `split` and `fold` state how the model's runs used the case. The `qc_`
+    fields are those of the slide's QCResult; tables of other systems and of earlier versions lack them.
     """
 
     slide_id: str
@@ -50,6 +52,14 @@ class PredictionRow:
     split: str = ""
     synthetic: bool | None = None
     fold: str = ""
+    qc_status: str = ""
+    qc_coverage: float | None = None
+    qc_reasons: str = ""
+
+    def with_qc(self, result: QCResult) -> PredictionRow:
+        """The row with a slide's QC result."""
+        reasons = "; ".join(result.reasons)
+        return replace(self, qc_status=result.status, qc_coverage=result.coverage, qc_reasons=reasons)
 
     @property
     def is_ok(self) -> bool:
@@ -72,6 +82,9 @@ class PredictionRow:
             "regions": _text(self.regions, "d"),
             "status": self.status,
             "reason": self.reason,
+            "qc_status": self.qc_status,
+            "qc_coverage": _text(self.qc_coverage, ".4f"),
+            "qc_reasons": self.qc_reasons,
             "seconds": _text(self.seconds, ".2f"),
             "model": self.model,
             "split": self.split,
@@ -117,6 +130,9 @@ class PredictionRow:
             split=text("split"),
             synthetic={"yes": True, "no": False}.get(text("synthetic")),
             fold=text("fold"),
+            qc_status=text("qc_status"),
+            qc_coverage=number("qc_coverage"),
+            qc_reasons=text("qc_reasons"),
         )
 
 
@@ -125,7 +141,8 @@ def columns(classes: Sequence[str], *, with_fold: bool = False) -> list[str]:
     return [
         *("slide_id", "case_id", "subtype", *probability_columns(classes)),
         *(*_UNCERTAINTY, "set", "calibration"),
-        *("regions", "status", "reason", "seconds", "model", "split", "synthetic"),
+        *("regions", "status", "reason", "qc_status", "qc_coverage", "qc_reasons"),
+        *("seconds", "model", "split", "synthetic"),
         *(("fold",) if with_fold else ()),
     ]
 

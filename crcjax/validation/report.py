@@ -19,6 +19,7 @@ import numpy as np
 import crcjax
 from crcjax.data.cohort import SlideRow, load_cohort
 from crcjax.errors import InputError, writing
+from crcjax.slides.tiling.qc_result import REFUSED
 from crcjax.validation.attention_truth import attention_auroc, slide_truth
 from crcjax.validation.figures import confusion_figure, reliability_figure, roc_figure
 from crcjax.validation.predictions_table import (
@@ -106,7 +107,10 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
             "slides of training and validation cases, not evaluated": len(in_cohort) - len(held_out),
             "slides without a reference": len(held_out) - len(with_reference),
             "slides without a prediction": len(with_reference) - len(evaluated),
+            "slides that tiling refused": sum(row.qc_status == REFUSED for row in with_reference),
             "slides evaluated": len(evaluated),
+            "evaluated slides with the QC status reject": sum(row.qc_status == "reject" for row in evaluated),
+            "evaluated slides with the QC status review": sum(row.qc_status == "review" for row in evaluated),
             "cases evaluated": len(cases),
             "cases without any prediction (no-calls)": len(no_calls),
             "cases of the cohort that were not given to crcjax predict": len(not_predicted),
@@ -114,6 +118,9 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
         "statistics": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in statistics.items()},
         "uncertainty": {name: asdict(v) if isinstance(v, Estimate) else v for name, v in uncertainty.items()},
         "attention": attention,
+        "no-calls by subtype": {
+            name: sum(subtype_of[case] == name for case in no_calls) for name in predictions.classes
+        },
         "provenance": {
             "crcjax": crcjax.__version__,
             "model": sorted({row.model for row in predictions.rows if row.model}),
@@ -126,7 +133,9 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
     failed = Counter((row.status, row.reason) for row in with_reference if not row.is_ok)
     heatmaps = predictions_csv.parent / "heatmaps"
     pictures = _chosen([row for row in evaluated if (heatmaps / f"{row.slide_id}.png").exists()], cohort)
-    page = _page(result, predictions.classes, label, probs, table, failed, heatmaps, pictures, cohort)
+    not_accepted = [row for row in with_reference if row.qc_status not in ("", "accept")]
+    not_accepted.sort(key=lambda row: (row.qc_coverage or 0.0, row.slide_id))
+    page = _page(result, predictions.classes, label, probs, table, failed, not_accepted, heatmaps, pictures, cohort)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     write_whole(
@@ -201,6 +210,7 @@ def _page(
     probs: np.ndarray,
     table: list[dict[str, Any]],
     failed: Mapping[tuple[str, str], int],
+    not_accepted: Sequence[PredictionRow],
     heatmaps: Path,
     pictures: Sequence[PredictionRow],
     cohort: dict[str, SlideRow],
@@ -228,6 +238,9 @@ def _page(
         uncertainty=result["uncertainty"],
         numbers={k: v for k, v in result["statistics"].items() if isinstance(v, float)},
         failed=failed,
+        not_accepted=[{"row": row, "reference": cohort[row.slide_id].subtype} for row in not_accepted[:LISTED_CASES]],
+        all_not_accepted=len(not_accepted),
+        no_calls={name: count for name, count in result["no-calls by subtype"].items() if count},
         figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
         table=table[:LISTED_CASES],
         cases=len(table),

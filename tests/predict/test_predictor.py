@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError, OutputError
@@ -19,9 +20,12 @@ from crcjax.models.mil import Prediction
 from crcjax.predict.predict_slides import PredictJob, predict_slides, prediction_fields
 from crcjax.predict.predict_store import predict_stored
 from crcjax.predict.predictor import Predictor, SlidePrediction
+from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
+from crcjax.slides.store.tile_store import open_store
+from crcjax.slides.tiling.plan import TilingParams
 from crcjax.slides.wsi.slide import open_slide
 from crcjax.validation.calibration import Calibration, calibrate, load_calibration
-from crcjax.validation.predictions_table import PredictionRow, write_predictions
+from crcjax.validation.predictions_table import PredictionRow, load_predictions, write_predictions
 from crcjax.validation.statistics import entropy
 
 CLASSES = ("canonical", "immune", "stromal")
@@ -86,6 +90,29 @@ def test_slides_of_a_store_that_are_damaged_or_not_there_are_named_and_the_other
         shutil.rmtree(tmp_path / f"{name}.zarr" / "mask")
     with pytest.raises(InputError, match=f"none of the slides can be read; the first: .*{names[0]}"):
         predict_stored([run], tmp_path, cohort)
+
+
+def test_a_slide_that_tiling_refused_is_a_no_call_with_the_reason_and_every_other_row_has_the_stores_qc_result(
+    run: Path, predictor: Predictor, painted: Path, tmp_path: Path
+) -> None:
+    store, empty, name = tmp_path / "store", tmp_path / "empty.tif", "synthetic-0015"
+    options = {"tile": (240, 240), "resolution": (1e4, 1e4), "resolutionunit": "CENTIMETER", "compression": "deflate"}
+    tifffile.imwrite(empty, np.full((720, 720, 3), 240, np.uint8), photometric="rgb", **options)
+    shutil.copytree(painted / "store" / f"{name}.zarr", store / f"{name}.zarr")
+    outcomes = tile_slides([TileJob("empty", empty)], store, TilingParams(("10x",), tile_px=64))
+    assert [outcome.status for outcome in outcomes] == ["no_tissue"]
+    cohort = Cohort((SlideRow("empty", "empty"), SlideRow(name, name)), CLASSES)
+    jobs = [PredictJob("empty", "empty", empty), PredictJob(name, name, painted / "slides" / f"{name}.svs")]
+    by_store, by_file = predict_stored([run], store, cohort), predict_slides(predictor, jobs, tmp_path / "out")
+    qc = open_store(store, name).qc
+    assert 0 < qc.coverage <= 1
+    for refused, predicted in (by_store, by_file):
+        assert (refused.status, refused.qc_status, refused.qc_coverage) == ("no_tissue", "refused", 0)
+        assert refused.reason == refused.qc_reasons == outcomes[0].reason != ""
+        assert predicted.status == "ok"
+        assert (predicted.qc_status, predicted.qc_reasons) == (qc.status, "; ".join(qc.reasons))
+        assert predicted.qc_coverage == pytest.approx(qc.coverage, abs=0.005)
+    assert load_predictions(tmp_path / "out" / "predictions.csv").rows[0].qc_reasons == outcomes[0].reason
 
 
 @pytest.mark.parametrize("off", [2e-7, 6e-8, 0.0])

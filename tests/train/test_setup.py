@@ -1,4 +1,5 @@
 import csv
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -6,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from crcjax.data.cohort import SPLITS
 from crcjax.errors import InputError
-from crcjax.train.setup import training_cohort
+from crcjax.slides.preprocess.manifest import Outcome, append_outcome
+from crcjax.train.setup import plan_run, training_cohort
 
 Row = dict[str, str]
 
@@ -92,3 +95,44 @@ def test_one_slide_file_under_two_cases_is_named_with_its_splits(
     training_cohort(small_config)
     (line,) = [line for line in logged if "content_hash" in line]
     assert "synthetic-0000 (case synthetic-0000, train) and synthetic-0015 (case synthetic-0015, test)" in line
+
+
+def test_training_leaves_out_slides_that_tiling_refused_and_logs_their_number_per_class_and_split_and_the_qc_results(
+    small_config, painted: Path, tmp_path: Path, logged: list[str]
+) -> None:
+    whole = training_cohort(small_config)
+    logged.clear()
+    with open(painted / "cohort.csv") as file:
+        rows = {row["slide_id"]: row for row in csv.DictReader(file)}
+    refused = ["synthetic-0000", "synthetic-0001", "synthetic-0012", "synthetic-0015"]
+    store = tmp_path / "store"
+    shutil.copytree(painted / "store", store)
+    for name in refused:
+        shutil.rmtree(store / f"{name}.zarr")
+        append_outcome(store, Outcome(name, f"{name}.svs", "no_tissue", "no stained tissue was found"))
+    reviewed = store / "synthetic-0002.zarr" / "zarr.json"
+    group = json.loads(reviewed.read_text())
+    result = {"verdict": "review", "coverage": 0.6, "reasons": ["40% of the tissue is blurred"]}
+    group["attributes"]["verdict"] |= result
+    reviewed.write_text(json.dumps(group))
+    small_config.data.store = str(store)
+    plan = plan_run(small_config)
+    names = [row.slide_id for row in plan.data.cohort.rows]
+    assert names == [row.slide_id for row in whole.rows if row.slide_id not in refused]
+    counts = {split: [rows[name]["subtype"] for name in refused if rows[name]["split"] == split] for split in SPLITS}
+    text = "; ".join(
+        f"{split}: {', '.join(f'{name} {of_split.count(name)}' for name in sorted(set(of_split)))}"
+        for split, of_split in counts.items()
+    )
+    (line,) = [line for line in logged if "tiling refused" in line]
+    assert f"tiling refused 4 of 21 slides, which are left out: {text}; 4 of 21 cases have no other slide" in line
+    for name in refused:
+        place = f"slide {name} ({rows[name]['split']}, {rows[name]['subtype']})"
+        assert [line for line in logged if f"{place}: refused, no_tissue: no stained tissue was found" in line]
+    assert "INFO QC results of 12 slides: accept 11, review 1" in logged
+    subtype = rows["synthetic-0002"]["subtype"]
+    expected = f"slide synthetic-0002 (train, {subtype}): review, 60% of the tissue kept; 40% of the tissue is blurred"
+    assert f"INFO {expected}" in logged
+    append_outcome(store, Outcome("synthetic-0000", "synthetic-0000.svs", "timeout", "took longer than 5 s"))
+    with pytest.raises(InputError, match="1 of 13 slides of the cohort are not in the store"):
+        plan_run(small_config)

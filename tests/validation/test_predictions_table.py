@@ -14,7 +14,11 @@ ROWS = [
         **{"model": "m", "subtype": "b", "probs": (1 / 3, 2 / 3), "entropy": 0.6365, "expected_entropy": 0.5},
         **{"mutual_information": 0.1365, "conformal_set": (), "calibration": "x", "regions": 7, "synthetic": True},
     ),
-    PredictionRow("s2", "c2", "corrupt", reason='the file "x", is\nempty', model="m", split="val"),
+    PredictionRow(
+        *("s2", "c2", "corrupt"),
+        **{"reason": 'the file "x", is\nempty', "model": "m", "split": "val"},
+        **{"qc_status": "refused", "qc_coverage": 0.0, "qc_reasons": 'the file "x", is\nempty'},
+    ),
 ]
 
 

@@ -75,6 +75,37 @@ def test_training_cases_and_failed_slides_are_counted_and_not_evaluated(tables, 
     assert "the file is empty" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_slides_that_tiling_refused_are_no_calls_and_qc_results_are_in_the_flow_and_on_the_page(
+    tables, tmp_path: Path
+) -> None:
+    def with_qc(row: dict) -> dict:
+        qc = {
+            "s0": {"qc_status": "reject", "qc_coverage": "0.2", "qc_reasons": "80% of the tissue is blurred"},
+            "s1": {"qc_status": "review", "qc_coverage": "0.7", "qc_reasons": "only 70% of the tissue was kept"},
+            "s33": {"qc_status": "reject", "qc_coverage": "0.1", "qc_reasons": "of a training case"},
+            "bad": {"qc_status": "refused", "qc_coverage": "0", "qc_reasons": "no stained tissue was found"},
+        }.get(row["slide_id"], {"qc_status": "accept", "qc_coverage": "1", "qc_reasons": ""})
+        return row | qc
+
+    result = validate(_rewritten(tables[0], tmp_path, "qc.csv", with_qc), tables[1], tmp_path / "out")
+    flow = result["flow"]
+    assert flow["slides that tiling refused"] == flow["cases without any prediction (no-calls)"] == 1
+    assert flow["evaluated slides with the QC status reject"] == flow["evaluated slides with the QC status review"] == 1
+    assert result["no-calls by subtype"] == {"canonical": 0, "immune": 1, "stromal": 0}
+    assert result["statistics"]["no-call rate"]["value"] == pytest.approx(1 / 31)
+    page = (tmp_path / "out" / "report.html").read_text()
+    section = page[page.index("did not accept") : page.index("Agreement with")]
+    slides = re.findall(r"<tr><td>(\w+)</td><td>(\w+)</td><td>(\w+)</td>\s*<td class=\"n\">(\d+ %)</td>", section)
+    assert slides == [
+        ("bad", "immune", "refused", "0 %"),
+        ("s0", "canonical", "reject", "20 %"),
+        ("s1", "immune", "review", "70 %"),
+    ]
+    assert "no stained tissue was found</td><td>no-call" in section
+    assert "80% of the tissue is blurred" in section
+    assert "No-calls by reference subtype:\nimmune 1." in page
+
+
 def test_cases_that_the_run_was_trained_on_are_not_evaluated_whatever_the_cohort_says(tables, tmp_path: Path) -> None:
     with open(tables[0]) as file:
         rows = [row | {"split": "train" if row["slide_id"] == "s0" else ""} for row in csv.DictReader(file)]

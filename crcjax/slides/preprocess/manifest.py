@@ -8,8 +8,12 @@ from pathlib import Path
 
 from crcjax.errors import writing
 from crcjax.slides.store.locks import file_lock
+from crcjax.slides.store.tile_store import tiled_slides
 
 MANIFEST = "manifest.jsonl"
+_SUCCEEDED = ("tiled", "already tiled", "imported", "already imported", "exported")
+# Outcomes that follow from the slide's content: the same command gives them again.
+REFUSALS = ("no_tissue", "too_coarse", "unsupported", "corrupt", "mpp_missing")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Outcome:
 
     @property
     def succeeded(self) -> bool:
-        return self.status in ("tiled", "already tiled", "imported", "already imported", "exported")
+        return self.status in _SUCCEEDED
 
 
 def read_manifest(store: Path) -> dict[str, dict]:
@@ -54,6 +58,21 @@ def read_manifest(store: Path) -> dict[str, dict]:
 def tiled_in_manifest(store: Path) -> set[str]:
     tiled = ("tiled", "already tiled")
     return {slide_id for slide_id, outcome in read_manifest(store).items() if outcome["status"] in tiled}
+
+
+def without_tiles(store: Path) -> dict[str, dict]:
+    """The newest outcome of every slide that could not be tiled or imported, and has no older tiles in the store."""
+    in_store = set(tiled_slides(store))
+    return {
+        slide_id: outcome
+        for slide_id, outcome in read_manifest(store).items()
+        if outcome["status"] not in _SUCCEEDED and slide_id not in in_store
+    }
+
+
+def refused_slides(store: Path) -> dict[str, dict]:
+    """The outcomes of `without_tiles` whose status is one of REFUSALS."""
+    return {name: outcome for name, outcome in without_tiles(store).items() if outcome["status"] in REFUSALS}
 
 
 def append_outcome(store: Path, outcome: Outcome) -> None:

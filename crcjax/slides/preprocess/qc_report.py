@@ -6,6 +6,7 @@ import errno
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jinja2
@@ -16,13 +17,16 @@ from PIL import Image
 
 import crcjax
 from crcjax.errors import InputError, writing
+from crcjax.slides.preprocess.manifest import REFUSALS, without_tiles
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 from crcjax.slides.store.zarr_arrays import store_path
+from crcjax.slides.tiling.qc_result import REFUSED
 from crcjax.slides.tiling.quality_control import ABSENT, GLASS, REASONS, StainLimits, tile_stain_degrees
 from crcjax.slides.tiling.regions_of_interest import write_area
 from crcjax.slides.tiling.tissue_segmentation import ink, optical_density
 
-VERDICTS = ("reject", "review", "accept")  # as the page lists them
+# In the order of the page.
+VERDICTS = (REFUSED, "failed", "reject", "review", "accept")
 STAIN_LIMITS = StainLimits()
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 _COLOURS = {
@@ -48,10 +52,12 @@ def write_overview(
 ) -> Path:
     """Writes STORE/overview/index.html and, beside it, each slide's contact sheet and its tissue as PNG and GeoJSON.
 
+    Slides that tiling refused, or failed to tile, are listed with the reason.
+
     Args:
       store: the tile store.
       places: slide ids and where they come from (site and scanner). With it, only these slides are shown, by place too,
-        and those that are not in the store are named.
+        and those that are neither in the store nor in its manifest are named.
       limits: slides whose stain exceeds them are to be reviewed.
       on_fault: called with the id of each slide that cannot be shown, and the reason; the others are shown.
 
@@ -64,7 +70,8 @@ def write_overview(
     """
     store, tiled = store_path(store), tiled_slides(store)
     shown = [slide_id for slide_id in tiled if places is None or slide_id in places]
-    if not shown:
+    outcomes = {name: outcome for name, outcome in without_tiles(store).items() if places is None or name in places}
+    if not shown and not outcomes:
         raise InputError(f"{store}: holds none of the slides; name the --out of crcjax tile, and its cohort")
     folder, faults = store / "overview", dict[str, str]()
     slides, stains = _opened(store, shown, faults)
@@ -89,11 +96,13 @@ def write_overview(
                 )
         for slide_id, reason in faults.items():
             on_fault(slide_id, reason)
-        if not lines:
+        if not lines and not outcomes:
             raise InputError(f"{store}: none of its slides can be shown ({next(iter(faults.values()))})")
         _stain_picture(stains, places or {}, synthetic).savefig(folder / "stains.png", dpi=110)
+        lines += [_line_without_tiles(outcome, (places or {}).get(name, "")) for name, outcome in outcomes.items()]
         lines.sort(key=lambda line: (VERDICTS.index(line["verdict"]), line["coverage"], line["slide_id"]))
-        page = _page(lines, sorted(set(places or ()) - set(tiled)), faults, synthetic, limits)
+        absent = sorted(set(places or ()) - set(tiled) - set(outcomes))
+        page = _page(lines, absent, faults, synthetic, limits)
         (folder / "index.html").write_text(page)
     return folder / "index.html"
 
@@ -121,11 +130,27 @@ def _line(slide: TileStore, place: str, degrees: float | None, off: float | None
     """One slide's line of the page; a stain far from the cohort's requires a review."""
     qc_result = slide.attributes["verdict"]
     line = qc_result | {"slide_id": slide.slide_id, "place": place, "degrees": degrees, "kept": int(slide.mask.sum())}
-    line["off"] = off
+    line |= {"off": off, "has_tiles": True}
     if degrees is not None and degrees > limits.max_stain_degrees:
         line["reasons"] = [*qc_result["reasons"], f"the stain is {degrees:.0f} degrees from the cohort's"]
         line["verdict"] = "reject" if qc_result["verdict"] == "reject" else "review"
     return line
+
+
+def _line_without_tiles(outcome: Mapping[str, Any], place: str) -> dict:
+    """The page's line of a slide that tiling refused, or failed to tile, from its outcome in the manifest."""
+    verdict = REFUSED if outcome["status"] in REFUSALS else "failed"
+    return {
+        "slide_id": outcome["slide_id"],
+        "place": place,
+        "verdict": verdict,
+        "reasons": [f"{outcome['status']}: {outcome['reason']}"],
+        "coverage": 0.0,
+        "kept": 0,
+        "degrees": None,
+        "off": None,
+        "has_tiles": False,
+    }
 
 
 def _page(lines: list[dict], absent: list[str], faults: Mapping[str, str], synthetic: bool, limits: StainLimits) -> str:
@@ -152,7 +177,7 @@ def _page(lines: list[dict], absent: list[str], faults: Mapping[str, str], synth
 def contact_sheet(slide: TileStore) -> UInt8[np.ndarray, "y x 3"]:
     """Draws the slide, its tissue outlined, and its tiles by reason: kept ones framed, rejected ones filled.
 
-    Ink is shown wherever it lies. Of several magnifications the coarsest is shown.
+    Ink is shown wherever it lies. Of several magnifications the coarsest is shown; the legend counts the tiles of each.
     """
     thumbnail, tissue = slide.thumbnail()
     size = _SHEET_PX, max(1, round(_SHEET_PX * thumbnail.shape[0] / thumbnail.shape[1]))
@@ -181,15 +206,31 @@ def _tile_panel(slide: TileStore, picture: np.ndarray) -> np.ndarray:
     return cv2.addWeighted(filled, 0.7, tiles, 0.3, 0)
 
 
+def tile_counts(slide: TileStore) -> dict[str, dict[str, int]]:
+    """The number of tiles by magnification and by reason; tiles without tissue and absent ones do not count."""
+    counts = {}
+    for magnification in slide.params.magnifications:
+        codes = slide.reason[:, slide.params.slots_of((magnification,))].ravel()
+        numbers = np.bincount(codes, minlength=len(REASONS)).tolist()
+        counts[magnification] = {
+            name: numbers[code] for code, name in enumerate(REASONS) if code not in (GLASS, ABSENT)
+        }
+    return counts
+
+
 def _legend(slide: TileStore, width: int) -> np.ndarray:
+    """One row for each magnification: its tiles by reason."""
+    rows = [_legend_row(name, counts, width) for name, counts in tile_counts(slide).items()]
+    return np.concatenate(rows)
+
+
+def _legend_row(magnification: str, counts: Mapping[str, int], width: int) -> np.ndarray:
     legend = np.full((_LEGEND_PX, width, 3), 255, np.uint8)
-    counts = Counter(slide.reason[:, 0].tolist())
-    x = 4
-    for code, name in enumerate(REASONS):
-        if code in (GLASS, ABSENT):
-            continue
+    cv2.putText(legend, magnification, (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    x = 56
+    for name, count in counts.items():
         cv2.rectangle(legend, (x, 6), (x + 12, 18), _COLOURS[name], 2 if name == "kept" else cv2.FILLED)
-        text = f"{name} {counts[code]}"
+        text = f"{name} {count}"
         cv2.putText(legend, text, (x + 18, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
         x += 32 + cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)[0][0]
     return legend

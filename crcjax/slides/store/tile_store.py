@@ -30,6 +30,7 @@ from crcjax.slides.store.tile_pixels import (
 )
 from crcjax.slides.store.zarr_arrays import create_array, open_array, store_path, unreadable, write_group
 from crcjax.slides.tiling.plan import TilePlan, TilingParams
+from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.slides.tiling.quality_control import QUALITY_NAMES, REASONS, slide_verdict
 from crcjax.slides.tiling.read import Pack, RegionTiles
 from crcjax.slides.wsi.slide import Slide, SlideInfo
@@ -69,6 +70,11 @@ class TileStore:
     def thumbnail(self) -> tuple[UInt8[np.ndarray, "y x 3"], Bool[np.ndarray, "y x"]]:
         """A picture of the slide, its longer side at most THUMBNAIL_PX, and its tissue mask."""
         return self._read("thumbnail"), self._read("tissue_mask")
+
+    @property
+    def qc(self) -> QCResult:
+        """The slide's QC result."""
+        return QCResult.from_json(self.attributes["verdict"])
 
     @property
     def pixels(self) -> str:

@@ -1,12 +1,22 @@
 import json
+import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 
 from crcjax.errors import InputError
-from crcjax.slides.preprocess.qc_report import contact_sheet, stain_degrees, stain_vectors, tiles_off, write_overview
+from crcjax.slides.preprocess.manifest import Outcome, append_outcome
+from crcjax.slides.preprocess.qc_report import (
+    contact_sheet,
+    stain_degrees,
+    stain_vectors,
+    tile_counts,
+    tiles_off,
+    write_overview,
+)
 from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.store.tile_store import open_store
 from crcjax.slides.synthetic.painter import SITES, SlideSpec, paint_slide
@@ -42,7 +52,7 @@ def test_a_store_keeps_why_every_tile_was_rejected_and_a_small_picture(store: Pa
 
 
 def test_a_contact_sheet_shows_pen_where_pen_is(store: Path) -> None:
-    penned, plain = (contact_sheet(open_store(store, slide_id))[:-24] for slide_id in ("penned", "plain <b>"))
+    penned, plain = (contact_sheet(open_store(store, slide_id))[:-48] for slide_id in ("penned", "plain <b>"))
     assert (np.abs(penned.astype(int) - PEN).max(axis=-1) < 40).sum() > 1000
     assert (np.abs(plain.astype(int) - PEN).max(axis=-1) < 40).sum() < 20
 
@@ -57,6 +67,57 @@ def test_the_page_shows_every_slide_and_says_that_it_is_synthetic(store: Path) -
     assert "plain &lt;b&gt;" in text
     assert "<b>" not in text
     assert str(store.parent) not in text
+
+
+def test_the_contact_sheet_counts_every_magnification(store: Path) -> None:
+    slide = open_store(store, "penned")
+    counts = tile_counts(slide)
+    assert list(counts) == ["10x", "20x"]
+    for magnification, reason in (("10x", slide.reason[:, :1]), ("20x", slide.reason[:, 1:])):
+        for name in ("kept", "pen"):
+            assert counts[magnification][name] == (reason == REASONS.index(name)).sum() > 0
+        assert not {"glass", "absent"} & set(counts[magnification])
+    panels, legends = np.split(contact_sheet(slide), [-48])
+    for legend in np.split(legends, 2):
+        assert (legend != 255).any()
+    assert not np.array_equal(*np.split(legends, 2))
+    assert len(panels) > 100
+
+
+def test_the_page_links_the_mask_and_the_geojson_of_every_slide(store: Path) -> None:
+    page = write_overview(store)
+    links = re.findall(r'<a href="([^"#]+)"', page.read_text())
+    wanted = [f"{name}.tissue.{suffix}" for name in ("penned", "plain", "plain <b>") for suffix in ("geojson", "png")]
+    assert sorted(map(unquote, links)) == sorted(wanted)
+    for name in wanted:
+        assert (page.parent / name).stat().st_size > 100
+
+
+def test_slides_that_tiling_refused_or_failed_to_tile_are_listed_with_status_coverage_and_reasons(
+    store: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    for outcome in (
+        Outcome("empty", "empty.svs", "no_tissue", "no stained tissue was found; look at the slide"),
+        Outcome("slow", "slow.svs", "timeout", "took longer than 5 s"),
+        Outcome("moved", "moved.svs", "tiled", "its tiles were deleted"),
+        Outcome("plain", "plain.svs", "corrupt", "its newest file, but the tiles of the older one are in the store"),
+    ):
+        append_outcome(tmp_path / "store", outcome)
+    places = {"penned": "north", "plain": "south", "empty": "south", "slow": "south", "moved": "south"}
+    text = " ".join(write_overview(tmp_path / "store", places).read_text().split())
+    assert "<tr><td>south</td>" + "".join(f'<td class="n">{n}</td>' for n in (1, 1, 0, 0, 1)) in text
+    assert (
+        '<td>empty</td><td>south</td> <td class="refused">refused</td><td>no_tissue: no stained tissue was found; look at '
+        'the slide</td><td class="n">0</td> <td class="n">0 %</td>'
+    ) in text
+    assert '<td class="failed">failed</td><td>timeout: took longer than 5 s</td>' in text
+    assert "Not in the store: moved" in text
+    assert "its newest file" not in text
+    assert 'id="empty"' not in text
+    for name in ("penned", "plain", "plain <b>"):
+        shutil.rmtree(tmp_path / "store" / f"{name}.zarr")
+    assert "no stained tissue was found" in write_overview(tmp_path / "store").read_text()
 
 
 def test_a_cohort_groups_by_place_and_names_what_is_absent(store: Path) -> None:
