@@ -3,8 +3,10 @@
 import base64
 import os
 import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,12 @@ def test_a_script_without_a_main_guard_gets_one_line(painted: Path, tmp_path: Pa
     done = _python(painted_script, tmp_path)
     assert done.stderr.splitlines()[-1].startswith("crcjax.errors.InputError: a worker process runs this script again")
     assert done.stderr.count("Traceback") == 1
+    arguments = f"{str(painted / 'store')!r}, {str(painted / 'cohort.csv')!r}, 'run'"
+    fields = "workers=1, steps=2, batch_size=2, regions_per_bag=2, width=8, eval_every=2, warmup_steps=1"
+    done = _python(f"import crcjax\ncrcjax.train({arguments}, {fields})\n", tmp_path)
+    assert "crcjax.errors.InputError: a worker process runs this script again" in done.stderr, done.stderr
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.count("run: starting") == 1
 
 
 def test_a_store_shows_its_slides_tiles_and_features(painted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +119,44 @@ def test_a_store_shows_its_slides_tiles_and_features(painted: Path, monkeypatch:
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(InputError, match=rf"needs {module}; install it: pip install 'crcjax\[notebook\]'"):
             method()
+
+
+def test_embedded_features_read_by_a_process_train_an_ensemble_whose_members_predict_together(
+    painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flax import nnx
+    from safetensors.numpy import save_file
+
+    from crcjax.models.encoders import registry
+    from crcjax.models.encoders.convnets import ResNet
+    from crcjax.models.encoders.torch_weights import torch_tensors
+
+    encoder = registry.PretrainedEncoder(partial(ResNet, depths=(1,), width=8), 32, 1.0, "", resize_px=64, size_px=48)
+    monkeypatch.setitem(registry.PRETRAINED, "small", encoder)
+    weights, cohort = tmp_path / "small.safetensors", painted / "cohort.csv"
+    built = encoder.build(rngs=nnx.Rngs(3))
+    save_file(torch_tensors(built), weights)
+    shutil.copytree(painted / "store", tmp_path / "store")
+    store = crcjax.embed(str(tmp_path / "store"), "small", str(weights), batch=16)
+    slide = store[store.slide_ids[0]]
+    assert {row["features"] for row in store.slides} in ({"small"}, {"small", "api-test, small"})
+    expected = np.asarray(built(encoder.prepare(slide.tiles().pixels(range(len(slide.tiles()))))))
+    np.testing.assert_allclose(slide.features("small"), expected, rtol=2e-3, atol=1e-4)
+
+    fields = {"steps": 2, "eval_every": 2, "warmup_steps": 1, "batch_size": 4, "regions_per_bag": 4, "attention": 8}
+    fields |= {"data__features": True, "encoder": "small", "weights": str(weights), "model__features": 16, "seed": 5}
+    ensemble = crcjax.train(store, cohort, tmp_path / "run", ensemble_size=2, workers=1, **fields)
+    assert [member.name for member in ensemble.members] == ["seed-5", "seed-6"]
+    assert ensemble.metrics["step"] == 2
+
+    def probabilities(predictions: crcjax.Predictions) -> np.ndarray:
+        return np.array([[row[f"p_{name}"] for name in predictions.classes] for row in predictions.rows])
+
+    members = [probabilities(crcjax.predict(member, store, cohort=cohort)) for member in ensemble.members]
+    together = crcjax.predict(ensemble, store, cohort=cohort)
+    assert np.abs(members[0] - members[1]).max() > 0.01
+    np.testing.assert_allclose(probabilities(together), np.mean(members, axis=0), atol=2e-6)
+    assert min(row["mutual_information"] for row in together.rows) > 0
 
 
 def test_an_empty_folder_is_no_store_and_no_run(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from crcjax.data.cohort import Cohort, SlideRow, load_cohort
 from crcjax.data.slide_selection import named_slides
 from crcjax.errors import InputError
 from crcjax.progress import progress_bar
+from crcjax.slides.jobs.worker_pool import check_main_guard
 from crcjax.slides.store.tile_store import tiled_slides
 from crcjax.validation.calibration import Calibration, load_calibration
 from crcjax.validation.calibration import calibrate as _calibrate
@@ -54,6 +55,7 @@ def predict(
       InputError: the run or the calibration is not usable, or there are no slides.
       OutputError: the folder cannot be written.
     """
+    check_main_guard()
     runs = [run] if isinstance(run, Run | str | PathLike) else list(run)
     opened = [item if isinstance(item, Run) else Run(item) for item in runs]
     members = [member for trained in opened for member in trained.members]

@@ -22,6 +22,7 @@ from crcjax.config import get_config
 from crcjax.config_check import check_config
 from crcjax.errors import InputError
 from crcjax.main import read_config
+from crcjax.slides.jobs.worker_pool import check_main_guard
 
 if TYPE_CHECKING:
     from crcjax.api.stores import Store
@@ -58,6 +59,7 @@ def train(
     """
     from crcjax.train.loop import train as train_run
 
+    check_main_guard()
     settings = _config(config)
     for name, value in overrides.items():
         _override(settings, name, value)
@@ -97,9 +99,9 @@ class Run:
         return Table(rows[step] for step in sorted(rows))
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, int | float]:
         """The newest value of every metric."""
-        newest: dict[str, float] = {}
+        newest: dict[str, int | float] = {}
         for row in self.history:
             newest |= row
         return newest

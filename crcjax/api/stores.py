@@ -16,6 +16,7 @@ from crcjax.data.slide_selection import named_slides
 from crcjax.environment import require_extra
 from crcjax.errors import InputError
 from crcjax.progress import progress_bar
+from crcjax.slides.jobs.worker_pool import check_main_guard
 from crcjax.slides.preprocess.manifest import read_manifest
 from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
 from crcjax.slides.store.features import feature_attributes, feature_names, read_features
@@ -99,6 +100,7 @@ def embed(store: Store | AnyPath, encoder: str, weights: AnyPath | None = None, 
     """
     from crcjax.predict.embed import embed_store
 
+    check_main_guard()
     if weights is None:
         raise InputError(
             f"weights: crcjax does not download the weights of {encoder}; give the path of a local file "

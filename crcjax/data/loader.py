@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -26,6 +27,7 @@ from crcjax.data.sampler import Sampler, sampler_of
 from crcjax.data.sampling import slide_weights
 from crcjax.data.tile_labels import bag_labels
 from crcjax.errors import InputError
+from crcjax.slides.jobs.worker_pool import NO_MAIN_GUARD, NO_MAIN_GUARD_STATUS
 from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.slides.store.features import FeatureReader
@@ -185,7 +187,12 @@ class Batches:
     def __next__(self) -> Bag:
         start = time.perf_counter()
         idle = self._running is None or self._running.is_ready()  # type: ignore[attr-defined]  # every array has it
-        bag = next(self._bags)
+        try:
+            bag = next(self._bags)
+        except RuntimeError as error:
+            if re.search(rf"exit code {NO_MAIN_GUARD_STATUS}\b", str(error)):
+                raise InputError(NO_MAIN_GUARD) from None
+            raise
         if idle:
             self.waited_s += time.perf_counter() - start
         elif self._running_ended and self._running_ended.done():

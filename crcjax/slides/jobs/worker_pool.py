@@ -6,8 +6,11 @@ import errno
 import heapq
 import multiprocessing
 import os
+import re
+import select
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -57,7 +60,7 @@ NO_LIMITS = JobLimits()
 NO_MAIN_GUARD = (
     "a worker process runs this script again from its start; put the script's calls under `if __name__ == '__main__':`"
 )
-_NO_MAIN_GUARD_STATUS = 87
+NO_MAIN_GUARD_STATUS = 87
 
 
 class JobFailed(CrcjaxError):
@@ -132,12 +135,22 @@ class Answer:
 
 
 def check_main_guard() -> None:
-    """Ends a worker process that is about to start workers of its own, because it is importing a script without a main guard.
+    """Ends a worker process that is importing a script without a main guard. Functions that scripts call begin with it.
 
-    The process that started it then raises InputError with NO_MAIN_GUARD, in place of a traceback of every worker.
+    The worker would otherwise do the script's work again. The process that started it then raises InputError with
+    NO_MAIN_GUARD, in place of a traceback of every worker.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(_NO_MAIN_GUARD_STATUS)
+        _empty_start_pipe()
+        os._exit(NO_MAIN_GUARD_STATUS)
+
+
+def _empty_start_pipe() -> None:
+    """Reads the rest of the data that start a spawned process; its parent would wait forever to write them."""
+    if handle := re.search(r"pipe_handle=(\d+)", " ".join(sys.orig_argv)):
+        with suppress(OSError):
+            while select.select([int(handle[1])], [], [], 1.0)[0] and os.read(int(handle[1]), 2**16):
+                pass
 
 
 class Schedule:
@@ -238,7 +251,7 @@ class Worker:
             self._process.join()
             status = self._process.exitcode
             self.end()
-        if status == _NO_MAIN_GUARD_STATUS:
+        if status == NO_MAIN_GUARD_STATUS:
             raise InputError(NO_MAIN_GUARD) from None
         # A slide that crashes its reader would do so again; SIGKILL and SIGTERM come from elsewhere.
         killed = status in (-signal.SIGKILL, -signal.SIGTERM)
