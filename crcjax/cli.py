@@ -98,6 +98,12 @@ def tile(
     tissue_method: Annotated[
         Literal["robust", "otsu", "entropy"], typer.Option(help="method of tissue segmentation (docs/slides.md)")
     ] = "robust",
+    min_tissue_mm2: Annotated[
+        float,
+        typer.Option(
+            help="area of the smallest piece of tissue; on pictures of less than four times that, a quarter of the picture"
+        ),
+    ] = 0.02,
     include: Annotated[
         Path | None,
         typer.Option(help="folder of SLIDE_ID.geojson (QuPath) or SLIDE_ID.png: tile only these areas of each slide"),
@@ -170,7 +176,14 @@ def tile(
     if no_pixels and pseudonym_key:
         raise InputError("--no-pixels keeps the slides' paths, which --pseudonym-key hides; keep the pixels")
     limits = parse_limits(limit or (), QualityLimits)
-    params = TilingParams(tuple(mag.split(",")), tile_px, quality=limits, tissue=tissue_method, icc=icc)
+    params = TilingParams(
+        tuple(mag.split(",")),
+        tile_px,
+        quality=limits,
+        tissue=tissue_method,
+        icc=icc,
+        min_tissue_mm2=min_tissue_mm2,
+    )
     if stain_reference and not stain:
         raise InputError("--stain-reference needs --stain macenko, vahadane or reinhard")
     if stain:

@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from scipy.special import logit
 
 from crcjax.cli import main
@@ -147,6 +148,7 @@ def test_tiling_looks_up_the_files_of_each_slide_once(
         (["--mag", "20x,30x"], "do not differ by a power of two"),
         (["--tile-px", "4"], "tile_px 4"),
         (["--mpp", "250"], "--mpp 250"),
+        (["--min-tissue-mm2", "0"], "min_tissue_mm2 must be an area above 0"),
         (["--limit", "max_pens=1"], "max_pens"),
         (["--limit", "min_tissue=1.5"], "min_tissue 1.5: must be a fraction above 0 and up to 1"),
     ],
@@ -156,6 +158,20 @@ def test_wrong_arguments_are_one_line_and_status_2(slides: Path, tmp_path: Path,
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_option_sets_the_smallest_piece_of_tissue(tmp_path: Path) -> None:
+    """A piece of 0.0144 mm2; without the option, the error names it."""
+    picture = np.full((1000, 1000, 3), 240, np.uint8)
+    picture[380:620, 380:620] = np.random.default_rng(0).normal((200, 110, 160), 25, (240, 240, 3)).clip(0, 255)
+    path, options = tmp_path / "core.tif", {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(path, picture, photometric="rgb", tile=(240, 240), compression="deflate", **options)
+    refused = _crcjax("tile", path, "--out", tmp_path / "refused", "--tile-px", 64)
+    assert refused.returncode == 1
+    assert re.search(r"no_tissue: .*has 0\.01\d+ mm², below the limit of 0\.02 mm² \(--min-tissue-mm2", refused.stderr)
+    tiled = _crcjax("tile", path, "--out", tmp_path / "tiled", "--tile-px", 64, "--min-tissue-mm2", "0.01")
+    assert tiled.returncode == 0, tiled.stderr
+    assert open_store(tmp_path / "tiled", "core").params.min_tissue_mm2 == 0.01
 
 
 def test_limits_decide_what_is_kept_and_the_overview_shows_it(slides: Path, tmp_path: Path) -> None:

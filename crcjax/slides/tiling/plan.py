@@ -15,15 +15,19 @@ from crcjax.slides.tiling.regions_of_interest import Areas
 from crcjax.slides.tiling.tissue_segmentation import (
     METHODS,
     MOST_THUMBNAIL_PX,
+    SMALLEST_UM2,
     THUMBNAIL_UM_PER_PX,
     NotBrightfieldError,
     TissueModel,
+    largest_piece_um2,
     tissue_mask,
     tissue_model,
 )
 from crcjax.slides.wsi.slide import Slide, SlideInfo
 
 EVERYWHERE = Areas()
+# A smaller picture, such as a single tile, may show tissue alone and no background.
+_MAY_LACK_BACKGROUND_MM2 = 1.0
 SAME_SCALE = 0.02  # a level within 2 % of the wanted mpp is read as it is
 
 
@@ -45,7 +49,8 @@ class TilingParams:
     `magnifications` are ordered from coarse to fine and differ by powers of two; a region is one tile of the first.
     `quality` limits a tile's share of tissue and the scores of its pixels. `tissue` is the method of tissue segmentation, one
     of tissue_segmentation.METHODS. With `icc`, colours are converted to sRGB by the slide's ICC profile. `stain` is a
-    StainNormaliser's `to_json`: kept tiles are normalised to its reference after quality control.
+    StainNormaliser's `to_json`: kept tiles are normalised to its reference after quality control. Pieces of tissue below
+    `min_tissue_mm2`, or below a quarter of a picture that is smaller than four times that, are dropped.
     Raises InputError.
     """
 
@@ -55,6 +60,7 @@ class TilingParams:
     tissue: str = "robust"
     icc: bool = False
     stain: dict | None = None
+    min_tissue_mm2: float = SMALLEST_UM2 * 1e-6
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(dict.fromkeys(self.magnifications), key=mpp_of, reverse=True))
@@ -68,6 +74,10 @@ class TilingParams:
             raise InputError(f"tile_px {self.tile_px} is outside 16 to 4096")
         if self.tissue not in METHODS:
             raise InputError(f"tissue method {self.tissue!r}: choose {', '.join(METHODS)}")
+        if not 0 < self.min_tissue_mm2 <= 1000:
+            raise InputError(
+                f"min_tissue_mm2 must be an area above 0 and up to 1000 mm², got {self.min_tissue_mm2:g}; try 0.02"
+            )
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -176,11 +186,15 @@ def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) ->
     region_px = params.tile_px * params.factors[scale.finest] * scale.downsample
     thumbnail = slide.thumbnail(thumbnail_px(info))
     try:
-        model = tissue_model(thumbnail)
+        model = tissue_model(thumbnail, may_lack_background=_area_mm2(info) < _MAY_LACK_BACKGROUND_MM2)
     except NotBrightfieldError as error:
         raise SlideError(info.path, "unsupported", str(error), "give the H&E scan itself") from error
     shrink = max(info.size) / max(thumbnail.shape[:2])
-    mask = tissue_mask(thumbnail, model, info.mpp[0] * shrink, params.tissue)
+    um_per_px = info.mpp[0] * shrink
+    mask = tissue_mask(thumbnail, model, um_per_px, params.tissue, _smallest_mm2(info, params) * 1e6)
+    if not mask.any():
+        any_tissue = tissue_mask(thumbnail, model, um_per_px, params.tissue, 0.0)
+        raise _without_tissue(info, params, largest_piece_um2(any_tissue, um_per_px) * 1e-6)
     mask &= areas.mask((mask.shape[0], mask.shape[1]), info.size, info.corner)
     columns, rows = (max(1, int(np.ceil(side / region_px - 0.01))) for side in info.size)
     fraction = _tile_fractions(mask, region_px / shrink, rows, columns, params)
@@ -188,6 +202,13 @@ def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) ->
     present = sum(factor**2 for factor in params.factors[: scale.finest + 1])
     enough[:, :, present:] = False  # finer than the slide
     has_tissue = enough.any(axis=-1)
+    if not has_tissue.any() and mask.any():
+        raise SlideError(
+            info.path,
+            "no_tissue",
+            f"its tissue covers at most {fraction.max():.2g} of a tile, below the limit min_tissue={params.quality.min_tissue:g}",
+            "try smaller tiles, a higher magnification, or a lower --limit min_tissue",
+        )
     if not has_tissue.any():
         raise SlideError(
             info.path, "no_tissue", "no stained tissue was found", "look at the slide; leave it out if empty"
@@ -196,6 +217,35 @@ def plan_tiles(slide: Slide, params: TilingParams, areas: Areas = EVERYWHERE) ->
     origin = np.rint(np.stack([column, row], axis=1) * region_px).astype(np.int32)
     rejected = {"glass": int((fraction[:, :, :present] < params.quality.min_tissue).sum())}
     return TilePlan(params, scale, region_px, model, origin, enough[has_tissue], thumbnail, mask, rejected, areas.id)
+
+
+def _area_mm2(info: SlideInfo) -> float:
+    return info.size[0] * info.mpp[0] * info.size[1] * info.mpp[1] * 1e-6
+
+
+def _smallest_mm2(info: SlideInfo, params: TilingParams) -> float:
+    """The least area of a piece of tissue on a slide."""
+    return min(params.min_tissue_mm2, _area_mm2(info) / 4)
+
+
+def _without_tissue(info: SlideInfo, params: TilingParams, largest_mm2: float) -> SlideError:
+    """The error of a slide without a piece of tissue above the limit; its largest piece has `largest_mm2`."""
+    limit = _smallest_mm2(info, params)
+    # Less than a thousandth of the limit is noise of the background.
+    if largest_mm2 < limit / 1000:
+        return SlideError(
+            info.path, "no_tissue", "no stained tissue was found", "look at the slide; leave it out if empty"
+        )
+    if limit < params.min_tissue_mm2:
+        reason = f"a quarter of the picture's {_area_mm2(info):.3g} mm²"
+    else:
+        reason = "--min-tissue-mm2 of crcjax tile"
+    return SlideError(
+        info.path,
+        "no_tissue",
+        f"its largest piece of stained tissue has {largest_mm2:.3g} mm², below the limit of {limit:.3g} mm² ({reason})",
+        f"look at the slide; if it is tissue, try --min-tissue-mm2 {0.9 * largest_mm2:.2g}",
+    )
 
 
 def thumbnail_px(info: SlideInfo) -> int:

@@ -28,7 +28,10 @@ _DARKEST = 2.0  # optical density in every channel: borders, black ink, folds of
 # Greatest density, the channels' sum, of pale tissue. Slides' medians are 0.64 to 1.8, and 0.25 to 0.47 at a quarter of
 # their stain. If a tenth of the tissue is above it, that part alone gives the slide's density, however much is pale.
 _PALE, _LEAST_ORDINARY = 0.5, 0.1
-_SMALLEST_UM2 = 20_000.0  # smaller pieces of tissue are dust or loose cell clusters
+# Smaller pieces of tissue on a slide are dust or loose cell clusters.
+SMALLEST_UM2 = 20_000.0
+# Intensity of the background of pictures that show none, as most scanners give it.
+_ASSUMED_WHITE = 240
 _HOLE_UM2 = 150_000.0  # smaller holes are lumina, mucin and fat, which belong to the tissue
 _CLOSING_UM = 50.0  # width of the gaps between fat cells
 METHODS = ("robust", "otsu", "entropy")
@@ -55,8 +58,11 @@ class TissueModel:
     excess: float = 0.3
 
 
-def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
+def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"], may_lack_background: bool = False) -> TissueModel:
     """Estimates the model of a slide from a picture of it.
+
+    With `may_lack_background`, as for a single tile, a neutral background is assumed if even the brightest pixels have the
+    colour of stained tissue.
 
     Raises NotBrightfieldError if the background is dark (fluorescence) or coloured (wrong colour space).
     """
@@ -64,6 +70,8 @@ def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
     white = (counts.cumsum(axis=1) < 0.99 * thumbnail[..., 0].size).sum(axis=1)  # the 99th percentile
     if white.max() < 150:
         raise NotBrightfieldError(f"the background is dark ({_rgb(white)}): fluorescence, or not a brightfield scan")
+    if may_lack_background and _is_stained(white):
+        white = np.full(3, max(_ASSUMED_WHITE, white.max()))
     if white.min() < 0.7 * white.max():
         raise NotBrightfieldError(f"the background is coloured ({_rgb(white)}): wrong colour space, or not H&E")
     light = (float(white[0]), float(white[1]), float(white[2]))
@@ -88,9 +96,15 @@ def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"]) -> TissueModel:
 
 
 def tissue_mask(
-    thumbnail: UInt8[np.ndarray, "y x 3"], model: TissueModel, um_per_px: float, method: str = "robust"
+    thumbnail: UInt8[np.ndarray, "y x 3"],
+    model: TissueModel,
+    um_per_px: float,
+    method: str = "robust",
+    smallest_um2: float = SMALLEST_UM2,
 ) -> Bool[np.ndarray, "y x"]:
     """Segments the tissue of a thumbnail; closes small gaps, fills lumina, removes specks; `um_per_px` is the thumbnail's.
+
+    Pieces below `smallest_um2` are specks.
 
     The METHODS: `robust` uses the model. `otsu` is Otsu's threshold on the saturation, as in CLAM (Lu et al. 2021), and
     loses faint tissue beside dense. `entropy` is a threshold on the local entropy of grey, as in HistoQC (Janowczyk et al.
@@ -109,11 +123,23 @@ def tissue_mask(
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     padded = cv2.copyMakeBorder(mask, radius, radius, radius, radius, cv2.BORDER_REPLICATE)
     mask = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disc)[radius:-radius, radius:-radius]
-    mask = _without_small(mask, _SMALLEST_UM2 / um_per_px**2)
+    mask = _without_small(mask, smallest_um2 / um_per_px**2)
     # The frame joins all background that touches the border, so that small pieces of it are not filled.
     background = cv2.copyMakeBorder(1 - mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
     filled = 1 - _without_small(background, _HOLE_UM2 / um_per_px**2, always=(0, 0))[1:-1, 1:-1]
     return filled.astype(bool) & plausible
+
+
+def largest_piece_um2(mask: Bool[np.ndarray, "y x"], um_per_px: float) -> float:
+    """The area of the largest connected piece of a mask; 0 if it is empty."""
+    statistics = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)[2]
+    return float(statistics[1:, cv2.CC_STAT_AREA].max(initial=0)) * um_per_px**2
+
+
+def _is_stained(white: np.ndarray) -> bool:
+    """Whether the brightest pixels have the colour of stained tissue, which absorbs green most and lets red and blue through."""
+    red, green, blue = white.tolist()
+    return green < 0.7 * max(red, blue) and min(red, blue) > 0.6 * max(red, blue) and green < min(red, blue)
 
 
 def _saturated(pixels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from crcjax.slides.tiling.plan import (
 )
 from crcjax.slides.tiling.quality_control import ABSENT, QualityLimits
 from crcjax.slides.tiling.read import read_regions
+from crcjax.slides.tiling.tissue_segmentation import NotBrightfieldError, tissue_model
 from crcjax.slides.wsi.slide import SlideInfo, open_slide
 
 Writer = Callable[..., Path]
@@ -48,6 +50,8 @@ def test_magnifications_are_ordered_from_coarse_to_fine() -> None:
         ({"magnifications": ()}, "no magnification"),
         ({"tile_px": 8}, "outside 16 to 4096"),
         ({"tissue": "magic"}, "choose robust, otsu, entropy"),
+        ({"min_tissue_mm2": 0.0}, "min_tissue_mm2 must be an area above 0 and up to 1000 mm², got 0; try 0.02"),
+        ({"min_tissue_mm2": float("nan")}, "min_tissue_mm2 must be"),
     ],
 )
 def test_senseless_parameters_are_refused(changes: dict, message: str) -> None:
@@ -56,8 +60,10 @@ def test_senseless_parameters_are_refused(changes: dict, message: str) -> None:
 
 
 def test_parameters_survive_json() -> None:
-    params = replace(ALL, tissue="otsu", icc=True)
+    params = replace(ALL, tissue="otsu", icc=True, min_tissue_mm2=0.004)
     assert TilingParams.from_json(params.to_json()) == params
+    older = {name: value for name, value in params.to_json().items() if name != "min_tissue_mm2"}
+    assert TilingParams.from_json(older) == replace(params, min_tissue_mm2=0.02)
 
 
 def test_slots_tile_the_region_once_at_each_magnification() -> None:
@@ -244,6 +250,66 @@ def test_a_slide_without_tissue_is_refused(tmp_path: Path, write_slide: Writer) 
     with open_slide(path) as slide, pytest.raises(SlideError, match="no stained tissue") as caught:
         plan_tiles(slide, TilingParams())
     assert caught.value.status == "no_tissue"
+
+
+def _with_tissue(tissue_picture: Callable, side: int, tissue_px: int) -> np.ndarray:
+    """A picture of glass with a square of tissue."""
+    picture = np.full((side, side, 3), 240, np.uint8)
+    first = (side - tissue_px) // 2
+    inner = slice(first, first + tissue_px)
+    tissue = tissue_picture(2 * tissue_px, 2 * tissue_px)
+    picture[inner, inner] = tissue[tissue_px // 2 :, tissue_px // 2 :][:tissue_px, :tissue_px]
+    return picture
+
+
+def test_a_single_tile_full_of_tissue_is_tiled_though_it_shows_no_background(
+    tmp_path: Path, write_slide: Writer, tissue_picture: Callable
+) -> None:
+    whole = _with_tissue(tissue_picture, 224, 224)
+    deep = np.rint(whole * np.array([0.95, 0.65, 0.85])).astype(np.uint8)
+    for name, picture in {"pale": whole, "deep": deep}.items():
+        path = write_slide(tmp_path / f"{name}.svs", picture)
+        with open_slide(path) as slide:
+            plan = plan_tiles(slide, TilingParams(("20x",), tile_px=224))
+        assert plan.origin.tolist() == [[0, 0]], name
+        assert plan.mask.all(), name
+        assert plan.tissue_mask.mean() > 0.95, name
+    with pytest.raises(NotBrightfieldError, match="coloured"):
+        tissue_model(deep)
+
+
+def test_a_core_is_tiled_down_to_the_area_that_a_parameter_sets(
+    tmp_path: Path, write_slide: Writer, tissue_picture: Callable
+) -> None:
+    """240 px at 0.5 um are 0.0144 mm2 of tissue, on a picture of 0.25 mm2; the mask is half a pixel of 8 um wider."""
+    path = write_slide(tmp_path / "core.svs", _with_tissue(tissue_picture, 1000, 240))
+    params = TilingParams(("20x",), tile_px=128)
+    with open_slide(path) as slide:
+        with pytest.raises(SlideError) as caught:
+            plan_tiles(slide, params)
+        plan = plan_tiles(slide, replace(params, min_tissue_mm2=0.01))
+        with pytest.raises(SlideError, match=r"at most 0\.\d+ of a tile, below the limit min_tissue=0\.25"):
+            plan_tiles(slide, TilingParams(("5x",), tile_px=256, min_tissue_mm2=0.01))
+    assert caught.value.status == "no_tissue"
+    stated = re.search(r"has (0\.01\d+) mm², below the limit of 0\.02 mm² \(--min-tissue-mm2", caught.value.reason)
+    assert stated
+    assert float(stated[1]) == pytest.approx(0.0144, rel=0.25)
+    assert re.search(r"try --min-tissue-mm2 0\.01\d$", caught.value.remedy)
+    columns = (plan.origin / 128).astype(int)
+    assert set(map(tuple, columns.tolist())) == {(x, y) for x in (3, 4) for y in (3, 4)}
+
+
+def test_a_single_tile_with_too_little_tissue_is_refused_by_its_area_and_the_limit(
+    tmp_path: Path, write_slide: Writer, tissue_picture: Callable
+) -> None:
+    """224 px at 0.5 um are 0.0125 mm2, a quarter of which is 0.00314 mm2; 70 px are 0.0012 mm2."""
+    path = write_slide(tmp_path / "corner.svs", _with_tissue(tissue_picture, 224, 70))
+    with open_slide(path) as slide:
+        with pytest.raises(
+            SlideError, match=r"below the limit of 0.00314 mm² \(a quarter of the picture's 0.0125 mm²\)"
+        ):
+            plan_tiles(slide, TilingParams(("20x",), tile_px=56))
+        assert len(plan_tiles(slide, TilingParams(("20x",), tile_px=56, min_tissue_mm2=0.001)).origin) == 4
 
 
 def test_fluorescence_is_refused(tmp_path: Path, write_slide: Writer, tissue_picture: Callable) -> None:
