@@ -662,7 +662,7 @@ def _print_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out
 
 
 def _say_outcomes(outcomes: Sequence[Outcome], done: str, out: Path) -> NoReturn:
-    """A line for every outcome with a reason, and one for all, and their verdicts; ends with the exit status."""
+    """A line for every outcome with a reason, and one for all, and their QC status; ends with the exit status."""
     for outcome in outcomes:
         if outcome.reason:
             said = ", ".join(filter(None, (outcome.status, outcome.verdict)))
@@ -671,7 +671,7 @@ def _say_outcomes(outcomes: Sequence[Outcome], done: str, out: Path) -> NoReturn
     _stderr.print(f"{succeeded} of {len(outcomes)} slides {done}, {tiles} tiles in {out}", markup=False)
     if verdicts := Counter(outcome.verdict for outcome in outcomes if outcome.verdict):
         counts = ", ".join(f"{name} {verdicts[name]}" for name in ("accept", "review", "reject"))
-        _stderr.print(f"verdicts: {counts}; crcjax overview {out} shows why", markup=False)
+        _stderr.print(f"QC status: {counts}; crcjax overview {out} shows why", markup=False)
     raise typer.Exit(1 if succeeded < len(outcomes) else 0)
 
 

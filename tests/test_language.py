@@ -10,7 +10,12 @@ ROOT = Path(__file__).parents[1]
 GLOSSARY = ROOT / "docs" / "glossary.md"
 SOURCES = sorted(path for folder in ("crcjax", "configs", "launch", "tools") for path in (ROOT / folder).rglob("*.py"))
 # The changelog quotes earlier words; the glossary lists them.
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").glob("*.md")} - {GLOSSARY})]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted({*(ROOT / "docs").glob("*.md")} - {GLOSSARY}),
+    *sorted((ROOT / "crcjax").rglob("*.html")),  # the templates of the overview and of the report
+]
 # Old names of config fields are accepted for one release.
 OLD_NAMES = ROOT / "crcjax" / "config_names.py"
 
@@ -58,7 +63,7 @@ def prose(source: str) -> str:
 def forbidden_words(path: Path) -> list[str]:
     """What a source or page says that the glossary does not allow, each with its line."""
     text = path.read_text()
-    if path.suffix == ".md":
+    if path.suffix in (".md", ".html"):
         return forbidden_phrases(text)
     return forbidden_identifiers(text) + ([] if path == OLD_NAMES else forbidden_phrases(prose(text)))
 
