@@ -7,9 +7,9 @@ READY := $(VENV)/.ready
 # Several CPU devices in one process starve jax 0.10's thread pool on few cores and hang; 16 threads do not.
 export PJRT_NPROC ?= 16
 
-# Worker processes of the tests; each takes up to 4 GiB.
+# Worker processes of the tests; each takes up to 4 GiB. A module's tests share one worker, and with it their fixtures.
 TEST_WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup --durations 25 -rs
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --durations 25 -rs
 
 .PHONY: demo test test-system lint bench clean
 

@@ -25,15 +25,12 @@ _TORCH_FIXTURES = {"twins", "torch"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the system tests, and keeps the tests of a module, and all that start servers, on one worker."""
+    """Marks the system tests."""
     for item in items:
         if _TORCH_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("torch")
-        markers = {marker.name for marker in item.iter_markers()}
-        if markers & _SYSTEM_MARKERS:
+        if _SYSTEM_MARKERS & {marker.name for marker in item.iter_markers()}:
             item.add_marker("system")
-        group = "servers" if markers & {"slurm", "ray"} else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -87,13 +87,16 @@ def test_a_script_without_a_main_guard_gets_one_line(painted: Path, tmp_path: Pa
     assert done.stderr.count("run: starting") == 1
 
 
-def test_a_store_shows_its_slides_tiles_and_features(painted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_shows_its_slides_tiles_and_features(
+    painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from crcjax.slides.store.features import write_features
     from crcjax.slides.store.tile_store import open_store
 
-    store = crcjax.open_store(str(painted / "store"))
+    shutil.copytree(painted / "store", tmp_path / "store")
+    store = crcjax.open_store(str(tmp_path / "store"))
     slide_id = store.slide_ids[0]
-    stored = open_store(painted / "store", slide_id)
+    stored = open_store(tmp_path / "store", slide_id)
     slide, tiles = store[slide_id], store[slide_id].tiles()
     assert len(store) == 21
     assert len(store.failed) == 0
@@ -108,7 +111,7 @@ def test_a_store_shows_its_slides_tiles_and_features(painted: Path, monkeypatch:
     assert list(tiles.to_pandas().columns[:4]) == ["x", "y", "side", "magnification"]
     features = np.random.default_rng(0).normal(size=(*stored.mask.shape, 4)).astype(np.float16)
     about = {"encoder": "api-test", "weights_sha256": None, "mpp": None, "dtype": None, "magnifications": ["10x"]}
-    write_features(painted / "store", slide_id, "api-test", features, about)
+    write_features(tmp_path / "store", slide_id, "api-test", features, about)
     np.testing.assert_array_equal(slide.features("api-test"), features[stored.mask])
     data = slide.to_anndata("api-test")
     assert data.shape == (len(tiles), 4)
@@ -139,7 +142,7 @@ def test_embedded_features_read_by_a_process_train_an_ensemble_whose_members_pre
     shutil.copytree(painted / "store", tmp_path / "store")
     store = crcjax.embed(str(tmp_path / "store"), "small", str(weights), batch=16)
     slide = store[store.slide_ids[0]]
-    assert {row["features"] for row in store.slides} in ({"small"}, {"small", "api-test, small"})
+    assert {row["features"] for row in store.slides} == {"small"}
     expected = np.asarray(built(encoder.prepare(slide.tiles().pixels(range(len(slide.tiles()))))))
     np.testing.assert_allclose(slide.features("small"), expected, rtol=2e-3, atol=1e-4)
 
