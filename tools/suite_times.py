@@ -33,7 +33,9 @@ def main(log: Path, demo_s: float) -> None:
         "python tools/suite_times.py ci.log DEMO_SECONDS",
         rows,
         "Time of the checks and of the demo.\n\n"
-        "In a fresh clone without a cache of compiled programs. The system tests were part of make test at 5aaf409.",
+        "* In a fresh clone without a cache of compiled programs. The system tests were part of make test at 5aaf409.\n"
+        "* Lines that make test and make test-system run, by coverage.py: 95.97 % of 10,523 at 5aaf409, 96.40 % of 12,875 at "
+        "ef2187d.",
     )
 
 
