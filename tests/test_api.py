@@ -176,7 +176,7 @@ def test_an_empty_folder_is_no_store_and_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"step": 3}, "step: is no config field; did you mean steps"),
+        ({"step": 3}, "step: is not a config field; did you mean steps"),
         ({"features": 3}, "features: several sections have this field; give data__features or model__features"),
         ({"steps": "many"}, "steps must be int, got 'many'"),
         ({"flips": 1}, "flips must be bool, got 1"),
@@ -219,6 +219,6 @@ def test_the_code_of_the_python_page_runs_in_a_process_without_flags_or_variable
     code = "if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in (before + body + after).splitlines())
     done = _python(code, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "step: is no config field; did you mean steps?" in done.stdout
+    assert "step: is not a config field; did you mean steps?" in done.stdout
     for name in ("tiles.png", "history.png", "heatmap.png", "report/report.html", "report/metrics.json"):
         assert (tmp_path / "demo" / name).stat().st_size > 1000

@@ -337,7 +337,7 @@ def test_validation_reports_the_held_out_cases_and_the_attention(painted: Path, 
 def test_a_folder_that_is_no_run_is_named(slides: Path, tmp_path: Path) -> None:
     done = _crcjax("predict", "--run", tmp_path, slides / "good.svs", "--out", tmp_path / "out")
     assert done.returncode == 2
-    assert "is no run directory" in done.stderr
+    assert "is not a run directory" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -24,8 +24,8 @@ def main() -> None:
     rows.append(Row("largest memory of the process, pixels included", peak_memory_mib(), "MiB"))
     about = (
         "Memory of the training step through the compact encoder, by the number of tiles in the bag.\n\n"
-        f"* The step of `crcjax.train.step` on one bag of tiles of {TILE_PX} px, of which"
-        f" {get_config().model.encode_regions} are encoded at a time (`config.model.encode_regions`).\n"
+        f"* The step of `crcjax.train.step` on one bag of {TILE_PX} px tiles, encoded"
+        f" {get_config().model.encode_regions} at a time (`config.model.encode_regions`).\n"
         "* Temporary memory: the compiler's count for the program, without pixels, parameters and optimiser state."
     )
     record("mil_memory", "python tools/bench_mil_memory.py", rows, about)

@@ -52,8 +52,8 @@ ABOUT = (
     "| fraction rejected | limit 1.6 | limit 1.75 |\n|---|---|---|\n"
     "| folded tiles, 40x | 0.68 | 0.68 |\n| folded tiles, 20x | 0.79 | 0.81 |\n"
     "| clean tiles, 40x | 0.4 % | 0.6 %, most of them on one slide |\n| clean tiles, 20x | 0.2 % | 0.4 %, most of them on one slide |\n\n"
-    "A quarter of a tile of 64 µm is hardly larger than the soft edge of an artefact. On the slides used in development, tiles at 40x"
-    " of which 25 to 30 % count as out of focus contain 8 % of blur; their AUROC against clean tiles is 0.54."
+    "A quarter of a tile of 64 µm is hardly larger than the soft edge of an artefact. On the slides used in development, 40x tiles"
+    " that count as 25 to 30 % out of focus are 8 % blurred; their AUROC against clean tiles is 0.54."
 )
 # The corrupted share of a tile's tissue from which on it counts as corrupted. A clean tile has no artefact at all.
 QUARTER, HALF = 0.25, 0.5

@@ -153,7 +153,7 @@ def _override(config: ConfigDict, name: str, value: Any) -> None:
     if not matches:
         short_names = [full.split("__")[-1] for full in fields]
         nearest = difflib.get_close_matches(name, [*fields, *dict.fromkeys(short_names)], 1, 0)[0]
-        raise InputError(f"{name}: is no config field; did you mean {nearest}?")
+        raise InputError(f"{name}: is not a config field; did you mean {nearest}?")
     if len(matches) > 1:
         raise InputError(f"{name}: several sections have this field; give {' or '.join(matches)}")
     section, field = fields[matches[0]]

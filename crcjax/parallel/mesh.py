@@ -42,13 +42,13 @@ def described(mesh: Mesh) -> str:
 
 def on_local_mesh(values: PyTree[Array], mesh: Mesh, local: Mesh) -> PyTree[Array]:
     """Values of the whole mesh, copied whole to every device of this process; all processes call it together."""
-    whole = _replicate(mesh)(values)
+    replicated_values = _replicate(mesh)(values)
 
     def copied(leaf: Array) -> Array:
         copies = [shard.data for shard in leaf.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, replicated(local), copies)
 
-    return jax.tree.map(copied, whole)
+    return jax.tree.map(copied, replicated_values)
 
 
 @lru_cache(maxsize=8)

@@ -17,7 +17,7 @@ from crcjax.slides.wsi.slide import SlideInfo
 from crcjax.validation.predictions_table import PredictionRow
 
 DISCLAIMER = "research use only"
-# What the colours of a heatmap show, by method.
+# The quantity that a heatmap's colours show, by method.
 MEANING: dict[Method, str] = {
     "attention": "attention (attention, not evidence)",
     "gradient": "evidence for the predicted class, by integrated gradients,",

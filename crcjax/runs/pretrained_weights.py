@@ -130,7 +130,9 @@ def read_weights(path: Path) -> Weights:
         EOFError,
         AttributeError,
     ) as error:
-        raise InputError(f"{path}: is no safetensors file nor one of torch.save ({error}); {_CONVERT}") from error
+        raise InputError(
+            f"{path}: is neither a safetensors file nor one of torch.save ({error}); {_CONVERT}"
+        ) from error
     if not tensors:
         raise InputError(f"{path}: holds no tensors by name; {_CONVERT}")
     return Weights(path, sha256, tensors)

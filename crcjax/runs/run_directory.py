@@ -64,7 +64,7 @@ class Run:
 def open_run(path: str | Path) -> Run:
     """Opens a run directory. Config fields that did not exist when it was made have their defaults.
 
-    Raises InputError if it is no run directory.
+    Raises InputError if it is not a run directory.
     """
     path, config = Path(path), get_config()
     try:
@@ -72,7 +72,7 @@ def open_run(path: str | Path) -> Run:
         facts = json.loads((path / "run.json").read_text())
         tiling, split_of, stain = TilingParams.from_json(facts["tiling"]), facts["split_of"], facts["stain"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: is no run directory ({error}); give the --workdir of crcjax train") from error
+        raise InputError(f"{path}: is not a run directory ({error}); give the --workdir of crcjax train") from error
     return Run(path, config, tiling, split_of, StainNormaliser.from_json(stain) if stain else None)
 
 

@@ -150,7 +150,7 @@ def _load_published(model: MILModel, config: ConfigDict, slides: StoredSlides) -
 
 
 def training_cohort(config: ConfigDict) -> Cohort:
-    """The labelled slides of the training and validation cases, without those that tiling refused.
+    """The labelled slides of the training and validation cases. Slides that tiling refused are left out.
 
     Logs the refused slides, the summary of the others and its warnings. Raises InputError for a cohort that training cannot
     use.

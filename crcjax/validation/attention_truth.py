@@ -14,7 +14,7 @@ from crcjax.validation.statistics import auroc
 
 
 def attention_auroc(truth: Truth, attention_file: Path) -> float:
-    """AUROC of the attention for identifying regions of which at least half is tissue that shows the slide's subtype.
+    """AUROC of the attention for regions where at least half of the area is tissue that shows the slide's subtype.
 
     NaN if no region or every region is of that kind. Raises InputError if the file holds no attention.
     """

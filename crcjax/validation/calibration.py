@@ -121,7 +121,7 @@ def load_calibration(path: Path, model: str, classes: tuple[str, ...]) -> Calibr
         values |= {"classes": tuple(values["classes"]), "thresholds": {"": thresholds[""]} | thresholds}
         calibration = Calibration(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: is no calibration ({error}); make it with crcjax calibrate") from error
+        raise InputError(f"{path}: is not a calibration ({error}); make it with crcjax calibrate") from error
     if (calibration.model, calibration.classes) != (model, classes):
         raise InputError(
             f"{path}: is of model {calibration.model}, not {model}; predict the validation slides with this one, and calibrate"

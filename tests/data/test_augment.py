@@ -139,10 +139,12 @@ def test_a_chunk_of_a_bag_is_augmented_like_the_whole_bag_and_the_same_key_gives
     config = _config(**ALL, artefacts=0.5, each=each)
     augmentation, again = (sample_augmentation(jax.random.key(3), SHAPE, config, estimate) for _ in range(2))
     work = jax.jit(augment)
-    whole = work(PIXELS, augmentation)
-    np.testing.assert_array_equal(work(PIXELS, again), whole)
-    np.testing.assert_array_equal(work(PIXELS[:, first : first + 3], augmentation, first), whole[:, first : first + 3])
-    assert not np.array_equal(work(PIXELS, sample_augmentation(jax.random.key(4), SHAPE, config, estimate)), whole)
+    augmented = work(PIXELS, augmentation)
+    np.testing.assert_array_equal(work(PIXELS, again), augmented)
+    np.testing.assert_array_equal(
+        work(PIXELS[:, first : first + 3], augmentation, first), augmented[:, first : first + 3]
+    )
+    assert not np.array_equal(work(PIXELS, sample_augmentation(jax.random.key(4), SHAPE, config, estimate)), augmented)
 
 
 @pytest.mark.parametrize(("each", "samples"), [("slide", 2), ("instance", 30)])

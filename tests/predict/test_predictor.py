@@ -279,9 +279,9 @@ def _without_steps(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_empty, "is no run directory"),
-        (_truncated, "is no run directory"),
-        (_without_tiling, "is no run directory"),
+        (_empty, "is not a run directory"),
+        (_truncated, "is not a run directory"),
+        (_without_tiling, "is not a run directory"),
         (_without_checkpoints, "has no checkpoints; train it"),
         (_without_steps, "has no checkpoint yet; train it further"),
     ],

@@ -91,7 +91,7 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(torch: Any, tmp_pat
 @pytest.mark.parametrize("content", [b"", b"no weights", b"\x80\x02}q\x00.", b"\xff" * 100])
 def test_a_file_without_weights_is_refused_with_the_remedy(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(content)
-    with pytest.raises(InputError, match=r"w\.bin: is no safetensors file nor .* convert it with torch"):
+    with pytest.raises(InputError, match=r"w\.bin: is neither a safetensors file nor .* convert it with torch"):
         read_weights(tmp_path / "w.bin")
     with pytest.raises(InputError, match="cannot be read"):
         read_weights(tmp_path / "missing.bin")

@@ -99,7 +99,7 @@ def test_a_run_of_an_older_version_has_the_defaults_of_fields_that_came_later(ru
     assert open_run(tmp_path).config.data.unit == later
     written["data"]["of_a_newer_version"] = 1
     (tmp_path / "config.json").write_text(json.dumps(written))
-    with pytest.raises(InputError, match=r"is no run directory \(.*of_a_newer_version"):
+    with pytest.raises(InputError, match=r"is not a run directory \(.*of_a_newer_version"):
         open_run(tmp_path)
 
 

@@ -100,7 +100,7 @@ def test_one_slide_file_under_two_cases_is_named_with_its_splits(
 def test_training_leaves_out_slides_that_tiling_refused_and_logs_their_number_per_class_and_split_and_the_qc_results(
     small_config, painted: Path, tmp_path: Path, logged: list[str]
 ) -> None:
-    whole = training_cohort(small_config)
+    all_slides = training_cohort(small_config)
     logged.clear()
     with open(painted / "cohort.csv") as file:
         rows = {row["slide_id"]: row for row in csv.DictReader(file)}
@@ -118,7 +118,7 @@ def test_training_leaves_out_slides_that_tiling_refused_and_logs_their_number_pe
     small_config.data.store = str(store)
     plan = plan_run(small_config)
     names = [row.slide_id for row in plan.data.cohort.rows]
-    assert names == [row.slide_id for row in whole.rows if row.slide_id not in refused]
+    assert names == [row.slide_id for row in all_slides.rows if row.slide_id not in refused]
     counts = {split: [rows[name]["subtype"] for name in refused if rows[name]["split"] == split] for split in SPLITS}
     text = "; ".join(
         f"{split}: {', '.join(f'{name} {of_split.count(name)}' for name in sorted(set(of_split)))}"

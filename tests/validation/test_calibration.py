@@ -142,7 +142,7 @@ def test_a_calibration_of_another_model_or_of_calibrated_predictions_is_refused(
     with pytest.raises(InputError, match="is of model abc, not def"):
         load_calibration(out, "def", CLASSES)
     out.write_text(json.dumps({"temperature": 1}))
-    with pytest.raises(InputError, match="is no calibration"):
+    with pytest.raises(InputError, match="is not a calibration"):
         load_calibration(out, "abc", CLASSES)
     text = tables[0].read_text()
     tables[0].write_text(text.replace(",val,", ",val,abc"))

@@ -51,13 +51,13 @@ REFUSED = {
     "zeiss": "the XML that its pixels need holds names and dates",
 }
 _REMEDY = "export it as Aperio SVS or as a tiled TIFF; those can be copied safely"
-# What libraries raise for tags with arbitrary values.
+# The exceptions of libraries for tags with arbitrary values.
 _DAMAGE = (ValueError, TypeError, KeyError, IndexError, struct.error)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the copy of a slide contains and what was left out; it repeats nothing of that and may go with the copy.
+    """The tags that a copy of a slide has and lacks. It repeats no value that was removed, so it may accompany the copy.
 
     `streams` is the SHA-256 over the compressed tiles, equal in the original and in the copy. `copied_tags` names the tags or
     DICOM attributes that were copied. `removed` lists what was left out and where it was.

@@ -85,7 +85,7 @@ def same_mpp(mpp: Sequence[float], other: Sequence[float] | None) -> bool:
 
 
 def leak_in_tiff(copy: Path, streams: str, removed_texts: set[bytes]) -> str:
-    """What the copy contains that it must not; "" if nothing.
+    """Names an identifier that the copy still contains; "" if there is none.
 
     Args:
       copy: a TIFF.
@@ -121,9 +121,9 @@ def _printable(source: BinaryIO) -> Iterator[bytes]:
 
     In compressed data these are a thousandth of the bytes.
     """
-    rest = b""
+    previous_end = b""
     while block := source.read(_BLOCK_BYTES):
-        data = np.frombuffer(rest + block, np.uint8)
+        data = np.frombuffer(previous_end + block, np.uint8)
         # True where this byte and the ones after it, first 1, then 2, 4 and 7 in all, are printable.
         run = data - np.uint8(32) < 95
         for step in (1, 2, _SHORTEST_IN_TILES - 4):
@@ -132,4 +132,4 @@ def _printable(source: BinaryIO) -> Iterator[bytes]:
         inside[np.flatnonzero(run)[:, None] + np.arange(_SHORTEST_IN_TILES)] = True
         places = np.flatnonzero(inside)
         yield bytes(np.insert(data[places], np.flatnonzero(np.diff(places) > 1) + 1, 0))
-        rest = bytes(data[-LONGEST_TEXT:])
+        previous_end = bytes(data[-LONGEST_TEXT:])

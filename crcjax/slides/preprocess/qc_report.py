@@ -56,9 +56,9 @@ def write_overview(
 
     Args:
       store: the tile store.
-      places: slide ids and where they come from (site and scanner). With it, only these slides are shown, by place too,
-        and those that are neither in the store nor in its manifest are named.
-      limits: slides whose stain exceeds them are to be reviewed.
+      places: site and scanner by slide id. If given, the page shows only these slides, also counted by place, and lists the
+        ids that neither the store nor its manifest has.
+      limits: a slide whose stain exceeds them needs a review.
       on_fault: called with the id of each slide that cannot be shown, and the reason; the others are shown.
 
     Returns:

@@ -108,8 +108,8 @@ def _read_region(
     pictures = [slide.shrunk_stream(stream, *square, shrink) for square, stream in native_tiles]
     if mask[:first].any():
         factor = params.factors[scale.finest]
-        whole = np.vstack([np.hstack(pictures[row : row + factor]) for row in range(0, factor**2, factor)])
-        for slot, tile in enumerate(_cut(whole, params, scale.finest)):
+        picture = np.vstack([np.hstack(pictures[row : row + factor]) for row in range(0, factor**2, factor)])
+        for slot, tile in enumerate(_cut(picture, params, scale.finest)):
             if mask[slot]:
                 yield slot, tile, digest(tile, mpp[slot])
     for slot, (picture, (_, stream)) in enumerate(zip(pictures, native_tiles, strict=True), first):

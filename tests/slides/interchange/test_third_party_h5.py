@@ -37,11 +37,11 @@ def test_clam_gives_the_side_in_its_coordinates_and_the_features_beside(write_h5
     assert coords.mpp is coords.power is coords.features is coords.encoder is None
     features = read_third_party(write_h5(tmp_path / "b.h5", {"coords": CORNER, "features": FEATURES}))
     assert (features.layout, features.side) == ("CLAM", None)
-    found = merged([coords, features])
-    assert (found.path, found.side, found.size) == (tmp_path / "b.h5", 512.0, (4001, 3001))
-    np.testing.assert_array_equal(found.corner, CORNER)
-    np.testing.assert_array_equal(found.features, FEATURES)
-    assert set(found.sources) == {"a.h5", "b.h5"}
+    tiles = merged([coords, features])
+    assert (tiles.path, tiles.side, tiles.size) == (tmp_path / "b.h5", 512.0, (4001, 3001))
+    np.testing.assert_array_equal(tiles.corner, CORNER)
+    np.testing.assert_array_equal(tiles.features, FEATURES)
+    assert set(tiles.sources) == {"a.h5", "b.h5"}
 
 
 def test_clam_at_level_0_states_no_downsample(write_h5: Write, tmp_path: Path) -> None:
@@ -56,12 +56,12 @@ def test_trident_gives_the_side_by_patch_size_level0_and_the_encoder(write_h5: W
         coords=TRIDENT | {"overlap": 64},
         features={"encoder": "uni_v1"},
     )
-    found = read_third_party(path)
-    assert (found.layout, found.side, found.tile_px, found.overlap_px) == ("TRIDENT", 512.0, 256, 64)
-    assert (found.power, found.size, found.encoder, found.mpp) == (40.0, (4000, 3000), "uni_v1", None)
-    np.testing.assert_array_equal(found.features, FEATURES.astype(np.float16))  # of a batch of one
-    assert found.features is not None
-    assert found.features.dtype == np.float16
+    tiles = read_third_party(path)
+    assert (tiles.layout, tiles.side, tiles.tile_px, tiles.overlap_px) == ("TRIDENT", 512.0, 256, 64)
+    assert (tiles.power, tiles.size, tiles.encoder, tiles.mpp) == (40.0, (4000, 3000), "uni_v1", None)
+    np.testing.assert_array_equal(tiles.features, FEATURES.astype(np.float16))  # of a batch of one
+    assert tiles.features is not None
+    assert tiles.features.dtype == np.float16
 
 
 @pytest.mark.parametrize(
@@ -83,15 +83,15 @@ def test_stamps_ages_give_micrometres(
 ) -> None:
     coords = np.array([(0, 0), corner], np.float32)
     path = write_h5(tmp_path / "a.h5", {"coords": coords, "feats": FEATURES[:2]}, {"extractor": "ctranspath"} | about)
-    found = read_third_party(path)
-    assert (found.layout, found.unit, found.side, found.tile_px) == ("STAMP", "um", 256.0, tile_px)
-    np.testing.assert_allclose(found.corner, [(0, 0), um])
-    assert found.encoder == "ctranspath"
+    tiles = read_third_party(path)
+    assert (tiles.layout, tiles.unit, tiles.side, tiles.tile_px) == ("STAMP", "um", 256.0, tile_px)
+    np.testing.assert_allclose(tiles.corner, [(0, 0), um])
+    assert tiles.encoder == "ctranspath"
 
 
 def test_features_of_histobistro_state_no_side(write_h5: Write, tmp_path: Path) -> None:
-    found = read_third_party(write_h5(tmp_path / "a.h5", {"coords": CORNER, "feats": FEATURES}))
-    assert (found.layout, found.unit, found.side) == ("HistoBistro", "px", None)
+    tiles = read_third_party(write_h5(tmp_path / "a.h5", {"coords": CORNER, "feats": FEATURES}))
+    assert (tiles.layout, tiles.unit, tiles.side) == ("HistoBistro", "px", None)
 
 
 @pytest.mark.parametrize(

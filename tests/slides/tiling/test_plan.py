@@ -265,9 +265,9 @@ def _with_tissue(tissue_picture: Callable, side: int, tissue_px: int) -> np.ndar
 def test_a_single_tile_full_of_tissue_is_tiled_though_it_shows_no_background(
     tmp_path: Path, write_slide: Writer, tissue_picture: Callable
 ) -> None:
-    whole = _with_tissue(tissue_picture, 224, 224)
-    deep = np.rint(whole * np.array([0.95, 0.65, 0.85])).astype(np.uint8)
-    for name, picture in {"pale": whole, "deep": deep}.items():
+    pale = _with_tissue(tissue_picture, 224, 224)
+    deep = np.rint(pale * np.array([0.95, 0.65, 0.85])).astype(np.uint8)
+    for name, picture in {"pale": pale, "deep": deep}.items():
         path = write_slide(tmp_path / f"{name}.svs", picture)
         with open_slide(path) as slide:
             plan = plan_tiles(slide, TilingParams(("20x",), tile_px=224))
