@@ -137,9 +137,16 @@ def tile(
         list[str] | None,
         typer.Option(
             help="NAME=NUMBER, a limit of quality control: by default min_tissue=0.25, the smallest fraction of a tile that "
-            "must be tissue, max_pen=0.1, the largest fraction under ink, and others (docs/slides.md); repeatable"
+            "must be tissue, max_pen=0.2, the largest fraction under ink, and others (docs/slides.md); repeatable"
         ),
     ] = None,
+    keep_all: Annotated[
+        bool,
+        typer.Option(
+            "--keep-all",
+            help="exclude no tile with tissue; quality control only states the tiles that it would exclude",
+        ),
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="cores to use; all by default")] = None,
     executor: Annotated[
         Literal["processes", "ray"], typer.Option(help="processes here, or the CPUs of a running Ray cluster")
@@ -183,6 +190,7 @@ def tile(
         tissue=tissue_method,
         icc=icc,
         min_tissue_mm2=min_tissue_mm2,
+        keep_all=keep_all,
     )
     if stain_reference and not stain:
         raise InputError("--stain-reference needs --stain macenko, vahadane or reinhard")

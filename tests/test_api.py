@@ -87,6 +87,19 @@ def test_a_script_without_a_main_guard_gets_one_line(painted: Path, tmp_path: Pa
     assert done.stderr.count("run: starting") == 1
 
 
+def test_small_tissue_and_tiles_with_faults_are_tiled_if_asked(painted: Path, tmp_path: Path) -> None:
+    from crcjax.slides.store.tile_store import open_store
+    from crcjax.slides.tiling.plan import TilingParams
+
+    slide = sorted((painted / "slides").glob("*.svs"))[0]
+    store = crcjax.tile(
+        slide, tmp_path / "store", magnifications="10x", tile_px=64, min_tissue_mm2=0.005, keep_all=True
+    )
+    assert open_store(store.path, slide.stem).params == TilingParams(("10x",), 64, min_tissue_mm2=0.005, keep_all=True)
+    with pytest.raises(InputError, match="min_tissue_mm2 must be an area above 0"):
+        crcjax.tile(slide, tmp_path / "store", min_tissue_mm2=0.0)
+
+
 def test_a_store_shows_its_slides_tiles_and_features(
     painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import TileStore, tiled_slides
 from crcjax.slides.store.tile_store import open_store as _open_slide_store
 from crcjax.slides.tiling.plan import TilingParams, slot_boxes
+from crcjax.slides.tiling.tissue_segmentation import SMALLEST_UM2
 
 if TYPE_CHECKING:
     import anndata
@@ -39,6 +40,8 @@ def tile(
     magnifications: Sequence[str] | str = ("20x",),
     tile_px: int = 256,
     mpp: float | None = None,
+    min_tissue_mm2: float = SMALLEST_UM2 * 1e-6,
+    keep_all: bool = False,
     workers: int | None = None,
 ) -> Store:
     """Cuts slides into tiles; slides that the store already has are not tiled again.
@@ -49,6 +52,8 @@ def tile(
       magnifications: such as ("10x", "20x"); 20x is 0.5 µm per pixel.
       tile_px: the side of a tile in pixels.
       mpp: micrometres per level-0 pixel of slides that state none.
+      min_tissue_mm2: the area of the smallest piece of tissue that is tiled; smaller for cores and single tiles.
+      keep_all: keeps every tile with tissue; quality control then only states the tiles that it would exclude.
       workers: processes; by default one per usable core.
 
     Returns:
@@ -66,7 +71,7 @@ def tile(
         tile_slides(
             jobs,
             Path(store),
-            TilingParams(names, tile_px),
+            TilingParams(names, tile_px, min_tissue_mm2=min_tissue_mm2, keep_all=keep_all),
             workers=workers,
             on_outcome=lambda outcome: bar.advance(task),
         )

@@ -125,7 +125,7 @@ class Predictor:
             reason.append(tiles.reason)
             seconds["encode"] += time.monotonic() - begun
         by_member = [np.concatenate(chunks) for chunks in features]
-        qc = slide_verdict(np.concatenate(quality), np.concatenate(reason), plan.params.quality)
+        qc = slide_verdict(np.concatenate(quality), np.concatenate(reason), plan.params.quality, plan.params.keep_all)
         mask = np.concatenate(masks)
         return EncodedSlide(by_member, plan, mask, slide.info.synthetic, seconds, QCResult.from_json(qc))
 

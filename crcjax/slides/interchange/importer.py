@@ -286,7 +286,11 @@ def _write_without_slide(store: Path, slide_id: str, tiles: ThirdPartyTiles) -> 
     )
     scores = np.zeros((len(ordered), 1, len(QUALITY_NAMES)), np.float32)
     no_scores = slide_verdict(scores, np.zeros((len(ordered), 1), np.uint8), params.quality)
-    qc_result = no_scores | {"verdict": "review", "reasons": ["imported without its slide: no tile was scored"]}
+    qc_result = no_scores | {
+        "marked": {},
+        "verdict": "review",
+        "reasons": ["imported without its slide: no tile was scored"],
+    }
     with StoreWriter(store, slide_id, info, plan, NO_PIXELS, locked=True) as writer:
         writer.commit({"imported": _origin(tiles), "verdict": qc_result})
     return open_store(store, slide_id)

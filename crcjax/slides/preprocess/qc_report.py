@@ -21,7 +21,16 @@ from crcjax.slides.preprocess.manifest import REFUSALS, without_tiles
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 from crcjax.slides.store.zarr_arrays import store_path
 from crcjax.slides.tiling.qc_result import REFUSED
-from crcjax.slides.tiling.quality_control import ABSENT, GLASS, REASONS, StainLimits, tile_stain_degrees
+from crcjax.slides.tiling.quality_control import (
+    ABSENT,
+    GLASS,
+    KEPT,
+    QUALITY_NAMES,
+    REASONS,
+    StainLimits,
+    tile_marks,
+    tile_stain_degrees,
+)
 from crcjax.slides.tiling.regions_of_interest import write_area
 from crcjax.slides.tiling.tissue_segmentation import ink, optical_density
 
@@ -175,7 +184,9 @@ def _page(lines: list[dict], absent: list[str], faults: Mapping[str, str], synth
 
 
 def contact_sheet(slide: TileStore) -> UInt8[np.ndarray, "y x 3"]:
-    """Draws the slide, its tissue outlined, and its tiles by reason: kept ones framed, rejected ones filled.
+    """Draws the slide, its tissue outlined, and its tiles by reason: kept ones framed, excluded ones filled.
+
+    The frame of a kept tile has the colour of the reason for which it is marked.
 
     Ink is shown wherever it lies. Of several magnifications the coarsest is shown; the legend counts the tiles of each.
     """
@@ -199,11 +210,24 @@ def _tile_panel(slide: TileStore, picture: np.ndarray) -> np.ndarray:
     scale = picture.shape[1] / slide.info.size[0]
     corners = np.rint(slide.origin * scale).astype(int)
     ends = np.rint((slide.origin + slide.region_px) * scale).astype(int) - 1
-    for (x, y), (right, bottom), code in zip(corners.tolist(), ends.tolist(), slide.reason[:, 0], strict=True):
-        if REASONS[code] in _COLOURS:
-            thickness = 1 if REASONS[code] == "kept" else cv2.FILLED
-            cv2.rectangle(filled, (x, y), (right, bottom), _COLOURS[REASONS[code]], thickness)
+    marks = _marks(slide)
+    for (x, y), (right, bottom), code, mark in zip(
+        corners.tolist(), ends.tolist(), slide.reason[:, 0], marks, strict=True
+    ):
+        if REASONS[code] == "kept":
+            cv2.rectangle(filled, (x, y), (right, bottom), _COLOURS[REASONS[mark]], 1)
+        elif REASONS[code] in _COLOURS:
+            cv2.rectangle(filled, (x, y), (right, bottom), _COLOURS[REASONS[code]], cv2.FILLED)
     return cv2.addWeighted(filled, 0.7, tiles, 0.3, 0)
+
+
+def _marks(slide: TileStore) -> UInt8[np.ndarray, " region"]:
+    """The mark of each tile of the coarsest magnification; none for tiles without scores and stores with fewer scores."""
+    scores = slide.quality[:, 0]
+    if slide.attributes["quality"] != list(QUALITY_NAMES):
+        return np.zeros(len(scores), np.uint8)
+    marks = tile_marks(scores, slide.params.quality)
+    return np.where(scores.any(axis=-1) & (marks > ABSENT), marks, np.uint8(KEPT))
 
 
 def tile_counts(slide: TileStore) -> dict[str, dict[str, int]]:

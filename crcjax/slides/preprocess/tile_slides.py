@@ -23,7 +23,7 @@ from crcjax.slides.store.tile_pixels import check_mode, shard_regions
 from crcjax.slides.store.tile_store import StoreWriter, TileStore, open_store, remove_partials, tiled_slides
 from crcjax.slides.store.zarr_arrays import UnreadableError, store_path
 from crcjax.slides.tiling.plan import EVERYWHERE, TilePlan, TilingParams, Transform, plan_tiles
-from crcjax.slides.tiling.quality_control import ABSENT, KEPT, REASONS
+from crcjax.slides.tiling.quality_control import ABSENT, REASONS
 from crcjax.slides.tiling.read import Pack, RegionTiles, read_regions
 from crcjax.slides.tiling.regions_of_interest import Areas
 from crcjax.slides.wsi.discovery import slide_files, slide_id_fault, without_names
@@ -220,14 +220,15 @@ def read_shards(
 
     Raises SlideError: `corrupt`, and at the end `no_tissue` if not one tile passed quality control.
     """
-    regions, step, reason_counts = len(plan.origin), shard_regions(plan.params), Counter[int]()
+    regions, step, reason_counts, kept_tiles = len(plan.origin), shard_regions(plan.params), Counter[int](), 0
     firsts = range(0, regions, step)
     reads = (partial(read_regions, slide, plan, first, min(first + step, regions), pack, transform) for first in firsts)
     with closing(read_ahead(reads, threads, ahead=threads)) as shards:
         for first, tiles in zip(firsts, shards, strict=True):
             reason_counts.update(tiles.reason.ravel().tolist())
+            kept_tiles += int(tiles.mask.sum())
             yield first, tiles
-    if not reason_counts[KEPT]:
+    if not kept_tiles:
         faults = ", ".join(f"{count} {REASONS[code]}" for code, count in reason_counts.most_common() if code != ABSENT)
         reason = f"has no tile that passed quality control ({faults})"
         raise SlideError(slide.info.path, "no_tissue", reason, "look at the slide; scan it again if it is out of focus")

@@ -31,7 +31,7 @@ from crcjax.slides.store.tile_pixels import (
 from crcjax.slides.store.zarr_arrays import create_array, open_array, store_path, unreadable, write_group
 from crcjax.slides.tiling.plan import TilePlan, TilingParams
 from crcjax.slides.tiling.qc_result import QCResult
-from crcjax.slides.tiling.quality_control import QUALITY_NAMES, REASONS, slide_verdict
+from crcjax.slides.tiling.quality_control import KEPT, QUALITY_NAMES, REASONS, slide_verdict
 from crcjax.slides.tiling.read import Pack, RegionTiles
 from crcjax.slides.wsi.slide import Slide, SlideInfo
 
@@ -213,10 +213,10 @@ class StoreWriter:
                 "tiling": plan.params.to_json(),
                 "region_px": plan.region_px,
                 "regions": regions,
-                "rejected": _rejected(plan, self._reason),
+                "rejected": _rejected(plan, np.where(self._mask, np.uint8(KEPT), self._reason)),
                 "areas": plan.areas_id,
                 "quality": list(QUALITY_NAMES),
-                "verdict": slide_verdict(self._quality, self._reason, plan.params.quality),
+                "verdict": slide_verdict(self._quality, self._reason, plan.params.quality, plan.params.keep_all),
                 "white": list(plan.tissue.white),
                 "pixels": self._mode,
                 **about_pixels,

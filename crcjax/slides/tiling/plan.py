@@ -51,6 +51,7 @@ class TilingParams:
     of tissue_segmentation.METHODS. With `icc`, colours are converted to sRGB by the slide's ICC profile. `stain` is a
     StainNormaliser's `to_json`: kept tiles are normalised to its reference after quality control. Pieces of tissue below
     `min_tissue_mm2`, or below a quarter of a picture that is smaller than four times that, are dropped.
+    With `keep_all`, every tile with tissue is kept, and quality control only states the tiles that it would exclude.
     Raises InputError.
     """
 
@@ -61,6 +62,7 @@ class TilingParams:
     icc: bool = False
     stain: dict | None = None
     min_tissue_mm2: float = SMALLEST_UM2 * 1e-6
+    keep_all: bool = False
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(dict.fromkeys(self.magnifications), key=mpp_of, reverse=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, TypeVar
 
 import cv2
@@ -42,31 +42,43 @@ _GREY, _GREY_BLUE, _GREY_RED = 0.15, 0.75, 0.5
 _BARE, _FAINT, _BLUISH = 0.12, 0.3, 0.7
 _FOLD = np.ones((3, 3), np.uint8)  # a patch of 12 µm: wider than a nucleus or a capillary, narrower than a fold
 _PATCHES, _DENSEST = 16, 6  # of 16 x 16 patches the sixth densest is the fold's: 2 % of the tile are as dense
+NO_LIMIT = 99.0  # above every score
 
 
 @dataclass(frozen=True)
 class QualityLimits:
-    """Limits on the scores of a tile (see `score_tiles`) and of a slide, tuned on synthetic slides and checked by eye on
-    real ones.
+    """Limits on the scores of a tile (see `score_tiles`) and of a slide.
+
+    A tile beyond a `max_` or `min_` limit is excluded. A tile beyond a `mark_` limit only is marked: it stays in the bag, and
+    its scores say why. `max_fold` excludes nothing by default, because dense epithelium scores as high as a fold does.
 
     `min_tissue` is the least fraction of a tile that must lie within the tissue, lumina counted; tiles below it are not read.
     A slide is rejected if less than `min_coverage` of its tissue tiles were kept. It needs a review if less than
-    `good_coverage` were kept, if its median `stain` is outside the tiles' limits, or if one kind of fault has more than
-    `max_fault` of its tiles. Raises InputError for a limit that is not a number from 0 up, and for `min_tissue` that is 0
-    or above 1.
+    `good_coverage` were kept, if its median `stain` is outside the limits for marking, or if one kind of fault has more than
+    `max_fault` of its tiles, excluded or marked. Raises InputError for a limit that is not a number from 0 up, and for
+    `min_tissue` that is 0 or above 1.
     """
 
     min_tissue: float = 0.25
     min_stained: float = 0.02
-    max_pen: float = 0.1
-    max_bubble: float = 0.15
-    max_fold: float = 1.75
-    max_blood: float = 0.5
-    min_focus: float = 0.22
-    min_sharpness: float = 0.01
-    max_pale: float = 0.25
-    min_stain: float = 0.2
-    max_stain: float = 4.0
+    max_pen: float = 0.2
+    max_bubble: float = 0.3
+    max_fold: float = NO_LIMIT
+    max_blood: float = 0.7
+    min_focus: float = 0.18
+    min_sharpness: float = 0.005
+    max_pale: float = 0.5
+    min_stain: float = 0.1
+    max_stain: float = 6.0
+    mark_pen: float = 0.1
+    mark_bubble: float = 0.15
+    mark_fold: float = 1.75
+    mark_blood: float = 0.5
+    mark_focus: float = 0.22
+    mark_sharpness: float = 0.01
+    mark_pale: float = 0.25
+    mark_min_stain: float = 0.2
+    mark_max_stain: float = 4.0
     min_coverage: float = 0.25
     good_coverage: float = 0.75
     max_fault: float = 0.1
@@ -118,13 +130,14 @@ def parse_limits(texts: Sequence[str], kind: type[Limits]) -> Limits:
     return kind(**values)
 
 
-# Why a tile is kept or not. `glass`: too little tissue; `absent`: finer than the slide.
+# Why a tile is excluded or not. `glass`: too little tissue; `absent`: finer than the slide.
 REASONS = ("kept", "glass", "absent", "pen", "bubble", "fold", "blood", "blurred", "pale", "overstained")
 KEPT, GLASS, ABSENT = range(3)
+FAULTS = REASONS[3:]
 
 
 def tile_reasons(scores: Float32[np.ndarray, "*tile score"], limits: QualityLimits) -> UInt8[np.ndarray, "*tile"]:
-    """The fault of every tile as an index into REASONS, the first below if it has several; 0 if it has none."""
+    """Why every tile is excluded, as an index into REASONS, the first below if it has several faults; 0 if it has none."""
     score = dict(zip(QUALITY_NAMES, np.moveaxis(scores, -1, 0), strict=True))
     faults = {
         "pen": score["pen"] > limits.max_pen,
@@ -140,32 +153,68 @@ def tile_reasons(scores: Float32[np.ndarray, "*tile score"], limits: QualityLimi
     return np.select(list(faults.values()), codes, np.uint8(KEPT))
 
 
+def tile_marks(scores: Float32[np.ndarray, "*tile score"], limits: QualityLimits) -> UInt8[np.ndarray, "*tile"]:
+    """Like `tile_reasons`, but by the limits for marking: the reason of every tile that is beyond either limit."""
+    stricter = {
+        "max_pen": min(limits.max_pen, limits.mark_pen),
+        "max_bubble": min(limits.max_bubble, limits.mark_bubble),
+        "max_fold": min(limits.max_fold, limits.mark_fold),
+        "max_blood": min(limits.max_blood, limits.mark_blood),
+        "min_focus": max(limits.min_focus, limits.mark_focus),
+        "min_sharpness": max(limits.min_sharpness, limits.mark_sharpness),
+        "max_pale": min(limits.max_pale, limits.mark_pale),
+        "min_stain": max(limits.min_stain, limits.mark_min_stain),
+        "max_stain": min(limits.max_stain, limits.mark_max_stain),
+    }
+    return tile_reasons(scores, replace(limits, **stricter))
+
+
 def slide_verdict(
     scores: Float32[np.ndarray, "region slot score"],
     reason: UInt8[np.ndarray, "region slot"],
     limits: QualityLimits,
+    keep_all: bool = False,
 ) -> dict:
     """The QC result of a slide from its tiles with tissue: `verdict` (accept, review or reject), `reasons` and numbers.
 
-    `coverage` is the fraction of these tiles that was kept, `faults` the fractions that were not, by reason. Medians are
-    over all of these tiles, kept or not, and 0 if there are none.
+    `coverage` is the fraction of these tiles that was kept. `faults` are the fractions beyond a limit for excluding, by
+    reason; they were excluded unless `keep_all`. `marked` are the fractions beyond a limit for marking only. Medians are over
+    all of these tiles, kept or not, and 0 if there are none.
     """
     tissue = (reason != GLASS) & (reason != ABSENT)
+    marks = np.where(tissue & (reason == KEPT), tile_marks(scores, limits), np.uint8(KEPT))
     count = max(1, int(tissue.sum()))
-    shares = {name: float((reason == code).sum() / count) for code, name in enumerate(REASONS)}
-    faults = {name: share for name, share in shares.items() if share > 0 and name not in ("kept", "glass", "absent")}
+    faults, marked = (
+        {name: float(share) for name in FAULTS if (share := (codes == REASONS.index(name)).sum() / count) > 0}
+        for codes in (reason, marks)
+    )
     named = ("sharpness", "focus", "stain")
     columns = [QUALITY_NAMES.index(name) for name in named]
     medians = np.median(scores[tissue][:, columns], axis=0).tolist() if tissue.any() else [0.0] * len(named)
-    stain, coverage = medians[-1], shares["kept"]
-    reasons = [f"{share:.0%} of the tissue is {name}" for name, share in faults.items() if share > limits.max_fault]
+    stain, coverage = medians[-1], float((tissue if keep_all else reason == KEPT).sum() / count)
+    fate = ", and kept" if keep_all else ""
+    reasons = [
+        f"{share:.0%} of the tissue is {name}{fate}" for name, share in faults.items() if share > limits.max_fault
+    ]
+    reasons += [
+        f"{share:.0%} of the tissue is marked {name}, and kept"
+        for name, share in marked.items()
+        if share > limits.max_fault
+    ]
     if coverage < limits.good_coverage:
         reasons.insert(0, f"only {coverage:.0%} of the tissue was kept")
-    if not limits.min_stain <= stain <= limits.max_stain:
+    if not limits.mark_min_stain <= stain <= limits.mark_max_stain:
         reasons.append(f"the median density of the stain is {stain:.2f}")
     verdict = "reject" if coverage < limits.min_coverage else "review" if reasons else "accept"
     median_of = {f"median_{name}": median for name, median in zip(named, medians, strict=True)}
-    return {"verdict": verdict, "reasons": reasons, "coverage": coverage, "faults": faults, **median_of}
+    return {
+        "verdict": verdict,
+        "reasons": reasons,
+        "coverage": coverage,
+        "faults": faults,
+        "marked": marked,
+        **median_of,
+    }
 
 
 def score_tiles(

@@ -29,10 +29,10 @@ _SCORED_TOGETHER = 32  # tiles: for single tiles NumPy's calls would take longer
 
 @dataclass(frozen=True)
 class RegionTiles:
-    """The tiles of regions; `mask` is the plan's without the tiles that failed quality control.
+    """The tiles of regions; `mask` is the plan's without the tiles that quality control excludes.
 
-    `reason` is an index into quality_control.REASONS. With a `pack` (see `read_regions`), `packed` holds its result for each
-    kept tile by region and slot, and `pixels` has no regions.
+    `reason` is an index into quality_control.REASONS; with `keep_all` the tiles that it names are kept. With a `pack` (see
+    `read_regions`), `packed` holds its result for each kept tile by region and slot, and `pixels` has no regions.
     """
 
     pixels: UInt8[np.ndarray, "stored_region slot y x 3"]
@@ -65,6 +65,7 @@ def read_regions(
     packed: dict[tuple[int, int], Any] = {}
     quality = np.zeros((count, params.slots, len(QUALITY_NAMES)), np.float32)
     reason = np.full((count, params.slots), GLASS, np.uint8)
+    mask = np.zeros((count, params.slots), bool)
     reason[:, sum(factor**2 for factor in params.factors[: plan.scale.finest + 1]) :] = ABSENT
     mpp = np.repeat([mpp_of(magnification) for magnification in params.magnifications], np.square(params.factors))
     step = max(1, _SCORED_TOGETHER // params.slots)
@@ -77,7 +78,8 @@ def read_regions(
         _score(digests, plan, mpp, quality)
         places = tuple(np.array(list(tiles), np.intp).reshape(-1, 2).T)
         reason[places] = tile_reasons(quality[places], params.quality)
-        kept_tiles = {place: tile for place, tile in tiles.items() if reason[place] == KEPT}
+        mask[places] = params.keep_all | (reason[places] == KEPT)
+        kept_tiles = {place: tile for place, tile in tiles.items() if mask[place]}
         if transform and kept_tiles:
             kept_tiles = dict(zip(kept_tiles, transform(np.stack(list(kept_tiles.values()))), strict=True))
         for (i, slot), tile in kept_tiles.items():
@@ -88,7 +90,7 @@ def read_regions(
                 packed[start + i, slot] = pack.stream(tile)
             else:
                 packed[start + i, slot] = pack.pixels(tile)
-    return RegionTiles(pixels, reason == KEPT, quality, reason, packed)
+    return RegionTiles(pixels, mask, quality, reason, packed)
 
 
 def _read_region(

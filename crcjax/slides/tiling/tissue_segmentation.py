@@ -68,9 +68,10 @@ def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"], may_lack_background: boo
     """
     counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in cv2.split(thumbnail)])
     white = (counts.cumsum(axis=1) < 0.99 * thumbnail[..., 0].size).sum(axis=1)  # the 99th percentile
-    if white.max() < 150:
+    only_tissue = may_lack_background and _is_stained(white)
+    if white.max() < 150 and not only_tissue:
         raise NotBrightfieldError(f"the background is dark ({_rgb(white)}): fluorescence, or not a brightfield scan")
-    if may_lack_background and _is_stained(white):
+    if only_tissue:
         white = np.full(3, max(_ASSUMED_WHITE, white.max()))
     if white.min() < 0.7 * white.max():
         raise NotBrightfieldError(f"the background is coloured ({_rgb(white)}): wrong colour space, or not H&E")
@@ -198,7 +199,8 @@ def excess_green(density: Float32[np.ndarray, "channel y x"]) -> Float32[np.ndar
 
 def ink(density: Float32[np.ndarray, "channel y x"]) -> Bool[np.ndarray, "y x"]:
     """Pixels of pen ink, by their colour: green, blue or red."""
-    red, green, blue = density
+    # Beyond the edge of a slide the picture is white, which is brighter than tinted background, in green more than in red.
+    red, green, blue = np.maximum(density, 0)
     cold_ink = (red > _INK_RATIO * green + 0.05) | ((red > 0.3) & (blue > _INK_RATIO * green))
     # Haematoxylin lets less blue through: at least 0.38 of its red density is absorbed there.
     blue_ink = (red > 0.3) & (red > green) & (blue < 0.35 * red)

@@ -51,6 +51,38 @@ def test_a_store_keeps_why_every_tile_was_rejected_and_a_small_picture(store: Pa
     assert 0.1 < tissue.mean() < 0.9
 
 
+def test_keep_all_excludes_nothing_and_states_what_would_be_excluded(store: Path, tmp_path: Path) -> None:
+    excluding = open_store(store, "penned")
+    tile_slides(
+        [TileJob("penned", Path(excluding.info.path))], tmp_path, TilingParams(("10x", "20x"), keep_all=True), workers=1
+    )
+    keeping = open_store(tmp_path, "penned")
+    assert keeping.params.keep_all
+    np.testing.assert_array_equal(keeping.reason, excluding.reason)
+    assert keeping.mask[keeping.reason == REASONS.index("pen")].all()
+    assert keeping.qc.coverage == 1.0
+    assert keeping.attributes["verdict"]["faults"] == excluding.attributes["verdict"]["faults"]
+    (region, *_), _ = np.nonzero(keeping.reason == REASONS.index("pen"))
+    assert keeping.read_pixels([int(region)]).any()
+    assert contact_sheet(keeping).shape == contact_sheet(excluding).shape
+
+
+def test_stores_made_before_marking_open_with_the_limits_they_were_made_with(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    file = tmp_path / "store" / "penned.zarr" / "zarr.json"
+    group = json.loads(file.read_text())
+    attributes = group["attributes"]
+    del attributes["verdict"]["marked"], attributes["tiling"]["keep_all"]
+    limits = {name: value for name, value in attributes["tiling"]["quality"].items() if not name.startswith("mark_")}
+    attributes["tiling"]["quality"] = limits | {"max_pen": 0.1, "max_fold": 1.75}
+    file.write_text(json.dumps(group))
+    slide = open_store(tmp_path / "store", "penned")
+    assert (slide.params.quality.max_pen, slide.params.quality.max_fold) == (0.1, 1.75)
+    assert not slide.params.keep_all
+    write_overview(tmp_path / "store")
+    assert (tmp_path / "store" / "overview" / "penned.jpg").exists()
+
+
 def test_a_contact_sheet_shows_pen_where_pen_is(store: Path) -> None:
     penned, plain = (contact_sheet(open_store(store, slide_id))[:-48] for slide_id in ("penned", "plain <b>"))
     assert (np.abs(penned.astype(int) - PEN).max(axis=-1) < 40).sum() > 1000

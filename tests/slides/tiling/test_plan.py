@@ -18,7 +18,7 @@ from crcjax.slides.tiling.plan import (
     slot_boxes,
     thumbnail_px,
 )
-from crcjax.slides.tiling.quality_control import ABSENT, QualityLimits
+from crcjax.slides.tiling.quality_control import ABSENT, REASONS, QualityLimits, tile_marks
 from crcjax.slides.tiling.read import read_regions
 from crcjax.slides.tiling.tissue_segmentation import NotBrightfieldError, tissue_model
 from crcjax.slides.wsi.slide import SlideInfo, open_slide
@@ -219,7 +219,9 @@ def test_a_region_that_sticks_out_of_the_slide_is_padded_with_white(
     assert not (last[:116, :116] == 255).all()
 
 
-def test_blurred_tiles_are_masked(tmp_path: Path, write_slide: Writer, tissue_picture: Callable) -> None:
+def test_blurred_tiles_are_marked_and_sharp_ones_are_not(
+    tmp_path: Path, write_slide: Writer, tissue_picture: Callable
+) -> None:
     picture = tissue_picture(1500, 1300)
     picture[:, :750] = cv2.GaussianBlur(picture[:, :750], (0, 0), 10)
     path = write_slide(tmp_path / "a.svs", picture)
@@ -228,8 +230,9 @@ def test_blurred_tiles_are_masked(tmp_path: Path, write_slide: Writer, tissue_pi
         tiles = read_regions(slide, plan, 0, len(plan.origin))
     inside = (plan.origin[:, 1] >= 384) & (plan.origin[:, 1] <= 768)
     left, right = inside & (plan.origin[:, 0] < 512), inside & (plan.origin[:, 0] >= 768)
-    assert tiles.mask[left, 0].mean() < 0.4
-    assert tiles.mask[right & (plan.origin[:, 0] < 1000), 0].all()
+    unmarked = tile_marks(tiles.quality[:, 0], plan.params.quality) == REASONS.index("kept")
+    assert not unmarked[left].any()
+    assert unmarked[right & (plan.origin[:, 0] < 1000)].all()
 
 
 def test_a_tile_of_glass_within_a_lumen_is_masked(
@@ -267,7 +270,8 @@ def test_a_single_tile_full_of_tissue_is_tiled_though_it_shows_no_background(
 ) -> None:
     pale = _with_tissue(tissue_picture, 224, 224)
     deep = np.rint(pale * np.array([0.95, 0.65, 0.85])).astype(np.uint8)
-    for name, picture in {"pale": pale, "deep": deep}.items():
+    dark = np.rint(deep * np.array([0.45, 0.4, 0.55])).astype(np.uint8)  # as crowded lymphocytes are
+    for name, picture in {"pale": pale, "deep": deep, "dark": dark}.items():
         path = write_slide(tmp_path / f"{name}.svs", picture)
         with open_slide(path) as slide:
             plan = plan_tiles(slide, TilingParams(("20x",), tile_px=224))
@@ -276,6 +280,10 @@ def test_a_single_tile_full_of_tissue_is_tiled_though_it_shows_no_background(
         assert plan.tissue_mask.mean() > 0.95, name
     with pytest.raises(NotBrightfieldError, match="coloured"):
         tissue_model(deep)
+    with pytest.raises(NotBrightfieldError, match="dark"):
+        tissue_model(dark)
+    with pytest.raises(NotBrightfieldError, match="dark"):
+        tissue_model(pale // 5 * np.uint8([0, 0, 3]), may_lack_background=True)  # blue alone, as DAPI
 
 
 def test_a_core_is_tiled_down_to_the_area_that_a_parameter_sets(

@@ -20,6 +20,7 @@ from crcjax.slides.tiling.quality_control import (
     parse_limits,
     score_tiles,
     slide_verdict,
+    tile_marks,
     tile_reasons,
     tile_stain_degrees,
 )
@@ -81,15 +82,14 @@ def test_tissue_is_the_stained_fraction_of_the_tile(fraction: float) -> None:
 def test_sharpness_falls_with_every_step_out_of_focus() -> None:
     scores = [_score(cv2.GaussianBlur(_tile(), (0, 0), sigma))["sharpness"] for sigma in (0.5, 1, 2, 4, 8)]
     assert scores == sorted(scores, reverse=True)
-    assert scores[-1] < QualityLimits().min_sharpness < scores[0]
+    assert scores[-1] < QualityLimits().mark_sharpness < scores[0]
 
 
 @pytest.mark.parametrize("sigma_um", [0.3, 2.0, 3.0, 5.0, 8.0, 12.0])
 def test_one_of_the_two_measures_tells_a_blur_however_far_it_goes(sigma_um: float) -> None:
     blurred = cv2.GaussianBlur(_tile(), (0, 0), sigma_um / 0.5)
-    assert (
-        REASONS[int(tile_reasons(score_tiles([blurred], MODEL)[0], QualityLimits(max_bubble=1.0)))] == "blurred"
-    ) == (sigma_um > 1)
+    mark = REASONS[int(tile_marks(score_tiles([blurred], MODEL)[0], QualityLimits(max_bubble=1.0, mark_bubble=1.0)))]
+    assert (mark == "blurred") == (sigma_um > 1)
 
 
 @pytest.mark.parametrize("measure", ["sharpness", "focus"])
@@ -192,7 +192,7 @@ def test_gaps_in_loose_tissue_hide_no_fold_and_crowded_nuclei_make_none() -> Non
 
     folded = loose.copy()
     folded[:, 96:160] *= 2
-    assert fold(folded) > QualityLimits().max_fold > max(fold(loose), fold(nuclei))
+    assert fold(folded) > QualityLimits().mark_fold > max(fold(loose), fold(nuclei))
 
 
 @pytest.mark.parametrize("pale", [0, 1, 4, 8])
@@ -204,8 +204,8 @@ def test_ordinary_tissue_beside_however_much_pale_is_no_fold_and_what_lies_doubl
     model = tissue_model(np.vstack([glass, ordinary, *[faint] * pale]))
     folded = _tile()
     folded[:, 100:160] = _tile(2.0)[:, 100:160]
-    reasons = tile_reasons(score_tiles([_tile(), folded, _tile(0.25)], model), QualityLimits())
-    assert [REASONS[reason] for reason in reasons.tolist()] == ["kept", "fold", "pale"]
+    marks = tile_marks(score_tiles([_tile(), folded, _tile(0.25)], model), QualityLimits())
+    assert [REASONS[mark] for mark in marks.tolist()] == ["kept", "fold", "pale"]
 
 
 def test_stain_is_the_optical_density_of_the_tissue() -> None:
@@ -250,8 +250,38 @@ def test_the_distance_of_a_colour_from_all_mixtures_of_two_stains(colour: tuple[
         ({"tissue": 0.0, "pen": 0.9}, "pen"),
     ],
 )
-def test_a_tile_is_judged_by_its_first_fault(changes: dict, reason: str) -> None:
-    assert REASONS[int(tile_reasons(_scores(**changes), QualityLimits()))] == reason
+def test_a_tile_is_marked_for_its_first_fault(changes: dict, reason: str) -> None:
+    assert REASONS[int(tile_marks(_scores(**changes), QualityLimits()))] == reason
+
+
+@pytest.mark.parametrize(
+    ("reason", "marked", "excluded"),
+    [
+        ("pen", {"pen": 0.15}, {"pen": 0.5}),
+        ("bubble", {"bubble": 0.2}, {"bubble": 0.5}),
+        ("blood", {"blood": 0.6}, {"blood": 0.9}),
+        ("blurred", {"focus": 0.2}, {"focus": 0.1}),
+        ("blurred", {"sharpness": 0.008}, {"sharpness": 0.001}),
+        ("pale", {"pale": 0.4}, {"pale": 0.9}),
+        ("pale", {"stain": 0.15}, {"stain": 0.05}),
+        ("overstained", {"stain": 5.0}, {"stain": 8.0}),
+    ],
+)
+def test_a_tile_between_the_two_limits_of_a_score_is_marked_and_kept(reason: str, marked: dict, excluded: dict) -> None:
+    scores, limits = np.stack([_scores(**marked), _scores(**excluded)]), QualityLimits()
+    assert [REASONS[code] for code in tile_reasons(scores, limits).tolist()] == ["kept", reason]
+    assert [REASONS[code] for code in tile_marks(scores, limits).tolist()] == [reason, reason]
+
+
+def test_no_tile_is_excluded_as_fold_unless_asked() -> None:
+    dense = _scores(fold=9.0)
+    assert tile_reasons(dense, QualityLimits()) == REASONS.index("kept")
+    assert tile_reasons(dense, QualityLimits(max_fold=1.75)) == REASONS.index("fold")
+
+
+def test_a_limit_for_excluding_below_that_for_marking_marks_too() -> None:
+    assert tile_marks(_scores(pen=0.05), QualityLimits(max_pen=0.02)) == REASONS.index("pen")
+    assert tile_marks(_scores(focus=0.3), QualityLimits(min_focus=0.4)) == REASONS.index("blurred")
 
 
 def test_limits_are_read_and_survive_json() -> None:
@@ -304,6 +334,42 @@ def test_a_verdict_follows_from_what_was_kept() -> None:
     assert verdict(glass=5)["verdict"] == "reject"
 
 
+def test_a_tenth_of_the_tissue_marked_for_one_reason_is_a_review_and_none_of_it_is_lost() -> None:
+    scores = np.tile(_scores(), (100, 1, 1))
+    scores[:20, 0, QUALITY_NAMES.index("fold")] = 2.0
+    result = slide_verdict(scores, np.zeros((100, 1), np.uint8), QualityLimits())
+    assert (result["verdict"], result["coverage"], result["faults"]) == ("review", 1.0, {})
+    assert result["marked"] == {"fold": 0.2}
+    assert result["reasons"] == ["20% of the tissue is marked fold, and kept"]
+
+
+def test_a_slide_whose_tiles_are_all_kept_states_those_that_would_be_excluded() -> None:
+    reason = np.repeat(np.uint8([REASONS.index("kept"), REASONS.index("pen")]), (80, 20))[:, None]
+    result = slide_verdict(np.tile(_scores(), (100, 1, 1)), reason, QualityLimits(), keep_all=True)
+    assert (result["verdict"], result["coverage"], result["faults"]) == ("review", 1.0, {"pen": 0.2})
+    assert result["reasons"] == ["20% of the tissue is pen, and kept"]
+
+
+def test_white_beyond_the_edge_of_a_slide_with_tinted_background_is_no_pen() -> None:
+    model = TissueModel((245.0, 228.0, 245.0), 0.06)
+    beyond = np.full((256, 256, 3), 255, np.uint8)
+    tinted = np.clip(_tile() * (np.array(model.white) / 240), 0, 255).astype(np.uint8)
+    half = tinted.copy()
+    half[:, 128:] = 255
+    assert (score_tiles([beyond, tinted, half], model)[:, QUALITY_NAMES.index("pen")] < 0.01).all()
+    assert score_tiles([_under(tinted, (1.5, 0.4, 0.6))], model)[0][QUALITY_NAMES.index("pen")] > 0.3
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("magnification", ["10x", "20x"])
+def test_under_one_percent_of_a_real_polyp_is_excluded(real_data: Path, magnification: str) -> None:
+    with open_slide(real_data / "slides_crc" / "tiff_crc_polyp_part.tif") as slide:
+        plan = plan_tiles(slide, TilingParams((magnification,)))
+        tiles = read_regions(slide, plan, 0, len(plan.origin))
+    assert plan.mask.sum() > 100
+    assert (tiles.reason[plan.mask] > 0).mean() < 0.01
+
+
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     """Scores of all tiles of slides of four sites, with the corrupted share of each tile by artefact, and `smooth`."""
@@ -346,7 +412,7 @@ def test_smooth_tissue_is_not_taken_for_blurred(painted: dict[str, np.ndarray]) 
     focus = painted["scores"][:, QUALITY_NAMES.index("focus")]
     assert smooth.sum() > 20
     assert roc_auc_score(blurred[smooth | blurred], -focus[smooth | blurred]) >= 0.95
-    assert (tile_reasons(painted["scores"][smooth], QualityLimits()) == REASONS.index("blurred")).mean() < 0.05
+    assert (tile_marks(painted["scores"][smooth], QualityLimits()) == REASONS.index("blurred")).mean() < 0.05
 
 
 def test_a_tiles_colour_is_a_mixture_of_its_own_sites_stains_and_of_no_foreign_ones(
@@ -369,7 +435,8 @@ def test_a_tiles_colour_is_a_mixture_of_its_own_sites_stains_and_of_no_foreign_o
 
 def test_clean_painted_tiles_are_kept(painted: dict[str, np.ndarray]) -> None:
     clean = ~np.any([painted[name] for name in SCORE_OF], axis=0)
-    assert (tile_reasons(painted["scores"][clean], QualityLimits()) == REASONS.index("kept")).mean() > 0.97
+    assert (tile_marks(painted["scores"][clean], QualityLimits()) == REASONS.index("kept")).mean() > 0.97
+    assert (tile_reasons(painted["scores"][clean], QualityLimits()) == REASONS.index("kept")).mean() > 0.99
 
 
 @pytest.mark.parametrize("side", [64, 200, 256])
@@ -391,7 +458,7 @@ def test_a_tile_is_scored_in_less_than_half_a_millisecond() -> None:
 
 
 @pytest.mark.real_data
-def test_pen_marks_and_black_ink_are_rejected_and_clean_tissue_is_kept(real_data: Path) -> None:
+def test_pen_marks_and_black_ink_are_marked_and_excluded_and_clean_tissue_is_kept(real_data: Path) -> None:
     with open_slide(real_data / "slides" / "dicom_tcga-prad_penmarks", mpp=2.0) as slide:
         params = TilingParams(("5x",), tile_px=64)
         plan = plan_tiles(slide, params)
@@ -406,8 +473,13 @@ def test_pen_marks_and_black_ink_are_rejected_and_clean_tissue_is_kept(real_data
     )
     black = np.array([(tile[..., 2] < 80).mean() for tile in hsv])
     kept, planned = tiles.mask[:, 0], plan.mask[:, 0]
+    unmarked = planned & (tile_marks(tiles.quality[:, 0], params.quality) == REASONS.index("kept"))
     assert (inked > 0.25).sum() > 50
-    assert not kept[inked > 0.25].any()
+    assert not unmarked[inked > 0.25].any()
+    assert (inked > 0.5).sum() > 30
+    assert not kept[inked > 0.5].any()
     assert (black > 0.15).sum() > 30
-    assert not kept[black > 0.15].any()
+    assert not unmarked[black > 0.15].any()
+    assert (black > 0.3).sum() > 15
+    assert not kept[black > 0.3].any()
     assert kept[planned & (inked < 0.002) & (black < 0.02)].mean() > 0.98
