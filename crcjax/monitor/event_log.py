@@ -1,0 +1,236 @@
+"""A hash-chained, append-only log of events as JSON lines.
+
+Every line carries the SHA-256 of the line before it, and the SHA-256 of its own text:
+
+    {"time": "2026-01-31T12:00:00.123456+00:00", "kind": "saved", "facts": {"step": 50}, "previous": "…", "hash": "…"}
+
+An edited, inserted, exchanged or removed line breaks the chain, and `verify` finds it. Whoever can write the file could still
+compute a whole new chain, or remove its last lines: `verify` finds this too if it is given a `Head` that was kept elsewhere.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from crcjax.errors import writing
+
+# The `previous` of the first line.
+START = "0" * 64
+# The kind of the entry that takes the place of an unfinished line.
+REPAIRED = "log_repaired"
+_BEFORE_HASH = b', "hash": "'
+_BLOCK_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Event:
+    """One entry: when it was written (UTC, ISO 8601), what happened, and its place in the chain."""
+
+    time: str
+    kind: str
+    facts: dict[str, Any]
+    previous: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """The number of lines of a log and the hash of the last one. Kept elsewhere, it vouches for everything up to there."""
+
+    lines: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class BrokenLine:
+    """The first line, counted from 1, at which a log is not what was written, and why.
+
+    `is_unfinished`: a crash or a full disk interrupted its writing. The next append replaces it by an entry that says so.
+    """
+
+    line: int
+    reason: str
+    is_unfinished: bool = False
+
+
+class EventLog:
+    """Appends to the log at `path`, which is created at the first append.
+
+    Several processes and threads may append to one file at the same time. The file must be on a file system with locks.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        self._lock = threading.Lock()
+        # The file's size after this object's last append, and the last line's hash: the file need not be read if no other
+        # process appended since.
+        self._size, self._hash = 0, START
+
+    def append(self, kind: str, /, **facts: Any) -> Event:
+        """Appends an entry, and returns once it is on the disk.
+
+        `facts` are JSON values or paths. Numbers that are not finite are written as text, since JSON has none. Raises
+        OutputError if the file cannot be written; it then ends with the entry before.
+        """
+        with self._lock, writing(self._path, "write to another place"):
+            is_new = not self._path.exists()
+            if is_new:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if is_new:
+                    _sync_folder(self._path.parent)
+                self._repair(file)
+                return self._write(file, kind, facts)
+            finally:
+                # Closing releases the lock.
+                os.close(file)
+
+    def _repair(self, file: int) -> None:
+        """Finds the end of the chain; cuts an unfinished last line off, and appends an entry that says so."""
+        size = os.fstat(file).st_size
+        if size == self._size:
+            return
+        last_line, unfinished = _tail(file, size)
+        self._size, self._hash = size - len(unfinished), _hash_of(last_line)
+        if unfinished:
+            os.ftruncate(file, self._size)
+            self._write(file, REPAIRED, {"bytes": len(unfinished), "sha256": sha256(unfinished).hexdigest()})
+
+    def _write(self, file: int, kind: str, facts: Mapping[str, Any]) -> Event:
+        event = _sealed(datetime.now(UTC).isoformat(timespec="microseconds"), kind, facts, self._hash)
+        line = _line(event)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(file, line[written:])
+            os.fsync(file)
+        except OSError:
+            # A full disk takes a part of the line.
+            os.ftruncate(file, self._size)
+            raise
+        self._size, self._hash = self._size + len(line), event.hash
+        return event
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """The entries of a log, oldest first; empty if there is no file. Lines that cannot be read are left out: see `verify`."""
+    if not Path(path).exists():
+        return []
+    return [event for line in _lines(Path(path)) if line.endswith(b"\n") and (event := _parsed(line))]
+
+
+def head(path: str | Path) -> Head:
+    """The current head of a log, to be kept where its writers cannot change it."""
+    lines, last = 0, b""
+    if Path(path).exists():
+        for line in _lines(Path(path)):
+            if line.endswith(b"\n"):
+                lines, last = lines + 1, line
+    return Head(lines, _hash_of(last))
+
+
+def verify(path: str | Path, trusted: Head | None = None) -> BrokenLine | None:
+    """The first line that was edited, inserted, exchanged, removed or not finished; None if the log is whole.
+
+    With a `trusted` head, a log that was shortened or rewritten since is found too. Changes nothing.
+    """
+    previous, number = START, 0
+    for number, line in enumerate(_lines(Path(path)) if Path(path).exists() else (), 1):
+        if not line.endswith(b"\n"):
+            return BrokenLine(number, "is unfinished: a crash or a full disk interrupted its writing", True)
+        event = _parsed(line)
+        if event is None or line != _body(line) + _suffix(sha256(_body(line)).hexdigest()):
+            return BrokenLine(number, "was changed: its hash is not that of its text")
+        if event.previous != previous:
+            return BrokenLine(number, "does not follow the line before: lines were removed, inserted or exchanged")
+        previous = event.hash
+        if trusted and number == trusted.lines and event.hash != trusted.hash:
+            return BrokenLine(number, "is not the line of the trusted head: the log was rewritten")
+    if trusted and number < trusted.lines:
+        return BrokenLine(number + 1, f"is missing: the log had {trusted.lines} lines")
+    return None
+
+
+def _sealed(time: str, kind: str, facts: Mapping[str, Any], previous: str) -> Event:
+    event = Event(time, kind, _plain(facts), previous, "")
+    return Event(time, kind, event.facts, previous, sha256(_body(_line(event))).hexdigest())
+
+
+def _line(event: Event) -> bytes:
+    # The order of the dataclass's fields: the hash, which is last, covers all text before it.
+    return (json.dumps(vars(event), allow_nan=False) + "\n").encode()
+
+
+def _body(line: bytes) -> bytes:
+    """A line without its own hash."""
+    return line[: line.rfind(_BEFORE_HASH)]
+
+
+def _suffix(digest: str) -> bytes:
+    return _BEFORE_HASH + digest.encode() + b'"}\n'
+
+
+def _parsed(line: bytes) -> Event | None:
+    """The entry of a line; None if it is none, whatever its hash."""
+    try:
+        values = json.loads(line)
+        event = Event(**values)
+    except (ValueError, TypeError):
+        return None
+    texts = (event.time, event.kind, event.previous, event.hash)
+    return event if all(isinstance(text, str) for text in texts) and isinstance(event.facts, dict) else None
+
+
+def _hash_of(line: bytes) -> str:
+    """The hash that the line after `line` refers to."""
+    if not line:
+        return START
+    event = _parsed(line)
+    # The log goes on after a damaged line, which `verify` names.
+    return event.hash if event else sha256(line).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from file
+
+
+def _tail(file: int, size: int) -> tuple[bytes, bytes]:
+    """The last whole line of a file, and the bytes after it."""
+    tail, start = b"", size
+    while start > 0 and tail.count(b"\n") < 2:
+        begin = max(0, start - _BLOCK_BYTES)
+        tail, start = os.pread(file, start - begin, begin) + tail, begin
+    whole, newline, unfinished = tail.rpartition(b"\n")
+    return whole.rpartition(b"\n")[2] + newline, unfinished
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a new file's name as durable as its content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
