@@ -464,6 +464,12 @@ def crossvalidate(
         list[str] | None,
         typer.Option(help="FIELD=VALUE,VALUE to choose from by validation; repeated, all combinations"),
     ] = None,
+    baseline: Annotated[
+        Literal["trees"] | None,
+        typer.Option(
+            help="in place of the runs, trees on each bag's smallest and largest stored features: OUT/predictions-trees.csv"
+        ),
+    ] = None,
     fields: Annotated[
         list[str] | None, typer.Argument(metavar="--config.FIELD=VALUE...", help="as in training")
     ] = None,
@@ -475,6 +481,7 @@ def crossvalidate(
     """
     from crcjax.main import read_config
     from crcjax.train.crossvalidate import crossvalidate as train_folds
+    from crcjax.train.tree_baseline import crossvalidate_trees
 
     given = read_config([f"--config={config}", f"--workdir={out}", *(fields or ())])[0]
     swept: dict[str, list[str]] = {}
@@ -483,7 +490,12 @@ def crossvalidate(
         if not equals or name in swept:
             raise InputError(f"--sweep {text}: write FIELD=VALUE,VALUE, each field once")
         swept[name] = values.split(",")
-    train_folds(given, out, seeds=seeds, sweep=swept, on_line=lambda line: _stderr.print(line, markup=False))
+    if baseline and (sweep or seeds > 1):
+        raise InputError("--baseline trees has one forest per fold; leave out --seeds and --sweep")
+    if baseline:
+        crossvalidate_trees(given, out, on_line=lambda line: _stderr.print(line, markup=False))
+    else:
+        train_folds(given, out, seeds=seeds, sweep=swept, on_line=lambda line: _stderr.print(line, markup=False))
 
 
 @app.command()

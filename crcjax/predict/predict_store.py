@@ -257,6 +257,12 @@ def _thumbnail(slide: TileStore) -> UInt8[np.ndarray, "y x 3"] | None:
     return None if slide.pixels == NO_PIXELS else slide.thumbnail()[0]
 
 
+def refused_row(row: PredictionRow, refusal: Mapping[str, str]) -> PredictionRow:
+    """The row of a slide that tiling refused; `refusal` is the outcome of its tiling (`refused_slides`)."""
+    refused = replace(row, status=refusal["status"], reason=refusal["reason"])
+    return refused.with_qc(QCResult.of_refusal(refusal["reason"]))
+
+
 def _unreadable(
     row: PredictionRow, store: Path, error: InputError | None, refusal: Mapping[str, str] | None = None
 ) -> PredictionRow:
@@ -265,8 +271,7 @@ def _unreadable(
     `refusal` is the outcome of its tiling, if tiling refused it.
     """
     if refusal:
-        refused = replace(row, status=refusal["status"], reason=refusal["reason"])
-        return refused.with_qc(QCResult.of_refusal(refusal["reason"]))
+        return refused_row(row, refusal)
     if error is None:
         return replace(row, status="not_tiled", reason=f"is not in {store}; run crcjax tile or import for it")
     return replace(row, status="failed", reason=str(error))

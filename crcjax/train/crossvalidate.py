@@ -77,25 +77,18 @@ def crossvalidate(
       OutputError: `out` cannot be written.
     """
     check_config(config)
-    config, cohort = _with_folds(config), load_cohort(config.data.cohort, config.data.classes)
+    config, folds = divided_by_fold(config)
     points = _points(config, sweep or {})
-    if config.data.folds < 2:
-        raise InputError(
-            f"config.data.folds must be at least 2, got {config.data.folds}; try 5, or set config.data.fold_by to site"
-        )
-    for fold in range(config.data.folds):
-        divided = divide(cohort, _config_of_fold(config, fold).data)
-    if len(points) > 1 and not divided.split("val").rows:
+    if len(points) > 1 and not folds[0].split("val").rows:
         raise InputError(
             "config.data.val_fraction must leave validation cases to select a point of the sweep by; raise it"
         )
-    labelled = Cohort(tuple(row for row in divided.rows if row.split), cohort.classes)
-    tiled, _ = without_refused(labelled, config.data.store)
+    tiled, _ = without_refused(labelled_in_folds(folds), config.data.store)
     open_stores(config.data.store, tiled, pixels=not config.data.features)
     runs: list[Trained] = []
     selected: set[Path] = set()
     rows: list[PredictionRow] = []
-    for fold in range(config.data.folds):
+    for fold, divided in enumerate(folds):
         fold_folder = out / f"fold-{fold}"
         runs_of_points: list[list[Trained]] = []
         for number, point in enumerate(points):
@@ -104,23 +97,34 @@ def crossvalidate(
             runs_of_points.append(_train(_config_of_fold(config, fold, point), fold, point, members))
         best = max(runs_of_points, key=_rank)
         on_line(f"fold {fold}: " + _summary(best))
-        test = divide(cohort, _config_of_fold(config, fold).data).split("test")
-        test_rows = predict_stored([run.path for run in best], Path(config.data.store), test)
+        test_rows = predict_stored([run.path for run in best], Path(config.data.store), divided.split("test"))
         rows += [replace(row, fold=str(fold)) for row in test_rows]
         runs += [run for point_runs in runs_of_points for run in point_runs]
         selected |= {run.path for run in best}
         write_table(out / "runs.csv", [_run_row(run, run.path in selected, out) for run in runs])
-    write_predictions(out / "predictions.csv", rows, cohort.classes)
+    write_predictions(out / "predictions.csv", rows, folds[0].classes)
     on_line(f"{len(rows)} slides, each predicted by runs that never saw its case: {out / 'predictions.csv'}")
 
 
-def _with_folds(config: ConfigDict) -> ConfigDict:
-    """The config with a number of folds: by site, it defaults to the number of sites (leave one site out)."""
-    config = config.copy_and_resolve_references()
+def divided_by_fold(config: ConfigDict) -> tuple[ConfigDict, list[Cohort]]:
+    """The config with its number of folds, and the cohort as each fold divides it.
+
+    By site, the number of folds defaults to the number of sites (leave one site out). Raises InputError for folds that are
+    not usable.
+    """
+    config, cohort = config.copy_and_resolve_references(), load_cohort(config.data.cohort, config.data.classes)
     if config.data.fold_by == "site" and not config.data.folds:
-        cohort = load_cohort(config.data.cohort, config.data.classes)
         config.data.folds = len({row.site for row in cohort.rows if row.subtype and row.site and row.split != "test"})
-    return config
+    if config.data.folds < 2:
+        raise InputError(
+            f"config.data.folds must be at least 2, got {config.data.folds}; try 5, or set config.data.fold_by to site"
+        )
+    return config, [divide(cohort, _config_of_fold(config, fold).data) for fold in range(config.data.folds)]
+
+
+def labelled_in_folds(folds: Sequence[Cohort]) -> Cohort:
+    """The labelled slides of a cohort that are in its folds, which `divided_by_fold` returns."""
+    return replace(folds[0], rows=tuple(row for row in folds[0].rows if row.split))
 
 
 def _config_of_fold(config: ConfigDict, fold: int, point: Point | None = None) -> ConfigDict:
