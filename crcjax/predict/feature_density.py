@@ -9,8 +9,6 @@ from zipfile import BadZipFile
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
 
 from crcjax.errors import InputError, writing
 from crcjax.models.heads import BY_DENSITY, dirichlet
@@ -90,6 +88,9 @@ def fit_density(
     Raises:
       InputError: there are too few training or validation bags.
     """
+    # Importing scikit-learn takes a second, and only this end of a training uses it.
+    from sklearn.covariance import LedoitWolf
+
     check_bags(len(training), len(validation))
     classes, class_index = np.unique(label, return_inverse=True)
     centres = np.stack([training[class_index == number].mean(axis=0) for number in range(len(classes))], axis=1)
@@ -133,6 +134,8 @@ def _principal_precision(centred: Float[np.ndarray, "bag feature"]) -> Float[np.
     """The inverse covariance within the first principal components of standardised features; other directions count zero."""
     scale = centred.std(axis=0)
     varying = scale > 0
+    from sklearn.decomposition import PCA
+
     precision = np.zeros((len(scale), len(scale)))
     if varying.any():
         scale = scale[varying]
