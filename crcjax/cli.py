@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from crcjax import __version__
+from crcjax.cli_supervise import supervise
 from crcjax.environment import check_platform
 from crcjax.errors import CrcjaxError, InputError, OutputError, SlideError
 from crcjax.progress import progress_bar
@@ -394,6 +395,9 @@ def train(context: typer.Context) -> None:
     from crcjax.main import main as train_run
 
     raise typer.Exit(train_run(context.args))
+
+
+app.command()(supervise)
 
 
 @app.command()
