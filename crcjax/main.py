@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         config, workdir, cluster_flags, wait_s = _read(arguments)
         check_config(config)
         # These import JAX, which takes seconds; the errors above are reported before.
+        from crcjax.monitor.goodput import process_age_s
         from crcjax.parallel.cluster_env import detect_cluster
         from crcjax.parallel.process_group import process_group
         from crcjax.runs.run_directory import common_facts
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         is_distributed = cluster is not None
         facts = common_facts(config, workdir) if cluster else {}
         with process_group(cluster, facts, wait_s, config.train.stall_timeout_s) as group:
-            train(config, workdir, group)
+            train(config, workdir, group, process_age_s())
         status = 0
     except CrcjaxError as error:
         log.error(f"crcjax: {error}")

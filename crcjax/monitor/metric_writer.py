@@ -52,11 +52,14 @@ class MetricWriter:
             self._lines.close()
             self._events.close()
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Scalars of one step, named like `train/loss`."""
+    def write(
+        self, step: int, scalars: Mapping[str, float], tensorboard_only: Mapping[str, float] | None = None
+    ) -> None:
+        """Scalars of one step, named like `train/loss`; those of `tensorboard_only` are not written to metrics.jsonl."""
         if not self._writes:
             return
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        of_events = {**scalars, **(tensorboard_only or {})}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in of_events.items()]
         with self._output():
             self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
             self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))

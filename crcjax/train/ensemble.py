@@ -23,6 +23,7 @@ from crcjax.errors import InputError, StoppedError
 from crcjax.models.encoders.registry import PublishedEncoder
 from crcjax.models.mil import MILModel, Params, build_model
 from crcjax.models.random_keys import Purpose, run_key
+from crcjax.monitor.goodput import COMPILE, STEPS, Ledger
 from crcjax.monitor.logs import log
 from crcjax.parallel.mesh import replicated
 from crcjax.parallel.process_group import ProcessGroup
@@ -37,7 +38,9 @@ from crcjax.train.step import abstract_state, step_setup, train_step
 EnsembleMetrics = dict[str, Float32[Array, " member"]]
 
 
-def train_members(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGroup | None = None) -> None:
+def train_members(
+    config: ConfigDict, runs: Mapping[int, Path], group: ProcessGroup | None = None, age_s: float = 0.0
+) -> None:
     """Trains runs that differ in their seed, as ensembles of config.train.ensemble_size members in one vmapped step.
 
     All members see the same bags. Each member has an ordinary run directory and matches training it alone with that
@@ -47,6 +50,7 @@ def train_members(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGr
       config: the config of all runs.
       runs: the run directories by seed.
       group: this process's place in its process group.
+      age_s: the seconds that this process has spent on the runs before, for the goodput ledger.
 
     Raises:
       InputError: the runs cannot be trained in one step (`check_members`).
@@ -55,10 +59,14 @@ def train_members(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGr
     check_members(config)
     for members in ensembles_of_runs(runs, config.train.ensemble_size, newest_step):
         first_run = next(iter(members.values()))
-        retry_with_smaller_micro_batches(first_run, partial(_train_ensemble, config, members, group or ProcessGroup()))
+        with Ledger(age_s) as ledger:
+            train_ensemble = partial(_train_ensemble, config, members, group or ProcessGroup(), ledger)
+            retry_with_smaller_micro_batches(first_run, train_ensemble)
+        # Of several ensembles, the first one was waited for.
+        age_s = 0.0
 
 
-def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGroup) -> None:
+def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGroup, ledger: Ledger) -> None:
     """Like the loop of a single run, without hard mining and without several processes, which ensembles do not support."""
     seeds = tuple(runs)
     plan = plan_run(member_config(config, seeds[0]))
@@ -69,14 +77,16 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
     ensemble = Ensemble(build_first, plan.optimizer, config, plan.mesh)
     shapes, run = plan.data.feed.shapes(), runs[seeds[0]]
     build_step = partial(ensemble.build, seeds)
-    step, budget, micro_batches = fitting_step(
-        build_step, config, plan.mesh, ensemble.abstract(len(seeds)), shapes, run
-    )
+    with ledger.account(COMPILE):
+        step, budget, micro_batches = fitting_step(
+            build_step, config, plan.mesh, ensemble.abstract(len(seeds)), shapes, run
+        )
     models = [plan.model, *(on_host(with_encoder_of(plan.model, build_member(seed))) for seed in seeds[1:])]
     for seed, path in runs.items():
         start_directory(path, plan, member_config(config, seed), micro_batches, group)
     validation = Validation(plan, group)
-    records = [Record(plan, path, group, validation, path.name) for path in runs.values()]
+    ledger.open(runs.values())
+    records = [Record(plan, path, group, ledger, validation, path.name) for path in runs.values()]
     state = ensemble.join(record.restored(model) for record, model in zip(records, models, strict=True))
     start = int(np.max(state.step))
     batches, metrics, progress = plan.data.feed.batches(start), IntervalMetrics(), Progress(start, config)
@@ -85,7 +95,7 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
             stack.enter_context(record.opened(start))
         stack.enter_context(closing(batches))
         log_plan(plan, state.params, budget, micro_batches)
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"), ledger.account(STEPS):
             for number, batch in enumerate(batches, start + 1):
                 group.report_progress(number, "computing")
                 state, step_metrics = step(state, batch)
@@ -93,6 +103,7 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
                 batches.follow(step_metrics["loss"])
                 stops = group.should_stop(number)
                 due = due_after(number, config.train, stops)
+                ledger.finished_step(number, batches.waited_s, due.checkpoint)
                 if due.report:
                     member_metrics = [checked(values, number) for values in unstack(metrics.compute())]
                     speed = progress.speed(number, batches.waited_s)

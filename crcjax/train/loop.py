@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from crcjax.data.miner import Miner
 from crcjax.errors import StoppedError
+from crcjax.monitor.goodput import COMPILE, STEPS, Ledger
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.train.ensemble import train_members
 from crcjax.train.memory_budget import retry_with_smaller_micro_batches, step_memory_errors
@@ -18,7 +19,7 @@ from crcjax.train.record import Record, due_after, log_plan, start_directory
 from crcjax.train.setup import fit_step, plan_run
 
 
-def train(config: ConfigDict, run: Path, group: ProcessGroup | None = None) -> None:
+def train(config: ConfigDict, run: Path, group: ProcessGroup | None = None, age_s: float = 0.0) -> None:
     """Trains to config.train.steps, resuming from the run's newest checkpoint if it has one.
 
     With config.train.ensemble_size above 1 it trains that many runs, RUN/seed-S, in one vmapped step (`train_members`). If
@@ -28,6 +29,7 @@ def train(config: ConfigDict, run: Path, group: ProcessGroup | None = None) -> N
       config: the whole config.
       run: the run directory, new or to be resumed.
       group: this process's place in its process group; None for a single process.
+      age_s: the seconds that this process has spent on the run before, for the goodput ledger.
 
     Raises:
       InputError: the config, the cohort, the store or the run directory is not usable, or no step fits the devices.
@@ -39,17 +41,20 @@ def train(config: ConfigDict, run: Path, group: ProcessGroup | None = None) -> N
     group = group or ProcessGroup()
     if config.train.ensemble_size != 1:
         seeds = range(config.seed, config.seed + config.train.ensemble_size)
-        train_members(config, {seed: run / f"seed-{seed}" for seed in seeds}, group)
-    else:
-        retry_with_smaller_micro_batches(run, partial(_train, config, run, group))
+        train_members(config, {seed: run / f"seed-{seed}" for seed in seeds}, group, age_s)
+        return
+    with Ledger(age_s, group.is_main) as ledger:
+        retry_with_smaller_micro_batches(run, partial(_train, config, run, group, ledger))
 
 
-def _train(config: ConfigDict, run: Path, group: ProcessGroup) -> None:
+def _train(config: ConfigDict, run: Path, group: ProcessGroup, ledger: Ledger) -> None:
     plan = plan_run(config)
     config = plan.config
-    step, budget, micro_batches = fit_step(plan, run)
+    with ledger.account(COMPILE):
+        step, budget, micro_batches = fit_step(plan, run)
     start_directory(run, plan, config, micro_batches, group)
-    record = Record(plan, run, group)
+    ledger.open([run])
+    record = Record(plan, run, group, ledger)
     state = record.restored(plan.model)
     start = int(state.step)
     miner = Miner(run, plan.data.training_units, config, state.mining, start)
@@ -58,7 +63,7 @@ def _train(config: ConfigDict, run: Path, group: ProcessGroup) -> None:
     with step_memory_errors(micro_batches), record.opened(start), closing(batches), miner:
         log_plan(plan, state.params, budget, micro_batches)
         # An implicit transfer between host and devices would make the devices wait, so JAX raises an error for it.
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"), ledger.account(STEPS):
             for number, batch in enumerate(batches, start + 1):
                 group.report_progress(number, "computing")
                 state, metrics = step(state, batch)
@@ -67,6 +72,7 @@ def _train(config: ConfigDict, run: Path, group: ProcessGroup) -> None:
                 miner.after_step(number, state.mining)
                 stops = group.should_stop(number)
                 due = due_after(number, config.train, stops)
+                ledger.finished_step(number, batches.waited_s, due.checkpoint)
                 if due.replica_check:
                     group.check_replicas(number, {"gradient norm": metrics["gradient_norm"], "parameter": state.params})
                 if due.report:

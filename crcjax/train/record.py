@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from crcjax.errors import DivergedError, InputError
 from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import MILModel, Params
+from crcjax.monitor.goodput import EVALUATE, RESTORE, SAVE, Ledger
 from crcjax.monitor.logs import log, log_to_run
 from crcjax.monitor.metric_writer import MetricWriter
 from crcjax.parallel.mesh import described, local_mesh, on_local_mesh, replicated
@@ -113,15 +114,21 @@ def _evaluation_memory_errors(run: Path) -> AbstractContextManager[None]:
 
 
 class Record:
-    """The log, metrics and checkpoints of one run; add each step's metrics to `metrics`.
+    """The log, metrics, goodput and checkpoints of one run; add each step's metrics to `metrics`.
 
     The members of an ensemble share one `validation`, and their log lines contain their `name`.
     """
 
     def __init__(
-        self, plan: Plan, run: Path, group: ProcessGroup, validation: Validation | None = None, name: str = ""
+        self,
+        plan: Plan,
+        run: Path,
+        group: ProcessGroup,
+        ledger: Ledger,
+        validation: Validation | None = None,
+        name: str = "",
     ):
-        self._plan, self._run, self._group, self._name = plan, run, group, name
+        self._plan, self._run, self._group, self._ledger, self._name = plan, run, group, ledger, name
         self._validation = validation or Validation(plan, group)
         self._checkpoints = Checkpointer(run, plan.config.train.keep_best)
         self.metrics = IntervalMetrics()
@@ -129,7 +136,11 @@ class Record:
     def restored(self, model: MILModel) -> TrainState:
         """The state of the newest checkpoint; without a checkpoint, the initial state with the model's parameters."""
         plan = self._plan
-        return self._checkpoints.restore(init_state(model, plan.optimizer, plan.config, plan.mesh, plan.mining))
+        with self._ledger.account(RESTORE):
+            initial = init_state(model, plan.optimizer, plan.config, plan.mesh, plan.mining)
+            state = self._checkpoints.restore(initial)
+            self._ledger.restored(int(state.step))
+        return state
 
     @contextmanager
     def opened(self, start: int) -> Iterator[None]:
@@ -155,24 +166,30 @@ class Record:
     def write(self, step: int, scalars: Mapping[str, float], speed: Mapping[str, float]) -> None:
         """Writes training metrics, with the learning rate and the speed."""
         prefixed = {f"train/{name}": value for name, value in scalars.items()}
-        self._writer.write(step, prefixed | {"train/learning_rate": self._progress.learning_rate(step)} | dict(speed))
+        rate = {"train/learning_rate": self._progress.learning_rate(step)}
+        self._writer.write(step, prefixed | rate | dict(speed), self._ledger.goodput().scalars)
 
     def save(self, step: int, state: TrainState, evaluates: bool) -> None:
         """Saves a checkpoint; `evaluates` adds validation metrics to it."""
-        metrics = self._validation.metrics(step, state.params, self._run) if evaluates else None
+        with self._ledger.account(EVALUATE):
+            metrics = self._validation.metrics(step, state.params, self._run) if evaluates else None
         if metrics:
             self._writer.write(step, {f"val/{name}": value for name, value in metrics.items()})
             values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             log.info(f"step {step}: validation {f'of {self._name} ' if self._name else ''}{values}")
         self._group.report_progress(step, "saving")
-        self._checkpoints.save(state, metrics)
+        with self._ledger.account(SAVE):
+            self._checkpoints.save(state, metrics)
 
     def finish(self, model: MILModel) -> None:
         """Waits for the last checkpoint; then fits the feature density, if the head needs one."""
-        self._checkpoints.close()
+        with self._ledger.account(SAVE):
+            self._checkpoints.close()
         if self._plan.config.model.head == BY_DENSITY and not is_fitted(self._run):
-            self._validation.fit_density(self._run, model)
+            with self._ledger.account(EVALUATE):
+                self._validation.fit_density(self._run, model)
         log.info(f"{self._run}: trained to step {self._plan.config.train.steps}")
+        log.info(f"{self._run}: {self._ledger.goodput()}")
 
 
 def log_plan(plan: Plan, params: Params, budget: Budget, micro_batches: MicroBatches) -> None:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import DivergedError, InputError, StoppedError
 from crcjax.models.mil import build_model
+from crcjax.monitor.goodput import read_goodput
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.predict.feature_density import load_density, summary
 from crcjax.predict.predictor import Predictor
@@ -57,7 +58,32 @@ def test_a_run_directory_has_config_versions_tiling_metrics_and_checkpoints(smal
     assert all(0 <= line["train/data_wait"] <= 1 for line in lines if "train/slides_per_hour" in line)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert all(0 <= event.value <= 1 for event in events.Scalars("goodput/steps_kept"))
+    assert not any("goodput/share" in line for line in lines)
     assert 6 in {int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit()}
+
+
+def test_the_goodput_of_a_run_adds_up_to_its_wall_time_also_over_a_stop_and_a_pause(
+    small_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class StopsAfter5(ProcessGroup):
+        def should_stop(self, step: int) -> bool:
+            return step == 5
+
+    began = time.monotonic()
+    with pytest.raises(StoppedError):
+        train(small_config, tmp_path, StopsAfter5())
+    time.sleep(1.0)
+    train(small_config, tmp_path)
+    wall_s = time.monotonic() - began
+    goodput = read_goodput(tmp_path)
+    assert goodput is not None
+    assert goodput.wall_s == pytest.approx(wall_s, rel=0.005)
+    assert goodput.down == pytest.approx(1.0, abs=0.2)
+    assert (goodput.attempts, goodput.lost_steps) == (2, 0)
+    for account in ("start", "compile", "restore", "steps_kept", "evaluate", "save"):
+        assert goodput.seconds[account] > 0, account
+    assert f"{tmp_path}: {goodput}".split(" s in ")[1].split(":")[0] in capsys.readouterr().err
 
 
 def test_while_a_run_trains_the_devices_have_its_state_and_no_other_copy_of_the_model(
