@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from crcjax import __version__
+from crcjax import __version__, cli_checkpoints
 from crcjax.cli_supervise import supervise
 from crcjax.environment import check_platform
 from crcjax.errors import CrcjaxError, InputError, OutputError, SlideError
@@ -22,7 +22,9 @@ from crcjax.progress import progress_bar
 
 if TYPE_CHECKING:
     from crcjax.predict.attribution import Method
+    from crcjax.runs.trained_model import TrainedModel
     from crcjax.slides.preprocess.manifest import Outcome
+    from crcjax.validation.calibration import Calibration
     from crcjax.validation.predictions_table import PredictionRow
 
 HELP = """Predicts the molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
@@ -34,6 +36,7 @@ Exit status: 0 everything was done; 1 the run finished, but slides were refused 
 the output cannot be written; finished results are kept. crcjax train --help lists those of training.
 """
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(cli_checkpoints.app, name="checkpoints")
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Slides = Annotated[
@@ -404,10 +407,19 @@ app.command()(supervise)
 def predict(
     slides: Slides = None,
     run: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(help="the --workdir of a training; repeat it for a deep ensemble of runs with different seeds"),
-    ] = ...,  # type: ignore[assignment]
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="folder of crcjax checkpoints export, in place of --run (docs/bundles.md)")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder of predictions.csv, heatmaps and attention files")] = ...,  # type: ignore[assignment]
+    trust: Annotated[
+        list[Path] | None, typer.Option(help="public key: refuse a bundle that it has not signed; repeatable")
+    ] = None,
+    encoder_weights: Annotated[
+        Path | None, typer.Option(help="weights of the published encoder that the bundle names by its hash")
+    ] = None,
     cohort: CohortFile = None,
     mpp: Mpp = None,
     dropout_samples: Annotated[
@@ -430,7 +442,7 @@ def predict(
         typer.Option(help="folder of crcjax tile or import: predict its tiles or features, without the slide files"),
     ] = None,
 ) -> None:
-    """Predicts the subtype of slides with a trained run, or with an ensemble of runs.
+    """Predicts the subtype of slides with a trained run, an ensemble of runs, or a bundle.
 
     The same command resumes an interrupted run.
     """
@@ -443,9 +455,11 @@ def predict(
         file_options = {"slides": slides, "--mpp": mpp, "--workers": workers, "--pseudonym-key": pseudonym_key}
         if conflicting := [name for name, value in file_options.items() if value]:
             raise InputError(f"--store cannot be combined with {' and '.join(conflicting)}; leave out one or the other")
-        _predict_stored(run, store, out, cohort, calibration, dropout_samples, attribution)
-    predictor = Predictor(*run, dropout_samples=dropout_samples, attribution=attribution)
-    fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
+    models, fitted = _models(run, bundle, trust, encoder_weights, calibration)
+    if store:
+        _predict_stored(models, store, out, cohort, fitted, dropout_samples, attribution)
+    predictor = Predictor(*models, dropout_samples=dropout_samples, attribution=attribution)
+    checked = None if fitted is None else load_calibration(fitted, predictor.model_id, predictor.classes)
     jobs = [
         PredictJob(slide.slide_id, slide.case_id, slide.path, slide.mpp, slide.site, mpp, names_path=not pseudonym_key)
         for slide in named_slides(slides, cohort, pseudonym_key)
@@ -453,7 +467,7 @@ def predict(
     with _progress() as progress:
         task = progress.add_task("predicting", total=len(jobs))
         rows = predict_slides(
-            predictor, jobs, out, threads=workers, calibration=fitted, on_row=lambda row: progress.advance(task)
+            predictor, jobs, out, threads=workers, calibration=checked, on_row=lambda row: progress.advance(task)
         )
     names = {job.slide_id: job.slide_id if pseudonym_key else str(job.path) for job in jobs}
     _print_predictions(rows, names, out)
@@ -639,12 +653,37 @@ def doctor() -> None:
     raise typer.Exit(1 if faults else 0)
 
 
+def _models(
+    runs: list[Path] | None,
+    bundle: Path | None,
+    trust: list[Path] | None,
+    encoder_weights: Path | None,
+    calibration: Path | None,
+) -> tuple[Sequence[Path | TrainedModel], Path | Calibration | None]:
+    """The models to predict with, and their calibration. Raises InputError for options that exclude each other."""
+    from crcjax.runs.bundle import open_bundle
+    from crcjax.runs.run_directory import member_runs
+
+    if bool(runs) == bool(bundle):
+        raise InputError("give either --run, once or several times, or --bundle")
+    if bundle is None:
+        if trust or encoder_weights:
+            raise InputError("--trust and --encoder-weights are for a --bundle; leave them out")
+        return [member for run in runs or () for member in member_runs(run)], calibration
+    opened = open_bundle(bundle, trust or (), encoder_weights)
+    unchecked = "; its signature was not checked, which --trust does" if opened.is_signed and not trust else ""
+    _stderr.print(f"bundle {opened.id[:12]}: {', '.join(opened.target.classes)}{unchecked}", markup=False)
+    if opened.calibration and calibration:
+        raise InputError(f"{bundle}: has a calibration of its own; leave --calibration out")
+    return opened.models, opened.calibration or calibration
+
+
 def _predict_stored(
-    runs: list[Path],
+    models: Sequence[Path | TrainedModel],
     store: Path,
     out: Path,
     cohort: Path | None,
-    calibration: Path | None,
+    calibration: Path | Calibration | None,
     dropout_samples: int,
     attribution: Method,
 ) -> NoReturn:
@@ -656,7 +695,7 @@ def _predict_stored(
     with _progress() as progress:
         task = progress.add_task("predicting", total=len(slides.rows))
         rows = predict_stored(
-            runs,
+            models,
             store,
             slides,
             calibration,

@@ -134,6 +134,12 @@ def small_config(painted: Path):
 
 
 @pytest.fixture(scope="session")
+def small_config_of(painted: Path) -> Callable:
+    """small_config_of(): a new `small_config`, for fixtures that live longer than a test."""
+    return lambda: _small_config(painted)
+
+
+@pytest.fixture(scope="session")
 def run(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small trained run, to be read only."""
     from crcjax.train.loop import train

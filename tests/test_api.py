@@ -225,7 +225,7 @@ def test_the_code_of_the_python_page_runs_in_a_process_without_flags_or_variable
     after = (
         "assert dict(jax.config.values) == options, 'JAX options'\n"
         "assert not flags.FLAGS.is_parsed(), 'absl flags'\n"
-        "for shown in (store, slide, tiles, run, predictions, calibration, report, report.statistics):\n"
+        "for shown in (store, slide, tiles, run, predictions, calibration, shared, report, report.statistics):\n"
         "    assert '<table>' in shown._repr_html_(), shown\n"
         "assert predictions.heatmap('synthetic-0012')._repr_png_()[1:4] == b'PNG'\n"
     )

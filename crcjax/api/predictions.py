@@ -6,11 +6,12 @@ import html
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crcjax.api.bundles import Bundle, open_bundle
 from crcjax.api.display import Picture, Table, heading
 from crcjax.api.runs import Run
 from crcjax.api.stores import Store
@@ -18,6 +19,8 @@ from crcjax.data.cohort import Cohort, SlideRow, load_cohort
 from crcjax.data.slide_selection import named_slides
 from crcjax.errors import InputError
 from crcjax.progress import progress_bar
+from crcjax.runs.bundle import is_bundle
+from crcjax.runs.trained_model import TrainedModel
 from crcjax.slides.jobs.worker_pool import check_main_guard
 from crcjax.slides.store.tile_store import tiled_slides
 from crcjax.validation.calibration import Calibration, load_calibration
@@ -32,7 +35,7 @@ AnyPath = str | PathLike[str]
 
 
 def predict(
-    run: Run | AnyPath | Iterable[Run | AnyPath],
+    run: Run | Bundle | AnyPath | Iterable[Run | AnyPath],
     slides_or_store: Store | AnyPath | Iterable[AnyPath],
     out: AnyPath | None = None,
     *,
@@ -42,11 +45,11 @@ def predict(
     """Predicts the subtype of slides.
 
     Args:
-      run: a trained run, or several runs that differ by their seed, as an ensemble.
+      run: a trained run or a bundle, or several runs that differ by their seed, as an ensemble.
       slides_or_store: slide files, folders to search, a cohort CSV, or a tile store.
       out: the folder of predictions.csv, heatmaps/ and attention/; by default a new temporary folder, `Predictions.path`.
       cohort: CSV with the cases and sites of the slides; if given, only its slides are predicted.
-      calibration: the result of `calibrate`, or its file.
+      calibration: the result of `calibrate`, or its file; a bundle may have its own.
 
     Returns:
       The predictions. A slide that cannot be predicted does not stop the others: its row has the status and the reason.
@@ -56,11 +59,11 @@ def predict(
       OutputError: the folder cannot be written.
     """
     check_main_guard()
-    runs = [run] if isinstance(run, Run | str | PathLike) else list(run)
-    opened = [item if isinstance(item, Run) else Run(item) for item in runs]
-    members = [member for trained in opened for member in trained.members]
+    members, own_calibration = _models(run)
+    if own_calibration and calibration is not None:
+        raise InputError("the bundle has a calibration of its own; leave calibration out")
     folder = Path(tempfile.mkdtemp(prefix="crcjax-predictions-") if out is None else out)
-    fitted = None if calibration is None else Path(calibration)
+    fitted = own_calibration if calibration is None else Path(calibration)
     table = None if cohort is None else Path(cohort)
     store = _store_path(slides_or_store)
     if store is not None:
@@ -220,12 +223,25 @@ class Report:
         return heading("Validation") + link + self.statistics._repr_html_()
 
 
+def _models(
+    run: Run | Bundle | AnyPath | Iterable[Run | AnyPath],
+) -> tuple[Sequence[Path | TrainedModel], Calibration | None]:
+    """The models to predict with, and the calibration that a bundle holds."""
+    if isinstance(run, str | PathLike) and not isinstance(run, Run | Bundle) and is_bundle(Path(run)):
+        run = open_bundle(run)
+    if isinstance(run, Bundle):
+        return run.models, run.calibration
+    runs = [run] if isinstance(run, Run | str | PathLike) else list(run)
+    opened = [item if isinstance(item, Run) else Run(item) for item in runs]
+    return [member for trained in opened for member in trained.members], None
+
+
 def _predict_slides(
-    members: list[Path],
+    members: Sequence[Path | TrainedModel],
     slides: AnyPath | Iterable[AnyPath],
     out: Path,
     cohort: Path | None,
-    calibration: Path | None,
+    calibration: Path | Calibration | None,
 ) -> None:
     from crcjax.predict.predict_slides import PredictJob, predict_slides
     from crcjax.predict.predictor import Predictor
@@ -242,7 +258,13 @@ def _predict_slides(
         predict_slides(predictor, jobs, out, calibration=fitted, on_row=lambda row: bar.advance(task))
 
 
-def _predict_store(members: list[Path], store: Path, out: Path, cohort: Path | None, calibration: Path | None) -> None:
+def _predict_store(
+    members: Sequence[Path | TrainedModel],
+    store: Path,
+    out: Path,
+    cohort: Path | None,
+    calibration: Path | Calibration | None,
+) -> None:
     from crcjax.predict.predict_store import predict_stored
 
     slides = tuple(SlideRow(slide_id, slide_id) for slide_id in tiled_slides(store))

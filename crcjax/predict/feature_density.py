@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +12,9 @@ from jaxtyping import Bool, Float, Float32, Int
 from crcjax.errors import InputError, writing
 from crcjax.models.heads import BY_DENSITY, dirichlet
 from crcjax.models.mil import Prediction
+from crcjax.runs.trained_model import DENSITY_FILE, Arrays, read_density
 
 Summaries = Float[np.ndarray, "bag moment feature"]
-_FILE = "density.npz"
 # Fewer bags do not determine quartiles.
 _FEWEST_BAGS = 8
 # The share of the variance of log deviations that the retained principal components explain.
@@ -66,10 +65,10 @@ class Density:
 
     def save(self, run: Path) -> None:
         """Writes the density into a run directory, whole or not at all: its presence marks a finished run. Raises OutputError."""
-        partial = run / f"partial-{_FILE}"
+        partial = run / f"partial-{DENSITY_FILE}"
         with writing(run, "choose another --workdir"):
             np.savez(partial, **asdict(self))
-            partial.replace(run / _FILE)
+            partial.replace(run / DENSITY_FILE)
 
 
 def fit_density(
@@ -112,22 +111,20 @@ def check_bags(training: int, validation: int) -> None:
 
 def is_fitted(run: Path) -> bool:
     """Whether a run directory has a density."""
-    return (run / _FILE).exists()
+    return (run / DENSITY_FILE).exists()
 
 
 def load_density(run: Path) -> Density:
     """Reads the density of a run. Raises InputError if it is missing or damaged."""
-    try:
-        with open(run / _FILE, "rb") as file, np.load(file) as saved:
-            return Density(**{field.name: saved[field.name] for field in fields(Density)})
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{run}: has no {_FILE}, which is written at the end of training; give the training command again"
-        ) from error
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise InputError(
-            f"{run / _FILE}: is damaged ({error}); delete it and give the training command again"
-        ) from error
+    return density_of(read_density(run), run / DENSITY_FILE)
+
+
+def density_of(arrays: Arrays, file: Path) -> Density:
+    """The density with these arrays, which were read from `file`. Raises InputError if one is missing."""
+    names = [field.name for field in fields(Density)]
+    if missing := set(names) - set(arrays):
+        raise InputError(f"{file}: is damaged (has no {', '.join(sorted(missing))}); delete it and make it again")
+    return Density(**{name: arrays[name] for name in names})
 
 
 def _principal_precision(centred: Float[np.ndarray, "bag feature"]) -> Float[np.ndarray, "feature feature"]:

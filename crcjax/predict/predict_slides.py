@@ -116,9 +116,9 @@ def _content(path: Path) -> str:
         return ""
 
 
-def unpredicted_row(slide_id: str, case_id: str, model: str, split_of: dict[str, str]) -> PredictionRow:
+def unpredicted_row(slide_id: str, case_id: str, model: str, split_of: Callable[[str], str]) -> PredictionRow:
     """The row of a slide before prediction; its split is that of the slide, otherwise that of its case."""
-    split = split_of.get(slide_id) or split_of.get(case_id, "")
+    split = split_of(slide_id) or split_of(case_id)
     return PredictionRow(slide_id, case_id, status="failed", model=model, split=split)
 
 

@@ -19,50 +19,48 @@ from crcjax.predict.predict_slides import predicted_row, unpredicted_row
 from crcjax.predict.predictor import (
     Member,
     SlidePrediction,
-    check_ensemble,
     dropout_keys,
-    ensemble_id,
+    opened_models,
     pool_bag,
     split_by_slide,
-    splits_of,
 )
 from crcjax.predict.results import PendingBag, Results, digest_of
 from crcjax.predict.stored_bags import Evaluation
-from crcjax.runs.run_directory import Run, open_run
+from crcjax.runs.trained_model import TrainedModel, check_ensemble, ensemble_id, split_by
 from crcjax.slides.preprocess.manifest import refused_slides
-from crcjax.slides.store.features import FeatureReader
+from crcjax.slides.store.features import FeatureReader, feature_attributes
 from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 from crcjax.slides.tiling.qc_result import QCResult
-from crcjax.validation.calibration import load_calibration
+from crcjax.validation.calibration import Calibration, load_calibration
 from crcjax.validation.predictions_table import PredictionRow
 
 
 def predict_stored(
-    paths: Sequence[Path],
+    models: Sequence[str | Path | TrainedModel],
     store: Path,
     cohort: Cohort,
-    calibration: Path | None = None,
+    calibration: Path | Calibration | None = None,
     *,
     out: Path | None = None,
     dropout_samples: int = 0,
     attribution: Method = "attention",
     on_row: Callable[[PredictionRow], None] = lambda row: None,
 ) -> list[PredictionRow]:
-    """Predicts the slides of a cohort from a store, with one run or an ensemble of runs.
+    """Predicts the slides of a cohort from a store, with one model or an ensemble of models.
 
-    A run reads the data that it was trained on: imported features, features that crcjax embed computed in the run's store, and
-    otherwise tiles. A slide that tiling refused, that is missing from the store or unreadable has a row with the status and
-    the reason.
+    A model reads the data that it was trained on: imported features, features that crcjax embed computed with the weights of
+    its encoder, and otherwise tiles. A slide that tiling refused, that is missing from the store or unreadable has a row with
+    the status and the reason.
 
     Args:
-      paths: the run directories.
+      models: run directories or models of a bundle, as for `Predictor`.
       store: the folder of crcjax tile or crcjax import.
       cohort: the slides.
-      calibration: calibration.json of the same runs.
+      calibration: the calibration of the same models, or its calibration.json.
       out: if given, the function writes OUT/predictions.csv, attention files and heatmaps, and resumes as `predict_slides`
         does. Slides that were imported without their files have no heatmap.
-      dropout_samples: predictions with dropout by each run; 0 predicts once without.
+      dropout_samples: predictions with dropout by each model; 0 predicts once without.
       attribution: the method of the heatmaps.
       on_row: called with each row once it is written to `out`.
 
@@ -70,34 +68,36 @@ def predict_stored(
       The rows in the order of the cohort.
 
     Raises:
-      InputError: no slide can be read; the tiling or the features of the slides differ from those of the runs; the runs form
-        no ensemble or were trained without dropout; the calibration is of other runs.
+      InputError: no slide can be read; the tiling or the features of the slides differ from those of the models; the models
+        form no ensemble or were trained without dropout; the calibration is of other models.
       OutputError: `out` cannot be written.
     """
-    runs = [open_run(path) for path in paths]
-    check_ensemble(runs)
-    keys = dropout_keys(runs, dropout_samples)
+    trained = opened_models(models)
+    check_ensemble(trained)
+    keys = dropout_keys(trained, dropout_samples)
     in_store = set(tiled_slides(store)) & {row.slide_id for row in cohort.rows}
     refused = refused_slides(store)
     if not in_store:
         raise InputError(f"{store}: holds none of the slides; give the folder that crcjax tile or import wrote them to")
-    opened = {row.slide_id: _open_slide(runs, store, row.slide_id) for row in cohort.rows if row.slide_id in in_store}
+    ids = [row.slide_id for row in cohort.rows if row.slide_id in in_store]
+    from_features = [_reads_features(model, store, ids) for model in trained]
+    opened = {slide_id: _open_slide(trained, store, slide_id, from_features) for slide_id in ids}
     slides = {slide_id: slide for slide_id, slide in opened.items() if isinstance(slide, _StoredSlide)}
     errors = {slide_id: error for slide_id, error in opened.items() if isinstance(error, InputError)}
     if not slides:
         raise InputError(f"{store}: none of the slides can be read; the first: {next(iter(errors.values()))}")
     readable = replace(cohort, rows=tuple(row for row in cohort.rows if row.slide_id in slides))
-    members = [Member(run, attribution, _reads_features(run, store)) for run in runs]
-    evaluations = _evaluations(runs, members, store, readable, list(slides.values()))
-    model, split_of = ensemble_id(members, dropout_samples), splits_of(runs)
-    classes = tuple(runs[0].config.data.classes)
-    fitted = load_calibration(calibration, model, classes) if calibration else None
+    members = [Member(model, attribution, stored) for model, stored in zip(trained, from_features, strict=True)]
+    evaluations = _evaluations(trained, members, store, readable, list(slides.values()))
+    model, split_of = ensemble_id((member.model_id for member in members), dropout_samples), split_by(trained)
+    classes = tuple(trained[0].config.data.classes)
+    fitted = None if calibration is None else load_calibration(calibration, model, classes)
 
     def compute_digest(cohort_rows: Sequence[SlideRow]) -> str:
         if any(row.slide_id not in slides for row in cohort_rows):
             return ""
         try:
-            content = [(row.slide_id, row.site, _content(slides[row.slide_id], runs, store)) for row in cohort_rows]
+            content = [(row.slide_id, row.site, _content(slides[row.slide_id])) for row in cohort_rows]
         except OSError:
             return ""
         return digest_of(model, fitted, attribution, content)
@@ -146,13 +146,16 @@ class _StoredSlide:
     features: FeatureReader | None
 
 
-def _open_slide(runs: Sequence[Run], store: Path, slide_id: str) -> _StoredSlide | InputError:
-    """Opens a slide, or returns the error if the runs cannot read it."""
-    from_features = [_reads_features(run, store) for run in runs]
+def _open_slide(
+    models: Sequence[TrainedModel], store: Path, slide_id: str, from_features: Sequence[bool]
+) -> _StoredSlide | InputError:
+    """Opens a slide, or returns the error if the models cannot read it."""
     try:
         tiles = open_store(store, slide_id)
-        # Runs of one ensemble have the same encoder.
-        features = FeatureReader(store, slide_id, runs[0].config.model.encoder) if any(from_features) else None
+        # Models of one ensemble have the same encoder.
+        features = FeatureReader(store, slide_id, models[0].config.model.encoder) if any(from_features) else None
+        if features:
+            _check_encoder(features, models[0].encoder_sha256)
         if not all(from_features):
             tiles.check_slide()
     except InputError as error:
@@ -160,28 +163,52 @@ def _open_slide(runs: Sequence[Run], store: Path, slide_id: str) -> _StoredSlide
     return _StoredSlide(tiles, features)
 
 
-def _reads_features(run: Run, store: Path) -> bool:
-    """Whether a run reads the features of a store: imported ones of any store, others only of the store of its training."""
-    config = run.config
-    is_training_store = Path(config.data.store).resolve() == store.resolve()
-    return bool(config.data.features and (config.model.imported_features or is_training_store))
+def _check_encoder(features: FeatureReader, expected: str | None) -> None:
+    """Raises InputError for features by other weights than the model's, where both are known."""
+    actual = features.attributes.get("weights_sha256")
+    if expected and actual and actual != expected:
+        raise InputError(
+            f"{features.path}: must be made with the weights {expected}, got {actual}; embed the slide with these"
+        )
+
+
+def _reads_features(model: TrainedModel, store: Path, slide_ids: Sequence[str]) -> bool:
+    """Whether a model reads the features of a store in place of tiles.
+
+    It does so if it was trained on features, and the features are imported ones, or the store is that of the training, or the
+    first slide that has features of the encoder has them by the model's weights.
+    """
+    config = model.config
+    if not config.data.features:
+        return False
+    if config.model.imported_features:
+        return True
+    if config.data.store and Path(config.data.store).resolve() == store.resolve():
+        return True
+    attributes = (feature_attributes(store, slide_id, config.model.encoder) for slide_id in slide_ids)
+    sha256 = next((values.get("weights_sha256") for values in attributes if values), None)
+    return sha256 is not None and sha256 == model.encoder_sha256
 
 
 def _evaluations(
-    runs: Sequence[Run], members: Sequence[Member], store: Path, cohort: Cohort, slides: Sequence[_StoredSlide]
+    models: Sequence[TrainedModel],
+    members: Sequence[Member],
+    store: Path,
+    cohort: Cohort,
+    slides: Sequence[_StoredSlide],
 ) -> list[Evaluation]:
-    """One evaluation of the readable slides for each run.
+    """One evaluation of the readable slides for each model.
 
-    Raises InputError if the tiling or the features of the slides differ from those of the runs.
+    Raises InputError if the tiling or the features of the slides differ from those of the models.
     """
-    # Runs of one ensemble have the same tiling, model and magnifications.
-    config = runs[0].config
+    # Models of one ensemble have the same tiling, model and magnifications.
+    config = models[0].config
     imported_width, encoder = config.model.imported_features, config.model.encoder
     stores = [slide.tiles for slide in slides]
     for tiles in stores:
-        if tiles.params != runs[0].tiling:
+        if tiles.params != models[0].tiling:
             raise InputError(
-                f"{tiles.path}: was tiled in another way than the slides of {runs[0].path}; tile it like those, or predict "
+                f"{tiles.path}: was tiled in another way than the slides of {models[0].path}; tile it like those, or predict "
                 "the slides themselves, without --store"
             )
         tiles.see(config.data.magnifications)
@@ -190,7 +217,7 @@ def _evaluations(
         check_features(features, stores, config.data.magnifications)
     if imported_width and features[0].width != imported_width:
         raise InputError(
-            f"{store}: its features of {encoder} have {features[0].width} numbers, those of {runs[0].path} had "
+            f"{store}: its features of {encoder} have {features[0].width} numbers, those of {models[0].path} had "
             f"{imported_width}; import the same"
         )
     return [
@@ -210,15 +237,14 @@ def _rows_by_bag(cohort: Cohort, bag_of: dict[str, int]) -> list[tuple[int | Non
     return [(index, rows) for (index, _), rows in groups.items()]
 
 
-def _content(slide: _StoredSlide, runs: Sequence[Run], store: Path) -> list[object]:
-    """Identifies the content of a stored slide: its attributes, and for each run that reads features, theirs and their age.
+def _content(slide: _StoredSlide) -> list[object]:
+    """Identifies the content of a stored slide: its attributes, and where features are read, theirs and their age.
 
     Raises OSError if the features have vanished.
     """
     content: list[object] = [slide.tiles.attributes]
-    for run in runs:
-        if slide.features and _reads_features(run, store):
-            content += [slide.features.attributes, (slide.features.path / "zarr.json").stat().st_mtime_ns]
+    if slide.features:
+        content += [slide.features.attributes, (slide.features.path / "zarr.json").stat().st_mtime_ns]
     return content
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,15 +13,21 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 from crcjax.data.case_bags import separate_slides
 from crcjax.errors import InputError
-from crcjax.models.heads import BY_DENSITY
-from crcjax.models.mil import Params, Prediction, abstract_model, combine
+from crcjax.models.encoders.registry import has_published_encoder
+from crcjax.models.mil import Prediction, abstract_model, combine
 from crcjax.parallel.compilation_cache import use_compilation_cache
 from crcjax.parallel.mesh import local_mesh, replicated
 from crcjax.predict.attribution import Method, attention_for, attributor
-from crcjax.predict.feature_density import load_density, summary
+from crcjax.predict.feature_density import density_of, summary
 from crcjax.predict.forward import EncodedBag, Forward
-from crcjax.runs.checkpoint import restore_params
-from crcjax.runs.run_directory import Run, open_run
+from crcjax.runs.trained_model import (
+    TrainedModel,
+    check_ensemble,
+    ensemble_id,
+    model_id_of,
+    model_of_run,
+    split_by,
+)
 from crcjax.slides.preprocess.tile_slides import read_shards
 from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import slide_stain
@@ -66,27 +71,27 @@ class SlidePrediction:
 
 
 class Predictor:
-    """Predicts with the best checkpoint of one run, or of several as a deep ensemble, by the tiling of their training.
+    """Predicts with one trained model, or with several as a deep ensemble, by the tiling of their training.
 
     Args:
-      runs: run directories that differ only by their seed.
-      dropout_samples: predictions with dropout by each run; 0 predicts once without dropout.
+      models: run directories, of which the best checkpoint predicts, or models of a bundle; they differ only by their seed.
+      dropout_samples: predictions with dropout by each model; 0 predicts once without dropout.
       attribution: the method by which evidence is attributed to instances.
 
     Attributes:
-      split_of: the split, `train` or `val`, of every slide and case that a run was fitted or chosen on, by id.
+      split_of: the split, `train` or `val`, of a slide or case that a model was fitted or chosen on, by its id.
 
     Raises:
-      InputError: a run is not usable, or differs from the first in more than its seed.
+      InputError: a model is not usable, or differs from the first in more than its seed.
     """
 
-    def __init__(self, *runs: str | Path, dropout_samples: int = 0, attribution: Method = "attention"):
-        opened = [open_run(run) for run in runs]
+    def __init__(self, *models: str | Path | TrainedModel, dropout_samples: int = 0, attribution: Method = "attention"):
+        opened = opened_models(models)
         first = opened[0]
-        for run in opened:
-            if run.config.model.imported_features:
+        for model in opened:
+            if model.config.model.imported_features:
                 raise InputError(
-                    f"{run.path}: was trained on imported features, and the weights of {run.config.model.encoder} are unknown; "
+                    f"{model.path}: was trained on imported features, and the weights of {model.config.model.encoder} are unknown; "
                     "import the features of the slides into a store, and predict that with --store"
                 )
         self.tiling: TilingParams = first.tiling
@@ -95,10 +100,10 @@ class Predictor:
         self._visible_slots = self.tiling.slots_of(first.config.data.magnifications)
         check_ensemble(opened)
         self._keys = dropout_keys(opened, dropout_samples)
-        self.split_of = splits_of(opened)
+        self.split_of = split_by(opened)
         self.attribution = attribution
-        self.members = [Member(run, attribution) for run in opened]
-        self.model_id = ensemble_id(self.members, dropout_samples)
+        self.members = [Member(model, attribution) for model in opened]
+        self.model_id = ensemble_id((member.model_id for member in self.members), dropout_samples)
 
     def predict(self, slide: Slide, threads: int) -> SlidePrediction:
         """Predicts one open slide; `threads` decode its tiles. Raises SlideError."""
@@ -176,25 +181,41 @@ class Predictor:
             yield shard
 
 
+def opened_models(models: Sequence[str | Path | TrainedModel]) -> list[TrainedModel]:
+    """Opens run directories; models that are open already stay as they are. Raises InputError."""
+    return [model if isinstance(model, TrainedModel) else model_of_run(model) for model in models]
+
+
 class Member:
-    """One run's model, an ensemble member, with its parameters on the devices.
+    """One trained model, an ensemble member, with its parameters on the devices.
 
     Args:
-      run: the run directory.
+      trained: the model.
       attribution: the method of `attribution`.
       stored: whether the bags hold stored features of a published encoder in place of pixels.
+
+    Raises:
+      InputError: the model cannot be read, or its published encoder's weights are needed and not known.
     """
 
-    def __init__(self, run: Run, attribution: Method, stored: bool = False):
+    def __init__(self, trained: TrainedModel, attribution: Method, stored: bool = False):
         use_compilation_cache()
-        config = run.config
-        model = abstract_model(config.model, len(config.data.classes), run.tiling.factors)
-        params, self.step = restore_params(run.path, model)
-        self._density = load_density(run.path) if config.model.head == BY_DENSITY else None
-        self.model_id = model_id_of(params | {"density": vars(self._density)} if self._density else params)
+        config = trained.config
+        model = abstract_model(config.model, len(config.data.classes), trained.tiling.factors)
+        # Stored features need no encoder, and a bundle, which records the id, may be opened without its weights.
+        without_encoder = stored and bool(trained.model_id) and has_published_encoder(config.model)
+        if without_encoder:
+            del model.encoder.published  # type: ignore[attr-defined]
+        params, arrays = trained.restore(model), trained.density() if trained.density else None
+        self._density = density_of(arrays, trained.path) if arrays else None
+        self.model_id = trained.model_id if without_encoder else model_id_of(params, arrays)
+        if trained.model_id and self.model_id != trained.model_id:
+            raise InputError(
+                f"{trained.path}: its parameters are of model {self.model_id}, and it states {trained.model_id}; export it again"
+            )
         mesh = local_mesh()
         self.forward = Forward(
-            model, config.data.region_buckets, config.data.regions_per_bag, mesh, run.normaliser, stored
+            model, config.data.region_buckets, config.data.regions_per_bag, mesh, trained.normaliser, stored
         )
         self.params = jax.device_put(params, replicated(mesh))
         self.attribute = None if attribution == "attention" else attributor(model, attribution)
@@ -263,54 +284,11 @@ def split_by_slide(
         yield slide_prediction, attribution[rows]
 
 
-def check_ensemble(runs: Sequence[Run]) -> None:
-    """Raises InputError if the runs differ in more than their seed, so that they form no ensemble."""
-    first = runs[0]
-    for other in runs[1:]:
-        differing = [
-            name
-            for name, expected, actual in (
-                ("tiling", first.tiling, other.tiling),
-                ("config.data.classes", first.config.data.classes, other.config.data.classes),
-                ("config.data.unit", first.config.data.unit, other.config.data.unit),
-                ("config.data.magnifications", first.config.data.magnifications, other.config.data.magnifications),
-                ("config.model", first.config.model, other.config.model),
-            )
-            if actual != expected
-        ]
-        if differing:
-            raise InputError(
-                f"{other.path}: another {' and '.join(differing)} than {first.path}; give runs that differ in their seed"
-            )
+def dropout_keys(models: Sequence[TrainedModel], samples: int) -> list[Array | None]:
+    """The keys of `samples` predictions with dropout by each model, or [None] for one prediction without.
 
-
-def dropout_keys(runs: Sequence[Run], samples: int) -> list[Array | None]:
-    """The keys of `samples` predictions with dropout by each run, or [None] for one prediction without.
-
-    Raises InputError if the runs were trained without dropout.
+    Raises InputError if the models were trained without dropout.
     """
-    if samples and not runs[0].config.model.dropout:
-        raise InputError(f"{runs[0].path}: was trained without dropout; predict without --dropout-samples")
+    if samples and not models[0].config.model.dropout:
+        raise InputError(f"{models[0].path}: was trained without dropout; predict without --dropout-samples")
     return [jax.random.fold_in(jax.random.key(0), sample) for sample in range(samples)] or [None]
-
-
-def ensemble_id(members: Sequence[Member], dropout_samples: int) -> str:
-    """The id of the ensemble in predictions.csv and calibration.json."""
-    return "+".join(member.model_id for member in members) + (f" dropout {dropout_samples}" if dropout_samples else "")
-
-
-def splits_of(runs: Sequence[Run]) -> dict[str, str]:
-    """The split of every slide and case that a run was fitted (`train`) or chosen (`val`) on, by id.
-
-    A slide that is in `train` of one member and in `val` of another counts as `train`: no evaluation may include it.
-    """
-    return {name: split for split in ("val", "train") for run in runs for name in run.ids(split)}
-
-
-def model_id_of(params: Params) -> str:
-    """The first 12 hex digits of the SHA-256 of the parameters, by name."""
-    digest = hashlib.sha256()
-    for path, value in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(value).tobytes())
-    return digest.hexdigest()[:12]

@@ -82,13 +82,17 @@ def newest_step(run: Path) -> int:
     return max((int(path.name) for path in (run / FOLDER).glob("*") if path.name.isdigit()), default=0)
 
 
-def restore_params(run: str | Path, model: MILModel) -> tuple[Params, int]:
-    """The parameters and the step of a run's best checkpoint, or of the newest if none was evaluated.
+def restore_params(run: str | Path, model: MILModel, step: int | None = None) -> tuple[Params, int]:
+    """The parameters and the step of a run's checkpoint: by default the best one, or the newest if none was evaluated.
 
-    Raises InputError if the run has no checkpoint.
+    Raises InputError if the run has no checkpoint, or none of `step`.
     """
     with _open(run) as manager:
-        step, _ = _best(run, manager)
+        if step is None:
+            step, _ = _best(run, manager)
+        elif step not in manager.all_steps():
+            steps = ", ".join(map(str, sorted(manager.all_steps())))
+            raise InputError(f"{run}: has no checkpoint of step {step}; choose one of {steps}")
         abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params_of(model))}
         arguments = ocp.args.PyTreeRestore(abstract, _restore_args(abstract), partial_restore=True)
         return manager.restore(step, args=arguments)["params"], step
@@ -118,6 +122,12 @@ def _without_orbax_warnings() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def metrics_of_steps(run: str | Path) -> dict[int, dict[str, float] | None]:
+    """The validation metrics of a run's checkpoints, by step; None for those that were not evaluated. Raises InputError."""
+    with _open(run) as manager:
+        return {step: manager.metrics(step) for step in sorted(manager.all_steps())}
 
 
 def _best(run: str | Path, manager: ocp.CheckpointManager) -> tuple[int, dict[str, float] | None]:

@@ -94,11 +94,23 @@ def load_published(model: MILModel, config: ConfigDict) -> str:
     """
     if not config.weights:
         raise InputError(f"config.model.weights is empty; give the file of {config.encoder}'s weights")
-    weights, mismatch = read_weights(Path(config.weights)), f"{config.weights} does not fit {config.encoder}"
-    build = pretrained_encoder(config.encoder).build
     assert isinstance(model.encoder, PublishedEncoder)
-    model.encoder.published = fill(build, weights.tensors, DTYPES[config.dtype], mismatch, weights_dtype=jnp.float32)
-    return weights.sha256
+    model.encoder.published, sha256 = published_encoder(config, Path(config.weights))
+    return sha256
+
+
+def published_encoder(config: ConfigDict, path: Path) -> tuple[nnx.Module, str]:
+    """Builds a model's published encoder with float32 weights from a file (`config` is config.model).
+
+    Returns:
+      The encoder, and the SHA-256 of the file.
+
+    Raises:
+      InputError: the file cannot be read or does not fit the encoder.
+    """
+    weights, mismatch = read_weights(path), f"{path} does not fit {config.encoder}"
+    build = pretrained_encoder(config.encoder).build
+    return fill(build, weights.tensors, DTYPES[config.dtype], mismatch, weights_dtype=jnp.float32), weights.sha256
 
 
 def is_frozen(frozen_encoder: bool, path: tuple[str, ...]) -> bool:

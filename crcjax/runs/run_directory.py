@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.slides.tiling.plan import TilingParams
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "openslide-bin")
+# The training and validation slides of a run, with labels and content hashes.
+DATA_MANIFEST = "data_manifest.csv"
 # Fields that a resumed run may change: they change reading speed, reports and the mesh, and numbers by rounding alone.
 _FREE = {
     "data.read_threads",
@@ -34,7 +38,8 @@ _FREE = {
     "train.replica_check_every",
     "train.stall_timeout_s",
 }
-_PATHS = ("data.store", "data.cohort", "model.weights", "tasks.labels")
+# Fields that hold paths.
+PATHS = ("data.store", "data.cohort", "model.weights", "tasks.labels")
 _FREE |= {"train.micro_batches", "train.memory_gib", "mesh.data", "mesh.bag", "mesh.model", "mesh.fsdp_min_size"}
 
 
@@ -48,6 +53,8 @@ class Run:
       tiling: how its slides were tiled.
       split_of: the split of each training and validation slide and case, by id.
       normaliser: the stain normaliser of config.stain.
+      encoder_sha256: the SHA-256 of the file of the published encoder's weights; None without one, and in older runs.
+      synthetic: whether any of its slides is synthetic; None in older runs.
     """
 
     path: Path
@@ -55,6 +62,8 @@ class Run:
     tiling: TilingParams
     split_of: dict[str, str]
     normaliser: StainNormaliser | None
+    encoder_sha256: str | None = None
+    synthetic: bool | None = None
 
     def ids(self, split: str) -> list[str]:
         """The ids of the slides and cases of one split."""
@@ -66,14 +75,31 @@ def open_run(path: str | Path) -> Run:
 
     Raises InputError if it is not a run directory.
     """
-    path, config = Path(path), get_config()
+    path = Path(path)
     try:
-        config.update(renamed_fields(_tuples(json.loads((path / "config.json").read_text()))))
+        config = config_from_json(json.loads((path / "config.json").read_text()))
         facts = json.loads((path / "run.json").read_text())
         tiling, split_of, stain = TilingParams.from_json(facts["tiling"]), facts["split_of"], facts["stain"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: is not a run directory ({error}); give the --workdir of crcjax train") from error
-    return Run(path, config, tiling, split_of, StainNormaliser.from_json(stain) if stain else None)
+    normaliser = StainNormaliser.from_json(stain) if stain else None
+    return Run(path, config, tiling, split_of, normaliser, facts.get("encoder_sha256"), facts.get("synthetic"))
+
+
+def member_runs(path: str | Path) -> list[Path]:
+    """The run directories of an ensemble that was trained in one directory, or the directory itself."""
+    path = Path(path)
+    return sorted(config.parent for config in path.glob("seed-*/config.json")) or [path]
+
+
+def config_from_json(values: dict[str, Any]) -> ConfigDict:
+    """The config with these values, and the defaults of fields that did not exist when they were written.
+
+    Raises ValueError, KeyError, AttributeError or TypeError for values that are no config.
+    """
+    config = get_config()
+    config.update(renamed_fields(_tuples(values)))
+    return config
 
 
 def start_run(
@@ -83,8 +109,12 @@ def start_run(
     cohort: Cohort,
     normaliser: StainNormaliser | None = None,
     is_main: bool = True,
+    *,
+    content_hash: Mapping[str, str] | None = None,
+    encoder_sha256: str | None = None,
+    synthetic: bool | None = None,
 ) -> None:
-    """Writes config.json and run.json, or checks them if the run exists.
+    """Writes config.json, run.json and data_manifest.csv, or checks the first two if the run exists.
 
     Args:
       path: the run directory.
@@ -93,10 +123,13 @@ def start_run(
       cohort: the training and validation slides.
       normaliser: the stain normaliser.
       is_main: whether this process writes; other processes wait for the files and check them.
+      content_hash: the content hash of each slide, by its id, for the data manifest.
+      encoder_sha256: the SHA-256 of the file of the published encoder's weights.
+      synthetic: whether any of the slides is synthetic.
 
     Raises:
-      InputError: the run was started with another config, tiling, cohort or stain reference; the message names the
-        difference.
+      InputError: the run was started with another config, tiling, cohort, stain reference or encoder; the message names
+        the difference.
       OutputError: the directory cannot be written.
     """
     if not is_main:
@@ -123,20 +156,39 @@ def start_run(
             raise InputError(
                 f"{path}: config.stain.reference was tiled anew since it was started; give another --workdir"
             )
+        if encoder_sha256 and run.encoder_sha256 not in (None, encoder_sha256):
+            raise InputError(
+                f"{path}: was started with the weights {run.encoder_sha256}, and {config.model.weights} holds "
+                f"{encoder_sha256}; give that file, or another --workdir"
+            )
         return
     with writing(path, "choose another --workdir"):
         path.mkdir(parents=True, exist_ok=True)
         facts = {
             "code_version": crcjax.__version__,
-            "commit": _commit(),
+            "commit": commit(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "tiling": tiling.to_json(),
             "split_of": split_of,
             "stain": normaliser.to_json() if normaliser else None,
+            "encoder_sha256": encoder_sha256,
+            "synthetic": synthetic,
         }
+        (path / DATA_MANIFEST).write_text(_data_manifest(cohort, content_hash or {}), newline="")
         (path / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
         # Written last: a run with a config.json has started.
         (path / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+
+
+def _data_manifest(cohort: Cohort, content_hash: Mapping[str, str]) -> str:
+    """The training and validation slides as CSV, with labels and content hashes, sorted by slide id."""
+    text = StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("slide_id", "case_id", "split", "label", "site", "scanner", "content_hash"))
+    for row in sorted(cohort.rows, key=lambda row: row.slide_id):
+        hash_or_empty = content_hash.get(row.slide_id, "")
+        table.writerow((row.slide_id, row.case_id, row.split, row.subtype, row.site, row.scanner, hash_or_empty))
+    return text.getvalue()
 
 
 def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
@@ -156,7 +208,7 @@ def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
     return {
         "--workdir": str(path),
         **{f"config.{name}": repr(value) for name, value in _settings(config).items()},
-        "crcjax": f"{crcjax.__version__}, commit {_commit()}, source {source.hexdigest()[:12]}",
+        "crcjax": f"{crcjax.__version__}, commit {commit()}, source {source.hexdigest()[:12]}",
         "Python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "the cohort file": sha256(cohort.read_bytes()).hexdigest()[:12] if cohort.is_file() else "absent",
@@ -192,7 +244,7 @@ def _await(file: Path) -> None:
 def _settings(config: ConfigDict) -> dict[str, object]:
     """The value of every field by its dotted name. Paths are absolute, so that spellings of one path are equal."""
     leaves = dict(_leaves(config))
-    return leaves | {name: str(Path(str(leaves[name])).resolve()) for name in _PATHS if leaves[name]}
+    return leaves | {name: str(Path(str(leaves[name])).resolve()) for name in PATHS if leaves[name]}
 
 
 def _changed(before: dict[str, object], now: dict[str, object], free: Set[str] = frozenset()) -> str:
@@ -216,7 +268,7 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of a source checkout, with a + for uncommitted changes; None without a checkout."""
     root = Path(crcjax.__file__).parents[1]
     if not (root / ".git").exists():

@@ -65,7 +65,18 @@ def start_directory(
     """Starts the run directory: the main process writes it, then the others check it."""
     if not group.is_main:
         group.barrier("the run directory")
-    start_run(run, config, plan.data.tiling, plan.data.cohort, plan.data.normaliser, group.is_main)
+    stores = plan.data.slides.stores
+    start_run(
+        run,
+        config,
+        plan.data.tiling,
+        plan.data.cohort,
+        plan.data.normaliser,
+        group.is_main,
+        content_hash={store.slide_id: store.info.content_hash or "" for store in stores},
+        encoder_sha256=plan.encoder_sha256,
+        synthetic=any(store.info.synthetic for store in stores),
+    )
     if group.is_main:
         group.barrier("the run directory")
     record_micro_batches(run, micro_batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from crcjax.data.loader import Feed, open_feed
 from crcjax.data.slide_quality import quality_sentences, without_refused
 from crcjax.data.splits import divide
 from crcjax.errors import InputError
-from crcjax.models.encoders.registry import PRETRAINED
+from crcjax.models.encoders.registry import PRETRAINED, has_published_encoder
 from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import MILModel, build_model
 from crcjax.monitor.logs import log
@@ -65,7 +65,10 @@ class RunData:
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts of a run, without its compiled step. The model's parameters are on the host."""
+    """The parts of a run, without its compiled step. The model's parameters are on the host.
+
+    `encoder_sha256` is the SHA-256 of the file of the published encoder's weights; None without one.
+    """
 
     config: ConfigDict
     mesh: Mesh
@@ -74,6 +77,7 @@ class Plan:
     optimizer: optax.GradientTransformation
     tasks: Tasks | None
     mining: Mining | None
+    encoder_sha256: str | None
 
 
 def plan_run(config: ConfigDict) -> Plan:
@@ -92,19 +96,19 @@ def plan_run(config: ConfigDict) -> Plan:
     mesh = device_mesh(config)
     data = _run_data(config, cohort, stores, mesh)
     model = model_of_seed(config, data, config.seed)
-    frozen = _load_published(model, config, data.slides)
+    encoder_sha256 = _load_published(model, config, data.slides)
+    frozen = partial(is_frozen, config.model.frozen) if encoder_sha256 else None
     tasks = open_tasks(config, data.feed.reader.tile_labels, data.feed.reader.stains)
     if tasks:
         add_heads(model, tasks, config.seed)
     optimizer = build_optimizer(config.optimizer, config.train.steps, frozen)
     mining = start_mining(config.data, len(data.training_units.rows))
-    return Plan(config, mesh, data, on_host(model), optimizer, tasks, mining)
+    return Plan(config, mesh, data, on_host(model), optimizer, tasks, mining, encoder_sha256)
 
 
 def model_of_seed(config: ConfigDict, data: RunData, seed: int) -> MILModel:
     """The model with parameters sampled from a seed. A published encoder has no values yet (`load_published`)."""
-    published = config.model.encoder in PRETRAINED and not config.model.imported_features
-    build = build_unloaded if published else build_model
+    build = build_unloaded if has_published_encoder(config.model) else build_model
     return build(config.model, len(data.cohort.classes), seed, data.tiling.factors)
 
 
@@ -138,15 +142,15 @@ def _run_data(config: ConfigDict, cohort: Cohort, stores: list[TileStore], mesh:
     return RunData(cohort, slides, stores[0].params, normaliser, feed, training_units)
 
 
-def _load_published(model: MILModel, config: ConfigDict, slides: StoredSlides) -> Callable | None:
-    """Loads a published encoder's weights into the model, and returns the function that identifies frozen parameters."""
-    if config.model.encoder not in PRETRAINED or config.model.imported_features:
+def _load_published(model: MILModel, config: ConfigDict, slides: StoredSlides) -> str | None:
+    """Loads a published encoder's weights into the model, and returns the SHA-256 of their file; None without one."""
+    if not has_published_encoder(config.model):
         return None
     sha256 = load_published(model, config.model)
     log.info(f"{config.model.weights}: SHA-256 {sha256}")
     if config.data.features:
         _check_features(config, slides.features[0], sha256)
-    return partial(is_frozen, config.model.frozen)
+    return sha256
 
 
 def training_cohort(config: ConfigDict) -> Cohort:

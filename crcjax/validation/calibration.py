@@ -113,20 +113,31 @@ def calibrate(
     return calibration
 
 
-def load_calibration(path: Path, model: str, classes: tuple[str, ...]) -> Calibration:
-    """Reads calibration.json. Raises InputError if the file is damaged, or of another model or other classes."""
-    try:
-        values = json.loads(path.read_text())
-        thresholds = {name: float(value) for name, value in values["thresholds"].items()}
-        values |= {"classes": tuple(values["classes"]), "thresholds": {"": thresholds[""]} | thresholds}
-        calibration = Calibration(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: is not a calibration ({error}); make it with crcjax calibrate") from error
+def load_calibration(source: Path | Calibration, model: str, classes: tuple[str, ...]) -> Calibration:
+    """The calibration of a model, read from calibration.json unless it is read already.
+
+    Raises InputError if the file is damaged, or the calibration is of another model or other classes.
+    """
+    if isinstance(source, Calibration):
+        calibration, name = source, "the calibration"
+    else:
+        calibration, name = read_calibration(source), str(source)
     if (calibration.model, calibration.classes) != (model, classes):
         raise InputError(
-            f"{path}: is of model {calibration.model}, not {model}; predict the validation slides with this one, and calibrate"
+            f"{name}: is of model {calibration.model}, not {model}; predict the validation slides with this one, and calibrate"
         )
     return calibration
+
+
+def read_calibration(path: Path, content: bytes | None = None) -> Calibration:
+    """Reads calibration.json, or its content that was read already. Raises InputError if the file is damaged."""
+    try:
+        values = json.loads(path.read_bytes() if content is None else content)
+        thresholds = {name: float(value) for name, value in values["thresholds"].items()}
+        values |= {"classes": tuple(values["classes"]), "thresholds": {"": thresholds[""]} | thresholds}
+        return Calibration(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is not a calibration ({error}); make it with crcjax calibrate") from error
 
 
 def at_temperature(probs: Float[np.ndarray, "slide class"], temperature: float) -> Float[np.ndarray, "slide class"]:

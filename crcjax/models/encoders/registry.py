@@ -232,6 +232,11 @@ def build_encoder(config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nn
     return encoder
 
 
+def has_published_encoder(config: ConfigDict) -> bool:
+    """Whether a model has a published encoder; `config` is config.model."""
+    return config.encoder in PRETRAINED and not config.imported_features
+
+
 def _check_batch_norm(config: ConfigDict, encoder: nnx.Module) -> None:
     field, momentum = "config.model.batch_norm_momentum", config.batch_norm_momentum
     if not 0 < momentum <= 1:
