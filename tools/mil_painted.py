@@ -42,8 +42,9 @@ from crcjax.slides.tiling.plan import TilingParams
 from crcjax.slides.tiling.quality_control import QualityLimits
 from crcjax.train.loop import train
 from crcjax.train.losses import bag_losses
+from crcjax.validation.estimate import Estimate
 from crcjax.validation.selective import risk_coverage_area
-from crcjax.validation.statistics import Estimate, Resamples, auroc, evaluate, percentile_interval
+from crcjax.validation.statistics import Resamples, auroc, evaluate, percentile_interval
 
 CASES = {"train": 72, "val": 18, "test": 60}
 # Out-of-distribution slides of each kind.

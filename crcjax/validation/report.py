@@ -21,6 +21,7 @@ from crcjax.data.cohort import SlideRow, load_cohort
 from crcjax.errors import InputError, writing
 from crcjax.slides.tiling.qc_result import REFUSED
 from crcjax.validation.attention_truth import attention_auroc, slide_truth
+from crcjax.validation.estimate import Estimate
 from crcjax.validation.figures import confusion_figure, reliability_figure, roc_figure
 from crcjax.validation.predictions_table import (
     PredictionRow,
@@ -30,7 +31,7 @@ from crcjax.validation.predictions_table import (
     table_text,
 )
 from crcjax.validation.selective import uncertainty_statistics
-from crcjax.validation.statistics import Estimate, aggregate_cases, evaluate
+from crcjax.validation.statistics import aggregate_cases, evaluate
 from crcjax.validation.whole_files import write_whole
 
 # Heatmaps on the page.

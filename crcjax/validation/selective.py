@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from crcjax.data.cohort import SlideRow
+from crcjax.validation.estimate import Estimate
 from crcjax.validation.predictions_table import PredictionRow
-from crcjax.validation.statistics import Estimate, wilson
+from crcjax.validation.statistics import wilson
 
 # Measures that need several distributions: those of an evidential head, an ensemble or dropout.
 DISTRIBUTION_MEASURES = ("expected_entropy", "mutual_information")

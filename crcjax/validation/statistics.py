@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
-# The confidence level of all intervals.
-LEVEL = 0.95
+from crcjax.validation.estimate import LEVEL, Estimate
+
 # Bins of the expected calibration error.
 BINS = 15
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its interval; NaN, with the reason in `warnings`, if the data do not determine it."""
-
-    value: float
-    ci_low: float
-    ci_high: float
-    method: str
-    n: int
-    level: float = LEVEL
-    warnings: tuple[str, ...] = field(default=())
 
 
 def aggregate_cases(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from crcjax.data.cohort import SlideRow
+from crcjax.validation.estimate import Estimate
 from crcjax.validation.predictions_table import PredictionRow
 from crcjax.validation.selective import risk_coverage_area, uncertainty_statistics
-from crcjax.validation.statistics import Estimate
 
 
 def test_the_area_is_the_mean_risk_over_coverages_and_ties_stand_in_every_order() -> None:
