@@ -1,4 +1,4 @@
-"""The commands of `crcjax checkpoints`: the checkpoints of a run, and bundles of them."""
+"""The commands of `crcjax checkpoints`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer(
-    help="Lists, verifies, prunes and exports the checkpoints of a run (docs/bundles.md).", no_args_is_help=True
-)
+app = typer.Typer(help="Exports checkpoints of a run as a bundle (docs/bundles.md).", no_args_is_help=True)
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

@@ -16,6 +16,8 @@ _Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 def paired_difference(only_first: int, only_second: int, n: int) -> Estimate:
     """The difference of two proportions on the same cases, with the score interval of Tango (1998).
 
+    The cases are independent: give one a patient.
+
     Args:
       only_first: cases in which the first system alone is correct.
       only_second: cases in which the second system alone is correct.

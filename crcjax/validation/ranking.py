@@ -55,6 +55,8 @@ def auroc_estimate(
         if min(map(len, groups)) < 2:
             return undetermined(method, len(score), "a class has a single unit, which determines no interval")
         variance = sum(group.var(ddof=1) / len(group) for group in groups)
+    elif clusters == 1:
+        return undetermined(method, len(score), "all units are of one patient", clusters)
     else:
         variance = _clustered_variance(_influence(positive, placement, value), cluster)
     return _logit_interval(value, float(variance), method, len(score), clusters)
@@ -109,8 +111,11 @@ def macro_auroc_estimate(
     values, influences = [], []
     for k in range(probs.shape[1]):
         positive = label == k
-        if positive.all() or not positive.any():
-            return undetermined(method, len(label), f"class {k} has no unit, or all of them", clusters)
+        # The placement of a single case has no variance that the data show.
+        if min(len(np.unique(units[positive])), len(np.unique(units[~positive]))) < 2:
+            return undetermined(
+                method, len(label), f"class {k} or its complement has fewer than two patients", clusters
+            )
         value, placement = placements(positive, probs[:, k])
         values.append(value)
         influences.append(_influence(positive, placement, value))

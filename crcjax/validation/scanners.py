@@ -23,6 +23,8 @@ def bhapkar(table: Int[np.ndarray, "first second"]) -> TestResult:
 
 def _marginal_test(table: np.ndarray, method: str, bhapkars: bool) -> TestResult:
     used = (table.sum(axis=0) + table.sum(axis=1)) > 0
+    if not used.any():
+        return TestResult(np.nan, np.nan, method, warnings=("no slides",))
     warnings = () if used.all() else ("classes that neither scanner calls are left out",)
     counts = table[np.ix_(used, used)].astype(float)
     # The last difference is determined by the others.
@@ -45,6 +47,8 @@ def bowker(table: Int[np.ndarray, "first second"]) -> TestResult:
 
     The degrees of freedom are those of all pairs, whether they occur or not.
     """
+    if not table.any():
+        return TestResult(np.nan, np.nan, "Bowker", warnings=("no slides",))
     upper = np.triu_indices(len(table), 1)
     first, second = table[upper].astype(float), table.T[upper].astype(float)
     occurs = first + second > 0

@@ -6,7 +6,7 @@ sites. The variance between sites is REML's. With five sites or fewer the data h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -56,8 +56,11 @@ def logit_proportions(
 def pool_sites(effect: Float[np.ndarray, " site"], variance: Float[np.ndarray, " site"]) -> MetaAnalysis:
     """Pools the effects of sites. With one site nothing is pooled: the estimates are NaN with a warning.
 
-    Raises InputError for a variance that is not above 0.
+    Sites whose effect is not a number are excluded and counted. Raises InputError for a variance that is not above 0.
     """
+    known = np.isfinite(effect) & np.isfinite(variance)
+    excluded = int((~known).sum())
+    effect, variance = effect[known], variance[known]
     if not (variance > 0).all():
         raise InputError(f"the variance of every site's effect must be above 0, got {variance.tolist()}")
     sites = len(effect)
@@ -68,8 +71,13 @@ def pool_sites(effect: Float[np.ndarray, " site"], variance: Float[np.ndarray, "
     weight = 1 / (variance + tau2)
     mean, plain_variance = float((weight * effect).sum() / weight.sum()), float(1 / weight.sum())
     scale = max(1.0, float((weight * (effect - mean) ** 2).sum()) / (sites - 1))
-    warnings = (f"{sites} sites hardly determine the variance between sites",) if sites <= _FEW_SITES else ()
+    warnings: tuple[str, ...] = (
+        (f"{sites} sites hardly determine the variance between sites",) if sites <= _FEW_SITES else ()
+    )
+    if excluded:
+        warnings += (f"{excluded} sites without an effect are excluded",)
     pooled = _t_interval(mean, scale * plain_variance, sites - 1, "REML, modified Hartung-Knapp", sites, warnings)
+    pooled = replace(pooled, n_excluded=excluded)
     if sites < _FEWEST_FOR_PREDICTION:
         prediction = undetermined("prediction interval", sites, "two sites determine no prediction interval")
     else:

@@ -87,6 +87,9 @@ def test_degenerate_classes_give_nan_and_a_warning() -> None:
         auroc_estimate(np.zeros(5, bool), np.arange(5.0)),
         auroc_estimate(np.array([True, False, False]), np.arange(3.0)),
         macro_auroc_estimate(np.minimum(label, 1), probs),
+        macro_auroc_estimate(np.append(np.minimum(label, 1), 2), np.vstack([probs, probs[:1]])),
+        auroc_estimate(label == 0, probs[:, 0], np.zeros(len(label), int)),
+        macro_auroc_estimate(label, probs, np.zeros(len(label), int)),
     ):
         assert np.isnan([estimate.value, estimate.ci_low, estimate.ci_high]).all()
         assert estimate.warnings

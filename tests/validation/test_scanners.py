@@ -27,6 +27,10 @@ def test_a_class_that_neither_scanner_calls_is_left_out_of_the_marginal_tests() 
     assert (result.statistic, result.df) == pytest.approx((stuart_maxwell(EPOC).statistic, 2))
     assert result.warnings
     assert stuart_maxwell(np.diag([3, 4])).p_value == 1
+    for test in (stuart_maxwell, bhapkar, bowker):
+        empty = test(np.zeros((3, 3), int))
+        assert np.isnan(empty.p_value)
+        assert empty.warnings
 
 
 def test_the_correlations_of_shrout_and_fleiss_and_their_intervals() -> None:

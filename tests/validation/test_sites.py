@@ -56,6 +56,12 @@ def test_leaving_a_site_out_is_the_analysis_of_the_others() -> None:
     assert without[1].pooled.value == pool_sites(EFFECT[[0, 2, 3]], VARIANCE[[0, 2, 3]]).pooled.value
 
 
+def test_a_site_without_an_effect_is_excluded_and_counted() -> None:
+    result = pool_sites(np.append(EFFECT, np.nan), np.append(VARIANCE, 0.1)).pooled
+    assert (result.value, result.n, result.n_excluded) == (pool_sites(EFFECT, VARIANCE).pooled.value, 4, 1)
+    assert any("excluded" in warning for warning in result.warnings)
+
+
 def test_the_order_of_sites_changes_nothing() -> None:
     order = np.array([2, 0, 3, 1])
     assert pool_sites(EFFECT[order], VARIANCE[order]).pooled.value == pytest.approx(
