@@ -83,6 +83,14 @@ class BusyError(CrcjaxError):
     """Another process uses the resource; it will be free again."""
 
 
+_STATUS = {InputError: 2, OutputError: 3, StoppedError: AGAIN_STATUS, DeviceMemoryError: AGAIN_STATUS, DivergedError: 5}
+
+
+def exit_status(error: BaseException, otherwise: int = 1) -> int:
+    """The exit status of a training that ends by an error, by its class or the nearest base class that has one."""
+    return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), otherwise)
+
+
 @contextmanager
 def writing(
     path: str | PathLike[str], instead: str = "choose another --out", catch: tuple[type[Exception], ...] = (OSError,)

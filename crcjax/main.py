@@ -53,18 +53,9 @@ from crcjax.config import get_config
 from crcjax.config_check import check_config
 from crcjax.config_names import renamed_argument
 from crcjax.environment import check_platform
-from crcjax.errors import (
-    AGAIN_STATUS,
-    CrcjaxError,
-    DeviceMemoryError,
-    DivergedError,
-    InputError,
-    OutputError,
-    StoppedError,
-)
+from crcjax.errors import CrcjaxError, InputError, exit_status
 from crcjax.monitor.logs import log
 
-STATUS = {InputError: 2, OutputError: 3, StoppedError: AGAIN_STATUS, DeviceMemoryError: AGAIN_STATUS, DivergedError: 5}
 # 128 + SIGINT, as shells report it.
 INTERRUPTED_STATUS = 130
 
@@ -111,11 +102,6 @@ def main(arguments: list[str] | None = None) -> int:
         # At a normal exit, JAX would wait for processes that have ended.
         os._exit(status)
     return status
-
-
-def exit_status(error: CrcjaxError) -> int:
-    """The exit status of an error: that of its class, or of the nearest base class in STATUS."""
-    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 1)
 
 
 def read_config(arguments: list[str]) -> tuple[ConfigDict, Path]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from crcjax.errors import InputError, OutputError, SlideError, writing
+from crcjax.errors import BusyError, InputError, OutputError, SlideError, exit_status, writing
+from crcjax.slides.store.zarr_arrays import UnreadableError
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,9 @@ def test_other_errors_pass_through() -> None:
 )
 def test_a_slide_error_replaces_whole_paths_alone(path: str, reason: str, shown: str) -> None:
     assert SlideError(path, "failed", reason, "look").reason == shown
+
+
+def test_an_error_of_a_derived_class_has_the_exit_status_of_its_kind() -> None:
+    assert exit_status(UnreadableError("the store is gone")) == 2
+    assert exit_status(OutputError("full")) == 3
+    assert exit_status(BusyError("held")) == 1

@@ -2,9 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from crcjax.errors import BusyError, OutputError
-from crcjax.main import exit_status, main, read_config
-from crcjax.slides.store.zarr_arrays import UnreadableError
+from crcjax.main import main, read_config
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "configs" / "demo.py")
@@ -99,9 +97,3 @@ def test_tuples_are_written_with_commas_or_as_in_python() -> None:
         assert config.data.classes == ("CMS1", "CMS2", "CMS3", "CMS4")
         assert config.data.region_buckets == (64, 256)
         assert config.data.magnifications == ("10x",)
-
-
-def test_an_error_of_a_derived_class_has_the_exit_status_of_its_kind() -> None:
-    assert exit_status(UnreadableError("the store is gone")) == 2
-    assert exit_status(OutputError("full")) == 3
-    assert exit_status(BusyError("held")) == 1

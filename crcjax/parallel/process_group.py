@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from crcjax.errors import AGAIN_STATUS, DeviceMemoryError, StoppedError
+from crcjax.errors import StoppedError, exit_status
 from crcjax.monitor.logs import log, prefix_lines
 from crcjax.parallel.cluster_env import ClusterEnvironment
 from crcjax.parallel.rendezvous import ControlChannel, connect_processes, rendezvous_secret
@@ -125,8 +125,9 @@ class ProcessGroup:
             # Another thread has reported the cause and is ending this process.
             time.sleep(60)
         reason = " ".join(str(error).split()) or type(error).__name__
-        # All processes end with one status, so that the launcher sees the same whichever ends first.
-        status = AGAIN_STATUS if isinstance(error, DeviceMemoryError) else PEER_STATUS
+        # All processes end with one status, so that the launcher sees the same whichever ends first, and a supervisor does not
+        # take a wrong config or a full disk of one process for a failure of its machine.
+        status = exit_status(error, otherwise=PEER_STATUS)
         if self.is_main:
             self._channel.send({"error": self._failure(0, reason), "status": status})
         else:
