@@ -1,11 +1,13 @@
 """Supervises a training command: restarts it after a failure of the machine, and gives up on errors that a restart cannot cure.
 
 The exit statuses are those of `crcjax train` (`crcjax.main`). Of a command of several processes, such as `srun`, the status is
-that of the process that failed.
+that of the process that failed. A command whose supervisor is killed gets SIGTERM, so that a new supervisor does not start a
+second training beside it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import random
 import signal
 import subprocess
@@ -162,6 +164,16 @@ def supervise(command: Sequence[str], policy: RestartPolicy, run: Path | None = 
                 return end.status
 
 
+# prctl's option of linux/prctl.h. The library is loaded here, since a forked child must not load any.
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """Asks the kernel to send SIGTERM to this process when its parent ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class _Signals:
     """Passes signals on to the running command, and remembers the first one."""
 
@@ -182,7 +194,7 @@ class _Signals:
         """Runs the command to its end, and returns its return code. Raises InputError."""
         try:
             # In a group of its own, it gets a terminal's Ctrl-C only once, from here.
-            self._child = subprocess.Popen(command, process_group=0)
+            self._child = subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent)
         except OSError as error:
             raise InputError(
                 f"{command[0]}: cannot be started ({error.strerror}); check the command after --"

@@ -76,26 +76,44 @@ def test_a_long_attempt_ends_a_series_of_failures_but_not_the_count_of_restarts(
     assert _starts(tmp_path) == 7
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_passed_on_and_the_command_that_saved_is_not_restarted(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def _supervised_until_ready(folder: Path, number: signal.Signals) -> subprocess.Popen:
+    """A supervisor in a process of its own, whose command saves and ends with 85 when it gets the signal."""
     saves = (
         f"signal.signal({int(number)}, lambda *_: (starts.with_name('saved').touch(), sys.exit(85)));"
         "starts.with_name('ready').touch(); time.sleep(60)"
     )
     code = (
         "import sys; from crcjax.parallel.supervisor import RestartPolicy, supervise;"
-        f"sys.exit(supervise({_command(tmp_path, saves)!r}, RestartPolicy()))"
+        f"sys.exit(supervise({_command(folder, saves)!r}, RestartPolicy()))"
     )
     supervisor = subprocess.Popen([sys.executable, "-c", code])
+    _wait_for(folder / "ready")
+    return supervisor
+
+
+def _wait_for(file: Path) -> None:
     deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+    while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert file.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_passed_on_and_the_command_that_saved_is_not_restarted(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    supervisor = _supervised_until_ready(tmp_path, number)
     supervisor.send_signal(number)
     assert supervisor.wait(60) == 85
     assert (tmp_path / "saved").exists()
     assert _starts(tmp_path) == 1
+
+
+def test_the_command_of_a_killed_supervisor_saves_and_ends(tmp_path: Path) -> None:
+    supervisor = _supervised_until_ready(tmp_path, signal.SIGTERM)
+    supervisor.kill()
+    supervisor.wait()
+    _wait_for(tmp_path / "saved")
 
 
 def test_a_signal_during_the_delay_ends_the_supervisor_at_once(tmp_path: Path) -> None:
