@@ -1,13 +1,12 @@
 """The commands as a user types them; one of each kind of exit status in a process of its own."""
 
 import csv
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,30 +16,17 @@ import pytest
 import tifffile
 from scipy.special import logit
 
-from crcjax.cli import main
 from crcjax.slides.preprocess.manifest import read_manifest
 from crcjax.slides.store.tile_store import open_store, tiled_slides
 from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
 
 COMMAND = [sys.executable, "-m", "crcjax.cli"]
+Command = Callable[..., subprocess.CompletedProcess]
 
 
 def _process(*arguments: object) -> subprocess.CompletedProcess:
     """Runs the command as a shell does."""
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
-
-
-def _crcjax(*arguments: object) -> subprocess.CompletedProcess:
-    """Runs the command within this process, which saves the seconds of its start."""
-    command, status = ["crcjax", *map(str, arguments)], 0
-    with pytest.MonkeyPatch.context() as patch, io.StringIO() as out, io.StringIO() as err:
-        patch.setattr("sys.argv", command)
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as exit_:
-                status = int(exit_.code or 0)
-        return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +83,9 @@ def test_every_command_answers_help_without_the_extras() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_tiling_names_each_bad_slide_finishes_the_good_one_and_exits_1(slides: Path, tmp_path: Path) -> None:
+def test_tiling_names_each_bad_slide_finishes_the_good_one_and_exits_1(
+    crcjax: Command, slides: Path, tmp_path: Path
+) -> None:
     absent = slides / "absent.svs"
     done = _process("tile", slides, absent, "--out", tmp_path, "--mag", "10x", "--tile-px", 64)
     assert done.returncode == 1
@@ -113,15 +101,15 @@ def test_tiling_names_each_bad_slide_finishes_the_good_one_and_exits_1(slides: P
     assert "Traceback" not in done.stderr
     assert "1 of 5 slides tiled" in done.stderr
     assert open_store(tmp_path, "good").pixels == "jpeg"
-    again = _crcjax("tile", slides / "good.svs", "--out", tmp_path, "--mag", "10x", "--tile-px", 64)
+    again = crcjax("tile", slides / "good.svs", "--out", tmp_path, "--mag", "10x", "--tile-px", 64)
     assert again.returncode == 0
-    other = _crcjax("tile", slides / "good.svs", "--out", tmp_path, "--mag", "10x", "--tile-px", 128)
+    other = crcjax("tile", slides / "good.svs", "--out", tmp_path, "--mag", "10x", "--tile-px", 128)
     assert other.returncode == 2
     assert "tile_px 64, not 128" in other.stderr
 
 
 def test_tiling_looks_up_the_files_of_each_slide_once(
-    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    crcjax: Command, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from crcjax.data import slide_selection
     from crcjax.slides.preprocess import tile_slides
@@ -139,7 +127,7 @@ def test_tiling_looks_up_the_files_of_each_slide_once(
     find_all, files_of = slide_selection.find_slides, tile_slides.slide_files
     monkeypatch.setattr(slide_selection, "find_slides", find_slides)
     monkeypatch.setattr(tile_slides, "slide_files", slide_files)
-    done = _crcjax("tile", slides / "empty.svs", slides / "text.svs", "--out", tmp_path, "--shard", "1/1")
+    done = crcjax("tile", slides / "empty.svs", slides / "text.svs", "--out", tmp_path, "--shard", "1/1")
     assert done.returncode == 1
     assert "0 of 2 slides tiled" in done.stderr
     assert len(searches) == 1
@@ -158,31 +146,33 @@ def test_tiling_looks_up_the_files_of_each_slide_once(
         (["--limit", "min_tissue=1.5"], "min_tissue 1.5: must be a fraction above 0 and up to 1"),
     ],
 )
-def test_wrong_arguments_are_one_line_and_status_2(slides: Path, tmp_path: Path, arguments: list, words: str) -> None:
-    done = _crcjax("tile", slides / "good.svs", "--out", tmp_path, *arguments)
+def test_wrong_arguments_are_one_line_and_status_2(
+    crcjax: Command, slides: Path, tmp_path: Path, arguments: list, words: str
+) -> None:
+    done = crcjax("tile", slides / "good.svs", "--out", tmp_path, *arguments)
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_an_option_sets_the_smallest_piece_of_tissue(tmp_path: Path) -> None:
+def test_an_option_sets_the_smallest_piece_of_tissue(crcjax: Command, tmp_path: Path) -> None:
     """A piece of 0.0144 mm2; without the option, the error names it."""
     picture = np.full((1000, 1000, 3), 240, np.uint8)
     picture[380:620, 380:620] = np.random.default_rng(0).normal((200, 110, 160), 25, (240, 240, 3)).clip(0, 255)
     path, options = tmp_path / "core.tif", {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
     tifffile.imwrite(path, picture, photometric="rgb", tile=(240, 240), compression="deflate", **options)
-    refused = _crcjax("tile", path, "--out", tmp_path / "refused", "--tile-px", 64)
+    refused = crcjax("tile", path, "--out", tmp_path / "refused", "--tile-px", 64)
     assert refused.returncode == 1
     assert re.search(r"no_tissue: .*has 0\.01\d+ mm², below the limit of 0\.02 mm² \(--min-tissue-mm2", refused.stderr)
-    tiled = _crcjax("tile", path, "--out", tmp_path / "tiled", "--tile-px", 64, "--min-tissue-mm2", "0.01")
+    tiled = crcjax("tile", path, "--out", tmp_path / "tiled", "--tile-px", 64, "--min-tissue-mm2", "0.01")
     assert tiled.returncode == 0, tiled.stderr
     assert open_store(tmp_path / "tiled", "core").params.min_tissue_mm2 == 0.01
 
 
-def test_limits_decide_what_is_kept_and_the_overview_shows_it(slides: Path, tmp_path: Path) -> None:
+def test_limits_decide_what_is_kept_and_the_overview_shows_it(crcjax: Command, slides: Path, tmp_path: Path) -> None:
     tile = ("tile", slides / "good.svs", "--mag", "10x", "--tile-px", 64, "--out")
-    assert _crcjax(*tile, tmp_path / "usual").returncode == 0
-    told = _crcjax(*tile, tmp_path / "strict", "--limit", "min_focus=0.4")
+    assert crcjax(*tile, tmp_path / "usual").returncode == 0
+    told = crcjax(*tile, tmp_path / "strict", "--limit", "min_focus=0.4")
     assert told.returncode == 0
     usual, strict = (open_store(tmp_path / name, "good") for name in ("usual", "strict"))
     assert 0 < strict.mask.sum() < usual.mask.sum()
@@ -192,17 +182,17 @@ def test_limits_decide_what_is_kept_and_the_overview_shows_it(slides: Path, tmp_
     assert (noted["verdict"], noted["reason"]) == (verdict["verdict"], "; ".join(verdict["reasons"]))
     assert f"tiled, {verdict['verdict']}: {slides / 'good.svs'}: {noted['reason']}" in told.stderr
     assert f"{verdict['verdict']} 1" in told.stderr.splitlines()[-1]
-    refused = _crcjax(*tile, tmp_path / "strict")
+    refused = crcjax(*tile, tmp_path / "strict")
     assert refused.returncode == 2
     cohort = tmp_path / "cohort.csv"
     cohort.write_text("slide_id,case_id,site\ngood,1,north\nabsent,2,south\n")
-    shown = _crcjax("overview", tmp_path / "strict", "--cohort", cohort)
+    shown = crcjax("overview", tmp_path / "strict", "--cohort", cohort)
     assert shown.returncode == 0, shown.stderr
     page = (tmp_path / "strict" / "overview" / "index.html").read_text()
     assert "north" in page
     assert "Not in the store: absent" in page
-    assert _crcjax("overview", tmp_path / "nothing").returncode == 2
-    wide = _crcjax("overview", tmp_path / "strict", "--limit", "max_stain_degrees=200")
+    assert crcjax("overview", tmp_path / "nothing").returncode == 2
+    wide = crcjax("overview", tmp_path / "strict", "--limit", "max_stain_degrees=200")
     assert (wide.returncode, wide.stderr.count("\n")) == (2, 1)
     assert "max_stain_degrees 200.0: must be an angle from 0 to 180 degrees" in wide.stderr
 
@@ -229,13 +219,15 @@ def test_a_full_disk_stops_with_status_3_and_leaves_nothing_that_looks_finished(
     assert not list(small_disk.rglob("*.zarr"))
 
 
-def test_a_cohort_gives_ids_and_an_absent_file_is_one_failed_line(slides: Path, run: Path, tmp_path: Path) -> None:
+def test_a_cohort_gives_ids_and_an_absent_file_is_one_failed_line(
+    crcjax: Command, slides: Path, run: Path, tmp_path: Path
+) -> None:
     table = tmp_path / "cohort.csv"
     table.write_text(f"slide_id,case_id,path\nA-1,A,{slides / 'good.svs'}\nB-1,B,absent.svs\n")
-    tiled = _crcjax("tile", "--cohort", table, "--out", tmp_path / "store", "--mag", "10x", "--tile-px", 64)
+    tiled = crcjax("tile", "--cohort", table, "--out", tmp_path / "store", "--mag", "10x", "--tile-px", 64)
     assert tiled.returncode == 1
     assert open_store(tmp_path / "store", "A-1").info.synthetic
-    predicted = _crcjax("predict", "--run", run, "--cohort", table, "--out", tmp_path / "out")
+    predicted = crcjax("predict", "--run", run, "--cohort", table, "--out", tmp_path / "out")
     assert predicted.returncode == 1
     with open(tmp_path / "out" / "predictions.csv") as file:
         first, second = csv.DictReader(file)
@@ -272,13 +264,15 @@ def test_predicting_from_the_file_equals_predicting_from_the_store(painted: Path
     np.testing.assert_array_equal(found.prediction.probs, stored.probs)
 
 
-def test_a_store_is_predicted_without_its_slides_as_they_would_be(painted: Path, run: Path, tmp_path: Path) -> None:
+def test_a_store_is_predicted_without_its_slides_as_they_would_be(
+    crcjax: Command, painted: Path, run: Path, tmp_path: Path
+) -> None:
     rows, some = {}, tmp_path / "some.csv"
     head, *lines = (painted / "cohort.csv").read_text().replace("slides/", f"{painted}/slides/").splitlines(True)
     some.write_text("".join([head, *lines[::5]]))
     for name, options in {"slides": (), "store": ("--store", painted / "store")}.items():
         out = tmp_path / name
-        done = _crcjax("predict", "--run", run, "--cohort", some, "--out", out, *options)
+        done = crcjax("predict", "--run", run, "--cohort", some, "--out", out, *options)
         assert done.returncode == 0, done.stderr
         with open(out / "predictions.csv") as file:
             rows[name] = list(csv.DictReader(file))
@@ -313,22 +307,22 @@ def test_a_store_is_predicted_without_its_slides_as_they_would_be(painted: Path,
         assert pictures[1].std() > 10
     lacking = tmp_path / "lacking.csv"
     lacking.write_text(f"slide_id,case_id\nabsent,a\n{rows['store'][0]['slide_id']},b\n")
-    done = _crcjax(
-        "predict", "--run", run, "--store", painted / "store", "--cohort", lacking, "--out", tmp_path / "two"
-    )
+    done = crcjax("predict", "--run", run, "--store", painted / "store", "--cohort", lacking, "--out", tmp_path / "two")
     assert done.returncode == 1
     assert "not_tiled: absent: is not in" in done.stderr
     with open(tmp_path / "two" / "predictions.csv") as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["not_tiled", "ok"]
-    refused = _crcjax("predict", "--run", run, "--store", painted / "store", "--out", tmp_path, "--mpp", "1")
+    refused = crcjax("predict", "--run", run, "--store", painted / "store", "--out", tmp_path, "--mpp", "1")
     assert refused.returncode == 2
     assert "--store cannot be combined with --mpp; leave out one or the other" in refused.stderr
 
 
-def test_validation_reports_the_held_out_cases_and_the_attention(painted: Path, run: Path, tmp_path: Path) -> None:
-    predicted = _crcjax("predict", "--run", run, "--cohort", painted / "cohort.csv", "--out", tmp_path)
+def test_validation_reports_the_held_out_cases_and_the_attention(
+    crcjax: Command, painted: Path, run: Path, tmp_path: Path
+) -> None:
+    predicted = crcjax("predict", "--run", run, "--cohort", painted / "cohort.csv", "--out", tmp_path)
     assert predicted.returncode == 0, predicted.stderr
-    done = _crcjax(
+    done = crcjax(
         *("validate", "--predictions", tmp_path / "predictions.csv", "--cohort", painted / "cohort.csv"),
         *("--out", tmp_path / "report", "--truth", painted / "slides"),
     )
@@ -339,8 +333,8 @@ def test_validation_reports_the_held_out_cases_and_the_attention(painted: Path, 
     assert set(metrics["attention"]) == {"canonical", "immune", "stromal", "all subtypes"}
 
 
-def test_a_folder_that_is_no_run_is_named(slides: Path, tmp_path: Path) -> None:
-    done = _crcjax("predict", "--run", tmp_path, slides / "good.svs", "--out", tmp_path / "out")
+def test_a_folder_that_is_no_run_is_named(crcjax: Command, slides: Path, tmp_path: Path) -> None:
+    done = crcjax("predict", "--run", tmp_path, slides / "good.svs", "--out", tmp_path / "out")
     assert done.returncode == 2
     assert "is not a run directory" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -353,44 +347,50 @@ def test_the_doctor_finds_nothing_wrong_here() -> None:
         assert words in done.stdout
 
 
-def test_shards_share_a_store_and_what_is_wrong_with_shard_or_cluster_is_one_line(tmp_path: Path) -> None:
+def test_shards_share_a_store_and_what_is_wrong_with_shard_or_cluster_is_one_line(
+    crcjax: Command, tmp_path: Path
+) -> None:
     folder, store = tmp_path / "slides", tmp_path / "store"
     folder.mkdir()
     for name in ("a", "b"):
         paint_slide(folder / f"{name}.svs", SlideSpec("immune", 3, size_px=(800, 640), mpp=1.0))
     tile = ("tile", folder, "--out", store, "--mag", "10x", "--tile-px", 64)
     for shard in ("1/2", "2/2"):
-        done = _crcjax(*tile, "--shard", shard, "--slide-timeout-s", 100, "--slide-memory-gib", 4)
+        done = crcjax(*tile, "--shard", shard, "--slide-timeout-s", 100, "--slide-memory-gib", 4)
         assert (done.returncode, "1 of 1 slides tiled" in done.stderr) == (0, True)
-    assert "2 of 2 slides tiled" in _crcjax(*tile).stderr
+    assert "2 of 2 slides tiled" in crcjax(*tile).stderr
     wrong = {("--shard", "3/2"): "write I/N with I from 1 to N", ("--executor", "ray"): "--executor ray"}
     for arguments, words in wrong.items():
-        refused = _crcjax(*tile, *arguments)
+        refused = crcjax(*tile, *arguments)
         assert refused.returncode == 2
         assert words in refused.stderr
         assert "Traceback" not in refused.stderr
-    assert "sbatch --array" in _crcjax("tile", "--help").stdout
+    assert "sbatch --array" in crcjax("tile", "--help").stdout
 
 
-def test_what_is_exported_for_trident_is_imported_and_bad_files_are_one_line(slides: Path, tmp_path: Path) -> None:
-    assert _crcjax("tile", slides / "good.svs", "--out", tmp_path / "store", "--mag", "10x").returncode == 0
-    exported = _crcjax("export", tmp_path / "store", "--out", tmp_path / "out", "--format", "trident")
+def test_what_is_exported_for_trident_is_imported_and_bad_files_are_one_line(
+    crcjax: Command, slides: Path, tmp_path: Path
+) -> None:
+    assert crcjax("tile", slides / "good.svs", "--out", tmp_path / "store", "--mag", "10x").returncode == 0
+    exported = crcjax("export", tmp_path / "store", "--out", tmp_path / "out", "--format", "trident")
     assert (exported.returncode, "1 of 1 slides exported" in exported.stderr) == (0, True), exported.stderr
     files = tmp_path / "out" / "10x_256px_0px_overlap"
     (files / "bad.h5").write_text("no HDF5")
-    done = _crcjax("import", files, "--slides", slides / "good.svs", "--out", tmp_path / "theirs")
+    done = crcjax("import", files, "--slides", slides / "good.svs", "--out", tmp_path / "theirs")
     assert done.returncode == 1
     assert "1 of 2 slides imported" in done.stderr
     assert [line for line in done.stderr.splitlines() if "bad.h5: is not an HDF5 file; give" in line]
     ours, theirs = (open_store(tmp_path / name, "good") for name in ("store", "theirs"))
     assert theirs.origin.tolist() == ours.origin[ours.mask[:, 0]].tolist()
     assert theirs.info.content_hash == ours.info.content_hash
-    refused = _crcjax("import", tmp_path / "store", "--out", tmp_path / "none")
+    refused = crcjax("import", tmp_path / "store", "--out", tmp_path / "none")
     assert (refused.returncode, "no HDF5 files" in refused.stderr) == (2, True)
-    assert "docs/interchange.md" in _crcjax("import", "--help").stdout
+    assert "docs/interchange.md" in crcjax("import", "--help").stdout
 
 
-def test_embedding_refuses_weights_in_one_line_and_writes_features_of_good_ones(painted: Path, tmp_path: Path) -> None:
+def test_embedding_refuses_weights_in_one_line_and_writes_features_of_good_ones(
+    crcjax: Command, painted: Path, tmp_path: Path
+) -> None:
     from flax import nnx
     from safetensors.numpy import save_file
 
@@ -407,7 +407,7 @@ def test_embedding_refuses_weights_in_one_line_and_writes_features_of_good_ones(
     save_file(tensors, tmp_path / "bad.safetensors")
     options = ("--encoder", "imagenet-resnet50-clam", "--batch", 16, "--weights")
     done = {
-        kind: _crcjax("embed", tmp_path / "store", *options, tmp_path / f"{kind}.safetensors")
+        kind: crcjax("embed", tmp_path / "store", *options, tmp_path / f"{kind}.safetensors")
         for kind in ("bad", "good")
     }
     assert (done["bad"].returncode, done["good"].returncode) == (2, 0), done["good"].stderr

@@ -1,36 +1,12 @@
 """The commands of `crcjax checkpoints` and `crcjax predict --bundle`, as a user types them."""
 
 import csv
-import io
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import pytest
-
-from crcjax.cli import main
-
 Command = Callable[..., subprocess.CompletedProcess]
-
-
-@pytest.fixture(scope="module")
-def crcjax() -> Command:
-    """crcjax(*arguments): runs the command within this process."""
-
-    def run(*arguments: object) -> subprocess.CompletedProcess:
-        command, status = ["crcjax", *map(str, arguments)], 0
-        with pytest.MonkeyPatch.context() as patch, io.StringIO() as out, io.StringIO() as err:
-            patch.setattr("sys.argv", command)
-            with redirect_stdout(out), redirect_stderr(err):
-                try:
-                    main()
-                except SystemExit as exit_:
-                    status = int(exit_.code or 0)
-            return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
-
-    return run
 
 
 def _table(out: Path) -> list[dict[str, str]]:
