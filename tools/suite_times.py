@@ -48,7 +48,7 @@ def main(log: Path, demo_s: float) -> None:
         "| alternative | user time of four of the slowest modules |\n"
         "|---|---|\n"
         "| as it is | 83 s |\n"
-        "| without Python's garbage collection of what is loaded | 81 s |\n"
+        "| without garbage collection of the loaded modules | 81 s |\n"
         "\n"
         "| alternative | user time of three of the slowest modules |\n"
         "|---|---|\n"

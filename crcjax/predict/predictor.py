@@ -74,7 +74,7 @@ class Predictor:
     """Predicts with one trained model, or with several as a deep ensemble, by the tiling of their training.
 
     Args:
-      models: run directories, of which the best checkpoint predicts, or models of a bundle; they differ only by their seed.
+      models: run directories, whose best checkpoints predict, or models of a bundle; they differ only by their seed.
       dropout_samples: predictions with dropout by each model; 0 predicts once without dropout.
       attribution: the method by which evidence is attributed to instances.
 

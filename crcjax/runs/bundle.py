@@ -51,7 +51,7 @@ _COPY_AGAIN = "copy the bundle again, or export it again"
 
 @dataclass(frozen=True)
 class Target:
-    """What the models predict: its name, which is also the cohort's label column, the classes, and the kind of cancer."""
+    """The prediction target: its name, which is also the cohort's label column, its classes, and the cancer type."""
 
     name: str
     classes: tuple[str, ...]
@@ -95,9 +95,9 @@ class Bundle:
     Attributes:
       path: the folder.
       id: the SHA-256 of bundle.json.
-      target: what the models predict.
+      target: the prediction target.
       members: where the models come from.
-      models: the models, for `Predictor` and `predict_stored`.
+      models: the models, as `Predictor` and `predict_stored` take them.
       calibration: the calibration; None without one.
       encoder: the published encoder that is not in the bundle; None without one.
       is_signed: whether it has a signature, which `open_bundle` verifies only with trusted keys.

@@ -125,7 +125,7 @@ def _without_orbax_warnings() -> Iterator[None]:
 
 
 def metrics_of_steps(run: str | Path) -> dict[int, dict[str, float] | None]:
-    """The validation metrics of a run's checkpoints, by step; None for those that were not evaluated. Raises InputError."""
+    """The validation metrics of a run's checkpoints, by step; None for a checkpoint that was not evaluated. Raises InputError."""
     with _open(run) as manager:
         return {step: manager.metrics(step) for step in sorted(manager.all_steps())}
 

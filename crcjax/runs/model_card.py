@@ -1,4 +1,4 @@
-"""The model card of a bundle: what it predicts, where it comes from, and what it must not be used for."""
+"""The model card of a bundle: its target, its origin, and the uses that it is not for."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def model_card(
         "Research use only. This model has no regulatory clearance, and no claim of clinical validity is made.",
         *_synthetic(run),
         "",
-        "## What it predicts",
+        "## Prediction target",
         "",
         f"* Target: {target.name}. Classes: {', '.join(target.classes)}. Cancer: {target.cancer_type}.",
         f"* One prediction per {config.data.unit}, from haematoxylin and eosin slides at "
         f"{', '.join(config.data.magnifications or run.tiling.magnifications)}, {run.tiling.tile_px} px tiles.",
         f"* Output: {config.model.head}. {_calibration(calibration)}",
         "",
-        "## What it is made of",
+        "## Models",
         "",
         f"* Aggregator {config.model.mil}; tile encoder {config.model.encoder}.",
         *_encoder(encoder, run),

@@ -193,8 +193,8 @@ def test_a_writer_that_is_killed_again_and_again_leaves_a_log_that_is_whole_afte
                 if int(line) == 40:
                     writer.kill()
                     break
-            rest = writer.stdout.read()
-        acknowledged += 41 + rest.count("\n")
+            later_lines = writer.stdout.read()
+        acknowledged += 41 + later_lines.count("\n")
     EventLog(path).append("end")
     assert verify(path) is None
     assert sum(event.kind == "saved" for event in read_events(path)) >= acknowledged

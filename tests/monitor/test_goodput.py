@@ -183,8 +183,8 @@ def test_the_ledger_of_a_run_is_described_in_one_line() -> None:
 
 def test_a_run_without_a_ledger_has_no_goodput_and_damaged_lines_are_left_out(tmp_path: Path) -> None:
     assert read_goodput(tmp_path) is None
-    whole = json.dumps(vars(_attempt(0.0, 0, 10, steps=6.0)))
-    (tmp_path / FILE).write_text(f"{whole}\n[]\n{{}}\n{whole[:40]}\n{whole}\n")
+    complete_line = json.dumps(vars(_attempt(0.0, 0, 10, steps=6.0)))
+    (tmp_path / FILE).write_text(f"{complete_line}\n[]\n{{}}\n{complete_line[:40]}\n{complete_line}\n")
     assert len(read_attempts(tmp_path)) == 2
 
 

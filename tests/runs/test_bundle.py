@@ -213,18 +213,18 @@ def _damages(bundle: Path) -> list[tuple[Callable[[Path], object], str]]:
 
 
 def test_a_changed_byte_in_any_file_a_missing_and_an_extra_file_are_named(ensemble: list[Path], tmp_path: Path) -> None:
-    whole = export_bundle(ensemble, tmp_path / "whole").path
-    names = sorted(file.name for file in whole.iterdir() if file.name != "bundle.json")
+    intact = export_bundle(ensemble, tmp_path / "whole").path
+    names = sorted(file.name for file in intact.iterdir() if file.name != "bundle.json")
     assert {"weights-0.safetensors", "weights-1.safetensors", "density-1.safetensors", "model_card.md"} < set(names)
     for name in names:
-        for damage, words in _damages(whole):
+        for damage, words in _damages(intact):
             shutil.rmtree(tmp_path / "copy", ignore_errors=True)
-            shutil.copytree(whole, tmp_path / "copy")
+            shutil.copytree(intact, tmp_path / "copy")
             damage(tmp_path / "copy" / name)
             with pytest.raises(InputError, match=rf"copy: {re.escape(name)} {words}; copy the bundle again"):
                 open_bundle(tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy")
-    shutil.copytree(whole, tmp_path / "copy")
+    shutil.copytree(intact, tmp_path / "copy")
     (tmp_path / "copy" / "more").mkdir()
     (tmp_path / "copy" / "more" / "notes.txt").touch()
     (tmp_path / "copy" / "settings.json").unlink()
