@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from crcjax.cli_options import STDERR
 
 app = typer.Typer(help="Exports checkpoints of a run as a bundle (docs/bundles.md).", no_args_is_help=True)
-_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -41,8 +41,8 @@ def export(
     bundle = export_bundle(runs, out, step=step, calibration=calibration, key=key, encoder_weights=encoder_weights)
     for member in bundle.members:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in sorted((member.metrics or {}).items()))
-        _stderr.print(f"model {member.model_id}: step {member.step}{', ' * bool(metrics)}{metrics}", markup=False)
+        STDERR.print(f"model {member.model_id}: step {member.step}{', ' * bool(metrics)}{metrics}", markup=False)
     if bundle.encoder:
-        _stderr.print(f"without the weights of {bundle.encoder.name}, SHA-256 {bundle.encoder.sha256}", markup=False)
+        STDERR.print(f"without the weights of {bundle.encoder.name}, SHA-256 {bundle.encoder.sha256}", markup=False)
     signed = ", signed" if bundle.is_signed else ""
-    _stderr.print(f"{bundle.path}: bundle {bundle.id}{signed}", markup=False)
+    STDERR.print(f"{bundle.path}: bundle {bundle.id}{signed}", markup=False)

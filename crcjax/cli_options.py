@@ -1,0 +1,37 @@
+"""What the commands share: options, the console of messages, and the progress bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from crcjax.progress import progress_bar
+
+STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Slides = Annotated[
+    list[Path] | None, typer.Argument(metavar="SLIDE_OR_FOLDER...", help="slide files; folders are searched")
+]
+CohortFile = Annotated[
+    Path | None,
+    typer.Option(help="CSV with slide_id, case_id, path and, if need be, mpp; its slides, if none are named"),
+]
+Mpp = Annotated[
+    float | None,
+    typer.Option(
+        help="µm per level-0 pixel of slides that state none; the cohort's column mpp overrides what one states"
+    ),
+]
+PseudonymKey = Annotated[
+    Path | None,
+    typer.Option(help="file of a secret key: slides and cases appear under pseudonyms, and no path is kept or shown"),
+]
+
+
+def progress_on_terminal(*texts: str) -> Progress:
+    """A progress bar on the console of messages; `texts` are further columns."""
+    return progress_bar(STDERR, *texts)

@@ -1,0 +1,244 @@
+"""The commands of trained models: predict, crossvalidate, calibrate, validate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+
+from crcjax.cli_options import STDERR, CohortFile, Mpp, PseudonymKey, Slides, progress_on_terminal
+from crcjax.errors import InputError
+
+if TYPE_CHECKING:
+    from crcjax.predict.attribution import Method
+    from crcjax.runs.trained_model import TrainedModel
+    from crcjax.validation.calibration import Calibration
+    from crcjax.validation.predictions_table import PredictionRow
+
+
+def predict(
+    slides: Slides = None,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(help="the --workdir of a training; repeat it for a deep ensemble of runs with different seeds"),
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="folder of crcjax checkpoints export, in place of --run (docs/bundles.md)")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder of predictions.csv, heatmaps and attention files")] = ...,  # type: ignore[assignment]
+    trust: Annotated[
+        list[Path] | None, typer.Option(help="public key: refuse a bundle that it has not signed; repeatable")
+    ] = None,
+    encoder_weights: Annotated[
+        Path | None, typer.Option(help="weights of the published encoder that the bundle names by its hash")
+    ] = None,
+    cohort: CohortFile = None,
+    mpp: Mpp = None,
+    dropout_samples: Annotated[
+        int, typer.Option(min=0, help="predictions of each run with dropout (Monte Carlo); 0: one without dropout")
+    ] = 0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="calibration.json of crcjax calibrate, for calibrated probabilities and conformal sets"),
+    ] = None,
+    attribution: Annotated[
+        Literal["attention", "gradient", "occlusion", "region_occlusion"],
+        typer.Option(help="method of the heatmap; occlusion pools the bag once per tile, region_occlusion per region"),
+    ] = "attention",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="threads that decode tiles; by default one per core")
+    ] = None,
+    pseudonym_key: PseudonymKey = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="folder of crcjax tile or import: predict its tiles or features, without the slide files"),
+    ] = None,
+) -> None:
+    """Predicts the subtype of slides with a trained run, an ensemble of runs, or a bundle.
+
+    The same command resumes an interrupted run.
+    """
+    from crcjax.data.slide_selection import named_slides
+    from crcjax.predict.predict_slides import PredictJob, predict_slides
+    from crcjax.predict.predictor import Predictor
+    from crcjax.validation.calibration import load_calibration
+
+    if store:
+        file_options = {"slides": slides, "--mpp": mpp, "--workers": workers, "--pseudonym-key": pseudonym_key}
+        if conflicting := [name for name, value in file_options.items() if value]:
+            raise InputError(f"--store cannot be combined with {' and '.join(conflicting)}; leave out one or the other")
+    models, fitted = _models(run, bundle, trust, encoder_weights, calibration)
+    if store:
+        _predict_stored(models, store, out, cohort, fitted, dropout_samples, attribution)
+    predictor = Predictor(*models, dropout_samples=dropout_samples, attribution=attribution)
+    checked = None if fitted is None else load_calibration(fitted, predictor.model_id, predictor.classes)
+    jobs = [
+        PredictJob(slide.slide_id, slide.case_id, slide.path, slide.mpp, slide.site, mpp, names_path=not pseudonym_key)
+        for slide in named_slides(slides, cohort, pseudonym_key)
+    ]
+    with progress_on_terminal() as progress:
+        task = progress.add_task("predicting", total=len(jobs))
+        rows = predict_slides(
+            predictor, jobs, out, threads=workers, calibration=checked, on_row=lambda row: progress.advance(task)
+        )
+    names = {job.slide_id: job.slide_id if pseudonym_key else str(job.path) for job in jobs}
+    _print_predictions(rows, names, out)
+
+
+def crossvalidate(
+    config: Annotated[Path, typer.Option(help="config file, as of python -m crcjax.main")],
+    out: Annotated[Path, typer.Option(help="folder of the runs, runs.csv and predictions.csv")],
+    seeds: Annotated[int, typer.Option(min=1, help="runs a fold, from config.seed on: an ensemble")] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="FIELD=VALUE,VALUE to choose from by validation; repeated, all combinations"),
+    ] = None,
+    baseline: Annotated[
+        Literal["trees"] | None,
+        typer.Option(
+            help="in place of the runs, trees on each bag's smallest and largest stored features: OUT/predictions-trees.csv"
+        ),
+    ] = None,
+    fields: Annotated[
+        list[str] | None, typer.Argument(metavar="--config.FIELD=VALUE...", help="as in training")
+    ] = None,
+) -> None:
+    """Trains every fold of config.data.folds and predicts each case by runs that never saw it (see docs/training.md).
+
+    With --config.data.fold_by=site and no number of folds, each site is left out once. With --config.train.ensemble_size=N, N
+    seeds of a fold are trained as an ensemble. The same command resumes after a stop.
+    """
+    from crcjax.main import read_config
+    from crcjax.train.crossvalidate import crossvalidate as train_folds
+    from crcjax.train.tree_baseline import crossvalidate_trees
+
+    given = read_config([f"--config={config}", f"--workdir={out}", *(fields or ())])[0]
+    swept: dict[str, list[str]] = {}
+    for text in sweep or ():
+        name, equals, values = text.partition("=")
+        if not equals or name in swept:
+            raise InputError(f"--sweep {text}: write FIELD=VALUE,VALUE, each field once")
+        swept[name] = values.split(",")
+    if baseline and (sweep or seeds > 1):
+        raise InputError("--baseline trees has one forest per fold; leave out --seeds and --sweep")
+    if baseline:
+        crossvalidate_trees(given, out, on_line=lambda line: STDERR.print(line, markup=False))
+    else:
+        train_folds(given, out, seeds=seeds, sweep=swept, on_line=lambda line: STDERR.print(line, markup=False))
+
+
+def calibrate(
+    predictions: Annotated[Path, typer.Option(help="predictions.csv of crcjax predict on the run's validation slides")],
+    cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id, subtype, and site for --by-site")],
+    out: Annotated[Path, typer.Option(help="the calibration.json to write, for crcjax predict --calibration")],
+    method: Annotated[
+        Literal["lac", "aps"], typer.Option(help="lac: the smallest sets; aps: sets that grow with the uncertainty")
+    ] = "lac",
+    error: Annotated[float, typer.Option(help="share of sets that may miss the true subtype, between 0 and 1")] = 0.1,
+    by_site: Annotated[
+        bool, typer.Option("--by-site", help="fit a separate threshold for every site with enough cases")
+    ] = False,
+) -> None:
+    """Fits a temperature and conformal sets on the validation cases of a run (see docs/uncertainty.md)."""
+    from crcjax.validation.calibration import HOTTEST
+    from crcjax.validation.calibration import calibrate as fit
+
+    calibration = fit(predictions, cohort, out, method=method, error=error, by_site=by_site)
+    counts = ", ".join(f"{count} cases of {site or 'all sites'}" for site, count in calibration.cases.items())
+    STDERR.print(f"temperature {calibration.temperature:.3f}, sets by {counts}: {out}", markup=False)
+    if not 1.01 / HOTTEST < calibration.temperature < 0.99 * HOTTEST:
+        STDERR.print(
+            "warning: the temperature is at its limit; there are too few validation cases, or all of them are classified "
+            "correctly, or none"
+        )
+    if calibration.thresholds[""] == float("inf"):
+        STDERR.print(f"warning: too few cases for an error of {error}; every set contains all subtypes", markup=False)
+
+
+def validate(
+    predictions: Annotated[Path, typer.Option(help="predictions.csv of crcjax predict")],
+    cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id and the reference subtype")],
+    out: Annotated[Path, typer.Option(help="folder of metrics.json, cases.csv and report.html")],
+    truth: Annotated[
+        Path | None, typer.Option(help="folder of synthetic slides with their ground truth, to evaluate attention")
+    ] = None,
+) -> None:
+    """Compares predictions of held-out cases with reference subtypes and writes a report."""
+    from crcjax.validation.report import validate as write_report
+
+    write_report(predictions, cohort, out, truth)
+    STDERR.print(f"{out / 'report.html'}", markup=False)
+
+
+def _models(
+    runs: list[Path] | None,
+    bundle: Path | None,
+    trust: list[Path] | None,
+    encoder_weights: Path | None,
+    calibration: Path | None,
+) -> tuple[Sequence[Path | TrainedModel], Path | Calibration | None]:
+    """The models to predict with, and their calibration. Raises InputError for options that exclude each other."""
+    from crcjax.runs.bundle import open_bundle
+    from crcjax.runs.run_directory import member_runs
+
+    if bool(runs) == bool(bundle):
+        raise InputError("give either --run, once or several times, or --bundle")
+    if bundle is None:
+        if trust or encoder_weights:
+            raise InputError("--trust and --encoder-weights are for a --bundle; leave them out")
+        return [member for run in runs or () for member in member_runs(run)], calibration
+    opened = open_bundle(bundle, trust or (), encoder_weights)
+    unchecked = "; its signature was not checked, which --trust does" if opened.is_signed and not trust else ""
+    STDERR.print(f"bundle {opened.id[:12]}: {', '.join(opened.target.classes)}{unchecked}", markup=False)
+    if opened.calibration and calibration:
+        raise InputError(f"{bundle}: has a calibration of its own; leave --calibration out")
+    return opened.models, opened.calibration or calibration
+
+
+def _predict_stored(
+    models: Sequence[Path | TrainedModel],
+    store: Path,
+    out: Path,
+    cohort: Path | None,
+    calibration: Path | Calibration | None,
+    dropout_samples: int,
+    attribution: Method,
+) -> NoReturn:
+    from crcjax.data.cohort import Cohort, SlideRow, load_cohort
+    from crcjax.predict.predict_store import predict_stored
+    from crcjax.slides.store.tile_store import tiled_slides
+
+    slides = load_cohort(cohort, None) if cohort else Cohort(tuple(SlideRow(s, s) for s in tiled_slides(store)), ())
+    with progress_on_terminal() as progress:
+        task = progress.add_task("predicting", total=len(slides.rows))
+        rows = predict_stored(
+            models,
+            store,
+            slides,
+            calibration,
+            out=out,
+            dropout_samples=dropout_samples,
+            attribution=attribution,
+            on_row=lambda row: progress.advance(task),
+        )
+    _print_predictions(rows, {row.slide_id: row.slide_id for row in rows}, out)
+
+
+def _print_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out: Path) -> NoReturn:
+    """Prints the QC results, a line for each slide without a prediction, and a summary.
+
+    Exits with status 1 if a slide has no prediction.
+    """
+    failed = [row for row in rows if not row.is_ok]
+    for row in rows:
+        if not row.is_ok:
+            STDERR.print(f"{row.status}: {names[row.slide_id]}: {row.reason}", markup=False)
+        elif row.qc_status not in ("", "accept"):
+            STDERR.print(f"{row.status}, {row.qc_status}: {names[row.slide_id]}: {row.qc_reasons}", markup=False)
+    if counts := Counter(row.qc_status for row in rows if row.qc_status):
+        STDERR.print(f"QC results: {', '.join(f'{name} {counts[name]}' for name in sorted(counts))}", markup=False)
+    STDERR.print(f"{len(rows) - len(failed)} of {len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
+    raise typer.Exit(1 if failed else 0)
