@@ -96,12 +96,13 @@ def run_demo(
         metrics = validate(out / "predictions.csv", table, out, truth=out / "slides", seed=seed)
         advance()
     accuracy = metrics["statistics"]["balanced_accuracy"]
+    warnings = "".join(f"; {warning}" for warning in accuracy["warnings"])
     attention = metrics["attention"]["all subtypes"]["mean AUROC"]
     attention_text = "not determined" if attention is None or attention != attention else f"{attention:.3f}"
     console.print(
         f"Balanced accuracy on {metrics['flow']['cases evaluated']} held-out cases: {accuracy['value']:.3f} "
-        f"(95 % interval {accuracy['ci_low']:.3f} to {accuracy['ci_high']:.3f}). AUROC of the attention for the tissue that "
-        f"shows the subtype: {attention_text}. The slides are synthetic: this is no evidence about patients.",
+        f"(95 % interval {accuracy['ci_low']:.3f} to {accuracy['ci_high']:.3f}{warnings}). AUROC of the attention for the "
+        f"tissue that shows the subtype: {attention_text}. The slides are synthetic: this is no evidence about patients.",
         markup=False,
     )
     console.print(
