@@ -7,10 +7,11 @@ second training beside it.
 
 from __future__ import annotations
 
-import ctypes
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,14 +165,14 @@ def supervise(command: Sequence[str], policy: RestartPolicy, run: Path | None = 
                 return end.status
 
 
-# prctl's option of linux/prctl.h. The library is loaded here, since a forked child must not load any.
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
-
-
-def _end_with_parent() -> None:
-    """Asks the kernel to send SIGTERM to this process when its parent ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+# Asks the kernel to send SIGTERM to the process when its parent ends, and becomes the command. In the child of a fork that is not
+# safe: this process may have threads.
+_END_WITH_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 class _Signals:
@@ -192,13 +193,10 @@ class _Signals:
 
     def wait_for(self, command: Sequence[str]) -> int:
         """Runs the command to its end, and returns its return code. Raises InputError."""
-        try:
-            # In a group of its own, it gets a terminal's Ctrl-C only once, from here.
-            self._child = subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent)
-        except OSError as error:
-            raise InputError(
-                f"{command[0]}: cannot be started ({error.strerror}); check the command after --"
-            ) from error
+        if shutil.which(command[0]) is None:
+            raise InputError(f"{command[0]}: is not a program that can be started; check the command after --")
+        # In a group of its own, it gets a terminal's Ctrl-C only once, from here.
+        self._child = subprocess.Popen([sys.executable, "-ISc", _END_WITH_PARENT, *command], process_group=0)
         if self.received:
             self._child.send_signal(self.received)
         return self._child.wait()

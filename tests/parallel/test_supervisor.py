@@ -141,7 +141,7 @@ def test_the_words_of_an_ending() -> None:
 def test_a_missing_command_and_wrong_limits_are_one_clear_error() -> None:
     with pytest.raises(InputError, match="needs a command after --"):
         supervise([], QUICK)
-    with pytest.raises(InputError, match="no-such-program: cannot be started"):
+    with pytest.raises(InputError, match="no-such-program: is not a program that can be started"):
         supervise(["/no-such-program"], QUICK)
     with pytest.raises(InputError, match="max_failures must be 1 or more, got 0"):
         RestartPolicy(max_failures=0)
