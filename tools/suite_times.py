@@ -1,7 +1,7 @@
 """The times of the checks, read from the output of .ci/run in a fresh clone, and of the demo.
 
 bash .ci/run > ci.log && time make demo
-python tools/suite_times.py ci.log DEMO_SECONDS
+python tools/suite_times.py ci.log COMMIT DEMO_SECONDS
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from record import Row, record
 BEFORE_S = {"make test": 51 * 60, "make demo": 488, "altogether": 3394}
 
 
-def main(log: Path, demo_s: float) -> None:
+def main(log: Path, commit: str, demo_s: float) -> None:
     groups = re.findall(r"^ *(\d+) s  (.+)$", log.read_text(), re.M)
     seconds = {name: float(number) for number, name in groups} | {"make demo": demo_s}
     rows = [
@@ -30,13 +30,11 @@ def main(log: Path, demo_s: float) -> None:
     ]
     record(
         "suite",
-        "python tools/suite_times.py ci.log DEMO_SECONDS",
+        "python tools/suite_times.py ci.log COMMIT DEMO_SECONDS",
         rows,
         "Time of the checks and of the demo.\n\n"
-        "* In a fresh clone without a cache of compiled programs, at e8a8868. The system tests were part of make test at 5aaf409.\n"
-        "* make test, make test-system and lint are from one run in a clone whose packages were already installed. Set-up is "
-        "not measured by itself: 165 s is estimated from the start of an earlier run in the same clone, includes the first lint, "
-        "and is added to the sum.\n"
+        f"* One run in a fresh clone without a cache of compiled programs, at {commit}. The system tests were part of make test at "
+        "5aaf409.\n"
         "* Lines that make test and make test-system run, by coverage.py: 95.97 % of 10,523 at 5aaf409, 96.40 % of 12,875 at "
         "ef2187d.\n"
         "* make test in a fresh clone by a user without root, the real slides, SLURM, Ray and PyTorch, at d87af53: 1415 passed, and 40 skipped that name the absent part.\n"
@@ -59,4 +57,4 @@ def main(log: Path, demo_s: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
