@@ -175,8 +175,21 @@ def get_config() -> ConfigDict:
     train.replica_check_every = 100
     # Seconds without a finished step, or an evaluated slide, after which a run of several processes ends with an error.
     train.stall_timeout_s = 900.0
-    # Checkpoints kept for their validation metric, beside the newest one.
+    # Newest checkpoints that are kept. With one, a damaged checkpoint costs the whole run.
+    train.keep_newest = 2
+    # Checkpoints kept for their validation metrics, beside the newest ones: that many by balanced accuracy, and that many by
+    # each metric of keep_best_by.
     train.keep_best = 1
+    # Further validation metrics by which the best checkpoints are kept, such as ("loss",).
+    train.keep_best_by = ()
+    # Checkpoints of steps that are multiples of this are kept for ever. 0 keeps none.
+    train.keep_every = 0
+    # Seconds after which a save that does not end is abandoned and reported; training goes on. Raise it above the time that
+    # the slowest disk takes.
+    train.save_timeout_s = 600.0
+    # File of an Ed25519 private key that signs every checkpoint; a run with a key resumes from its own checkpoints alone. See
+    # docs/recovery.md.
+    train.signing_key = ""
     # Loss: "cross_entropy" or "focal" for the softmax head; "evidential" or "evidential_digamma" for the evidential heads.
     train.loss = "cross_entropy"
     # Exponent of the focal loss (Lin et al. 2017). 0 is cross-entropy.

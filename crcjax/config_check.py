@@ -88,7 +88,10 @@ RANGES: dict[str, Range] = {
     "train.log_every": _COUNT,
     "train.replica_check_every": _FROM_ZERO,
     "train.stall_timeout_s": _POSITIVE,
+    "train.keep_newest": _COUNT,
     "train.keep_best": _COUNT,
+    "train.keep_every": _FROM_ZERO,
+    "train.save_timeout_s": _POSITIVE,
     "train.focal_gamma": _FROM_ZERO,
     "train.annealing_steps": _COUNT,
     "train.instance_weight": _FROM_ZERO,
@@ -129,7 +132,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 _REQUIRED = ("data.store", "data.cohort")
-_NAMES = ("data.classes", "data.magnifications", "tasks.tissue_classes")
+_NAMES = ("data.classes", "data.magnifications", "tasks.tissue_classes", "train.keep_best_by")
 
 
 def check_config(config: ConfigDict) -> None:

@@ -37,6 +37,12 @@ _FREE = {
     "train.log_every",
     "train.replica_check_every",
     "train.stall_timeout_s",
+    "train.save_timeout_s",
+    "train.keep_newest",
+    "train.keep_best",
+    "train.keep_best_by",
+    "train.keep_every",
+    "train.signing_key",
 }
 # Fields that hold paths.
 PATHS = ("data.store", "data.cohort", "model.weights", "tasks.labels")
@@ -164,10 +170,7 @@ def start_run(
         return
     with writing(path, "choose another --workdir"):
         path.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "code_version": crcjax.__version__,
-            "commit": commit(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        facts = code_facts() | {
             "tiling": tiling.to_json(),
             "split_of": split_of,
             "stain": normaliser.to_json() if normaliser else None,
@@ -189,6 +192,12 @@ def _data_manifest(cohort: Cohort, content_hash: Mapping[str, str]) -> str:
         hash_or_empty = content_hash.get(row.slide_id, "")
         table.writerow((row.slide_id, row.case_id, row.split, row.subtype, row.site, row.scanner, hash_or_empty))
     return text.getvalue()
+
+
+def code_facts() -> dict[str, Any]:
+    """The versions of crcjax and of the packages that a run's numbers depend on."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"code_version": crcjax.__version__, "commit": commit(), "versions": versions}
 
 
 def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:

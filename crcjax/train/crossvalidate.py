@@ -17,7 +17,8 @@ from crcjax.data.slide_quality import without_refused
 from crcjax.data.splits import divide
 from crcjax.errors import InputError
 from crcjax.predict.predict_store import predict_stored
-from crcjax.runs.checkpoint import best_metrics, rank
+from crcjax.runs.checkpoint import best_metrics
+from crcjax.runs.retention import rank
 from crcjax.train.ensemble import train_members
 from crcjax.train.loop import train
 from crcjax.validation.predictions_table import PredictionRow, write_predictions, write_table

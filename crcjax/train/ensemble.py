@@ -57,7 +57,8 @@ def train_members(
       CrcjaxError: like `crcjax.train.loop.train`.
     """
     check_members(config)
-    for members in ensembles_of_runs(runs, config.train.ensemble_size, newest_step):
+    key = Path(config.train.signing_key) if config.train.signing_key else None
+    for members in ensembles_of_runs(runs, config.train.ensemble_size, partial(newest_step, signing_key=key)):
         first_run = next(iter(members.values()))
         with Ledger(age_s) as ledger:
             train_ensemble = partial(_train_ensemble, config, members, group or ProcessGroup(), ledger)
@@ -112,7 +113,7 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
                     log.info(progress.line(number, [values["loss"] for values in member_metrics], speed))
                 if due.checkpoint:
                     for record, member_state in zip(records, ensemble.split(state), strict=True):
-                        record.save(number, member_state, due.evaluation)
+                        record.save(number, member_state, due)
                 if stops and number < config.train.steps:
                     raise StoppedError(f"{run.parent}: stopped at step {number}; the same command resumes")
                 group.report_progress(number + 1, "reading its bags")

@@ -78,7 +78,7 @@ def _train(config: ConfigDict, run: Path, group: ProcessGroup, ledger: Ledger) -
                 if due.report:
                     record.report(number, group.maximum(batches.waited_s))
                 if due.checkpoint:
-                    record.save(number, state, due.evaluation)
+                    record.save(number, state, due)
                 if stops and number < config.train.steps:
                     raise StoppedError(f"{run}: stopped at step {number}; the same command resumes")
                 group.report_progress(number + 1, "reading its bags")

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from crcjax.errors import DivergedError, InputError
 from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import MILModel, Params
+from crcjax.monitor.event_log import EventLog
 from crcjax.monitor.goodput import EVALUATE, RESTORE, SAVE, Ledger
 from crcjax.monitor.logs import log, log_to_run
 from crcjax.monitor.metric_writer import MetricWriter
@@ -27,7 +28,8 @@ from crcjax.predict.feature_density import fit_density, is_fitted
 from crcjax.predict.forward import Forward
 from crcjax.predict.stored_bags import Evaluation
 from crcjax.runs.checkpoint import Checkpointer, restore_params
-from crcjax.runs.run_directory import start_run
+from crcjax.runs.retention import Retention
+from crcjax.runs.run_directory import code_facts, start_run
 from crcjax.runs.train_state import TrainState
 from crcjax.train.evaluate import TaskEvaluation
 from crcjax.train.memory_budget import Budget, MicroBatches, memory_errors, record_micro_batches
@@ -48,6 +50,8 @@ class Due:
     checkpoint: bool
     evaluation: bool
     replica_check: bool
+    # The step after which the run ends or stops.
+    last: bool
 
 
 def due_after(step: int, config: ConfigDict, stops: bool) -> Due:
@@ -56,7 +60,8 @@ def due_after(step: int, config: ConfigDict, stops: bool) -> Due:
     checkpoint = evaluation or stops or step % config.checkpoint_every == 0
     replica_check = bool(config.replica_check_every) and step % config.replica_check_every == 0
     # A report, which refuses a loss that is not finite, precedes every checkpoint: a run could not recover from that one.
-    return Due(checkpoint or step % config.log_every == 0, checkpoint, evaluation, replica_check)
+    report = checkpoint or step % config.log_every == 0
+    return Due(report, checkpoint, evaluation, replica_check, stops or step == config.steps)
 
 
 def start_directory(
@@ -141,7 +146,18 @@ class Record:
     ):
         self._plan, self._run, self._group, self._ledger, self._name = plan, run, group, ledger, name
         self._validation = validation or Validation(plan, group)
-        self._checkpoints = Checkpointer(run, plan.config.train.keep_best)
+        config = plan.config
+        keep = Retention(
+            config.train.keep_newest, config.train.keep_best, config.train.keep_best_by, config.train.keep_every
+        )
+        self._checkpoints = Checkpointer(
+            run,
+            keep,
+            timeout_s=config.train.save_timeout_s,
+            signing_key=Path(config.train.signing_key) if config.train.signing_key else None,
+            about={**code_facts(), "config": config.to_dict()},
+            on_event=EventLog(run / "events.jsonl").append,
+        )
         self.metrics = IntervalMetrics()
 
     def restored(self, model: MILModel) -> TrainState:
@@ -180,17 +196,17 @@ class Record:
         rate = {"train/learning_rate": self._progress.learning_rate(step)}
         self._writer.write(step, prefixed | rate | dict(speed), self._ledger.goodput().scalars)
 
-    def save(self, step: int, state: TrainState, evaluates: bool) -> None:
-        """Saves a checkpoint; `evaluates` adds validation metrics to it."""
+    def save(self, step: int, state: TrainState, due: Due) -> None:
+        """Saves a checkpoint, with validation metrics if an evaluation is due."""
         with self._ledger.account(EVALUATE):
-            metrics = self._validation.metrics(step, state.params, self._run) if evaluates else None
+            metrics = self._validation.metrics(step, state.params, self._run) if due.evaluation else None
         if metrics:
             self._writer.write(step, {f"val/{name}": value for name, value in metrics.items()})
             values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             log.info(f"step {step}: validation {f'of {self._name} ' if self._name else ''}{values}")
         self._group.report_progress(step, "saving")
         with self._ledger.account(SAVE):
-            self._checkpoints.save(state, metrics)
+            self._checkpoints.save(state, metrics, is_last=due.last)
 
     def finish(self, model: MILModel) -> None:
         """Waits for the last checkpoint; then fits the feature density, if the head needs one."""

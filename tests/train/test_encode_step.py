@@ -191,11 +191,11 @@ def test_a_restored_state_continues_bit_for_bit_and_evaluates_by_its_running_sta
     start = jax.tree.map(np.array, state.params["encoder"]["published"]["bn1"])
     for _ in range(2):
         state, _ = step(state, _bag())
-    checkpoints = Checkpointer(tmp_path, 1)
+    checkpoints = Checkpointer(tmp_path)
     checkpoints.save(state, None)
     checkpoints.close()
     saved_params = jax.tree.map(np.array, state.params)
-    again = Checkpointer(tmp_path, 1)
+    again = Checkpointer(tmp_path)
     restored = again.restore(_built(config, seed=1)[2])
     again.close()
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, restored.params), saved_params)

@@ -70,7 +70,7 @@ def _state(run: Path) -> TrainState:
     model = build_model(config.model, 3, config.seed)
     frozen = None if config.model.imported_features else partial(is_frozen, True)
     optimizer = build_optimizer(config.optimizer, config.train.steps, frozen)
-    checkpoints = Checkpointer(run, 1)
+    checkpoints = Checkpointer(run)
     state = checkpoints.restore(init_state(model, optimizer, config, device_mesh(config)))
     checkpoints.close()
     return state

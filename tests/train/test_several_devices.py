@@ -104,7 +104,7 @@ config.model.width, config.model.features, config.model.attention, config.mesh.f
 mesh, model = device_mesh(config), build_model(config.model, 3, 0)
 state = init_state(model, build_optimizer(config.optimizer, 50), config, mesh)
 assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state.moments))
-checkpoints = Checkpointer(Path(folder), 1)
+checkpoints = Checkpointer(Path(folder))
 checkpoints.save(state, None)
 checkpoints.close()
 cohort = load_cohort(painted + "/cohort.csv", config.data.classes).split("train")
@@ -192,7 +192,7 @@ def test_a_state_saved_by_two_processes_is_restored_by_one_and_both_evaluate_as_
     config = get_config()
     config.model.width, config.model.features, config.model.attention = 8, 16, 8
     saved_model, other = (build_model(config.model, 3, seed) for seed in (0, 1))
-    checkpoints = Checkpointer(tmp_path, 1)
+    checkpoints = Checkpointer(tmp_path)
     state = checkpoints.restore(init_state(other, build_optimizer(config.optimizer, 50), config, device_mesh(config)))
     checkpoints.close()
     for one, two in zip(jax.tree.leaves(state.params), jax.tree.leaves(params_of(saved_model)), strict=True):
