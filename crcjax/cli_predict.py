@@ -76,7 +76,12 @@ def predict(
     predictor = Predictor(*models, dropout_samples=dropout_samples, attribution=attribution)
     checked = None if fitted is None else load_calibration(fitted, predictor.model_id, predictor.classes)
     jobs = [
-        PredictJob(slide.slide_id, slide.case_id, slide.path, slide.mpp, slide.site, mpp, names_path=not pseudonym_key)
+        PredictJob(
+            *(slide.slide_id, slide.case_id, slide.path, slide.mpp, slide.site, mpp),
+            names_path=not pseudonym_key,
+            scanner=slide.scanner,
+            target=slide.subtype,
+        )
         for slide in named_slides(slides, cohort, pseudonym_key)
     ]
     with progress_on_terminal() as progress:
@@ -236,9 +241,9 @@ def _print_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out
     for row in rows:
         if not row.is_ok:
             STDERR.print(f"{row.status}: {names[row.slide_id]}: {row.reason}", markup=False)
-        elif row.qc_status not in ("", "accept"):
-            STDERR.print(f"{row.status}, {row.qc_status}: {names[row.slide_id]}: {row.qc_reasons}", markup=False)
-    if counts := Counter(row.qc_status for row in rows if row.qc_status):
+        elif row.qc_verdict not in ("", "accept"):
+            STDERR.print(f"{row.status}, {row.qc_verdict}: {names[row.slide_id]}: {row.qc_reasons}", markup=False)
+    if counts := Counter(row.qc_verdict for row in rows if row.qc_verdict):
         STDERR.print(f"QC results: {', '.join(f'{name} {counts[name]}' for name in sorted(counts))}", markup=False)
     STDERR.print(f"{len(rows) - len(failed)} of {len(rows)} slides predicted: {out / 'predictions.csv'}", markup=False)
     raise typer.Exit(1 if failed else 0)

@@ -235,8 +235,11 @@ def test_a_cohort_gives_ids_and_an_absent_file_is_one_failed_line(
     probs = [float(first[f"p_{name}"]) for name in ("canonical", "immune", "stromal")]
     assert sum(probs) == pytest.approx(1, abs=1e-5)
     assert float(first["entropy"]) == pytest.approx(-sum(p * np.log(p) for p in probs), abs=1e-3)
-    assert (second["status"], second["p_immune"]) == ("missing", "")
-    assert "no such file" in second["reason"]
+    assert (second["status"], second["p_immune"]) == ("failed", "")
+    assert second["reason"].startswith("missing: no such file")
+    assert all(float(first[f"seconds_{stage}"]) >= 0 for stage in ("total", "plan", "encode", "pool"))
+    assert re.fullmatch("[0-9a-f]{64}", first["slide_sha256"])
+    assert re.fullmatch("[0-9a-f]{12}", first["pipeline_id"])
     assert (tmp_path / "out" / "heatmaps" / "A-1.png").exists()
     with np.load(tmp_path / "out" / "attention" / "A-1.npz") as saved:
         assert saved["attention"].sum() == pytest.approx(1, abs=1e-5)
@@ -285,13 +288,12 @@ def test_a_store_is_predicted_without_its_slides_as_they_would_be(
     for from_slide, from_store in zip(rows["slides"], rows["store"], strict=True):
         assert list(from_slide) == list(from_store)
         for name, value in from_store.items():
-            if not name.startswith("p_") and name not in (
-                "seconds",
+            if not name.startswith(("p_", "alpha_", "seconds_")) and name not in (
                 "entropy",
                 "expected_entropy",
                 "mutual_information",
                 "vacuity",
-                "subtype",
+                "call",
             ):
                 assert value == from_slide[name], name
         slide_id = from_slide["slide_id"]
@@ -309,9 +311,9 @@ def test_a_store_is_predicted_without_its_slides_as_they_would_be(
     lacking.write_text(f"slide_id,case_id\nabsent,a\n{rows['store'][0]['slide_id']},b\n")
     done = crcjax("predict", "--run", run, "--store", painted / "store", "--cohort", lacking, "--out", tmp_path / "two")
     assert done.returncode == 1
-    assert "not_tiled: absent: is not in" in done.stderr
+    assert "failed: absent: not_tiled: is not in" in done.stderr
     with open(tmp_path / "two" / "predictions.csv") as file:
-        assert [row["status"] for row in csv.DictReader(file)] == ["not_tiled", "ok"]
+        assert [row["status"] for row in csv.DictReader(file)] == ["failed", "ok"]
     refused = crcjax("predict", "--run", run, "--store", painted / "store", "--out", tmp_path, "--mpp", "1")
     assert refused.returncode == 2
     assert "--store cannot be combined with --mpp; leave out one or the other" in refused.stderr

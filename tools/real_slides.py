@@ -110,7 +110,7 @@ def _row(folder: str, job: TileJob, store: Path, outcome: Outcome, predicted: Pr
     return row | {
         "tiling s": f"{outcome.seconds:.2f}" if outcome.succeeded else "",
         "regions predicted": predicted.to_csv(())["regions"],
-        "prediction s": predicted.to_csv(())["seconds"],
+        "prediction s": predicted.to_csv(())["seconds_total"],
         "reason for refusal": ""
         if outcome.succeeded
         else outcome.reason.split(";")[0].replace(f"{job.path.parent}/", ""),

@@ -25,13 +25,15 @@ from crcjax.slides.jobs.worker_pool import check_main_guard
 from crcjax.slides.store.tile_store import tiled_slides
 from crcjax.validation.calibration import Calibration, load_calibration
 from crcjax.validation.calibration import calibrate as _calibrate
-from crcjax.validation.predictions_table import load_predictions
+from crcjax.validation.load_predictions import load_predictions
+from crcjax.validation.predictions_table import ALPHA, PROBABILITY, SECONDS
 from crcjax.validation.report import validate as _validate
 
 if TYPE_CHECKING:
     import pandas as pd
 
 AnyPath = str | PathLike[str]
+_NUMBERS = ("entropy", "expected_entropy", "mutual_information", "vacuity", "qc_coverage")
 
 
 def predict(
@@ -165,7 +167,7 @@ class Predictions:
 
     def _repr_html_(self) -> str:
         probabilities = (f"p_{name}" for name in self.classes)
-        columns = ("slide_id", "case_id", "subtype", *probabilities, "set", "status", "reason", "qc_status")
+        columns = ("slide_id", "case_id", "call", *probabilities, "conformal_set", "status", "reason", "qc_verdict")
         table = Table({name: row.get(name) for name in columns} for row in self.rows)
         return heading(f"{len(self)} predictions in {self.csv}; research use only") + table._repr_html_()
 
@@ -250,7 +252,10 @@ def _predict_slides(
     if paths and len(paths) == 1 and paths[0].suffix.lower() == ".csv":
         cohort = paths[0]
         paths = None
-    jobs = [PredictJob(s.slide_id, s.case_id, s.path, s.mpp, s.site) for s in named_slides(paths, cohort)]
+    jobs = [
+        PredictJob(s.slide_id, s.case_id, s.path, s.mpp, s.site, scanner=s.scanner, target=s.subtype)
+        for s in named_slides(paths, cohort)
+    ]
     predictor = Predictor(*members)
     fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
     with progress_bar(quiet=True) as bar:
@@ -290,6 +295,6 @@ def _predictions_csv(predictions: Predictions | AnyPath) -> Path:
 def _value(name: str, text: str | None) -> Any:
     if not text:
         return None
-    if name.startswith("p_") or name in ("entropy", "expected_entropy", "mutual_information", "vacuity", "seconds"):
+    if name.startswith((PROBABILITY, ALPHA, SECONDS)) or name in _NUMBERS:
         return float(text)
     return int(text) if name == "regions" and text.isdigit() else text

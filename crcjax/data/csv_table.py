@@ -1,4 +1,4 @@
-"""CSV files as spreadsheets write them, read into rows by column name.
+"""CSV files as spreadsheets write them, and Parquet files, read into rows of texts by column name.
 
 Excel, LibreOffice, R and pandas differ in encoding, delimiter, header case and trailing blanks. `read_table` accepts all
 of these, and refuses ambiguous files in place of guessing.
@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crcjax.environment import require_extra
 from crcjax.errors import InputError
 
 _DELIMITERS = ",;\t"
 _WORKBOOKS = {b"PK\x03\x04": "an Excel or LibreOffice workbook", b"\xd0\xcf\x11\xe0": "an Excel workbook"}
+_PARQUET = (".parquet", ".pq")
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 # The words that R, pandas and Excel write for an empty cell.
 _MISSING = {"na", "n/a", "#n/a", "nan", "null"}
@@ -57,10 +59,11 @@ def parse_number(text: str) -> float:
 
 
 def read_table(path: str | Path, known: Sequence[str]) -> Table:
-    """Reads a CSV file with a header.
+    """Reads a CSV file with a header, or a Parquet file by its suffix, whose values become texts.
 
     Args:
-      path: UTF-8 with or without a byte-order mark, or UTF-16; fields separated by commas, semicolons or tabs.
+      path: UTF-8 with or without a byte-order mark, or UTF-16; fields separated by commas, semicolons or tabs. Parquet
+        needs the extra `parquet`.
       known: names of the columns that the caller reads. A column of the file gets the known name if the two differ only
         in case, blanks, underscores or hyphens. Other columns keep their names.
 
@@ -72,6 +75,8 @@ def read_table(path: str | Path, known: Sequence[str]) -> Table:
         a known one, or a row has more or fewer fields than the header.
     """
     path = Path(path)
+    if path.suffix.lower() in _PARQUET:
+        return _read_parquet(path, known)
     text = _decode(path)
     delimiter, lines = _delimiter(text, known), []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -100,6 +105,30 @@ def read_table(path: str | Path, known: Sequence[str]) -> Table:
             )
         rows.append(TableRow(number, dict(zip(columns, cells, strict=False))))
     return Table(columns, tuple(rows))
+
+
+def _read_parquet(path: Path, known: Sequence[str]) -> Table:
+    """Rows are counted from 1; a list, such as a set of classes, becomes its items joined by a bar."""
+    parquet = require_extra("pyarrow.parquet", "parquet", f"reading {path}")
+    try:
+        content = parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: cannot be read as Parquet ({reason}); write it again, or as CSV") from error
+    columns = _columns(path, list(content.column_names), known)
+    texts = [[_text_of(value) for value in column.to_pylist()] for column in content.columns]
+    rows = (
+        TableRow(line, dict(zip(columns, cells, strict=True))) for line, cells in enumerate(zip(*texts, strict=True), 1)
+    )
+    return Table(columns, tuple(rows))
+
+
+def _text_of(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "|".join(map(str, value)) if isinstance(value, list) else str(value).strip()
 
 
 def _decode(path: Path) -> str:

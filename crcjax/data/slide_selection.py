@@ -15,13 +15,15 @@ from crcjax.slides.wsi.discovery import find_slides, slide_id_of
 
 @dataclass(frozen=True)
 class NamedSlide:
-    """A slide with its ids; `mpp` (µm per level-0 px) and `site` come from the cohort, and are None without one."""
+    """A slide with its ids; `mpp` (µm per level-0 px) and the other fields come from the cohort, and are None without one."""
 
     slide_id: str
     case_id: str
     path: Path
     mpp: float | None = None
     site: str | None = None
+    scanner: str | None = None
+    subtype: str | None = None
 
 
 def named_slides(
@@ -66,7 +68,7 @@ def _slides_of_paths(paths: Sequence[Path] | None) -> list[NamedSlide]:
 def _slides_of_cohort(cohort: Path, paths: Sequence[Path] | None) -> list[NamedSlide]:
     rows = load_cohort(cohort, None).rows
     if not paths:
-        return [NamedSlide(row.slide_id, row.case_id, _path_of(row, cohort), row.mpp, row.site) for row in rows]
+        return [_named(row, _path_of(row, cohort)) for row in rows]
     row_by_path = {row.path.resolve(): row for row in rows if row.path}
     row_by_id = {row.slide_id: row for row in rows}
     selected = []
@@ -74,8 +76,12 @@ def _slides_of_cohort(cohort: Path, paths: Sequence[Path] | None) -> list[NamedS
         row = row_by_path.get(path.resolve()) or row_by_id.get(slide_id_of(path))
         if row is None:
             raise InputError(f"{path}: is not in {cohort}; add a row, or leave the slide out")
-        selected.append(NamedSlide(row.slide_id, row.case_id, path, row.mpp, row.site))
+        selected.append(_named(row, path))
     return selected
+
+
+def _named(row: SlideRow, path: Path) -> NamedSlide:
+    return NamedSlide(row.slide_id, row.case_id, path, row.mpp, row.site, row.scanner, row.subtype)
 
 
 def _path_of(row: SlideRow, cohort: Path) -> Path:

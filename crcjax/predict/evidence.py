@@ -83,7 +83,7 @@ def write_evidence(
         thumbnail,
         overlay(thumbnail, prediction.origin[has_tiles], prediction.region_px, by_region[has_tiles], info.size),
         meaning=MEANING[method],
-        title=f"{row.slide_id}: {row.subtype} {max(row.probs):.2f} · {DISCLAIMER}",
+        title=f"{row.slide_id}: {row.call} {max(row.probs):.2f} · {DISCLAIMER}",
         um_per_px=info.mpp[0] * info.size[0] / thumbnail.shape[1],
         synthetic=info.synthetic,
     )

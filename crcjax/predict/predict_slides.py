@@ -18,10 +18,9 @@ from crcjax.models.mil import Prediction
 from crcjax.predict.evidence import write_evidence
 from crcjax.predict.heatmap import LONGEST_PX
 from crcjax.predict.predictor import Predictor, SlidePrediction
+from crcjax.predict.provenance import PredictedBy, row_without_prediction
 from crcjax.predict.results import PendingBag, Results, digest_of
-from crcjax.slides.preprocess.manifest import REFUSALS
 from crcjax.slides.preprocess.tile_slides import check_slide_ids
-from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.slides.wsi.discovery import content_hash, without_names
 from crcjax.slides.wsi.slide import check_mpp, open_slide
 from crcjax.validation.calibration import Calibration
@@ -41,6 +40,8 @@ class PredictJob:
       site: decides the threshold of the conformal set.
       fallback_mpp: µm per level-0 px for a file that states none.
       names_path: whether the row's reason may name the path; False where a pseudonym replaces the name.
+      scanner: what digitised the slide.
+      target: its reference class, which the row repeats.
     """
 
     slide_id: str
@@ -50,6 +51,8 @@ class PredictJob:
     site: str | None = None
     fallback_mpp: float | None = None
     names_path: bool = True
+    scanner: str | None = None
+    target: str | None = None
 
 
 def predict_slides(
@@ -88,7 +91,8 @@ def predict_slides(
         check_mpp(mpp)
     threads = threads or len(os.sched_getaffinity(0))
     jobs_by_bag = _bags(jobs, predictor.unit)
-    bags = [_bag(predictor, slides, calibration) for slides in jobs_by_bag]
+    by = predictor.predicted_by(calibration)
+    bags = [_bag(predictor, slides, calibration, by) for slides in jobs_by_bag]
     with Results(out, predictor.classes, bags, on_row) as results:
         for slides, bag in zip(jobs_by_bag, bags, strict=True):
             if not results.has(bag):
@@ -96,7 +100,9 @@ def predict_slides(
     return [results.rows[job.slide_id] for job in jobs]
 
 
-def _bag(predictor: Predictor, jobs: Sequence[PredictJob], calibration: Calibration | None) -> PendingBag:
+def _bag(
+    predictor: Predictor, jobs: Sequence[PredictJob], calibration: Calibration | None, by: PredictedBy
+) -> PendingBag:
     def compute_digest() -> str:
         content = [(job.slide_id, _content(job.path), job.mpp, job.fallback_mpp, job.site) for job in jobs]
         # A slide that cannot be read is never recognised as finished.
@@ -104,8 +110,8 @@ def _bag(predictor: Predictor, jobs: Sequence[PredictJob], calibration: Calibrat
             return ""
         return digest_of(predictor.model_id, calibration, predictor.attribution, predictor.tiling.to_json(), content)
 
-    model, split_of = predictor.model_id, predictor.split_of
-    return PendingBag([unpredicted_row(job.slide_id, job.case_id, model, split_of) for job in jobs], compute_digest)
+    rows = [by.row(job.slide_id, job.case_id, job.site, job.scanner, job.target) for job in jobs]
+    return PendingBag(rows, compute_digest)
 
 
 def _content(path: Path) -> str:
@@ -114,12 +120,6 @@ def _content(path: Path) -> str:
         return content_hash(path) if path.exists() else ""
     except OSError:
         return ""
-
-
-def unpredicted_row(slide_id: str, case_id: str, model: str, split_of: Callable[[str], str]) -> PredictionRow:
-    """The row of a slide before prediction; its split is that of the slide, otherwise that of its case."""
-    split = split_of(slide_id) or split_of(case_id)
-    return PredictionRow(slide_id, case_id, status="failed", model=model, split=split)
 
 
 def _bags(jobs: Sequence[PredictJob], unit: str) -> list[list[PredictJob]]:
@@ -134,21 +134,17 @@ def _bags(jobs: Sequence[PredictJob], unit: str) -> list[list[PredictJob]]:
 
 @dataclass
 class _Slide:
-    """A slide that is being predicted; `failure` is its status and reason if it cannot be predicted."""
+    """A slide that is being predicted; `failure` is the cause and the reason if it cannot be predicted."""
 
     job: PredictJob
+    unpredicted: PredictionRow
     row: PredictionRow
     begun: float = field(default_factory=time.monotonic)
     failure: tuple[str, str] | None = None
 
     def finished(self) -> PredictionRow:
         """The finished row; of a failed slide, the row with the status and the reason."""
-        if self.failure is None:
-            return self.row
-        status, reason = self.failure
-        row = self.row
-        failed = PredictionRow(row.slide_id, row.case_id, status, reason=reason, model=row.model, split=row.split)
-        return failed.with_qc(QCResult.of_refusal(reason)) if status in REFUSALS else failed
+        return self.row if self.failure is None else row_without_prediction(self.unpredicted, *self.failure)
 
 
 def _predict_bag(
@@ -160,7 +156,7 @@ def _predict_bag(
     calibration: Calibration | None,
 ) -> list[PredictionRow]:
     """Predicts one bag from those of its slides that can be read, and returns the rows of all of them."""
-    slides = [_Slide(job, row) for job, row in zip(jobs, bag.rows, strict=True)]
+    slides = [_Slide(job, row, row) for job, row in zip(jobs, bag.rows, strict=True)]
     readable = []
     with ExitStack() as files:
         for slide in slides:
@@ -181,7 +177,12 @@ def _predict_bag(
                 thumbnail = opened.thumbnail(LONGEST_PX)
                 write_evidence(out, row, opened.info, prediction, predictor.attribution, thumbnail, bag.digest)
                 prediction.seconds["pictures"] = time.monotonic() - begun
-                slide.row = replace(row, reason=opened.info.warning, seconds=time.monotonic() - slide.begun)
+                slide.row = replace(
+                    row,
+                    reason=opened.info.warning,
+                    seconds={"total": time.monotonic() - slide.begun} | prediction.seconds,
+                    slide_sha256=opened.info.content_hash,
+                )
     return [slide.finished() for slide in slides]
 
 
@@ -196,7 +197,7 @@ def predicted_row(
     """The row of a slide with its prediction.
 
     Args:
-      row: the slide's row before prediction (`unpredicted_row`).
+      row: the slide's row before prediction (`PredictedBy.row`).
       prediction: the prediction of the slide, or of its case.
       classes: the classes in the order of the probabilities.
       calibration: the temperature and the thresholds of conformal sets.
@@ -221,13 +222,14 @@ def prediction_fields(
     calibrated_by: str = "",
     site: str | None = None,
 ) -> dict[str, Any]:
-    """The subtype, probabilities, uncertainties and conformal set of one bag's prediction; arguments as for `predicted_row`."""
+    """The predicted class, probabilities, uncertainties and conformal set of one bag's prediction; arguments as for `predicted_row`."""
     model_probs = np.asarray(prediction.probs[0], np.float64)
     probs = model_probs if calibration is None else calibration.probs(model_probs[None])[0]
     expected = float(prediction.expected_entropy[0])
     return {
-        "subtype": classes[int(probs.argmax())],
+        "call": classes[int(probs.argmax())],
         "probs": tuple(map(float, probs)),
+        "alpha": () if prediction.alpha is None else tuple(map(float, prediction.alpha[0])),
         "entropy": entropy(probs),
         "expected_entropy": expected,
         "mutual_information": max(0.0, entropy(model_probs) - expected),
@@ -243,12 +245,12 @@ def _recording_failure(*slides: _Slide) -> Iterator[None]:
     try:
         yield
     except SlideError as error:
-        status, sentences = error.status, [error.reason, error.remedy]
+        cause, sentences = error.status, [error.reason, error.remedy]
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        status, sentences = "failed", [reason, "free memory, or predict it on a larger machine"]
+        cause, sentences = "memory", [reason, "free memory, or predict it on a larger machine"]
     else:
         return
     for slide in slides:
         path, names_path = slide.job.path, slide.job.names_path
-        slide.failure = status, "; ".join(text if names_path else without_names(text, path) for text in sentences)
+        slide.failure = cause, "; ".join(text if names_path else without_names(text, path) for text in sentences)

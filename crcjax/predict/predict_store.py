@@ -15,7 +15,7 @@ from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError
 from crcjax.predict.attribution import Method
 from crcjax.predict.evidence import write_evidence
-from crcjax.predict.predict_slides import predicted_row, unpredicted_row
+from crcjax.predict.predict_slides import predicted_row
 from crcjax.predict.predictor import (
     Member,
     SlidePrediction,
@@ -24,6 +24,7 @@ from crcjax.predict.predictor import (
     pool_bag,
     split_by_slide,
 )
+from crcjax.predict.provenance import PredictedBy, pipeline_id, row_without_prediction
 from crcjax.predict.results import PendingBag, Results, digest_of
 from crcjax.predict.stored_bags import Evaluation
 from crcjax.runs.trained_model import TrainedModel, check_ensemble, ensemble_id, split_by
@@ -31,7 +32,6 @@ from crcjax.slides.preprocess.manifest import refused_slides
 from crcjax.slides.store.features import FeatureReader, feature_attributes
 from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
-from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.validation.calibration import Calibration, load_calibration
 from crcjax.validation.predictions_table import PredictionRow
 
@@ -89,7 +89,7 @@ def predict_stored(
     readable = replace(cohort, rows=tuple(row for row in cohort.rows if row.slide_id in slides))
     members = [Member(model, attribution, stored) for model, stored in zip(trained, from_features, strict=True)]
     evaluations = _evaluations(trained, members, store, readable, list(slides.values()))
-    model, split_of = ensemble_id((member.model_id for member in members), dropout_samples), split_by(trained)
+    model = ensemble_id((member.model_id for member in members), dropout_samples)
     classes = tuple(trained[0].config.data.classes)
     fitted = None if calibration is None else load_calibration(calibration, model, classes)
 
@@ -116,15 +116,16 @@ def predict_stored(
             # The first slide of a case decides the random part and the threshold of the case's conformal set.
             first = cohort_rows[0]
             finished = predicted_row(row, prediction, classes, fitted, first.slide_id, first.site)
-            finished = replace(finished, reason=slide.info.warning)
+            finished = replace(finished, reason=slide.info.warning, slide_sha256=slide.info.content_hash)
             if out:
                 write_evidence(out, finished, slide.info, prediction, attribution, thumbnail, bag.digest)
             rows.append(finished)
         return rows
 
+    by = PredictedBy(model, trained[0].bundle_id, pipeline_id(trained, dropout_samples, fitted), split_by(trained))
     work = []
     for index, cohort_rows in _rows_by_bag(cohort, dict(zip(slides, evaluations[0].bag_of, strict=True))):
-        unpredicted = [unpredicted_row(row.slide_id, row.case_id, model, split_of) for row in cohort_rows]
+        unpredicted = [by.row(row.slide_id, row.case_id, row.site, row.scanner, row.subtype) for row in cohort_rows]
         bag = PendingBag(unpredicted, partial(compute_digest, cohort_rows))
         work.append((bag, partial(predict_bag, index, bag, cohort_rows)))
     if out is None:
@@ -283,12 +284,6 @@ def _thumbnail(slide: TileStore) -> UInt8[np.ndarray, "y x 3"] | None:
     return None if slide.pixels == NO_PIXELS else slide.thumbnail()[0]
 
 
-def refused_row(row: PredictionRow, refusal: Mapping[str, str]) -> PredictionRow:
-    """The row of a slide that tiling refused; `refusal` is the outcome of its tiling (`refused_slides`)."""
-    refused = replace(row, status=refusal["status"], reason=refusal["reason"])
-    return refused.with_qc(QCResult.of_refusal(refusal["reason"]))
-
-
 def _unreadable(
     row: PredictionRow, store: Path, error: InputError | None, refusal: Mapping[str, str] | None = None
 ) -> PredictionRow:
@@ -297,7 +292,7 @@ def _unreadable(
     `refusal` is the outcome of its tiling, if tiling refused it.
     """
     if refusal:
-        return refused_row(row, refusal)
+        return row_without_prediction(row, refusal["status"], refusal["reason"])
     if error is None:
-        return replace(row, status="not_tiled", reason=f"is not in {store}; run crcjax tile or import for it")
-    return replace(row, status="failed", reason=str(error))
+        return row_without_prediction(row, "not_tiled", f"is not in {store}; run crcjax tile or import for it")
+    return row_without_prediction(row, "unreadable", str(error))

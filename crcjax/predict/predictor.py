@@ -20,6 +20,7 @@ from crcjax.parallel.mesh import local_mesh, replicated
 from crcjax.predict.attribution import Method, attention_for, attributor
 from crcjax.predict.feature_density import density_of, summary
 from crcjax.predict.forward import EncodedBag, Forward
+from crcjax.predict.provenance import PredictedBy, pipeline_id
 from crcjax.runs.trained_model import (
     TrainedModel,
     check_ensemble,
@@ -35,6 +36,7 @@ from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
 from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.slides.tiling.quality_control import slide_verdict
 from crcjax.slides.wsi.slide import Slide
+from crcjax.validation.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,12 @@ class Predictor:
         self.attribution = attribution
         self.members = [Member(model, attribution) for model in opened]
         self.model_id = ensemble_id((member.model_id for member in self.members), dropout_samples)
+        self._opened, self._dropout_samples = opened, dropout_samples
+
+    def predicted_by(self, calibration: Calibration | None = None) -> PredictedBy:
+        """The ids of what predicts."""
+        pipeline = pipeline_id(self._opened, self._dropout_samples, calibration)
+        return PredictedBy(self.model_id, self._opened[0].bundle_id, pipeline, self.split_of)
 
     def predict(self, slide: Slide, threads: int) -> SlidePrediction:
         """Predicts one open slide; `threads` decode its tiles. Raises SlideError."""

@@ -79,7 +79,10 @@ class Results:
         for bag in self._bags:
             if self._is_finished(bag, earlier):
                 for row in bag.rows:
-                    self.rows[row.slide_id] = replace(earlier[row.slide_id], case_id=row.case_id, split=row.split)
+                    self.rows[row.slide_id] = replace(
+                        earlier[row.slide_id],
+                        **{name: getattr(row, name) for name in ("case_id", "split", "site", "scanner", "target")},
+                    )
         with writing(self._out):
             write_predictions(self._path, list(self.rows.values()), self._classes)
             for slide_id in (set(earlier) | slides_with_evidence(self._out)) - set(self.rows):
@@ -115,7 +118,11 @@ class Results:
 
     def _is_finished(self, bag: PendingBag, earlier: Mapping[str, PredictionRow]) -> bool:
         rows = [earlier.get(row.slide_id) for row in bag.rows]
-        if not all(row and row.is_ok and row.model == bag.rows[0].model for row in rows):
+        if not all(row and row.is_ok and _predicted_by(row) == _predicted_by(bag.rows[0]) for row in rows):
             return False
         digests = {evidence_digest(self._out, row.slide_id) for row in bag.rows}
         return digests == {bag.digest} and bool(bag.digest)
+
+
+def _predicted_by(row: PredictionRow) -> tuple[str, str, str]:
+    return row.model, row.bundle_id, row.pipeline_id

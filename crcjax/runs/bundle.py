@@ -237,6 +237,7 @@ def _bundle(
     settings, split_of = json.loads(read(SETTINGS)), _split_lookup(json.loads(read(TRAINING_IDS)))
     tiling = TilingParams.from_json(settings["tiling"])
     configs = [config_from_json(values["config"]) for values in settings["members"]]
+    bundle_id = hashlib.sha256(content).hexdigest()
     load_encoder = None
     if encoder:
         load_encoder = cache(partial(_encoder_params, path, configs[0].model, encoder, encoder_weights))
@@ -255,12 +256,13 @@ def _bundle(
                 density,
                 encoder.sha256 if encoder else None,
                 model_id=member.model_id,
+                bundle_id=bundle_id,
             )
         )
     target = manifest["target"]
     return Bundle(
         path,
-        hashlib.sha256(content).hexdigest(),
+        bundle_id,
         Target(target["name"], tuple(target["classes"]), target["cancer_type"]),
         members,
         tuple(models),

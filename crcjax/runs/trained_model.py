@@ -41,6 +41,7 @@ class TrainedModel:
       density: reads the arrays of the feature density; None for a head that has none. Raises InputError.
       encoder_sha256: the SHA-256 of the file of a published encoder's weights; None if it is unknown.
       model_id: the id that `model_id_of` gives, where it is recorded.
+      bundle_id: the id of the bundle that holds the model; empty for a run.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class TrainedModel:
     density: Callable[[], Arrays] | None
     encoder_sha256: str | None
     model_id: str = ""
+    bundle_id: str = ""
 
 
 def model_of_run(path: str | Path, step: int | None = None) -> TrainedModel:

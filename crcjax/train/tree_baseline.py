@@ -20,7 +20,7 @@ from crcjax.data.case_bags import by_unit
 from crcjax.data.cohort import Cohort
 from crcjax.data.slide_quality import without_refused
 from crcjax.errors import InputError
-from crcjax.predict.predict_store import refused_row
+from crcjax.predict.provenance import PredictedBy, row_without_prediction
 from crcjax.slides.preprocess.manifest import refused_slides
 from crcjax.slides.store.tile_store import TileStore
 from crcjax.train.crossvalidate import divided_by_fold, labelled_in_folds
@@ -58,6 +58,7 @@ def crossvalidate_trees(config: ConfigDict, out: Path, *, on_line: Callable[[str
     bags = _bags(config, without_refused(labelled_in_folds(folds), config.data.store)[0])
     refusals, classes = refused_slides(Path(config.data.store)), folds[0].classes
     rows: list[PredictionRow] = []
+    by = PredictedBy("extra trees", "", "", lambda name: "")
     for fold, divided in enumerate(folds):
         test = divided.split("test")
         is_test = np.isin(bags.case, test.cases)
@@ -65,9 +66,9 @@ def crossvalidate_trees(config: ConfigDict, out: Path, *, on_line: Callable[[str
             bags.extremes[~is_test], bags.label[~is_test], bags.extremes, len(classes), config.seed
         )
         for row in test.rows:
-            empty = PredictionRow(row.slide_id, row.case_id, status="failed", model="extra trees", fold=str(fold))
-            if row.slide_id in refusals:
-                rows.append(refused_row(empty, refusals[row.slide_id]))
+            empty = replace(by.row(row.slide_id, row.case_id, row.site, row.scanner, row.subtype), fold=str(fold))
+            if refusal := refusals.get(row.slide_id):
+                rows.append(row_without_prediction(empty, refusal["status"], refusal["reason"]))
             else:
                 rows.append(_predicted(empty, probs[bags.index_of[row.slide_id]], classes, bags.stores[row.slide_id]))
         on_line(f"fold {fold}: trees of {(~is_test).sum()} bags predict {len(test.rows)} slides")
@@ -146,7 +147,7 @@ def _predicted(
     predicted = replace(
         row,
         status="ok",
-        subtype=classes[int(probs.argmax())],
+        call=classes[int(probs.argmax())],
         probs=tuple(map(float, probs)),
         entropy=entropy(probs),
         regions=int(store.mask.any(axis=1).sum()),

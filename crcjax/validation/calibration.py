@@ -14,7 +14,8 @@ from scipy.optimize import minimize_scalar
 
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
-from crcjax.validation.predictions_table import load_predictions, probabilities_of
+from crcjax.validation.load_predictions import load_predictions
+from crcjax.validation.predictions_table import probabilities_of
 from crcjax.validation.whole_files import write_whole
 
 METHODS = ("lac", "aps")

@@ -1,4 +1,4 @@
-"""Reads and writes predictions.csv, which has one row per slide."""
+"""The table of predictions: one row per scan, as crcjax predict writes it and as tables of other systems are read."""
 
 from __future__ import annotations
 
@@ -6,32 +6,52 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from crcjax.errors import InputError
 from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.validation.whole_files import write_whole
 
-_PROB = "p_"
+PROBABILITY, ALPHA, SECONDS = "p_", "alpha_", "seconds_"
+# A prediction; a slide that quality control or tiling refused; anything else that left the slide without a prediction.
+OK, NOT_EVALUABLE, FAILED = STATUSES = ("ok", "not_evaluable", "failed")
+# The stages whose seconds crcjax predict writes; `wait` is the part of decoding that encoding did not hide.
+STAGES = ("total", "plan", "stain", "wait", "encode", "pool", "pictures")
 # The text of an empty conformal set.
 _NO_CLASS = "none"
-_UNCERTAINTY = ("entropy", "expected_entropy", "mutual_information", "vacuity")
-# Tables of other systems may lack all other columns.
-_REQUIRED = ("slide_id", "case_id", "status", "reason", "model")
+_MEASURES = ("entropy", "expected_entropy", "mutual_information", "vacuity")
+# Names of columns and statuses in tables of earlier versions.
+_EARLIER_COLUMNS = {"call": "subtype", "conformal_set": "set", "qc_verdict": "qc_status"}
+_EARLIER_REFUSALS = ("no_tissue", "too_coarse", "unsupported", "corrupt", "mpp_missing")
+EARLIER_NAMES = (*_EARLIER_COLUMNS.values(), "seconds")
 
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """The row of one slide in predictions.csv.
+    """The row of one scan.
 
-    `status` is `ok` for a slide with a prediction. Otherwise `reason` states why it has none, and `subtype`, `probs` and the
-    uncertainties are empty. `probs` are in the order of the table's classes. Entropies are in nats. `conformal_set` is None
-    without a calibration and may be empty with one. `split` and `fold` state how the model's runs used the case. The `qc_`
-    fields are those of the slide's QCResult; tables of other systems and of earlier versions lack them.
+    Attributes:
+      slide_id: names the scan; unique in the table.
+      case_id: the patient.
+      status: `ok`; `not_evaluable` for a slide that quality control or tiling refused; `failed`. Without `ok`, `reason` says
+        why, and call, probabilities and uncertainties are empty.
+      site, scanner, target: what the cohort says of the slide; `target` is the reference class.
+      call: the predicted class.
+      probs: in the order of the table's classes, after calibration.
+      alpha: the Dirichlet parameters of an evidential head, before calibration; empty for other heads.
+      entropy, expected_entropy, mutual_information: in nats (docs/uncertainty.md).
+      conformal_set: None without a calibration; may be empty with one.
+      qc_verdict, qc_coverage, qc_reasons: the slide's QCResult; tables of other systems lack them.
+      seconds: the duration of each stage.
+      slide_sha256: the slide's content hash (`slides.wsi.discovery.content_hash`).
+      bundle_id: the bundle that predicted; empty for a run directory.
+      pipeline_id: a hash of all that decides a prediction besides the parameters and the slide.
+      split, fold: how the model's runs used the case.
+      model, calibration: ids of the parameters and of the calibration.
+      regions: regions with tissue.
     """
 
     slide_id: str
@@ -39,8 +59,9 @@ class PredictionRow:
     status: str
     reason: str = ""
     model: str = ""
-    subtype: str = ""
+    call: str = ""
     probs: tuple[float, ...] = ()
+    alpha: tuple[float, ...] = ()
     entropy: float | None = None
     expected_entropy: float | None = None
     mutual_information: float | None = None
@@ -48,48 +69,58 @@ class PredictionRow:
     conformal_set: tuple[str, ...] | None = None
     calibration: str = ""
     regions: int | None = None
-    seconds: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
     split: str = ""
     synthetic: bool | None = None
     fold: str = ""
-    qc_status: str = ""
+    qc_verdict: str = ""
     qc_coverage: float | None = None
     qc_reasons: str = ""
+    site: str = ""
+    scanner: str = ""
+    target: str = ""
+    slide_sha256: str = ""
+    bundle_id: str = ""
+    pipeline_id: str = ""
 
     def with_qc(self, result: QCResult) -> PredictionRow:
         """The row with a slide's QC result."""
         reasons = "; ".join(result.reasons)
-        return replace(self, qc_status=result.status, qc_coverage=result.coverage, qc_reasons=reasons)
+        return replace(self, qc_verdict=result.status, qc_coverage=result.coverage, qc_reasons=reasons)
 
     @property
     def is_ok(self) -> bool:
         """Whether the slide has a prediction."""
-        return self.status == "ok"
+        return self.status == OK
 
     def to_csv(self, classes: Sequence[str]) -> dict[str, str]:
         """Returns the row as texts by column.
 
         Probabilities are written with all digits, so that equal probabilities meet a threshold fitted on the table.
         """
+        texts = (
+            "slide_id",
+            "case_id",
+            "site",
+            "scanner",
+            "target",
+            "call",
+            "status",
+            "reason",
+            "qc_verdict",
+            "qc_reasons",
+        )
+        ids = ("slide_sha256", "bundle_id", "pipeline_id", "split", "model", "calibration", "fold")
         values = {
-            "slide_id": self.slide_id,
-            "case_id": self.case_id,
-            "subtype": self.subtype,
+            **{name: getattr(self, name) for name in (*texts, *ids)},
             **dict(zip(probability_columns(classes) if self.probs else (), map(str, self.probs), strict=True)),
-            **{name: _text(getattr(self, name), ".4f") for name in _UNCERTAINTY},
-            "set": "" if self.conformal_set is None else "|".join(self.conformal_set) or _NO_CLASS,
-            "calibration": self.calibration,
+            **dict(zip(alpha_columns(classes) if self.alpha else (), map(str, self.alpha), strict=True)),
+            **{name: _text(getattr(self, name), ".4f") for name in _MEASURES},
+            "conformal_set": "" if self.conformal_set is None else "|".join(self.conformal_set) or _NO_CLASS,
             "regions": _text(self.regions, "d"),
-            "status": self.status,
-            "reason": self.reason,
-            "qc_status": self.qc_status,
             "qc_coverage": _text(self.qc_coverage, ".4f"),
-            "qc_reasons": self.qc_reasons,
-            "seconds": _text(self.seconds, ".2f"),
-            "model": self.model,
-            "split": self.split,
+            **{f"{SECONDS}{stage}": f"{duration:.2f}" for stage, duration in self.seconds.items()},
             "synthetic": "" if self.synthetic is None else "yes" if self.synthetic else "no",
-            "fold": self.fold,
         }
         return {name: values.get(name, "") for name in columns(classes, with_fold=bool(self.fold))}
 
@@ -97,72 +128,81 @@ class PredictionRow:
     def from_csv(cls, row: Mapping[str, str | None], classes: Sequence[str]) -> PredictionRow:
         """Reads the texts of one line; a missing column reads as empty.
 
-        Without a column `subtype`, the predicted class is the one with the largest probability. Raises ValueError if
-        the probabilities of an `ok` row do not sum to 1, or a number cannot be parsed.
+        Without a column `call`, the predicted class is the one with the largest probability; without a column `status`, a
+        row with probabilities is `ok`. Raises ValueError if the probabilities of an `ok` row do not sum to 1, or a number
+        cannot be parsed.
         """
 
         def text(name: str) -> str:
-            return (row.get(name) or "").strip()
+            return (row.get(name) or row.get(_EARLIER_COLUMNS.get(name, "")) or "").strip()
 
         def number(name: str) -> float | None:
             return float(text(name)) if text(name) else None
 
-        is_ok = text("status") == "ok"
-        probs = _probabilities([text(name) for name in probability_columns(classes)]) if is_ok else ()
-        predicted = (text("subtype") or classes[int(np.argmax(probs))]) if is_ok else ""
-        set_names = tuple(name for name in text("set").split("|") if name != _NO_CLASS)
+        def numbers(names: Sequence[str]) -> list[str]:
+            return [text(name) for name in names]
+
+        status, reason = _status(text("status"), text("reason"), any(numbers(probability_columns(classes))))
+        is_ok = status == OK
+        probs = _probabilities(numbers(probability_columns(classes))) if is_ok else ()
+        alpha = numbers(alpha_columns(classes))
+        entropy = number("entropy")
+        seconds = {name.removeprefix(SECONDS): float(value) for name, value in row.items() if value and _is_stage(name)}
+        set_names = tuple(name for name in text("conformal_set").split("|") if name != _NO_CLASS)
         return cls(
             slide_id=text("slide_id"),
             case_id=text("case_id"),
-            status=text("status"),
-            reason=text("reason"),
+            status=status,
+            reason=reason,
             model=text("model"),
-            subtype=predicted,
+            call=(text("call") or classes[int(np.argmax(probs))]) if is_ok else "",
             probs=probs,
-            entropy=number("entropy"),
+            alpha=tuple(map(float, alpha)) if is_ok and all(alpha) else (),
+            entropy=_entropy(probs) if entropy is None and is_ok else entropy,
             expected_entropy=number("expected_entropy"),
             mutual_information=number("mutual_information"),
             vacuity=number("vacuity"),
-            conformal_set=set_names if text("set") else None,
+            conformal_set=set_names if text("conformal_set") else None,
             calibration=text("calibration"),
             regions=int(text("regions")) if text("regions") else None,
-            seconds=number("seconds"),
+            seconds=seconds or ({"total": float(text("seconds"))} if text("seconds") else {}),
             split=text("split"),
-            synthetic={"yes": True, "no": False}.get(text("synthetic")),
+            synthetic={"yes": True, "true": True, "no": False, "false": False}.get(text("synthetic").lower()),
             fold=text("fold"),
-            qc_status=text("qc_status"),
+            qc_verdict=text("qc_verdict"),
             qc_coverage=number("qc_coverage"),
             qc_reasons=text("qc_reasons"),
+            site=text("site"),
+            scanner=text("scanner"),
+            target=text("target"),
+            slide_sha256=text("slide_sha256"),
+            bundle_id=text("bundle_id"),
+            pipeline_id=text("pipeline_id"),
         )
 
 
 def columns(classes: Sequence[str], *, with_fold: bool = False) -> list[str]:
-    """The columns of predictions.csv in their order; only cross-validation writes the column `fold`."""
+    """The columns that crcjax writes, in their order; only cross-validation writes the column `fold`."""
     return [
-        *("slide_id", "case_id", "subtype", *probability_columns(classes)),
-        *(*_UNCERTAINTY, "set", "calibration"),
-        *("regions", "status", "reason", "qc_status", "qc_coverage", "qc_reasons"),
-        *("seconds", "model", "split", "synthetic"),
+        *("slide_id", "case_id", "site", "scanner", "target", "call"),
+        *(*probability_columns(classes), *alpha_columns(classes)),
+        *("vacuity", "mutual_information", "conformal_set"),
+        *("status", "reason", "qc_verdict", "qc_coverage", "qc_reasons"),
+        *(f"{SECONDS}{stage}" for stage in STAGES),
+        *("slide_sha256", "bundle_id", "pipeline_id", "split", "synthetic"),
+        *("model", "calibration", "entropy", "expected_entropy", "regions"),
         *(("fold",) if with_fold else ()),
     ]
 
 
 def probability_columns(classes: Sequence[str]) -> list[str]:
     """The column of each class's probability."""
-    return [f"{_PROB}{name}" for name in classes]
+    return [f"{PROBABILITY}{name}" for name in classes]
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """The content of predictions.csv."""
-
-    rows: list[PredictionRow]
-    classes: tuple[str, ...]
-
-    @property
-    def evaluable(self) -> list[PredictionRow]:
-        """The rows with a prediction."""
-        return [row for row in self.rows if row.is_ok]
+def alpha_columns(classes: Sequence[str]) -> list[str]:
+    """The column of each class's Dirichlet parameter."""
+    return [f"{ALPHA}{name}" for name in classes]
 
 
 def probabilities_of(rows: Sequence[PredictionRow]) -> Float[np.ndarray, "slide class"]:
@@ -170,44 +210,11 @@ def probabilities_of(rows: Sequence[PredictionRow]) -> Float[np.ndarray, "slide 
     return np.array([row.probs for row in rows])
 
 
-def load_predictions(path: Path) -> Predictions:
-    """Reads predictions.csv.
-
-    Raises InputError, which names the line, for missing columns, a slide in two rows, or probabilities that do not sum to 1.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            names = list(reader.fieldnames or ())
-            lines = [(reader.line_num, line) for line in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give the predictions.csv of crcjax predict") from error
-    classes = tuple(name.removeprefix(_PROB) for name in names if name.startswith(_PROB))
-    missing = set(_REQUIRED) - set(names)
-    if missing or len(classes) < 2:
-        wanted = ", ".join(sorted(missing)) or "p_SUBTYPE of each class"
-        raise InputError(f"{path}: lacks {wanted}; give the predictions.csv of crcjax predict")
-    rows: dict[str, PredictionRow] = {}
-    for number, line in lines:
-        try:
-            row = PredictionRow.from_csv(line, classes)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: {error}; correct it, or predict the slide again") from error
-        if row.slide_id in rows:
-            raise InputError(f"{path}, line {number}: slide {row.slide_id} is in two rows; keep one")
-        if row.is_ok and row.subtype not in classes:
-            raise InputError(
-                f"{path}, line {number}: subtype must be one of {', '.join(classes)}, got {row.subtype!r}; correct it, or "
-                "leave the column out"
-            )
-        rows[row.slide_id] = row
-    return Predictions(list(rows.values()), classes)
-
-
 def read_partial(path: Path, classes: Sequence[str]) -> dict[str, PredictionRow]:
     """Reads the rows of an earlier run by slide id; that run may have been killed while it wrote the last row.
 
-    Truncated and damaged lines are skipped. A table of other classes counts as empty. Raises OSError.
+    Truncated and damaged lines are skipped. A table of other classes, or of an earlier version, counts as empty. Raises
+    OSError.
     """
     try:
         written = path.read_bytes()
@@ -249,6 +256,20 @@ def table_text(rows: Sequence[Mapping[str, str]], names: Sequence[str] = ()) -> 
     return text.getvalue()
 
 
+def _status(status: str, reason: str, has_probabilities: bool) -> tuple[str, str]:
+    """One of STATUSES and the reason; the statuses of earlier versions and of other systems become part of the reason."""
+    if not status:
+        return (OK, reason) if has_probabilities else (NOT_EVALUABLE, reason or "the table has no probabilities of it")
+    if status in STATUSES:
+        return status, reason
+    known = NOT_EVALUABLE if status in _EARLIER_REFUSALS else FAILED
+    return known, ": ".join(filter(None, (status, reason)))
+
+
+def _is_stage(name: str | None) -> bool:
+    return bool(name) and str(name).startswith(SECONDS)
+
+
 def _probabilities(texts: Sequence[str]) -> tuple[float, ...]:
     try:
         values = tuple(float(text) for text in texts)
@@ -257,6 +278,10 @@ def _probabilities(texts: Sequence[str]) -> tuple[float, ...]:
     if not all(0 <= value <= 1 for value in values) or abs(sum(values) - 1) > 1e-3:
         raise ValueError(f"{list(texts)} are no probabilities that sum to 1")
     return values
+
+
+def _entropy(probs: Sequence[float]) -> float:
+    return -sum(p * math.log(p) for p in probs if p > 0)
 
 
 def _text(value: float | int | None, precision: str) -> str:

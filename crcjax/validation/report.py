@@ -23,9 +23,9 @@ from crcjax.slides.tiling.qc_result import REFUSED
 from crcjax.validation.attention_truth import attention_auroc, slide_truth
 from crcjax.validation.estimate import Estimate
 from crcjax.validation.figures import confusion_figure, reliability_figure, roc_figure
+from crcjax.validation.load_predictions import load_predictions
 from crcjax.validation.predictions_table import (
     PredictionRow,
-    load_predictions,
     probabilities_of,
     probability_columns,
     table_text,
@@ -108,10 +108,10 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
             "slides of training and validation cases, not evaluated": len(in_cohort) - len(held_out),
             "slides without a reference": len(held_out) - len(with_reference),
             "slides without a prediction": len(with_reference) - len(evaluated),
-            "slides that tiling refused": sum(row.qc_status == REFUSED for row in with_reference),
+            "slides that tiling refused": sum(row.qc_verdict == REFUSED for row in with_reference),
             "slides evaluated": len(evaluated),
-            "evaluated slides with the QC status reject": sum(row.qc_status == "reject" for row in evaluated),
-            "evaluated slides with the QC status review": sum(row.qc_status == "review" for row in evaluated),
+            "evaluated slides with the QC status reject": sum(row.qc_verdict == "reject" for row in evaluated),
+            "evaluated slides with the QC status review": sum(row.qc_verdict == "review" for row in evaluated),
             "cases evaluated": len(cases),
             "cases without any prediction (no-calls)": len(no_calls),
             "cases of the cohort that were not given to crcjax predict": len(not_predicted),
@@ -134,7 +134,7 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
     failed = Counter((row.status, row.reason) for row in with_reference if not row.is_ok)
     heatmaps = predictions_csv.parent / "heatmaps"
     pictures = _chosen([row for row in evaluated if (heatmaps / f"{row.slide_id}.png").exists()], cohort)
-    not_accepted = [row for row in with_reference if row.qc_status not in ("", "accept")]
+    not_accepted = [row for row in with_reference if row.qc_verdict not in ("", "accept")]
     not_accepted.sort(key=lambda row: (row.qc_coverage or 0.0, row.slide_id))
     page = _page(result, predictions.classes, label, probs, table, failed, not_accepted, heatmaps, pictures, cohort)
     with writing(out):
@@ -179,10 +179,10 @@ def _attention(
     values: dict[str, list[float]] = {name: [] for name in classes}
     for row in rows:
         ground_truth = slide_truth(truth, row.slide_id)
-        if ground_truth is not None and row.subtype == cohort[row.slide_id].subtype:
+        if ground_truth is not None and row.call == cohort[row.slide_id].subtype:
             value = attention_auroc(ground_truth, folder / "attention" / f"{row.slide_id}.npz")
             if math.isfinite(value):
-                values[row.subtype].append(value)
+                values[row.call].append(value)
     groups = values | {ALL_SUBTYPES: [value for class_values in values.values() for value in class_values]}
     return {name: {"slides": len(v), "mean AUROC": float(np.mean(v)) if v else math.nan} for name, v in groups.items()}
 
@@ -254,8 +254,8 @@ def _chosen(rows: Sequence[PredictionRow], cohort: dict[str, SlideRow]) -> list[
     correct: dict[str, list[PredictionRow]] = {}
     misclassified = []
     for row in rows:
-        if row.subtype == cohort[row.slide_id].subtype:
-            correct.setdefault(row.subtype, []).append(row)
+        if row.call == cohort[row.slide_id].subtype:
+            correct.setdefault(row.call, []).append(row)
         else:
             misclassified.append(row)
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*correct.values()))

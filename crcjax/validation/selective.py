@@ -29,7 +29,7 @@ def uncertainty_statistics(rows: Sequence[PredictionRow], slides: Sequence[Slide
     """
     first_slide = {slide.case_id: i for i, slide in reversed(list(enumerate(slides)))}
     pairs = [(rows[i], slides[i]) for i in sorted(first_slide.values())]
-    misclassified = np.array([row.subtype != slide.subtype for row, slide in pairs])
+    misclassified = np.array([row.call != slide.subtype for row, slide in pairs])
     statistics: dict[str, Estimate | float] = {}
     is_single = not any(row.mutual_information for row, _ in pairs)
     for measure in MEASURES:

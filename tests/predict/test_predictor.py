@@ -25,7 +25,8 @@ from crcjax.slides.store.tile_store import open_store
 from crcjax.slides.tiling.plan import TilingParams
 from crcjax.slides.wsi.slide import open_slide
 from crcjax.validation.calibration import Calibration, calibrate, load_calibration
-from crcjax.validation.predictions_table import PredictionRow, load_predictions, write_predictions
+from crcjax.validation.load_predictions import load_predictions
+from crcjax.validation.predictions_table import PredictionRow, write_predictions, write_table
 from crcjax.validation.statistics import entropy
 
 CLASSES = ("canonical", "immune", "stromal")
@@ -79,11 +80,11 @@ def test_slides_of_a_store_that_are_damaged_or_not_there_are_named_and_the_other
         shutil.copytree(painted / "store" / f"{name}.zarr", tmp_path / f"{name}.zarr")
     cohort = Cohort(tuple(SlideRow(name, name) for name in ("absent", *names)), CLASSES)
     whole = predict_stored([run], tmp_path, cohort)
-    assert [row.status for row in whole] == ["not_tiled", "ok", "ok", "ok", "ok"]
+    assert [row.status for row in whole] == ["failed", "ok", "ok", "ok", "ok"]
     shutil.rmtree(tmp_path / f"{names[0]}.zarr" / "mask")
     shutil.rmtree(tmp_path / f"{names[2]}.zarr" / "pixels" / "streams")
     rows = predict_stored([run], tmp_path, cohort)
-    assert [row.status for row in rows] == ["not_tiled", "failed", "ok", "failed", "ok"]
+    assert [row.status for row in rows] == ["failed", "failed", "ok", "failed", "ok"]
     assert [name in row.reason for name, row in zip(names, rows[1:], strict=True)] == [True, False, True, False]
     assert (rows[2], rows[4]) == (whole[2], whole[4])
     for name in names[1:]:
@@ -107,10 +108,11 @@ def test_a_slide_that_tiling_refused_is_a_no_call_with_the_reason_and_every_othe
     qc = open_store(store, name).qc
     assert 0 < qc.coverage <= 1
     for refused, predicted in (by_store, by_file):
-        assert (refused.status, refused.qc_status, refused.qc_coverage) == ("no_tissue", "refused", 0)
-        assert refused.reason == refused.qc_reasons == outcomes[0].reason != ""
+        assert (refused.status, refused.qc_verdict, refused.qc_coverage) == ("not_evaluable", "refused", 0)
+        assert refused.reason == f"no_tissue: {refused.qc_reasons}"
+        assert refused.qc_reasons == outcomes[0].reason != ""
         assert predicted.status == "ok"
-        assert (predicted.qc_status, predicted.qc_reasons) == (qc.status, "; ".join(qc.reasons))
+        assert (predicted.qc_verdict, predicted.qc_reasons) == (qc.status, "; ".join(qc.reasons))
         assert predicted.qc_coverage == pytest.approx(qc.coverage, abs=0.005)
     assert load_predictions(tmp_path / "out" / "predictions.csv").rows[0].qc_reasons == outcomes[0].reason
 
@@ -131,8 +133,9 @@ def test_what_was_calibrated_on_all_but_certain_calls_is_met_by_their_like(
         return replace(unpredicted, **prediction_fields(found, CLASSES, calibration, slide_id))
 
     rows = [row_of(i) for i in range(20)]
-    for name in ("predictions.csv", "cohort.csv"):
-        write_predictions(tmp_path / name, rows, CLASSES)
+    write_predictions(tmp_path / "predictions.csv", rows, CLASSES)
+    labels = [{"slide_id": row.slide_id, "case_id": row.case_id, "subtype": row.call} for row in rows]
+    write_table(tmp_path / "cohort.csv", labels)
     tables = tmp_path / "predictions.csv", tmp_path / "cohort.csv", tmp_path / "calibration.json"
     calibrate(*tables, method=method, error=0.1, by_site=False)
     fitted = load_calibration(tables[2], "m", CLASSES)

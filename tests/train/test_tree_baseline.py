@@ -13,7 +13,7 @@ from crcjax.errors import InputError
 from crcjax.slides.store.features import write_features
 from crcjax.slides.store.tile_store import open_store
 from crcjax.train.tree_baseline import bag_extremes, crossvalidate_trees
-from crcjax.validation.predictions_table import load_predictions
+from crcjax.validation.load_predictions import load_predictions
 from crcjax.validation.report import validate
 
 ORIGIN = {"encoder": "theirs", "weights_sha256": None, "mpp": [1.0], "magnifications": ["10x"], "dtype": "float32"}
@@ -43,7 +43,7 @@ def config(small_config, features: Path):
 
 def _accuracy(predictions: Path, cohort: Path) -> float:
     subtype_of = {row.slide_id: row.subtype for row in load_cohort(cohort, None).rows}
-    return float(np.mean([row.subtype == subtype_of[row.slide_id] for row in load_predictions(predictions).rows]))
+    return float(np.mean([row.call == subtype_of[row.slide_id] for row in load_predictions(predictions).rows]))
 
 
 def test_the_extremes_of_a_bag_are_those_of_its_valid_instances() -> None:
@@ -104,7 +104,7 @@ def test_the_slides_of_a_case_form_one_bag_and_refused_slides_are_no_calls(confi
     config.data.cohort, config.data.store, config.data.unit = str(table), str(store), "case"
     predicted = {row.slide_id: row for row in load_predictions(crossvalidate_trees(config, tmp_path / "out")).rows}
     refused = predicted.pop(rows[-1].slide_id)
-    assert (refused.status, refused.reason) == ("no_tissue", "no tissue; check the file")
+    assert (refused.status, refused.reason) == ("not_evaluable", "no_tissue: no tissue; check the file")
     by_case: dict[str, set] = {}
     for row in predicted.values():
         by_case.setdefault(row.case_id, set()).add(row.probs)

@@ -10,7 +10,7 @@ import pytest
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.synthetic.truth import Truth
 from crcjax.validation.attention_truth import attention_auroc
-from crcjax.validation.predictions_table import load_predictions
+from crcjax.validation.load_predictions import load_predictions
 from crcjax.validation.report import LISTED_CASES, validate
 
 CLASSES = ("canonical", "immune", "stromal")
@@ -144,7 +144,7 @@ def test_tables_that_do_not_belong_together_and_unwritable_folders_are_errors(ta
         match=r"other\.csv: has none of the 35 slides of .*predictions\.csv \(first: s0\); check that the slide ids agree",
     ):
         validate(tables[0], other, tmp_path / "out")
-    with pytest.raises(InputError, match=r"lacks model, reason, status"):
+    with pytest.raises(InputError, match=r"has no column p_CLASS of each class"):
         validate(other, tables[1], tmp_path / "out")
     with pytest.raises(OutputError, match="/proc/none: cannot be written"):
         validate(*tables, Path("/proc/none"))
@@ -176,9 +176,7 @@ def test_without_a_column_subtype_the_predicted_class_is_the_most_probable(table
     bare = _rewritten(tables[0], tmp_path, "bare.csv", without)
     result = validate(bare, tables[1], tmp_path / "two")
     assert result["statistics"] == wanted["statistics"]
-    assert [row.subtype for row in load_predictions(bare).rows] == [
-        row.subtype for row in load_predictions(tables[0]).rows
-    ]
+    assert [row.call for row in load_predictions(bare).rows] == [row.call for row in load_predictions(tables[0]).rows]
     with pytest.raises(InputError, match=r"cohort.csv: no slide has a reference subtype; add the column subtype"):
         validate(tables[0], _rewritten(tables[1], tmp_path, "other-cohort.csv", without), tmp_path / "out")
 
@@ -199,7 +197,7 @@ def test_slides_without_a_prediction_are_counted_once_and_the_page_lists_a_hundr
     result = validate(*tables, tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert result["flow"]["slides without a prediction"] == 5
-    assert '<td>the file is empty</td><td class="n">5</td>' in page
+    assert '<td>corrupt: the file is empty</td><td class="n">5</td>' in page
     assert page.count('<tr class="wrong"><td>') == LISTED_CASES
     assert "100 of 280 cases" in page
     with open(tmp_path / "out" / "cases.csv") as file:

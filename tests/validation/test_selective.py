@@ -22,7 +22,7 @@ def test_the_area_is_the_mean_risk_over_coverages_and_ties_stand_in_every_order(
 
 def test_sets_are_judged_by_site_on_the_first_slide_of_each_case() -> None:
     rows = [
-        PredictionRow("s", "c", "ok", subtype="a", conformal_set=names, entropy=0.1)
+        PredictionRow("s", "c", "ok", call="a", conformal_set=names, entropy=0.1)
         for names in (("a", "b"), ("b",), (), ("a",), ("b",))  # the last is a second slide of the first case
     ]
     sites = ("north", "north", "south", "south", "north")
@@ -50,7 +50,7 @@ def test_measures_of_several_distributions_are_left_out_where_there_is_one(tempe
                 "s",
                 "c",
                 "ok",
-                subtype="ab"[i % 2],
+                call="ab"[i % 2],
                 entropy=temperature * own[i],
                 expected_entropy=own[i] - mi,
                 mutual_information=mi,

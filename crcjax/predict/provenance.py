@@ -1,0 +1,73 @@
+"""What predicted a slide, by ids, and the slide's row before its prediction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import crcjax
+from crcjax.runs.trained_model import TrainedModel
+from crcjax.slides.preprocess.manifest import REFUSALS
+from crcjax.slides.tiling.qc_result import QCResult
+from crcjax.validation.calibration import Calibration
+from crcjax.validation.predictions_table import FAILED, NOT_EVALUABLE, PredictionRow
+
+
+@dataclass(frozen=True)
+class PredictedBy:
+    """The ids of what predicts, as the table of predictions states them.
+
+    Attributes:
+      model: the ensemble's id (`ensemble_id`).
+      bundle_id: the bundle; empty for run directories.
+      pipeline_id: a hash of all that decides a prediction besides the parameters and the slide (`pipeline_id`).
+      split_of: the split of a slide or case in the training of the models.
+    """
+
+    model: str
+    bundle_id: str
+    pipeline_id: str
+    split_of: Callable[[str], str]
+
+    def row(
+        self, slide_id: str, case_id: str, site: str | None, scanner: str | None, target: str | None
+    ) -> PredictionRow:
+        """The row of a slide before its prediction; its split is that of the slide, otherwise that of its case."""
+        return PredictionRow(
+            *(slide_id, case_id, FAILED),
+            model=self.model,
+            bundle_id=self.bundle_id,
+            pipeline_id=self.pipeline_id,
+            split=self.split_of(slide_id) or self.split_of(case_id),
+            site=site or "",
+            scanner=scanner or "",
+            target=target or "",
+        )
+
+
+def pipeline_id(models: Sequence[TrainedModel], dropout_samples: int, calibration: Calibration | None) -> str:
+    """The first 12 hex digits of the SHA-256 of the version, tiling, stains, bag, dropout and calibration of predictions."""
+    data = models[0].config.data
+    values = {
+        "crcjax": crcjax.__version__,
+        "tiling": models[0].tiling.to_json(),
+        "magnifications": list(data.magnifications or ()),
+        "unit": data.unit,
+        "stain": [model.normaliser.to_json() if model.normaliser else None for model in models],
+        "dropout samples": dropout_samples,
+        "calibration": calibration.id if calibration else None,
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def row_without_prediction(row: PredictionRow, cause: str, reason: str) -> PredictionRow:
+    """The row of a slide that has no prediction.
+
+    `cause` is the status of a SlideError or of a tiling's outcome. One of REFUSALS makes the slide `not_evaluable`, and its QC
+    result a refusal; any other makes it `failed`.
+    """
+    refused = cause in REFUSALS
+    finished = replace(row, status=NOT_EVALUABLE if refused else FAILED, reason=f"{cause}: {reason}")
+    return finished.with_qc(QCResult.of_refusal(reason)) if refused else finished
