@@ -28,7 +28,7 @@ from crcjax.runs.checkpoint_folder import (
     unfinished_folders,
 )
 from crcjax.runs.integrity import CheckpointVerdict, step_metrics, verify_checkpoint
-from crcjax.runs.retention import Retention, rank
+from crcjax.runs.retention import Retention, best_step
 from crcjax.runs.signature import sign
 from crcjax.runs.train_state import TrainState
 from crcjax.runs.write_checkpoint import CheckpointWriter
@@ -234,8 +234,9 @@ def best_metrics(run: str | Path) -> tuple[int, dict[str, float] | None]:
     metrics = metrics_of_steps(run)
     if not metrics:
         raise InputError(f"{run}: has no checkpoint yet; train it further")
-    rank_of_step = {step: rank(values) for step, values in metrics.items() if values}
-    best = max(rank_of_step, key=lambda step: (rank_of_step[step], step)) if rank_of_step else max(metrics)
+    best = best_step(metrics)
+    if best is None:
+        best = max(metrics)
     return best, metrics[best]
 
 

@@ -48,6 +48,11 @@ def unfinished_folders(run: Path) -> list[Path]:
     return sorted(path for paths in names for path in paths)
 
 
+def damaged_folders(run: Path) -> list[Path]:
+    """The folders of checkpoints that failed verification and were renamed."""
+    return sorted((run / FOLDER).glob(f"{_DAMAGED}*"))
+
+
 def set_aside(folder: Path, reason: str) -> Path:
     """Renames a damaged checkpoint to damaged-STEP-REASON, or to that name with a number if there is one; returns the path."""
     name = f"{_DAMAGED}{folder.name}-{reason}"

@@ -17,7 +17,7 @@ from typing import Any
 
 from crcjax.errors import InputError
 from crcjax.runs.checkpoint_folder import ABOUT, FOLDER, MANIFEST, SIGNATURE, finished_steps, step_folder
-from crcjax.runs.signature import is_signed_by, sign
+from crcjax.runs.signature import is_signed_by, is_signed_by_hex, public_key_of, sign
 from crcjax.slides.jobs.usable_cores import usable_cores
 
 _FORMAT = 1
@@ -86,13 +86,12 @@ def verify_checkpoint(
         if (folder / ABOUT).exists() or signature is not None or public_key or private_key:
             damaged.append(DamagedFile(MANIFEST, "missing, so that no file can be verified"))
         return CheckpointVerdict(step, folder, tuple(damaged), False, signature is not None)
-    damaged = _signature_damage(content, signature, public_key, private_key)
     try:
-        files = _listed_files(_parsed(content, step))
+        manifest = _parsed(content, step)
+        damaged = _signature_damage(manifest.get("public_key", ""), content, signature, public_key, private_key)
+        damaged += _file_damage(folder, _listed_files(manifest))
     except ValueError as error:
-        damaged.append(DamagedFile(MANIFEST, str(error)))
-    else:
-        damaged += _file_damage(folder, files)
+        damaged = [DamagedFile(MANIFEST, str(error))]
     return CheckpointVerdict(step, folder, tuple(damaged), True, signature is not None)
 
 
@@ -124,9 +123,15 @@ def write_manifest(
         digests = threads.map(_hash, (folder / path for path in paths))
         sizes = {path: (folder / path).stat().st_size for path in paths}
         entries = {path: {"bytes": sizes[path], "sha256": digest} for path, digest in zip(paths, digests, strict=True)}
-    manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "metrics": metrics, "files": entries}
-    manifest["manifest_sha256"] = _digest(manifest)
-    content = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+    manifest: dict[str, Any] = {
+        "format": _FORMAT,
+        "step": step,
+        "metrics": metrics,
+        # With it, a damaged signature is noticed by those who do not have the key.
+        "public_key": public_key_of(private_key) if private_key else "",
+        "files": entries,
+    }
+    content = _text(manifest | {"manifest_sha256": _digest(manifest)})
     if private_key:
         write_durably(folder / SIGNATURE, sign(private_key, content))
     write_durably(folder / MANIFEST, content)
@@ -175,7 +180,8 @@ def _parsed(content: bytes, step: int) -> dict[str, Any]:
         stated = manifest.pop("manifest_sha256")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("empty" if not content else "unreadable") from None
-    if stated != _digest(manifest):
+    # The text is compared too, since JSON ignores some changes of it.
+    if stated != _digest(manifest) or content != _text(manifest | {"manifest_sha256": stated}):
         raise ValueError("changed: its own SHA-256 does not match")
     if manifest["format"] != _FORMAT:
         raise ValueError(f"unknown format {manifest['format']}; a newer crcjax wrote it")
@@ -189,22 +195,29 @@ def _listed_files(manifest: dict[str, Any]) -> dict[str, tuple[int, str]]:
     return {path: (entry["bytes"], entry["sha256"]) for path, entry in manifest["files"].items()}
 
 
+def _text(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+
+
 def _digest(manifest: dict[str, Any]) -> str:
     return sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _signature_damage(
-    content: bytes, signature: bytes | None, public_key: Path | None, private_key: Path | None
+    stated_key: str, content: bytes, signature: bytes | None, public_key: Path | None, private_key: Path | None
 ) -> list[DamagedFile]:
-    if not public_key and not private_key:
+    """The damage to a signature, or to a signed manifest. Raises ValueError if `stated_key` is no public key."""
+    if not (stated_key or public_key or private_key):
         return []
     if signature is None:
         return [DamagedFile(SIGNATURE, "missing, and the run has a key")]
-    # Ed25519 signatures are deterministic (RFC 8032, section 5.1.6).
+    if stated_key and not is_signed_by_hex(stated_key, content, signature):
+        return [DamagedFile(SIGNATURE, f"changed, or {MANIFEST} is: they do not match")]
     is_valid = is_signed_by(public_key, content, signature) if public_key else True
+    # Ed25519 signatures are deterministic (RFC 8032, section 5.1.6).
     if private_key and sign(private_key, content) != signature:
         is_valid = False
-    return [] if is_valid else [DamagedFile(MANIFEST, f"edited, or {SIGNATURE} is: the signature does not match")]
+    return [] if is_valid else [DamagedFile(MANIFEST, "edited, or signed by another key")]
 
 
 def _file_damage(folder: Path, files: dict[str, tuple[int, str]]) -> list[DamagedFile]:

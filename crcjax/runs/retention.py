@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,24 @@ def rank(metrics: Metrics) -> float:
     return metrics["balanced_accuracy"] - 1e-3 * metrics["loss"]
 
 
+def scores(metrics_of_step: Mapping[int, Metrics | None], metric: str | None = None) -> dict[int, float]:
+    """The score of every step that was evaluated by a metric, or by `rank` without one. The best step has the highest."""
+    evaluated = {step: metrics for step, metrics in metrics_of_step.items() if metrics}
+    if metric is None:
+        score_of_step = {step: rank(metrics) for step, metrics in evaluated.items()}
+    else:
+        sign = -1 if metric.endswith(_LOWER_IS_BETTER) else 1
+        score_of_step = {step: sign * metrics[metric] for step, metrics in evaluated.items() if metric in metrics}
+    # Nothing is larger or smaller than NaN, which would make the order random.
+    return {step: score for step, score in score_of_step.items() if not math.isnan(score)}
+
+
+def best_step(metrics_of_step: Mapping[int, Metrics | None], metric: str | None = None) -> int | None:
+    """The step with the highest score, of equally good ones the newest; None if none was evaluated by the metric."""
+    score_of_step = scores(metrics_of_step, metric)
+    return max(score_of_step, key=lambda step: (score_of_step[step], step)) if score_of_step else None
+
+
 def steps_to_keep(metrics_of_step: Mapping[int, Metrics | None], retention: Retention) -> set[int]:
     """The steps whose checkpoints are kept. Of equally good ones, the newer is kept.
 
@@ -44,12 +63,8 @@ def steps_to_keep(metrics_of_step: Mapping[int, Metrics | None], retention: Rete
     keep = set(steps[-retention.newest :])
     if retention.every:
         keep |= {step for step in steps if step % retention.every == 0}
-    evaluated = {step: metrics for step, metrics in metrics_of_step.items() if metrics}
-    scores = [{step: rank(metrics) for step, metrics in evaluated.items()}]
-    for name in retention.metrics:
-        sign = -1 if name.endswith(_LOWER_IS_BETTER) else 1
-        scores.append({step: sign * metrics[name] for step, metrics in evaluated.items() if name in metrics})
-    for score_of_step in scores:
-        ordered = sorted((score, step) for step, score in score_of_step.items())
-        keep |= {step for _, step in ordered[-retention.best :]}
+    for metric in (None, *retention.metrics):
+        score_of_step = scores(metrics_of_step, metric)
+        ordered = sorted(score_of_step, key=lambda step: (score_of_step[step], step))
+        keep |= set(ordered[-retention.best :])
     return keep

@@ -180,7 +180,7 @@ def start_run(
         (path / DATA_MANIFEST).write_text(_data_manifest(cohort, content_hash or {}), newline="")
         (path / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
         # Written last: a run with a config.json has started.
-        (path / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        (path / "config.json").write_text(_config_text(config))
 
 
 def _data_manifest(cohort: Cohort, content_hash: Mapping[str, str]) -> str:
@@ -198,6 +198,20 @@ def code_facts() -> dict[str, Any]:
     """The versions of crcjax and of the packages that a run's numbers depend on."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"code_version": crcjax.__version__, "commit": commit(), "versions": versions}
+
+
+def training_facts(config: ConfigDict, path: Path) -> dict[str, Any]:
+    """The config and the code that train, and the SHA-256 of the config (as config.json is written) and of the data manifest."""
+    manifest = path / DATA_MANIFEST
+    return code_facts() | {
+        "config": config.to_dict(),
+        "config_sha256": sha256(_config_text(config).encode()).hexdigest(),
+        "data_sha256": sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "",
+    }
+
+
+def _config_text(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=1) + "\n"
 
 
 def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:

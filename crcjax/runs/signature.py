@@ -32,8 +32,22 @@ def is_signed_by(public_key: Path, content: bytes, signature: bytes) -> bool:
 
     Raises InputError if the file cannot be read or holds no such key.
     """
+    return _is_valid(_public_key(public_key), content, signature)
+
+
+def public_key_of(key: Path) -> str:
+    """The public key (32 bytes as hexadecimal digits) of a private key. Raises InputError like `sign`."""
+    return _private_key(key).public_key().public_bytes_raw().hex()
+
+
+def is_signed_by_hex(public_key: str, content: bytes, signature: bytes) -> bool:
+    """Like `is_signed_by`, for a public key as hexadecimal digits. Raises ValueError for other text."""
+    return _is_valid(Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)), content, signature)
+
+
+def _is_valid(key: Ed25519PublicKey, content: bytes, signature: bytes) -> bool:
     try:
-        _public_key(public_key).verify(signature, content)
+        key.verify(signature, content)
     except InvalidSignature:
         return False
     return True

@@ -29,7 +29,7 @@ from crcjax.predict.forward import Forward
 from crcjax.predict.stored_bags import Evaluation
 from crcjax.runs.checkpoint import Checkpointer, restore_params
 from crcjax.runs.retention import Retention
-from crcjax.runs.run_directory import code_facts, start_run
+from crcjax.runs.run_directory import start_run, training_facts
 from crcjax.runs.train_state import TrainState
 from crcjax.train.evaluate import TaskEvaluation
 from crcjax.train.memory_budget import Budget, MicroBatches, memory_errors, record_micro_batches
@@ -155,7 +155,7 @@ class Record:
             keep,
             timeout_s=config.train.save_timeout_s,
             signing_key=Path(config.train.signing_key) if config.train.signing_key else None,
-            about={**code_facts(), "config": config.to_dict()},
+            about=training_facts(config, run),
             on_event=EventLog(run / "events.jsonl").append,
         )
         self.metrics = IntervalMetrics()
