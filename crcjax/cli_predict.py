@@ -51,6 +51,10 @@ def predict(
     workers: Annotated[
         int | None, typer.Option(min=1, help="threads that decode tiles; by default one per core")
     ] = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(min=0, help="limit for the slides that are predicted at once; by default half of what is free"),
+    ] = None,
     pseudonym_key: PseudonymKey = None,
     store: Annotated[
         Path | None,
@@ -67,7 +71,8 @@ def predict(
     from crcjax.validation.calibration import load_calibration
 
     if store:
-        file_options = {"slides": slides, "--mpp": mpp, "--workers": workers, "--pseudonym-key": pseudonym_key}
+        file_options = {"slides": slides, "--mpp": mpp, "--workers": workers, "--memory-gib": memory_gib}
+        file_options |= {"--pseudonym-key": pseudonym_key}
         if conflicting := [name for name, value in file_options.items() if value]:
             raise InputError(f"--store cannot be combined with {' and '.join(conflicting)}; leave out one or the other")
     models, fitted = _models(run, bundle, trust, encoder_weights, calibration)
@@ -87,7 +92,13 @@ def predict(
     with progress_on_terminal() as progress:
         task = progress.add_task("predicting", total=len(jobs))
         rows = predict_slides(
-            predictor, jobs, out, threads=workers, calibration=checked, on_row=lambda row: progress.advance(task)
+            predictor,
+            jobs,
+            out,
+            threads=workers,
+            memory_bytes=None if memory_gib is None else max(1, int(memory_gib * 2**30)),
+            calibration=checked,
+            on_row=lambda row: progress.advance(task),
         )
     names = {job.slide_id: job.slide_id if pseudonym_key else str(job.path) for job in jobs}
     _print_predictions(rows, names, out)

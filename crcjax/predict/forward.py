@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import jax
@@ -48,8 +48,8 @@ class Forward:
     ):
         model.set_attributes(fused=True, raise_if_not_found=False)
         graph = nnx.graphdef(model)
-        devices = mesh.shape["data"]
-        self.chunk = -(-chunk // devices) * devices
+        self._devices = mesh.shape["data"]
+        self.chunk = -(-chunk // self._devices) * self._devices
         self._buckets = sorted(buckets)
         self.normaliser, self.stored = normaliser, stored
         self._over_data, self._replicated = over_data(mesh), replicated(mesh)
@@ -58,11 +58,11 @@ class Forward:
             model = nnx.merge(graph, params)
             if stored:
                 return model.encode_stored(tiles)
-            return model.encode(normaliser(tiles, stain) if normaliser and stain is not None else tiles)
+            return model.encode(normaliser.batch(tiles, stain) if normaliser and stain is not None else tiles)
 
         self._encode = jax.jit(
             encode,
-            in_shardings=(replicated(mesh), over_data(mesh), replicated(mesh)),
+            in_shardings=(replicated(mesh), over_data(mesh), over_data(mesh)),
             out_shardings=replicated(mesh),
         )
         self._pool = jax.jit(lambda params, *bag: nnx.merge(graph, params).pool(*bag))
@@ -75,12 +75,20 @@ class Forward:
         Args:
           params: the parameters, on the devices.
           tiles: pixels, or with `stored`, the features of a published encoder.
-          stain: the slide's stain estimate; required with a normaliser.
+          stain: the stain estimate of each region's slide, with the leading axis region; required with a normaliser.
         """
-        padding = [(0, self.chunk - len(tiles)), *[(0, 0)] * (tiles.ndim - 1)]
-        return self._encode(
-            params, jax.device_put(np.pad(tiles, padding), self._over_data), jax.device_put(stain, self._replicated)
-        )
+
+        def padded(array: np.ndarray) -> np.ndarray:
+            missing = self.chunk - len(array)
+            return np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)], mode="edge") if missing else array
+
+        return self._encode(params, *jax.device_put((padded(tiles), jax.tree.map(padded, stain)), self._over_data))
+
+    def halve(self, chunk: int) -> bool:
+        """Makes chunks smaller than `chunk`, which did not fit the memory; False if that is one region a device already."""
+        if self.chunk >= chunk > self._devices:
+            self.chunk = -(-(self.chunk // 2) // self._devices) * self._devices
+        return self.chunk < chunk
 
     def pool(
         self,
@@ -133,4 +141,20 @@ class Forward:
         self, params: Params, chunks: Iterable[Num[np.ndarray, "region slot *tile"]], stain: StainEstimate | None = None
     ) -> Float32[np.ndarray, "region slot feature"]:
         """Encodes one bag from chunks of its regions, each of `chunk` regions; the last may have fewer."""
-        return np.concatenate([jax.device_get(self.encode(params, tiles, stain))[: len(tiles)] for tiles in chunks])
+        encoded = (
+            jax.device_get(self.encode(params, tiles, by_region([stain], [len(tiles)])))[: len(tiles)]
+            for tiles in chunks
+        )
+        return np.concatenate(list(encoded))
+
+
+def by_region(stains: Sequence[StainEstimate | None], counts: Sequence[int]) -> StainEstimate | None:
+    """The stain estimate of each region, with the leading axis region.
+
+    Args:
+      stains: the estimate of each slide; None without normalisation.
+      counts: the number of regions of each slide.
+    """
+    if stains[0] is None:
+        return None
+    return jax.tree.map(lambda *leaves: np.repeat(np.stack(leaves), counts, axis=0), *stains)

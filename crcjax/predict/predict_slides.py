@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import numpy as np
 
 from crcjax.errors import SlideError
 from crcjax.models.mil import Prediction
+from crcjax.predict.engine import Engine, SlideInWork, SlideSource
 from crcjax.predict.evidence import write_evidence
-from crcjax.predict.heatmap import LONGEST_PX
 from crcjax.predict.predictor import Predictor, SlidePrediction
 from crcjax.predict.provenance import PredictedBy, row_without_prediction
 from crcjax.predict.results import PendingBag, Results, digest_of
 from crcjax.slides.preprocess.tile_slides import check_slide_ids
-from crcjax.slides.wsi.discovery import content_hash, without_names
-from crcjax.slides.wsi.slide import check_mpp, open_slide
+from crcjax.slides.wsi.discovery import bytes_of, content_hash, without_names
+from crcjax.slides.wsi.slide import check_mpp
 from crcjax.validation.calibration import Calibration
 from crcjax.validation.predictions_table import PredictionRow
 from crcjax.validation.statistics import entropy
@@ -61,6 +61,7 @@ def predict_slides(
     out: Path,
     *,
     threads: int | None = None,
+    memory_bytes: int | None = None,
     calibration: Calibration | None = None,
     on_row: Callable[[PredictionRow], None] = lambda row: None,
 ) -> list[PredictionRow]:
@@ -75,6 +76,7 @@ def predict_slides(
       jobs: the slides.
       out: the folder.
       threads: threads that decode tiles; by default, one per usable core.
+      memory_bytes: the limit for the slides in work (see `Engine`).
       calibration: its temperature changes the probabilities and `entropy`, and its thresholds give `conformal_set`;
         `expected_entropy` and `mutual_information` remain those of the model.
       on_row: called with each row once it is written, and at the start with the rows of an earlier run.
@@ -94,9 +96,14 @@ def predict_slides(
     by = predictor.predicted_by(calibration)
     bags = [_bag(predictor, slides, calibration, by) for slides in jobs_by_bag]
     with Results(out, predictor.classes, bags, on_row) as results:
-        for slides, bag in zip(jobs_by_bag, bags, strict=True):
-            if not results.has(bag):
-                results.add(_predict_bag(predictor, slides, bag, out, threads, calibration))
+        # The largest first, so that none is left to the end.
+        pending = [(jobs, bag) for jobs, bag in zip(jobs_by_bag, bags, strict=True) if not results.has(bag)]
+        pending.sort(key=lambda jobs_and_bag: -sum(bytes_of(job.path) for job in jobs_and_bag[0]))
+        sources = [[SlideSource(job.path, job.mpp, job.fallback_mpp) for job in jobs] for jobs, _ in pending]
+        engine = Engine(predictor, threads, memory_bytes)
+        with closing(engine.bags(sources)) as encoded:
+            for number, slides in encoded:
+                results.add(_predict_bag(predictor, *pending[number], slides, out, calibration))
     return [results.rows[job.slide_id] for job in jobs]
 
 
@@ -134,12 +141,12 @@ def _bags(jobs: Sequence[PredictJob], unit: str) -> list[list[PredictJob]]:
 
 @dataclass
 class _Slide:
-    """A slide that is being predicted; `failure` is the cause and the reason if it cannot be predicted."""
+    """A slide of a bag that is being predicted; `failure` is the cause and the reason if it cannot be predicted."""
 
     job: PredictJob
     unpredicted: PredictionRow
     row: PredictionRow
-    begun: float = field(default_factory=time.monotonic)
+    work: SlideInWork
     failure: tuple[str, str] | None = None
 
     def finished(self) -> PredictionRow:
@@ -151,38 +158,33 @@ def _predict_bag(
     predictor: Predictor,
     jobs: Sequence[PredictJob],
     bag: PendingBag,
+    works: Sequence[SlideInWork],
     out: Path,
-    threads: int,
     calibration: Calibration | None,
 ) -> list[PredictionRow]:
-    """Predicts one bag from those of its slides that can be read, and returns the rows of all of them."""
-    slides = [_Slide(job, row, row) for job, row in zip(jobs, bag.rows, strict=True)]
-    readable = []
-    with ExitStack() as files:
-        for slide in slides:
-            slide.begun = time.monotonic()
-            with _recording_failure(slide):
-                opened = files.enter_context(open_slide(slide.job.path, slide.job.mpp, slide.job.fallback_mpp))
-                readable.append((slide, opened, predictor.encode(opened, threads)))
-        predictions: list[SlidePrediction] = []
-        with _recording_failure(*(slide for slide, *_ in readable)):
-            predictions = predictor.predict_encoded([encoded for *_, encoded in readable]) if readable else []
-        for (slide, opened, _), prediction in zip(readable, predictions, strict=False):
-            with _recording_failure(slide):
-                calibrated_by = readable[0][0].job.slide_id
-                row = predicted_row(
-                    slide.row, prediction, predictor.classes, calibration, calibrated_by, slide.job.site
-                )
-                begun = time.monotonic()
-                thumbnail = opened.thumbnail(LONGEST_PX)
-                write_evidence(out, row, opened.info, prediction, predictor.attribution, thumbnail, bag.digest)
-                prediction.seconds["pictures"] = time.monotonic() - begun
-                slide.row = replace(
-                    row,
-                    reason=opened.info.warning,
-                    seconds={"total": time.monotonic() - slide.begun} | prediction.seconds,
-                    slide_sha256=opened.info.content_hash,
-                )
+    """Predicts one bag from those of its slides that could be read, and returns the rows of all of them."""
+    slides = [_Slide(job, row, row, work) for job, row, work in zip(jobs, bag.rows, works, strict=True)]
+    for slide in slides:
+        with _recording_failure(slide):
+            if slide.work.error is not None:
+                raise slide.work.error
+    encoded = [(slide, slide.work.encoded) for slide in slides if slide.work.encoded is not None]
+    predictions: list[SlidePrediction] = []
+    with _recording_failure(*(slide for slide, _ in encoded)):
+        predictions = predictor.predict_encoded([features for _, features in encoded]) if encoded else []
+    for (slide, _), prediction in zip(encoded, predictions, strict=False):
+        calibrated_by = encoded[0][0].job.slide_id
+        row = predicted_row(slide.row, prediction, predictor.classes, calibration, calibrated_by, slide.job.site)
+        info, begun = slide.work.info, time.monotonic()
+        assert info is not None
+        write_evidence(out, row, info, prediction, predictor.attribution, slide.work.thumbnail, bag.digest)
+        prediction.seconds["pictures"] = time.monotonic() - begun
+        slide.row = replace(
+            row,
+            reason=info.warning,
+            seconds={"total": time.monotonic() - slide.work.begun} | prediction.seconds,
+            slide_sha256=info.content_hash,
+        )
     return [slide.finished() for slide in slides]
 
 

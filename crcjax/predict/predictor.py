@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from crcjax.data.case_bags import separate_slides
 from crcjax.errors import InputError
-from crcjax.models.encoders.registry import has_published_encoder
-from crcjax.models.mil import Prediction, abstract_model, combine
-from crcjax.parallel.compilation_cache import use_compilation_cache
-from crcjax.parallel.mesh import local_mesh, replicated
-from crcjax.predict.attribution import Method, attention_for, attributor
-from crcjax.predict.feature_density import density_of, summary
-from crcjax.predict.forward import EncodedBag, Forward
+from crcjax.models.mil import Prediction
+from crcjax.predict.attribution import Method
+from crcjax.predict.member import Member, dropout_keys, pool_bag, split_by_slide
 from crcjax.predict.provenance import PredictedBy, pipeline_id
+from crcjax.predict.region_encoder import S, Shard, SlideStains, encode_regions
 from crcjax.runs.trained_model import (
     TrainedModel,
     check_ensemble,
     ensemble_id,
-    model_id_of,
     model_of_run,
     split_by,
 )
 from crcjax.slides.preprocess.tile_slides import read_shards
-from crcjax.slides.stain.methods import StainEstimate
-from crcjax.slides.stain.normalisation import slide_stain
+from crcjax.slides.stain.normalisation import SlideStain, slide_stain
 from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
 from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.slides.tiling.quality_control import slide_verdict
+from crcjax.slides.tiling.read import RegionTiles
 from crcjax.slides.wsi.slide import Slide
 from crcjax.validation.calibration import Calibration
 
@@ -50,6 +47,87 @@ class EncodedSlide:
     synthetic: bool
     seconds: dict[str, float]
     qc: QCResult
+
+
+class SlideEncoding:
+    """A slide whose regions are being read and encoded.
+
+    One thread may run through `shards` while another adds the features.
+
+    Args:
+      plan: its tiles.
+      synthetic: whether the slide is a synthetic one.
+      stains: its stain estimate for each ensemble member.
+      transform: the stain normalisation of its tiles before they are encoded, if the models were trained on such tiles.
+      visible_slots: the tiles of a region that the models use.
+      feature_sizes: the number of features by each member.
+      seconds: those of the stages so far.
+
+    Attributes:
+      waiting: regions given out by `shards` whose features were not added; exact once `shards` has ended.
+    """
+
+    def __init__(
+        self,
+        plan: TilePlan,
+        synthetic: bool,
+        stains: SlideStains,
+        transform: SlideStain | None,
+        visible_slots: Bool[np.ndarray, " slot"],
+        feature_sizes: Sequence[int],
+        seconds: dict[str, float],
+    ):
+        self.plan, self._synthetic, self._stains, self._transform = plan, synthetic, stains, transform
+        self._visible_slots, self._seconds = visible_slots, seconds
+        shape = len(plan.origin), plan.params.slots
+        self._features = [np.zeros((*shape, size), np.float32) for size in feature_sizes]
+        self._tiles: list[RegionTiles] = []
+        self._given_out = self._added = 0
+        self._read_at = time.monotonic()
+
+    @property
+    def waiting(self) -> int:
+        return self._given_out - self._added
+
+    def shards(
+        self, slide: Slide, threads: int, key: S, submit: Callable[[Callable[[], Any]], Future] | None = None
+    ) -> Iterator[Shard[S]]:
+        """Yields the regions with a tile that the models use, decoded by threads as in `read_shards`. Raises SlideError.
+
+        Args:
+          slide: the open slide.
+          threads: how many shards are read ahead.
+          key: the shards' `slide`.
+          submit: as in `read_shards`.
+        """
+        start = time.monotonic()
+        for first, tiles in read_shards(slide, self.plan, threads, transform=self._transform, submit=submit):
+            self._tiles.append(replace(tiles, pixels=tiles.pixels[:0], mask=tiles.mask & self._visible_slots))
+            shown = np.flatnonzero(self._tiles[-1].mask.any(axis=1))
+            self._given_out += len(shown)
+            if len(shown):
+                pixels = tiles.pixels if len(shown) == len(tiles.pixels) else tiles.pixels[shown]
+                yield Shard(key, first + shown, pixels, self._stains)
+        self._read_at = time.monotonic()
+        self._seconds["read"] = self._read_at - start
+
+    def add(
+        self, regions: Int[np.ndarray, " region"], features: Sequence[Float32[np.ndarray, "region slot feature"]]
+    ) -> None:
+        """Adds the features of some regions by each member."""
+        for whole, part in zip(self._features, features, strict=True):
+            whole[regions] = part
+        self._added += len(regions)
+
+    def finished(self) -> EncodedSlide:
+        """The encoded slide; regions without a tile that the models use have features of zero."""
+        params = self.plan.params
+        mask, quality, reason = (
+            np.concatenate([getattr(tiles, name) for tiles in self._tiles]) for name in ("mask", "quality", "reason")
+        )
+        qc = slide_verdict(quality, reason, params.quality, params.keep_all)
+        seconds = self._seconds | {"encode": time.monotonic() - self._read_at}
+        return EncodedSlide(self._features, self.plan, mask, self._synthetic, seconds, QCResult.from_json(qc))
 
 
 @dataclass(frozen=True)
@@ -118,29 +196,30 @@ class Predictor:
         return self.predict_encoded([self.encode(slide, threads)])[0]
 
     def encode(self, slide: Slide, threads: int) -> EncodedSlide:
-        """Encodes an open slide; `threads` decode its tiles ahead of the encoder. Raises SlideError."""
+        """Encodes an open slide; `threads` decode its tiles ahead of the encoder. Raises SlideError, JaxRuntimeError."""
+        encoding = self.begin(slide)
+        for result in encode_regions(self.members, encoding.shards(slide, threads, None)):
+            if isinstance(result, tuple):
+                raise result[1]
+            encoding.add(result.regions, result.features)
+        return encoding.finished()
+
+    def begin(self, slide: Slide) -> SlideEncoding:
+        """Plans an open slide's tiles and estimates its stain. Raises SlideError."""
         start = time.monotonic()
         plan = plan_tiles(slide, self.tiling)
-        seconds = {"plan": time.monotonic() - start, "wait": 0.0, "encode": 0.0}
+        planned = time.monotonic()
         normalisers = [member.forward.normaliser for member in self.members]
         stains = [normaliser.of_slide(slide, plan) if normaliser else None for normaliser in normalisers]
         transform = slide_stain(slide, plan)
-        seconds["stain"] = time.monotonic() - start - seconds["plan"]
-        features: list[list[np.ndarray]] = [[] for _ in self.members]
-        masks, quality, reason = [], [], []
-        shards = self._timed(read_shards(slide, plan, threads, transform=transform), seconds, "wait")
-        for _, tiles in shards:
-            begun = time.monotonic()
-            for member, stain, chunks in zip(self.members, stains, features, strict=True):
-                chunks.extend(member.encode(tiles.pixels, stain))
-            masks.append(tiles.mask & self._visible_slots)
-            quality.append(tiles.quality)
-            reason.append(tiles.reason)
-            seconds["encode"] += time.monotonic() - begun
-        by_member = [np.concatenate(chunks) for chunks in features]
-        qc = slide_verdict(np.concatenate(quality), np.concatenate(reason), plan.params.quality, plan.params.keep_all)
-        mask = np.concatenate(masks)
-        return EncodedSlide(by_member, plan, mask, slide.info.synthetic, seconds, QCResult.from_json(qc))
+        seconds = {"plan": planned - start, "stain": time.monotonic() - planned}
+        sizes = [member.feature_size for member in self.members]
+        return SlideEncoding(plan, slide.info.synthetic, stains, transform, self._visible_slots, sizes, seconds)
+
+    @property
+    def feature_bytes(self) -> int:
+        """The bytes of one tile's features by all members."""
+        return sum(member.feature_size for member in self.members) * np.dtype(np.float32).itemsize
 
     def predict_encoded(self, slides: Sequence[EncodedSlide]) -> list[SlidePrediction]:
         """Predicts slides as one bag: they share the prediction, and each gets the attention of its regions."""
@@ -177,126 +256,7 @@ class Predictor:
         bags = [(of_member, mask, position) for of_member in features]
         return pool_bag(self.members, bags, self.attribution, self._keys)
 
-    @staticmethod
-    def _timed(shards: Iterator, seconds: dict[str, float], stage: str) -> Iterator:
-        """Passes shards on and adds the time of waiting for them to `seconds`: decoding that encoding did not hide."""
-        while True:
-            begun = time.monotonic()
-            shard = next(shards, None)
-            seconds[stage] += time.monotonic() - begun
-            if shard is None:
-                return
-            yield shard
-
 
 def opened_models(models: Sequence[str | Path | TrainedModel]) -> list[TrainedModel]:
     """Opens run directories; models that are open already stay as they are. Raises InputError."""
     return [model if isinstance(model, TrainedModel) else model_of_run(model) for model in models]
-
-
-class Member:
-    """One trained model, an ensemble member, with its parameters on the devices.
-
-    Args:
-      trained: the model.
-      attribution: the method of `attribution`.
-      stored: whether the bags hold stored features of a published encoder in place of pixels.
-
-    Raises:
-      InputError: the model cannot be read, or its published encoder's weights are needed and not known.
-    """
-
-    def __init__(self, trained: TrainedModel, attribution: Method, stored: bool = False):
-        use_compilation_cache()
-        config = trained.config
-        model = abstract_model(config.model, len(config.data.classes), trained.tiling.factors)
-        # Stored features need no encoder, and a bundle, which records the id, may be opened without its weights.
-        without_encoder = stored and bool(trained.model_id) and has_published_encoder(config.model)
-        if without_encoder:
-            del model.encoder.published  # type: ignore[attr-defined]
-        params, arrays = trained.restore(model), trained.density() if trained.density else None
-        self._density = density_of(arrays, trained.path) if arrays else None
-        self.model_id = trained.model_id if without_encoder else model_id_of(params, arrays)
-        if trained.model_id and self.model_id != trained.model_id:
-            raise InputError(
-                f"{trained.path}: its parameters are of model {self.model_id}, and it states {trained.model_id}; export it again"
-            )
-        mesh = local_mesh()
-        self.forward = Forward(
-            model, config.data.region_buckets, config.data.regions_per_bag, mesh, trained.normaliser, stored
-        )
-        self.params = jax.device_put(params, replicated(mesh))
-        self.attribute = None if attribution == "attention" else attributor(model, attribution)
-
-    def encode(
-        self, pixels: UInt8[np.ndarray, "region slot y x 3"], stain: StainEstimate | None
-    ) -> Iterator[np.ndarray]:
-        """Yields the features of a shard's regions, one chunk after the other."""
-        chunk = self.forward.chunk
-        for chunk_pixels in (pixels[first : first + chunk] for first in range(0, len(pixels), chunk)):
-            yield np.asarray(self.forward.encode(self.params, chunk_pixels, stain))[: len(chunk_pixels)]
-
-    def pool(self, bag: EncodedBag, key: Array | None = None) -> Prediction:
-        """Predicts one bag, its evidence scaled if the run has a feature density. With a key, dropout is active."""
-        prediction = self.forward.pool(self.params, *bag, key)
-        return self._density.scale_evidence(prediction, summary(*bag[:2])[None]) if self._density else prediction
-
-    def attribution(self, bag: EncodedBag, target: int) -> Float32[np.ndarray, "region slot"]:
-        """The contribution of each instance to a class (nats), by gradients or occlusion."""
-        assert self.attribute is not None
-        padded = (array[0] for array in self.forward.padded(*bag))
-        return np.asarray(self.attribute(self.params, *padded, target))[: len(bag[0])]
-
-
-def pool_bag(
-    members: Sequence[Member], bags: Sequence[EncodedBag], method: Method, keys: Sequence[Array | None] = (None,)
-) -> tuple[Prediction, Float[np.ndarray, "region slot"]]:
-    """Predicts one bag with an ensemble, and attributes the predicted class to its instances.
-
-    Args:
-      members: the ensemble members.
-      bags: the bag as encoded by each member.
-      method: the method of the attribution.
-      keys: every member predicts once per key with dropout; the key None predicts without.
-
-    Returns:
-      The combined prediction, and the attribution averaged over the members.
-    """
-    member_bags = list(zip(members, bags, strict=True))
-    combined = combine([member.pool(bag, key) for member, bag in member_bags for key in keys])
-    target = int(np.argmax(combined.probs[0]))
-    if method == "attention":
-        return combined, attention_for(combined, target)
-    return combined, np.mean([member.attribution(bag, target) for member, bag in member_bags], axis=0)
-
-
-def split_by_slide(
-    prediction: Prediction, attribution: Float[np.ndarray, "region slot"], regions: Sequence[int]
-) -> Iterator[tuple[Prediction, Float[np.ndarray, "_ slot"]]]:
-    """Splits the attention and attribution of a bag by slide; everything else of the prediction is shared.
-
-    Args:
-      prediction: the prediction of one bag.
-      attribution: the attribution of the bag.
-      regions: the number of regions of each slide.
-    """
-    ends = np.cumsum(regions)
-    for count, end in zip(regions, ends, strict=True):
-        rows = slice(end - count, end)
-        slide_prediction = replace(
-            prediction,
-            region_attention=prediction.region_attention[:, rows],
-            slot_attention=prediction.slot_attention[:, rows],
-            class_attention=prediction.class_attention[:, rows],
-        )
-        yield slide_prediction, attribution[rows]
-
-
-def dropout_keys(models: Sequence[TrainedModel], samples: int) -> list[Array | None]:
-    """The keys of `samples` predictions with dropout by each model, or [None] for one prediction without.
-
-    Raises InputError if the models were trained without dropout.
-    """
-    if samples and not models[0].config.model.dropout:
-        raise InputError(f"{models[0].path}: was trained without dropout; predict without --dropout-samples")
-    return [jax.random.fold_in(jax.random.key(0), sample) for sample in range(samples)] or [None]

@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -26,7 +27,7 @@ from crcjax.slides.tiling.plan import EVERYWHERE, TilePlan, TilingParams, Transf
 from crcjax.slides.tiling.quality_control import ABSENT, REASONS
 from crcjax.slides.tiling.read import Pack, RegionTiles, read_regions
 from crcjax.slides.tiling.regions_of_interest import Areas
-from crcjax.slides.wsi.discovery import slide_files, slide_id_fault, without_names
+from crcjax.slides.wsi.discovery import bytes_of, slide_id_fault, without_names
 from crcjax.slides.wsi.slide import Slide, SlideInfo, check_mpp, open_slide
 
 if TYPE_CHECKING:
@@ -57,10 +58,7 @@ class TileJob:
     @cached_property
     def size_bytes(self) -> int:
         """The bytes of all files of the slide when first asked for; 0 if it is missing or cannot be read."""
-        try:
-            return sum(file.stat().st_size for file in slide_files(self.path))
-        except OSError:
-            return 0
+        return bytes_of(self.path)
 
 
 def tile_slides(
@@ -214,16 +212,23 @@ def _stain_of(slide: Slide, plan: TilePlan) -> SlideStain | None:
 
 
 def read_shards(
-    slide: Slide, plan: TilePlan, threads: int, pack: Pack | None = None, transform: Transform | None = None
+    slide: Slide,
+    plan: TilePlan,
+    threads: int,
+    pack: Pack | None = None,
+    transform: Transform | None = None,
+    submit: Callable[[Callable[[], Any]], Future] | None = None,
 ) -> Iterator[tuple[int, RegionTiles]]:
     """Yields (first region, tiles) shard by shard in order, decoded and packed by `threads` threads, a few shards ahead.
+
+    The threads are those of another pool if `submit` is given (see `read_ahead`).
 
     Raises SlideError: `corrupt`, and at the end `no_tissue` if not one tile passed quality control.
     """
     regions, step, reason_counts, kept_tiles = len(plan.origin), shard_regions(plan.params), Counter[int](), 0
     firsts = range(0, regions, step)
     reads = (partial(read_regions, slide, plan, first, min(first + step, regions), pack, transform) for first in firsts)
-    with closing(read_ahead(reads, threads, ahead=threads)) as shards:
+    with closing(read_ahead(reads, threads, ahead=threads, submit=submit)) as shards:
         for first, tiles in zip(firsts, shards, strict=True):
             reason_counts.update(tiles.reason.ravel().tolist())
             kept_tiles += int(tiles.mask.sum())

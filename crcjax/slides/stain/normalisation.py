@@ -45,9 +45,9 @@ class StainNormaliser:
         return normalise(self.method, pixels, source, self.reference)
 
     def batch(
-        self, pixels: UInt8[Array, "batch region slot y x 3"], source: StainEstimate
-    ) -> UInt8[Array, "batch region slot y x 3"]:
-        """Normalises tiles of several slides; their estimates have a leading axis."""
+        self, pixels: UInt8[Array, "batch *tiles y x 3"], source: StainEstimate
+    ) -> UInt8[Array, "batch *tiles y x 3"]:
+        """Normalises tiles of several slides, or regions; their estimates have the same leading axis."""
         return jax.vmap(self)(pixels, source)
 
     def of_store(self, store: TileStore) -> StainEstimate:

@@ -154,6 +154,14 @@ def slide_files(path: Path) -> list[Path]:
     return [path]
 
 
+def bytes_of(path: Path) -> int:
+    """The bytes of all files of a slide; 0 if it is missing or cannot be read."""
+    try:
+        return sum(file.stat().st_size for file in slide_files(path))
+    except OSError:
+        return 0
+
+
 def _lacking_files(path: Path) -> list[str]:
     """Names the files that a slide needs and that do not exist."""
     suffix = path.suffix.lower()
