@@ -71,7 +71,12 @@ def predict(
     from crcjax.validation.calibration import load_calibration
 
     if store:
-        file_options = {"slides": slides, "--mpp": mpp, "--workers": workers, "--memory-gib": memory_gib}
+        file_options: dict[str, object] = {
+            "slides": slides,
+            "--mpp": mpp,
+            "--workers": workers,
+            "--memory-gib": memory_gib,
+        }
         file_options |= {"--pseudonym-key": pseudonym_key}
         if conflicting := [name for name, value in file_options.items() if value]:
             raise InputError(f"--store cannot be combined with {' and '.join(conflicting)}; leave out one or the other")

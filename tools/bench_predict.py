@@ -82,7 +82,8 @@ def stand_in_rows(predictor: Predictor, folder: Path) -> list[Row]:
     start = time.monotonic()
     predict_slides(predictor, jobs, folder / "real encoder")
     real = time.monotonic() - start
-    forward, busy = predictor.members[0].forward, []
+    forward = predictor.members[0].forward
+    busy: list[tuple[float, float]] = []
     features = np.zeros((forward.chunk, predictor.tiling.slots, predictor.members[0].feature_size), np.float32)
 
     class Pause:
@@ -100,7 +101,7 @@ def stand_in_rows(predictor: Predictor, folder: Path) -> list[Row]:
     forward._encode = lambda *_inputs: Pause()  # type: ignore[method-assign,assignment]
     predict_slides(predictor, jobs, folder / "stand-in encoder")
     whole = busy[-1][1] - busy[0][0]
-    idle = whole - STAND_IN_S * len(busy)
+    idle = round(whole - STAND_IN_S * len(busy), 3)
     name = f"{STAND_IN_SLIDES} slides of {SIZE_PX[0]} x {SIZE_PX[1]} px"
     return [
         Row(f"{name}, model of the demo", 3600 * len(jobs) / real, "slides/h"),
