@@ -19,7 +19,7 @@ PROBABILITY, ALPHA, SECONDS = "p_", "alpha_", "seconds_"
 # A prediction; a slide that quality control or tiling refused; anything else that left the slide without a prediction.
 OK, NOT_EVALUABLE, FAILED = STATUSES = ("ok", "not_evaluable", "failed")
 # The stages whose seconds crcjax predict writes; `wait` is the part of decoding that encoding did not hide.
-STAGES = ("total", "plan", "stain", "wait", "encode", "pool", "pictures")
+STAGES = ("total", "plan", "stain", "read", "encode", "pool", "pictures")
 # The text of an empty conformal set.
 _NO_CLASS = "none"
 _MEASURES = ("entropy", "expected_entropy", "mutual_information", "vacuity")

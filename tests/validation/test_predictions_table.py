@@ -48,7 +48,7 @@ def test_the_columns_are_those_that_all_readers_of_the_table_expect_and_a_few_mo
             "qc_coverage",
             "qc_reasons",
         ),
-        *("seconds_total", "seconds_plan", "seconds_stain", "seconds_wait", "seconds_encode", "seconds_pool"),
+        *("seconds_total", "seconds_plan", "seconds_stain", "seconds_read", "seconds_encode", "seconds_pool"),
         *("seconds_pictures", "slide_sha256", "bundle_id", "pipeline_id", "split", "synthetic", "model"),
     ]
 
