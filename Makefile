@@ -37,6 +37,8 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory system-packages
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	# Its requirement of an older orbax-checkpoint is not needed for what crcjax uses.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps jax2onnx==0.17.1
 	@touch $@
 
 # Debian and Ubuntu leave venv out of their python3; everything else comes from Python packages.

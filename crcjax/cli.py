@@ -82,6 +82,7 @@ def train(context: typer.Context) -> None:
 app.command()(supervise)
 app.command()(cli_predict.predict)
 app.command(context_settings={"ignore_unknown_options": True})(cli_predict.crossvalidate)
+app.command("export-model")(cli_predict.export_model)
 app.command()(cli_predict.calibrate)
 app.command()(cli_predict.validate)
 app.add_typer(cli_checkpoints.app, name="checkpoints")

@@ -55,6 +55,9 @@ def predict(
         float | None,
         typer.Option(min=0, help="limit for the slides that are predicted at once; by default half of what is free"),
     ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: only part I, from 1 to N, of the slides; the last writes the whole table")
+    ] = None,
     pseudonym_key: PseudonymKey = None,
     store: Annotated[
         Path | None,
@@ -76,8 +79,9 @@ def predict(
             "--mpp": mpp,
             "--workers": workers,
             "--memory-gib": memory_gib,
+            "--shard": shard,
+            "--pseudonym-key": pseudonym_key,
         }
-        file_options |= {"--pseudonym-key": pseudonym_key}
         if conflicting := [name for name, value in file_options.items() if value]:
             raise InputError(f"--store cannot be combined with {' and '.join(conflicting)}; leave out one or the other")
     models, fitted = _models(run, bundle, trust, encoder_weights, calibration)
@@ -95,18 +99,51 @@ def predict(
         for slide in named_slides(slides, cohort, pseudonym_key)
     ]
     with progress_on_terminal() as progress:
-        task = progress.add_task("predicting", total=len(jobs))
+        task = progress.add_task("predicting", total=None)
         rows = predict_slides(
             predictor,
             jobs,
             out,
             threads=workers,
             memory_bytes=None if memory_gib is None else max(1, int(memory_gib * 2**30)),
+            shard=shard,
             calibration=checked,
+            on_start=lambda slides: progress.update(task, total=slides),
             on_row=lambda row: progress.advance(task),
         )
+    if shard and not (out / "predictions.csv").exists():
+        STDERR.print(f"other shards have not ended; the last writes {out / 'predictions.csv'}", markup=False)
     names = {job.slide_id: job.slide_id if pseudonym_key else str(job.path) for job in jobs}
     _print_predictions(rows, names, out)
+
+
+def export_model(
+    out: Annotated[Path, typer.Option(help="folder of the graphs and model.json, new")],
+    run: Annotated[
+        list[Path] | None, typer.Option("--run", help="the --workdir of a training; repeated, an ensemble")
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="bundle of crcjax checkpoints export, in place of --run")] = None,
+    trust: Annotated[
+        list[Path] | None, typer.Option(help="public key that must have signed the bundle; repeated, any of them")
+    ] = None,
+    encoder_weights: Annotated[
+        Path | None, typer.Option(help="weights of the published encoder that the bundle names by hash")
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="onnx or stablehlo; repeated; both by default")
+    ] = None,
+) -> None:
+    """Writes a model's encoder and aggregator as ONNX and StableHLO graphs for other runtimes (see docs/export.md).
+
+    Every graph is run and compared with the model before it is written.
+    """
+    from crcjax.predict.export_model import FORMATS
+    from crcjax.predict.export_model import export_model as export
+
+    models, _ = _models(run, bundle, trust, encoder_weights, None)
+    for graph in export(models, out, formats or FORMATS):
+        size, difference = f"{graph.size_bytes / 2**20:.2f} MiB", f"{graph.largest_difference:.1e}"
+        STDERR.print(f"{graph.file}: {size}, at most {difference} from the model", markup=False)
 
 
 def crossvalidate(

@@ -112,7 +112,7 @@ def test_tiling_looks_up_the_files_of_each_slide_once(
     crcjax: Command, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from crcjax.data import slide_selection
-    from crcjax.slides.preprocess import tile_slides
+    from crcjax.slides.wsi import discovery
 
     searches, lookups = [], []
 
@@ -124,9 +124,9 @@ def test_tiling_looks_up_the_files_of_each_slide_once(
         lookups.append(path.name)
         return files_of(path)
 
-    find_all, files_of = slide_selection.find_slides, tile_slides.slide_files
+    find_all, files_of = slide_selection.find_slides, discovery.slide_files
     monkeypatch.setattr(slide_selection, "find_slides", find_slides)
-    monkeypatch.setattr(tile_slides, "slide_files", slide_files)
+    monkeypatch.setattr(discovery, "slide_files", slide_files)
     done = crcjax("tile", slides / "empty.svs", slides / "text.svs", "--out", tmp_path, "--shard", "1/1")
     assert done.returncode == 1
     assert "0 of 2 slides tiled" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +18,12 @@ from crcjax.parallel.mesh import local_mesh, replicated
 from crcjax.predict.attribution import Method, attention_for, attributor
 from crcjax.predict.feature_density import density_of, summary
 from crcjax.predict.forward import EncodedBag, Forward
-from crcjax.runs.trained_model import TrainedModel, model_id_of
+from crcjax.runs.trained_model import TrainedModel, model_id_of, model_of_run
+
+
+def opened_models(models: Sequence[str | Path | TrainedModel]) -> list[TrainedModel]:
+    """Opens run directories; models that are open already stay as they are. Raises InputError."""
+    return [model if isinstance(model, TrainedModel) else model_of_run(model) for model in models]
 
 
 class Member:

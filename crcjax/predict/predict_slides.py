@@ -19,7 +19,8 @@ from crcjax.predict.engine import Engine, SlideInWork, SlideSource
 from crcjax.predict.evidence import write_evidence
 from crcjax.predict.predictor import Predictor, SlidePrediction
 from crcjax.predict.provenance import PredictedBy, row_without_prediction
-from crcjax.predict.results import PendingBag, Results, digest_of
+from crcjax.predict.results import PendingBag, Results, digest_of, join_shards
+from crcjax.slides.jobs.shards import largest_first, names_of_shard, shard_numbers
 from crcjax.slides.preprocess.tile_slides import check_slide_ids
 from crcjax.slides.wsi.discovery import bytes_of, content_hash, without_names
 from crcjax.slides.wsi.slide import check_mpp
@@ -62,7 +63,9 @@ def predict_slides(
     *,
     threads: int | None = None,
     memory_bytes: int | None = None,
+    shard: str | None = None,
     calibration: Calibration | None = None,
+    on_start: Callable[[int], None] = lambda slides: None,
     on_row: Callable[[PredictionRow], None] = lambda row: None,
 ) -> list[PredictionRow]:
     """Predicts slides and writes OUT/predictions.csv, OUT/heatmaps/SLIDE_ID.png and OUT/attention/SLIDE_ID.npz.
@@ -77,12 +80,15 @@ def predict_slides(
       out: the folder.
       threads: threads that decode tiles; by default, one per usable core.
       memory_bytes: the limit for the slides in work (see `Engine`).
+      shard: I/N, to predict only part I of the slides, or of the cases, by size: N processes with the same jobs and `out` predict
+        all of them. Each writes a table of its own, OUT/predictions-I-of-N.csv, and the last one OUT/predictions.csv.
       calibration: its temperature changes the probabilities and `entropy`, and its thresholds give `conformal_set`;
         `expected_entropy` and `mutual_information` remain those of the model.
+      on_start: called with the number of slides that are to have a row.
       on_row: called with each row once it is written, and at the start with the rows of an earlier run.
 
     Returns:
-      The rows in the order of the jobs.
+      The rows in the order of the jobs; with a shard, its own.
 
     Raises:
       InputError: a slide id occurs twice or cannot name a file, or an mpp is impossible; nothing is written in these cases.
@@ -95,16 +101,21 @@ def predict_slides(
     jobs_by_bag = _bags(jobs, predictor.unit)
     by = predictor.predicted_by(calibration)
     bags = [_bag(predictor, slides, calibration, by) for slides in jobs_by_bag]
-    with Results(out, predictor.classes, bags, on_row) as results:
-        # The largest first, so that none is left to the end.
-        pending = [(jobs, bag) for jobs, bag in zip(jobs_by_bag, bags, strict=True) if not results.has(bag)]
-        pending.sort(key=lambda jobs_and_bag: -sum(bytes_of(job.path) for job in jobs_and_bag[0]))
+    sizes = {slides[0].slide_id: sum(bytes_of(job.path) for job in slides) for slides in jobs_by_bag}
+    mine = set(names_of_shard(sizes, shard)) if shard else set(sizes)
+    mine_bags = [bag for bag in bags if bag.rows[0].slide_id in mine]
+    on_start(sum(len(bag.rows) for bag in mine_bags))
+    with Results(out, predictor.classes, mine_bags, on_row, shard) as results:
+        work = {slides[0].slide_id: (slides, bag) for slides, bag in zip(jobs_by_bag, bags, strict=True)}
+        pending = [work[name] for name in largest_first(sizes) if name in mine and not results.has(work[name][1])]
         sources = [[SlideSource(job.path, job.mpp, job.fallback_mpp) for job in jobs] for jobs, _ in pending]
         engine = Engine(predictor, threads, memory_bytes)
         with closing(engine.bags(sources)) as encoded:
             for number, slides in encoded:
                 results.add(_predict_bag(predictor, *pending[number], slides, out, calibration))
-    return [results.rows[job.slide_id] for job in jobs]
+    if shard:
+        join_shards(out, predictor.classes, bags, shard_numbers(shard)[1])
+    return [results.rows[job.slide_id] for job in jobs if job.slide_id in results.rows]
 
 
 def _bag(

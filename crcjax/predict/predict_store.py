@@ -15,9 +15,9 @@ from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError
 from crcjax.predict.attribution import Method
 from crcjax.predict.evidence import write_evidence
-from crcjax.predict.member import Member, dropout_keys, pool_bag, split_by_slide
+from crcjax.predict.member import Member, dropout_keys, opened_models, pool_bag, split_by_slide
 from crcjax.predict.predict_slides import predicted_row
-from crcjax.predict.predictor import SlidePrediction, opened_models
+from crcjax.predict.predictor import SlidePrediction
 from crcjax.predict.provenance import PredictedBy, pipeline_id, row_without_prediction
 from crcjax.predict.results import PendingBag, Results, digest_of
 from crcjax.predict.stored_bags import Evaluation

@@ -16,14 +16,13 @@ from crcjax.data.case_bags import separate_slides
 from crcjax.errors import InputError
 from crcjax.models.mil import Prediction
 from crcjax.predict.attribution import Method
-from crcjax.predict.member import Member, dropout_keys, pool_bag, split_by_slide
+from crcjax.predict.member import Member, dropout_keys, opened_models, pool_bag, split_by_slide
 from crcjax.predict.provenance import PredictedBy, pipeline_id
 from crcjax.predict.region_encoder import S, Shard, SlideStains, encode_regions
 from crcjax.runs.trained_model import (
     TrainedModel,
     check_ensemble,
     ensemble_id,
-    model_of_run,
     split_by,
 )
 from crcjax.slides.preprocess.tile_slides import read_shards
@@ -255,8 +254,3 @@ class Predictor:
         """Predicts one bag from each member's features, and attributes the predicted class to its instances."""
         bags = [(of_member, mask, position) for of_member in features]
         return pool_bag(self.members, bags, self.attribution, self._keys)
-
-
-def opened_models(models: Sequence[str | Path | TrainedModel]) -> list[TrainedModel]:
-    """Opens run directories; models that are open already stay as they are. Raises InputError."""
-    return [model if isinstance(model, TrainedModel) else model_of_run(model) for model in models]

@@ -15,8 +15,11 @@ from typing import IO
 from crcjax.errors import writing
 from crcjax.predict.attribution import Method
 from crcjax.predict.evidence import evidence_digest, remove_evidence, slides_with_evidence
+from crcjax.slides.jobs.shards import shard_numbers
 from crcjax.validation.calibration import Calibration
 from crcjax.validation.predictions_table import PredictionRow, columns, read_partial, write_predictions
+
+TABLE = "predictions.csv"
 
 
 @dataclass
@@ -54,6 +57,8 @@ class Results:
       classes: the classes in the order of the probabilities.
       bags: all bags, in the order of the finished table.
       on_row: called with each row once it is written; on entering, with each kept row.
+      shard: I/N, if other processes write the rows of other bags to the same folder: the table is
+        OUT/predictions-I-of-N.csv then, and only evidence of these bags is removed.
 
     Attributes:
       rows: the written rows by slide id.
@@ -65,8 +70,10 @@ class Results:
         classes: Sequence[str],
         bags: Sequence[PendingBag],
         on_row: Callable[[PredictionRow], None] = lambda row: None,
+        shard: str | None = None,
     ):
-        self._out, self._path, self._classes = out, out / "predictions.csv", classes
+        self._out, self._classes, self._is_shard = out, classes, shard is not None
+        self._path = out / (_shard_table(*shard_numbers(shard)) if shard else TABLE)
         self._bags, self._on_row = bags, on_row
         self.rows: dict[str, PredictionRow] = {}
         self._file: IO[str] | None = None
@@ -85,7 +92,12 @@ class Results:
                     )
         with writing(self._out):
             write_predictions(self._path, list(self.rows.values()), self._classes)
-            for slide_id in (set(earlier) | slides_with_evidence(self._out)) - set(self.rows):
+            if self._is_shard:
+                (self._out / TABLE).unlink(missing_ok=True)
+                others = {row.slide_id for bag in self._bags for row in bag.rows}
+            else:
+                others = slides_with_evidence(self._out)
+            for slide_id in (set(earlier) | others) - set(self.rows):
                 remove_evidence(self._out, slide_id)
             self._file = open(self._path, "a", newline="", buffering=1)
         for row in list(self.rows.values()):
@@ -122,6 +134,35 @@ class Results:
             return False
         digests = {evidence_digest(self._out, row.slide_id) for row in bag.rows}
         return digests == {bag.digest} and bool(bag.digest)
+
+
+def join_shards(out: Path, classes: Sequence[str], bags: Sequence[PendingBag], count: int) -> None:
+    """Writes OUT/predictions.csv from the tables of all shards if these have all rows.
+
+    A shard that has not begun again since its slides changed counts with its earlier rows, until it ends.
+
+    Args:
+      out: the folder.
+      classes: the classes in the order of the probabilities.
+      bags: the bags of all shards, in the order of the table.
+      count: the number of shards.
+
+    Raises:
+      OutputError: the folder cannot be written.
+    """
+    with writing(out):
+        tables = [read_partial(out / _shard_table(number, count), classes) for number in range(1, count + 1)]
+    found = {slide_id: row for table in tables for slide_id, row in table.items()}
+    wanted = [row for bag in bags for row in bag.rows]
+    if all(row.slide_id in found and _predicted_by(found[row.slide_id]) == _predicted_by(row) for row in wanted):
+        with writing(out):
+            write_predictions(out / TABLE, [found[row.slide_id] for row in wanted], classes)
+            for slide_id in slides_with_evidence(out) - {row.slide_id for row in wanted}:
+                remove_evidence(out, slide_id)
+
+
+def _shard_table(number: int, count: int) -> str:
+    return f"predictions-{number}-of-{count}.csv"
 
 
 def _predicted_by(row: PredictionRow) -> tuple[str, str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from crcjax.data.cohort import load_cohort
-from crcjax.errors import OutputError
+from crcjax.errors import InputError, OutputError
 from crcjax.predict.predict_slides import PredictJob, predict_slides
 from crcjax.predict.predict_store import predict_stored
 from crcjax.predict.predictor import Predictor
@@ -127,6 +127,34 @@ def test_failed_slides_are_tried_again_and_changed_slides_models_and_files_predi
         assert _files(out) == {line.split(",")[0]}
     finally:
         predictor.model_id = earlier
+
+
+def test_shards_predict_every_slide_once_and_the_last_one_writes_the_whole_table(
+    predictor: Predictor, jobs: list[PredictJob], encoded: list[str], tmp_path: Path
+) -> None:
+    names = [job.slide_id for job in jobs]
+    predict_slides(predictor, jobs, tmp_path / "whole")
+    out = tmp_path / "out"
+    encoded.clear()
+    starts: list[int] = []
+    first = predict_slides(predictor, jobs, out, shard="1/2", on_start=starts.append)
+    assert not (out / "predictions.csv").exists()
+    assert _files(out) == {row.slide_id for row in first}
+    with pytest.raises(Killed):
+        predict_slides(predictor, jobs, out, shard="2/2", on_row=_killer(1))
+    encoded.clear()
+    second = predict_slides(predictor, jobs, out, shard="2/2", on_start=starts.append)
+    assert starts == [len(first), len(second)]
+    assert sorted(row.slide_id for row in first + second) == names
+    assert len(encoded) == len(second) - 1
+    assert _table(out) == _table(tmp_path / "whole")
+    # A slide that is not asked for any more leaves neither a row nor a picture.
+    for number in (1, 2):
+        predict_slides(predictor, jobs[1:], out, shard=f"{number}/2")
+    assert [line.split(",")[0] for line in _table(out)[1:]] == names[1:]
+    assert _files(out) == set(names[1:])
+    with pytest.raises(InputError, match="write I/N"):
+        predict_slides(predictor, jobs, out, shard="3/2")
 
 
 def test_a_killed_prediction_of_a_store_resumes(

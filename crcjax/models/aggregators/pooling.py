@@ -75,7 +75,7 @@ class MaxPool(nnx.Module):
         has_maximum = (valid & (values == largest[:, None])).astype(jnp.float32)
         shares = (has_maximum / jnp.maximum(has_maximum.sum(axis=1, keepdims=True), 1.0)).mean(axis=-1, keepdims=True)
         embedding = jnp.where(bag.mask.any(axis=1)[:, None], largest, 0.0)
-        return Pooled(self.classify(embedding), embedding, shares, jnp.zeros(len(embedding)))
+        return Pooled(self.classify(embedding), embedding, shares, jnp.zeros(embedding.shape[0]))
 
 
 class ABMIL(nnx.Module):
@@ -118,7 +118,7 @@ class CLAM(nnx.Module):
         else:
             # The logit of a class uses the branch of that class only.
             logits = jnp.einsum("bkk->bk", self.classify(embeddings))
-        loss = jnp.zeros(len(logits)) if label is None else self._instance_loss(features, scores, bag.mask, label)
+        loss = jnp.zeros(logits.shape[0]) if label is None else self._instance_loss(features, scores, bag.mask, label)
         return Pooled(logits, embeddings.mean(axis=1), attention, loss)
 
     def _instance_loss(
@@ -173,14 +173,14 @@ class DSMIL(nnx.Module):
         scores = jnp.einsum("bnh,bkh->bnk", query, critical_query) / jnp.sqrt(query.shape[-1])
         attention = masked_softmax(scores, bag.mask)
         embeddings = jnp.einsum("bnk,bnf->bkf", attention, values)
-        logits = (highest + self.bag(embeddings.reshape(len(embeddings), -1))) / 2
-        loss = jnp.zeros(len(logits)) if label is None else _cross_entropy(highest, label)
+        logits = (highest + self.bag(embeddings.reshape(embeddings.shape[0], -1))) / 2
+        loss = jnp.zeros(logits.shape[0]) if label is None else _cross_entropy(highest, label)
         return Pooled(logits, embeddings.mean(axis=1), attention, loss)
 
 
 def _weighted(bag: Instances, attention: Float32[Array, "batch instance 1"], classify: nnx.Linear) -> Pooled:
     embedding = jnp.einsum("bnk,bnf->bf", attention, bag.features.astype(jnp.float32))
-    return Pooled(classify(embedding), embedding, attention, jnp.zeros(len(embedding)))
+    return Pooled(classify(embedding), embedding, attention, jnp.zeros(embedding.shape[0]))
 
 
 def _rank(scores: Float32[Array, "batch instance branch"]) -> Int[Array, "batch instance branch"]:

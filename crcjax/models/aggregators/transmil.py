@@ -52,7 +52,7 @@ class TransMIL(nnx.Module):
 
     def __call__(self, bag: Instances, label: Int[Array, " batch"] | None = None) -> Pooled:
         embedding, attention = jax.vmap(self._pool_bag)(bag.features, bag.mask, bag.position)
-        return Pooled(self.classify(embedding), embedding, attention[..., None], jnp.zeros(len(embedding)))
+        return Pooled(self.classify(embedding), embedding, attention[..., None], jnp.zeros(embedding.shape[0]))
 
     def _pool_bag(
         self,
@@ -141,7 +141,7 @@ class NystromLayer(nnx.Module):
         """Each head's values convolved along the sequence with the head's own kernel."""
         width = value.shape[-1]
         kernel = jnp.repeat(self.residual[...][:, 0], width, axis=1)
-        return _convolved(value.reshape(len(value), -1), kernel).reshape(value.shape)
+        return _convolved(value.reshape(value.shape[0], -1), kernel).reshape(value.shape)
 
 
 def _weights(

@@ -41,7 +41,7 @@ class CompactEncoder(nnx.Module):
             # The input is already centred optical density; a norm of the first maps would cost more than all the rest.
             maps = merge(_patches(maps, stride))
             maps = jax.nn.gelu(maps if stride == 4 else norm(maps))
-        pixels_of_maps = maps.reshape(len(maps), -1, maps.shape[-1])
+        pixels_of_maps = maps.reshape(maps.shape[0], -1, maps.shape[-1])
         pooled = jnp.concatenate([pixels_of_maps.mean(axis=1), maximum_along(pixels_of_maps, 1)], axis=-1)
         return self.project(pooled)
 

@@ -60,7 +60,7 @@ class PretrainedEncoder:
         images = jnp.asarray(pixels).astype(jnp.float32)
         side = self.resize_px
         # Pillow resizes rows first and rounds to integer intensities before it resizes columns.
-        for shape in ((len(images), images.shape[1], side, 3), (len(images), side, side, 3)):
+        for shape in ((images.shape[0], images.shape[1], side, 3), (images.shape[0], side, side, 3)):
             if images.shape != shape:
                 resized = jax.image.resize(images, shape, self.resampling, antialias=True)
                 images = jnp.clip(jnp.floor(resized + 0.5), 0, 255)

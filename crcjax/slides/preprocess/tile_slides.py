@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from crcjax.errors import InputError, SlideError
 from crcjax.slides.jobs.read_ahead import read_ahead
+from crcjax.slides.jobs.shards import largest_first, names_of_shard
 from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.jobs.worker_pool import NO_LIMITS, Done, JobFailed, JobLimits, run_jobs
 from crcjax.slides.preprocess.manifest import Outcome, append_outcome, tiled_in_manifest
@@ -292,8 +293,8 @@ def _check_same_params(store: Path, params: TilingParams) -> None:
 
 
 def _largest_first(jobs: Sequence[TileJob]) -> list[TileJob]:
-    """Orders jobs by size, so that no large slide is left to the end; slides of one size are ordered by their ids."""
-    return sorted(jobs, key=lambda job: (-job.size_bytes, job.slide_id))
+    job_of = {job.slide_id: job for job in jobs}
+    return [job_of[name] for name in largest_first({name: job.size_bytes for name, job in job_of.items()})]
 
 
 def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:
@@ -303,16 +304,5 @@ def shard_of(jobs: Sequence[TileJob], shard: str) -> list[TileJob]:
     Raises InputError, also if two jobs share a slide id.
     """
     _check_distinct([(job.slide_id, job.name) for job in jobs])
-    try:
-        number, count = map(int, shard.split("/"))
-        if not 1 <= number <= count:
-            raise ValueError
-    except ValueError:
-        raise InputError(f"shard {shard!r}: write I/N with I from 1 to N, such as 3/8") from None
-    loads, mine = [0] * count, []
-    for job in _largest_first(jobs):
-        least = loads.index(min(loads))
-        loads[least] += max(1, job.size_bytes)
-        if least == number - 1:
-            mine.append(job)
-    return mine
+    job_of = {job.slide_id: job for job in jobs}
+    return [job_of[name] for name in names_of_shard({name: job.size_bytes for name, job in job_of.items()}, shard)]
