@@ -94,10 +94,11 @@ class Results:
             write_predictions(self._path, list(self.rows.values()), self._classes)
             if self._is_shard:
                 (self._out / TABLE).unlink(missing_ok=True)
+                # Slides of its earlier table may belong to another shard now.
                 others = {row.slide_id for bag in self._bags for row in bag.rows}
             else:
-                others = slides_with_evidence(self._out)
-            for slide_id in (set(earlier) | others) - set(self.rows):
+                others = set(earlier) | slides_with_evidence(self._out)
+            for slide_id in others - set(self.rows):
                 remove_evidence(self._out, slide_id)
             self._file = open(self._path, "a", newline="", buffering=1)
         for row in list(self.rows.values()):

@@ -113,7 +113,7 @@ def test_a_run_by_case_predicts_every_slide_of_a_case_alike_and_is_validated(
     assert len({row.case_id for row in rows}) == len(rows) / 2
     for case in {row.case_id for row in rows}:
         one, other = (row for row in rows if row.case_id == case)
-        assert (one.probs, one.vacuity, one.subtype) == (other.probs, other.vacuity, other.subtype)
+        assert (one.probs, one.vacuity, one.call) == (other.probs, other.vacuity, other.call)
         shares = [np.load(tmp_path / "out" / "attention" / f"{row.slide_id}.npz")["attention"] for row in (one, other)]
         assert sum(share.sum() for share in shares) == pytest.approx(1, abs=1e-5)
         assert all(share.sum() > 0 for share in shares)
