@@ -142,8 +142,8 @@ def _graphs(model: MILModel, trained: TrainedModel, number: int) -> list[Graph]:
         mask: Float32[Array, "region slot"],
         position: Float32[Array, "region 2"],
     ) -> tuple[Array, ...]:
-        found = nnx.merge(graph, state).pool(features[None], mask[None] > 0.5, position[None])
-        return tuple(getattr(found, name)[0] for name in names)
+        prediction = nnx.merge(graph, state).pool(features[None], mask[None] > 0.5, position[None])
+        return tuple(getattr(prediction, name)[0] for name in names)
 
     tiles = (("tiles", jnp.uint8, ("n", side, side, 3)),)
     bag = (

@@ -153,11 +153,11 @@ def join_shards(out: Path, classes: Sequence[str], bags: Sequence[PendingBag], c
     """
     with writing(out):
         tables = [read_partial(out / _shard_table(number, count), classes) for number in range(1, count + 1)]
-    found = {slide_id: row for table in tables for slide_id, row in table.items()}
+    row_of = {slide_id: row for table in tables for slide_id, row in table.items()}
     wanted = [row for bag in bags for row in bag.rows]
-    if all(row.slide_id in found and _predicted_by(found[row.slide_id]) == _predicted_by(row) for row in wanted):
+    if all(row.slide_id in row_of and _predicted_by(row_of[row.slide_id]) == _predicted_by(row) for row in wanted):
         with writing(out):
-            write_predictions(out / TABLE, [found[row.slide_id] for row in wanted], classes)
+            write_predictions(out / TABLE, [row_of[row.slide_id] for row in wanted], classes)
             for slide_id in slides_with_evidence(out) - {row.slide_id for row in wanted}:
                 remove_evidence(out, slide_id)
 
