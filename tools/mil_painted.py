@@ -43,8 +43,9 @@ from crcjax.slides.tiling.quality_control import QualityLimits
 from crcjax.train.loop import train
 from crcjax.train.losses import bag_losses
 from crcjax.validation.estimate import Estimate
-from crcjax.validation.selective import risk_coverage_area
-from crcjax.validation.statistics import Resamples, auroc, evaluate, percentile_interval
+from crcjax.validation.ranking import auroc_estimate
+from crcjax.validation.risk_coverage import selective_risk
+from crcjax.validation.statistics import evaluate
 
 CASES = {"train": 72, "val": 18, "test": 60}
 # Out-of-distribution slides of each kind.
@@ -214,7 +215,7 @@ def rows_of(seed: int, folder: Path) -> Iterator[dict]:
             yield (
                 {"seed": seed, "model": mil, "head": head_name}
                 | _figures(probs, uncertainty[""], test.label, cohort.classes, seed)
-                | {f"AUROC, {name}": _separation(uncertainty[""], uncertainty[name], seed) for name in ood_bags}
+                | {f"AUROC, {name}": _separation(uncertainty[""], uncertainty[name]) for name in ood_bags}
             )
 
 
@@ -229,25 +230,16 @@ def _figures(
 ) -> dict:
     statistics = evaluate(label, probs, classes, seed)
     wrong = probs.argmax(axis=1) != label
-    resampled = _resampled(len(label), seed, lambda chosen: risk_coverage_area(uncertainty[chosen], wrong[chosen]))
-    area = percentile_interval(risk_coverage_area(uncertainty, wrong), resampled, len(label))
     return {
         "balanced accuracy": _shown(statistics["balanced_accuracy"]),
-        "ECE (expected if calibrated)": f"{statistics['ECE']:.3f} ({statistics['ECE expected if calibrated']:.3f})",
-        "risk-coverage area": _shown(area),
+        "ECE (expected if calibrated)": f"{statistics['ECE'].value:.3f} ({statistics['ECE expected if calibrated']:.3f})",
+        "risk-coverage area": _shown(selective_risk(uncertainty, wrong, seed).area),
     }
 
 
-def _separation(known: np.ndarray, ood: np.ndarray, seed: int) -> str:
+def _separation(known: np.ndarray, ood: np.ndarray) -> str:
     positive = np.repeat([False, True], [len(known), len(ood)])
-    score = np.concatenate([known, ood])
-    resampled = _resampled(len(score), seed, lambda chosen: auroc(positive[chosen], score[chosen]))
-    return _shown(percentile_interval(auroc(positive, score), resampled, len(score)))
-
-
-def _resampled(count: int, seed: int, statistic) -> np.ndarray:  # type: ignore[no-untyped-def]
-    weights = Resamples.sample(count, seed).weights
-    return np.array([statistic(np.repeat(np.arange(count), weight)) for weight in weights])
+    return _shown(auroc_estimate(positive, np.concatenate([known, ood])))
 
 
 def _shown(estimate: Estimate) -> str:
@@ -261,7 +253,7 @@ def main(out: Path, seeds: list[int]) -> None:
         f"* All slides are synthetic: {CASES['train']} training cases and {CASES['test']} test cases of {len(SITES)} sites; bags of"
         " 5x and 10x.\n"
         f"* {STEPS} steps of {BATCH} bags; no model selection; one recipe for all models.\n"
-        "* Intervals: bootstrap over cases.\n"
+        "* Intervals of 95 %: delta method (balanced accuracy), bootstrap over cases (risk-coverage area), DeLong (AUROC).\n"
         f"* AUROC: how well a score separates {OOD_SLIDES} out-of-distribution slides of each kind, without quality control, from the"
         " test cases. The score is vacuity; with softmax, entropy; without a model, the feature density alone.\n"
         "* `evidential_density` is the model of the `evidential` row above, with its evidence scaled by feature density. The form of"

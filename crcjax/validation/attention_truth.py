@@ -10,7 +10,7 @@ import numpy as np
 from crcjax.errors import InputError
 from crcjax.slides.synthetic.truth import Truth, load_truth
 from crcjax.slides.tiling.box_shares import box_shares
-from crcjax.validation.statistics import auroc
+from crcjax.validation.ranking import auroc
 
 
 def attention_auroc(truth: Truth, attention_file: Path) -> float:

@@ -14,10 +14,12 @@ from scipy.optimize import minimize_scalar
 
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
+from crcjax.validation.conformal import conformal_threshold, nonconformity
 from crcjax.validation.load_predictions import load_predictions
 from crcjax.validation.predictions_table import probabilities_of
 from crcjax.validation.whole_files import write_whole
 
+# Methods of `crcjax calibrate`.
 METHODS = ("lac", "aps")
 # Temperatures are fitted within [1 / HOTTEST, HOTTEST]; a value beyond would rest on a few cases.
 HOTTEST = 10.0
@@ -157,35 +159,6 @@ def fit_temperature(probs: Float[np.ndarray, "case class"], label: Int[np.ndarra
 
     limit = math.log(HOTTEST)
     return math.exp(minimize_scalar(loss, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-5}).x)
-
-
-def nonconformity(
-    probs: Float[np.ndarray, "slide class"], method: str, uniforms: Float[np.ndarray, " slide"]
-) -> Float[np.ndarray, "slide class"]:
-    """The nonconformity score of every class.
-
-    LAC: 1 - p (Sadinle et al. 2019). APS: the probability of all more probable classes plus a random share of p (Romano et
-    al. 2020, equation 5).
-
-    Args:
-      probs: the model's probabilities.
-      method: "lac" or "aps".
-      uniforms: the random share of each slide, 0 to 1; only APS uses it.
-    """
-    if method == "lac":
-        return 1.0 - probs
-    above = np.where(probs[:, None, :] > probs[:, :, None], probs[:, None, :], 0.0).sum(axis=-1)
-    return above + uniforms[:, None] * probs
-
-
-def conformal_threshold(scores: Float[np.ndarray, " case"], error: float) -> float:
-    """The ⌈(n + 1)(1 - error)⌉-th smallest score of n cases; infinite, which makes all sets full, if n is too small.
-
-    A new score that is exchangeable with these does not exceed the threshold with a probability of at least 1 - error.
-    """
-    # Rounding first keeps floating-point errors out of the ceiling: (9 + 1)(1 - 0.1) must give 9.
-    rank = math.ceil(round((len(scores) + 1) * (1 - error), 9))
-    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else math.inf
 
 
 def _uniform(slide_id: str) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from crcjax.validation.statistics import calibration_bins
+from crcjax.validation.calibration_error import reliability_bins
 
 
 def _png(figure: Figure, synthetic: bool) -> bytes:
@@ -42,13 +42,15 @@ def confusion_figure(confusion: list[list[int]], classes: tuple[str, ...], synth
 def reliability_figure(label: np.ndarray, probs: np.ndarray, synthetic: bool) -> bytes:
     """Accuracy against confidence in ten bins, with the number of cases in each."""
     confidence, is_correct = probs.max(axis=1), probs.argmax(axis=1) == label
-    bins = calibration_bins(confidence, is_correct, bins=10)
+    bins = reliability_bins(confidence, is_correct, seed=0, bins=10)
     figure = Figure(figsize=(4.2, 3.8), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="grey", lw=1, ls="--")
-    axis.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o-", color="tab:blue")
+    axis.plot([b.confidence for b in bins], [b.accuracy.value for b in bins], "o-", color="tab:blue")
     for b in bins:
-        axis.annotate(f"n={b.cases}", (b.confidence, b.accuracy), (4, -10), textcoords="offset points", fontsize=7)
+        axis.annotate(
+            f"n={b.cases}", (b.confidence, b.accuracy.value), (4, -10), textcoords="offset points", fontsize=7
+        )
     axis.set(xlim=(1 / probs.shape[1] - 0.05, 1.03), ylim=(-0.05, 1.05), xlabel="confidence", ylabel="accuracy")
     return _png(figure, synthetic)
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
 
 from crcjax.data.cohort import SlideRow
 from crcjax.validation.estimate import Estimate
 from crcjax.validation.predictions_table import PredictionRow
-from crcjax.validation.statistics import wilson
+from crcjax.validation.proportions import wilson
+from crcjax.validation.risk_coverage import selective_risk
 
 # Measures that need several distributions: those of an evidential head, an ensemble or dropout.
 DISTRIBUTION_MEASURES = ("expected_entropy", "mutual_information")
 MEASURES = ("entropy", *DISTRIBUTION_MEASURES, "vacuity")
 
 
-def uncertainty_statistics(rows: Sequence[PredictionRow], slides: Sequence[SlideRow]) -> dict[str, Estimate | float]:
+def uncertainty_statistics(
+    rows: Sequence[PredictionRow], slides: Sequence[SlideRow], seed: int = 0
+) -> dict[str, Estimate | float]:
     """Computes the area under the risk-coverage curve of each uncertainty measure, and coverage and size of conformal sets.
 
     Only the first slide of each case counts, so that the cases are independent. A measure is omitted if a row lacks it. If
@@ -26,6 +28,7 @@ def uncertainty_statistics(rows: Sequence[PredictionRow], slides: Sequence[Slide
     Args:
       rows: rows with a prediction.
       slides: their labelled slides.
+      seed: the seed of the bootstrap.
     """
     first_slide = {slide.case_id: i for i, slide in reversed(list(enumerate(slides)))}
     pairs = [(rows[i], slides[i]) for i in sorted(first_slide.values())]
@@ -36,7 +39,7 @@ def uncertainty_statistics(rows: Sequence[PredictionRow], slides: Sequence[Slide
         values = [getattr(row, measure) for row, _ in pairs]
         if None not in values and not (is_single and measure in DISTRIBUTION_MEASURES):
             name = f"area under risk-coverage by {measure.replace('_', ' ')}"
-            statistics[name] = risk_coverage_area(np.array(values, float), misclassified)
+            statistics[name] = selective_risk(np.array(values, float), misclassified, seed).area
     sets = [row.conformal_set for row, _ in pairs if row.conformal_set is not None]
     if len(sets) == len(pairs):
         covers = np.array([slide.subtype in names for names, (_, slide) in zip(sets, pairs, strict=True)])
@@ -47,14 +50,3 @@ def uncertainty_statistics(rows: Sequence[PredictionRow], slides: Sequence[Slide
         for site in sorted(set(sites) - {""}):
             statistics[f"set coverage, {site}"] = wilson(int(covers[sites == site].sum()), int((sites == site).sum()))
     return statistics
-
-
-def risk_coverage_area(uncertainty: Float[np.ndarray, " case"], misclassified: Bool[np.ndarray, " case"]) -> float:
-    """The misclassified share of the least uncertain cases, averaged over all coverages (Geifman et al. 2019, eq. 1).
-
-    Cases of equal uncertainty contribute the mean over all their orders.
-    """
-    _, inverse = np.unique(uncertainty, return_inverse=True)
-    share = np.bincount(inverse, misclassified) / np.bincount(inverse)
-    ordered = share[np.sort(inverse)]
-    return float((ordered.cumsum() / np.arange(1, len(ordered) + 1)).mean())

@@ -6,7 +6,7 @@ import pytest
 from crcjax.errors import InputError, OutputError
 from crcjax.models.mil import Prediction
 from crcjax.predict.feature_density import Density, fit_density, is_fitted, load_density, summary
-from crcjax.validation.statistics import auroc
+from crcjax.validation.ranking import auroc
 
 FEATURES, REGIONS = 16, 30
 

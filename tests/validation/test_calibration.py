@@ -14,11 +14,10 @@ from crcjax.validation.calibration import (
     Calibration,
     at_temperature,
     calibrate,
-    conformal_threshold,
     fit_temperature,
     load_calibration,
-    nonconformity,
 )
+from crcjax.validation.conformal import conformal_threshold, nonconformity
 
 CLASSES = ("canonical", "immune", "stromal")
 

@@ -1,23 +1,9 @@
-import itertools
-
-import numpy as np
 import pytest
 
 from crcjax.data.cohort import SlideRow
 from crcjax.validation.estimate import Estimate
 from crcjax.validation.predictions_table import PredictionRow
-from crcjax.validation.selective import risk_coverage_area, uncertainty_statistics
-
-
-def test_the_area_is_the_mean_risk_over_coverages_and_ties_stand_in_every_order() -> None:
-    wrong = np.array([False, True, False, True, True])
-    doubt = np.array([0.1, 0.5, 0.5, 0.5, 0.9])
-    areas = []
-    for order in itertools.permutations([1, 2, 3]):
-        errors = wrong[[0, *order, 4]].cumsum()
-        areas.append(np.mean(errors / np.arange(1, 6)))
-    assert risk_coverage_area(doubt, wrong) == pytest.approx(np.mean(areas))
-    assert risk_coverage_area(-doubt, wrong) > risk_coverage_area(doubt, wrong)
+from crcjax.validation.selective import uncertainty_statistics
 
 
 def test_sets_are_judged_by_site_on_the_first_slide_of_each_case() -> None:
