@@ -121,6 +121,12 @@ def get_config() -> ConfigDict:
     model.weights = ""
     # Numbers in each imported feature. Training sets it on data.features of `crcjax import`; leave it at 0.
     model.imported_features = 0
+    # Clips stored features, standardised over the training slides, at this many standard deviations. 0 takes them as they are
+    # stored. Try 3 for features whose columns differ in scale or have outliers, as measured or hand-made features do.
+    model.standardise = 0.0
+    # Probability of dropping a column of the stored features from a whole bag, in training only. Raise it where few bags have
+    # many features.
+    model.feature_dropout = 0.0
     # True leaves a published encoder's weights as they are; False fine-tunes them, which needs far more memory.
     model.frozen = True
     # Weight of one step's batch statistics in the running statistics of a fine-tuned encoder's batch norms. 0 normalises by

@@ -70,6 +70,8 @@ RANGES: dict[str, Range] = {
     "augment.jpeg_min_quality": Range(1, 100),
     "augment.artefacts": _FRACTION,
     "model.imported_features": _FROM_ZERO,
+    "model.standardise": _FROM_ZERO,
+    "model.feature_dropout": _BELOW_ONE,
     "model.batch_norm_momentum": _FRACTION,
     "model.encode_regions": _COUNT,
     "model.width": _COUNT,
@@ -198,6 +200,9 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
             f"model.features must be a multiple of 4 x config.model.heads {model.heads}, got {model.features}; "
             f"try {nearest}"
         )
+    for field in ("standardise", "feature_dropout"):
+        if model[field] and not data.features:
+            yield f"model.{field} must be 0 without config.data.features, to which it applies, got {model[field]}; try 0"
     evidential = train.loss.startswith("evidential"), model.head.startswith("evidential")
     if evidential[0] != evidential[1]:
         loss = "evidential" if evidential[1] else "cross_entropy"

@@ -20,7 +20,8 @@ from crcjax.models.aggregators.pooling import ABMIL, CLAM, DSMIL, Aggregator, In
 from crcjax.models.aggregators.transmil import TransMIL
 from crcjax.models.attention import REMAT
 from crcjax.models.encoders.convnets import Batch, use_batch_statistics
-from crcjax.models.encoders.registry import ImportedFeatures, PublishedEncoder, build_encoder
+from crcjax.models.encoders.registry import StoredEncoder, build_encoder
+from crcjax.models.feature_scaling import drop_columns
 from crcjax.models.heads import HEADS, TaskHeads
 from crcjax.models.random_keys import Purpose, run_key
 
@@ -110,7 +111,7 @@ class MILModel(nnx.Module):
         if config.features % (4 * config.heads):
             raise InputError(f"config.model.features {config.features} is no multiple of 4 x {config.heads} heads")
         dtype = DTYPES[config.dtype]
-        self.dropout = config.dropout
+        self.dropout, self.feature_dropout = config.dropout, config.feature_dropout
         self.encode_regions, self.remat = config.encode_regions, REMAT[config.remat]
         self.head = HEADS[config.head]
         self.encoder = build_encoder(config, dtype=dtype, rngs=rngs)
@@ -118,11 +119,17 @@ class MILModel(nnx.Module):
         self.slots = sum(factor**2 for factor in factors)
         self.aggregator = AGGREGATORS[config.mil](config, classes, factors, dtype=dtype, rngs=rngs)
 
-    def encode_stored(self, features: Float[Array, "*instance stored"]) -> Float32[Array, "*instance feature"]:
-        """As `encode`, from the stored features of a published encoder."""
+    def encode_stored(
+        self, features: Float[Array, "*instance stored"], key: Key[Array, " batch"] | None = None
+    ) -> Float32[Array, "*instance feature"]:
+        """As `encode`, from stored features. With one key per bag, the first axis is that of bags, and dropout is active."""
         leading_axes = features.shape[:-1]
-        assert isinstance(self.encoder, PublishedEncoder | ImportedFeatures)
-        encoded = self.encoder.from_stored(features.reshape(-1, features.shape[-1]))
+        assert isinstance(self.encoder, StoredEncoder)
+        if self.encoder.standardiser:
+            features = self.encoder.standardiser(features)
+        if key is not None and self.feature_dropout:
+            features = drop_columns(features, self.feature_dropout, key)
+        encoded = self.encoder.project(features.reshape(-1, features.shape[-1]))
         return self.norm(encoded.astype(jnp.float32)).reshape(*leading_axes, -1)
 
     def encode(self, pixels: Num[Array, "*instance y x 3"]) -> Float32[Array, "*instance feature"]:

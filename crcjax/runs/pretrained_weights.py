@@ -116,9 +116,10 @@ def published_encoder(config: ConfigDict, path: Path) -> tuple[nnx.Module, str]:
 def is_frozen(frozen_encoder: bool, path: tuple[str, ...]) -> bool:
     """Whether the optimiser leaves the parameter at `path` unchanged.
 
-    These are all parameters of a frozen encoder; of a fine-tuned encoder, the BatchNorm running statistics.
+    These are all parameters of a frozen encoder; of a fine-tuned encoder, the BatchNorm running statistics; and the statistics
+    that features are standardised by.
     """
-    return "published" in path and (frozen_encoder or path[-1] in ("mean", "var"))
+    return "standardiser" in path or ("published" in path and (frozen_encoder or path[-1] in ("mean", "var")))
 
 
 def read_weights(path: Path) -> Weights:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float32, Int, Num
+from jaxtyping import Array, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
 from crcjax.data.augment import Augmentation, augment
@@ -19,11 +19,14 @@ from crcjax.models.mil import MILModel, Params, Statistics, every
 from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import StainNormaliser
 
-Encode = Callable[[Params, Bag, Augmentation], tuple[Float32[Array, "batch region slot feature"], Statistics | None]]
+Encode = Callable[
+    [Params, Bag, Augmentation, Key[Array, " batch"]],
+    tuple[Float32[Array, "batch region slot feature"], Statistics | None],
+]
 
 
 def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser: StainNormaliser | None) -> Encode:
-    """Returns a function that augments and encodes bags on all devices.
+    """Returns a function that augments and encodes bags on all devices, with one key per bag for dropout.
 
     With config.model.batch_norm_momentum the function also returns the BatchNorm batch statistics.
 
@@ -37,11 +40,16 @@ def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser
     axes = ("data", "bag") if mesh.shape["data"] * devices_per_bag > 1 else ()
 
     def encode(
-        params: Params, tiles: Array, mask: Array, stain: StainEstimate | None, augmentation: Augmentation
+        params: Params,
+        tiles: Array,
+        mask: Array,
+        stain: StainEstimate | None,
+        augmentation: Augmentation,
+        key: Key[Array, " batch"],
     ) -> tuple[Float32[Array, "batch region slot feature"], Statistics | None]:
         model = nnx.merge(graph, params)
         if config.data.features:
-            return model.encode_stored(tiles), None
+            return model.encode_stored(tiles, key), None
         if not uses_batch_statistics:
             return encode_augmented(model, tiles, stain, augmentation, normaliser), None
         chunks = _chunk_count(config.model.encode_regions, tiles.shape[1], devices_per_bag)
@@ -60,25 +68,25 @@ def build_encode(graph: nnx.GraphDef, config: ConfigDict, mesh: Mesh, normaliser
     # encoder's gradient is summed over devices once per step in float32, not once per chunk in the type of the
     # computation. Batch norms then see one device's tiles and sum their statistics over the mesh axes themselves.
     def encode_on_mesh(
-        params: Params, bag: Bag, augmentation: Augmentation
+        params: Params, bag: Bag, augmentation: Augmentation, key: Key[Array, " batch"]
     ) -> tuple[Float32[Array, "batch region slot feature"], Statistics | None]:
         # shard_map refuses a mesh of one device.
         if not axes:
-            return encode(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, augmentation)
+            return encode(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, augmentation, key)
         by_bag, by_region = PartitionSpec("data"), PartitionSpec("data", "bag")
         parameters, tree = jax.tree.flatten(augmentation)
         # A parameter that a slide's tiles share has one region, which cannot be divided.
         parameter_specs = [by_bag if parameter.shape[1] == 1 else by_region for parameter in parameters]
         return jax.shard_map(
-            lambda params, tiles, mask, stain, parameters: encode(
-                params, tiles, mask, stain, jax.tree.unflatten(tree, parameters)
+            lambda params, tiles, mask, stain, parameters, key: encode(
+                params, tiles, mask, stain, jax.tree.unflatten(tree, parameters), key
             ),
             mesh=mesh,
             axis_names={"data", "bag"},
-            in_specs=(PartitionSpec(), by_region, by_region, by_bag, parameter_specs),
+            in_specs=(PartitionSpec(), by_region, by_region, by_bag, parameter_specs, by_bag),
             out_specs=(by_region, PartitionSpec()),
             check_vma=False,
-        )(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, parameters)
+        )(params, jnp.asarray(bag.tiles), jnp.asarray(bag.mask), bag.stain, parameters, key)
 
     return encode_on_mesh
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from crcjax.data.bags import Bag
 from crcjax.errors import InputError, StoppedError
-from crcjax.models.encoders.registry import PublishedEncoder
+from crcjax.models.encoders.registry import PublishedEncoder, StoredEncoder
 from crcjax.models.mil import MILModel, Params, build_model
 from crcjax.models.random_keys import Purpose, run_key
 from crcjax.monitor.goodput import COMPILE, STEPS, Ledger
@@ -171,10 +171,13 @@ def ensembles_of_runs(
 
 
 def with_encoder_of(first: MILModel, model: MILModel) -> MILModel:
-    """The model with the published encoder of `first`, whose weights were loaded, if it has one."""
+    """The model with what all members share of the encoder of `first`: the published encoder, and the standardisation."""
     if isinstance(model.encoder, PublishedEncoder):
         assert isinstance(first.encoder, PublishedEncoder)
         model.encoder.published = first.encoder.published
+    if isinstance(model.encoder, StoredEncoder):
+        assert isinstance(first.encoder, StoredEncoder)
+        model.encoder.standardiser = first.encoder.standardiser
     return model
 
 

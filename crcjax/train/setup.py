@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from crcjax.config_check import check_config
@@ -24,7 +25,8 @@ from crcjax.data.loader import Feed, open_feed
 from crcjax.data.slide_quality import quality_sentences, without_refused
 from crcjax.data.splits import divide
 from crcjax.errors import InputError
-from crcjax.models.encoders.registry import PRETRAINED, has_published_encoder
+from crcjax.models.encoders.registry import PRETRAINED, StoredEncoder, has_published_encoder
+from crcjax.models.feature_scaling import column_statistics
 from crcjax.models.heads import BY_DENSITY
 from crcjax.models.mil import MILModel, build_model
 from crcjax.monitor.logs import log
@@ -40,6 +42,9 @@ from crcjax.train.auxiliary_tasks import Tasks, add_heads, check_tasks, open_tas
 from crcjax.train.memory_budget import Budget, MicroBatches, fitting_step
 from crcjax.train.optimizer import build_optimizer
 from crcjax.train.step import abstract_state, build_step
+
+# Regions of each slide that the statistics of features are computed from, about: more change them little and take time.
+_STATISTICS_REGIONS = 512
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,10 @@ def plan_run(config: ConfigDict) -> Plan:
     data = _run_data(config, cohort, stores, mesh)
     model = model_of_seed(config, data, config.seed)
     encoder_sha256 = _load_published(model, config, data.slides)
-    frozen = partial(is_frozen, config.model.frozen) if encoder_sha256 else None
+    if config.model.standardise:
+        set_feature_statistics(model, data.slides.split("train"))
+    # Without a frozen parameter, the optimiser's state has the form that earlier checkpoints have.
+    frozen = partial(is_frozen, config.model.frozen) if encoder_sha256 or config.model.standardise else None
     tasks = open_tasks(config, data.feed.reader.tile_labels, data.feed.reader.stains)
     if tasks:
         add_heads(model, tasks, config.seed)
@@ -110,6 +118,23 @@ def model_of_seed(config: ConfigDict, data: RunData, seed: int) -> MILModel:
     """The model with parameters sampled from a seed. A published encoder has no values yet (`load_published`)."""
     build = build_unloaded if has_published_encoder(config.model) else build_model
     return build(config.model, len(data.cohort.classes), seed, data.tiling.factors)
+
+
+def set_feature_statistics(model: MILModel, training: StoredSlides) -> None:
+    """Sets the statistics that the model standardises features by: those of regions spread over each training slide."""
+
+    def valid_features() -> Iterator[Float[np.ndarray, "_ feature"]]:
+        for store, reader in zip(training.stores, training.features, strict=True):
+            regions = np.flatnonzero(store.mask.any(axis=1))
+            regions = regions[:: max(1, len(regions) // _STATISTICS_REGIONS)]
+            yield reader.read(regions)[store.mask[regions]]
+
+    assert isinstance(model.encoder, StoredEncoder)
+    assert model.encoder.standardiser
+    mean, inverse_deviation = column_statistics(valid_features())
+    if constant := int((inverse_deviation == 0).sum()):
+        log.info(f"{constant} of {len(mean)} features have one value in all training slides, and are ignored")
+    model.encoder.standardiser.set_statistics(mean, inverse_deviation)
 
 
 def fit_step(plan: Plan, run: Path) -> tuple[jax.stages.Compiled, Budget, MicroBatches]:

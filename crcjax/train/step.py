@@ -58,6 +58,7 @@ class StepInputs:
     bags: Bag
     augmentation: Augmentation
     dropout_keys: Key[Array, " batch"]
+    feature_dropout_keys: Key[Array, " batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -101,17 +102,18 @@ def train_step(state: TrainState, batch: Bag, key: Key[Array, ""], setup: StepSe
     """
     config = setup.config
     batch = _on_mesh(batch, setup.mesh)
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    augment_key, dropout_key, feature_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
     # Normalised tiles no longer have the stain that was estimated.
     stain = None if setup.normalises_stains else batch.stain
     augmentation = sample_augmentation(augment_key, batch.mask.shape, config.augment, stain)
-    inputs = StepInputs(batch, augmentation, _key_per_bag(dropout_key, len(batch.label)))
+    bags = len(batch.label)
+    inputs = StepInputs(batch, augmentation, _key_per_bag(dropout_key, bags), _key_per_bag(feature_key, bags))
     totals = _batch_totals(inputs, setup.tasks)
 
     def loss_fn(params: Params, inputs: StepInputs) -> tuple[Array, Outputs]:
         model = nnx.merge(setup.graph, params)
         # The encoder augments a few regions at a time, so that memory does not hold all augmented pixels.
-        features, batch_statistics = setup.encode(params, inputs.bags, inputs.augmentation)
+        features, batch_statistics = setup.encode(params, inputs.bags, inputs.augmentation, inputs.feature_dropout_keys)
         bags = inputs.bags
         prediction = model.pool(features, bags.mask, bags.position, inputs.dropout_keys, jnp.asarray(bags.label))
         loss, terms, results = _loss(params, model, features, prediction, inputs, totals, state.step, setup)

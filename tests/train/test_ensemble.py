@@ -56,8 +56,9 @@ def store(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(small_config, store: Path):
-    """A config of an ensemble of two members, with dropout."""
+    """A config of an ensemble of two members, with standardised features and dropout."""
     small_config.data.store, small_config.data.features, small_config.model.encoder = str(store), True, "theirs"
+    small_config.model.standardise, small_config.model.feature_dropout = 2.0, 0.25
     small_config.train.ensemble_size, small_config.seed = 2, 5
     small_config.train.steps = small_config.train.eval_every = 4
     small_config.train.checkpoint_every = 3
@@ -68,8 +69,7 @@ def _state(run: Path) -> TrainState:
     """The state that a run resumes from."""
     config = open_run(run).config
     model = build_model(config.model, 3, config.seed)
-    frozen = None if config.model.imported_features else partial(is_frozen, True)
-    optimizer = build_optimizer(config.optimizer, config.train.steps, frozen)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, partial(is_frozen, True))
     checkpoints = Checkpointer(run)
     state = checkpoints.restore(init_state(model, optimizer, config, device_mesh(config)))
     checkpoints.close()

@@ -10,8 +10,10 @@ import pytest
 
 from crcjax.data.cohort import load_cohort
 from crcjax.errors import InputError
+from crcjax.models.mil import abstract_model
 from crcjax.predict.predict_store import predict_stored
 from crcjax.predict.predictor import Predictor
+from crcjax.runs.trained_model import model_of_run
 from crcjax.slides.interchange.importer import import_files
 from crcjax.slides.store.features import FeatureReader, feature_attributes, read_features, write_features
 from crcjax.slides.store.tile_store import open_store
@@ -53,7 +55,7 @@ def test_imported_features_train_and_the_run_states_that_it_cannot_predict_slide
         Predictor(tmp_path / "run")
     cohort = load_cohort(config.data.cohort, config.data.classes)
     rows = predict_stored([tmp_path / "run"], Path(config.data.store), cohort.split("test"))
-    assert [row.subtype for row in rows] == [row.subtype for row in cohort.split("test").rows]
+    assert [row.call for row in rows] == [row.subtype for row in cohort.split("test").rows]
     opened: list[str] = []
     init = FeatureReader.__init__
 
@@ -86,6 +88,35 @@ def test_imported_features_train_and_the_run_states_that_it_cannot_predict_slide
         InputError, match=r"its features of theirs have 5 numbers, those of .*run had 6; import the same"
     ):
         predict_stored([tmp_path / "run"], Path(config.data.store), cohort)
+
+
+def test_features_are_standardised_by_the_training_slides_alone_and_training_keeps_the_statistics(
+    config, tmp_path: Path
+) -> None:
+    cohort = load_cohort(config.data.cohort, config.data.classes)
+    scale = np.array([1e3, 1, 1e-3, 10, 1, 0])
+    training = []
+    for row in cohort.rows:
+        features = read_features(config.data.store, row.slide_id, "theirs").astype(np.float32) * scale + 5
+        about = feature_attributes(config.data.store, row.slide_id, "theirs")
+        write_features(
+            config.data.store, row.slide_id, "theirs", features.astype(np.float32), about | {"dtype": "float32"}
+        )
+        mask = open_store(config.data.store, row.slide_id).mask
+        training += [features.astype(np.float32)[mask]] if row.split == "train" else []
+    config.model.standardise, config.model.feature_dropout = 3.0, 0.1
+    train(config, tmp_path / "run")
+    trained = model_of_run(tmp_path / "run")
+    saved = trained.restore(abstract_model(trained.config.model, 3))["encoder"]["standardiser"]
+    rows = np.concatenate(training).astype(np.float64)
+    np.testing.assert_allclose(saved["mean"], rows.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(saved["inverse_deviation"][:5], 1 / rows.std(axis=0)[:5], rtol=1e-3)
+    assert saved["inverse_deviation"][5] == 0
+    rows = predict_stored([tmp_path / "run"], Path(config.data.store), cohort.split("test"))
+    assert [row.call for row in rows] == [row.subtype for row in cohort.split("test").rows]
+    config.data.features = False
+    with pytest.raises(InputError, match=r"config\.model\.standardise must be 0 without config\.data\.features"):
+        train(config, tmp_path / "pixels")
 
 
 def test_features_that_contradict_each_other_or_the_config_are_refused(config, tmp_path: Path) -> None:

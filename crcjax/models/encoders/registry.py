@@ -20,6 +20,7 @@ from crcjax.models.encoders.compact import CompactEncoder
 from crcjax.models.encoders.convnets import BatchNorm, ConvNeXt, ResNet
 from crcjax.models.encoders.swin import Swin
 from crcjax.models.encoders.vit import ViT, linear_layer
+from crcjax.models.feature_scaling import Standardiser
 
 RGB = tuple[float, float, float]
 IMAGENET: tuple[RGB, RGB] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -190,26 +191,25 @@ class PublishedEncoder(nnx.Module):
         self.name, self.frozen = config.encoder, config.frozen
         encoder = PRETRAINED[config.encoder]
         self.published = encoder.build(dtype=dtype, rngs=rngs)
+        self.standardiser = Standardiser(encoder.features, config.standardise) if config.standardise else None
         self.project = linear_layer(encoder.features, config.features, dtype=dtype, rngs=rngs)
 
     def __call__(self, pixels: Num[Array, "tile y x 3"]) -> Float[Array, "tile feature"]:
         features = self.published(PRETRAINED[self.name].prepare(pixels))  # type: ignore[operator]
-        return self.from_stored(jax.lax.stop_gradient(features) if self.frozen else features)
-
-    def from_stored(self, features: Float[Array, "tile stored"]) -> Float[Array, "tile feature"]:
-        """Projects stored features of the published encoder to the model's width."""
-        return self.project(features)
+        features = jax.lax.stop_gradient(features) if self.frozen else features
+        return self.project(self.standardiser(features) if self.standardiser else features)
 
 
 class ImportedFeatures(nnx.Module):
     """Takes the place of an encoder whose features were imported and whose weights are unknown: projects the features."""
 
     def __init__(self, config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.standardiser = Standardiser(config.imported_features, config.standardise) if config.standardise else None
         self.project = linear_layer(config.imported_features, config.features, dtype=dtype, rngs=rngs)
 
-    def from_stored(self, features: Float[Array, "tile stored"]) -> Float[Array, "tile feature"]:
-        """Projects imported features to the model's width."""
-        return self.project(features)
+
+# The encoders whose features can come from a store.
+StoredEncoder = PublishedEncoder | ImportedFeatures
 
 
 def build_encoder(config: ConfigDict, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
