@@ -181,13 +181,15 @@ def _export(graph: Graph, format_name: str, out: Path) -> ExportedGraph:
 
 
 def _to_onnx(graph: Graph) -> tuple[bytes, Runner, tuple[str, ...]]:
+    # They warn of values without a type, which are optional, and of examples that need further packages.
+    for noisy in ("onnx_ir.serde", "jax2onnx.plugins.plugin_system"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         import onnxruntime
         from jax2onnx import to_onnx
     except ImportError as error:
         raise InputError(f"ONNX needs {error.name}; {_INSTALL}") from error
     inputs = _abstract_inputs(graph)
-    logging.getLogger("onnx_ir.serde").setLevel(logging.ERROR)  # it warns of values without a type, which are optional
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # jax2onnx reads flax's variables in the old way
         model = to_onnx(
