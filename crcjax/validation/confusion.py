@@ -82,11 +82,19 @@ def matthews_correlations(confusion: Confusions) -> ByStudy:
     return _divide(covariance, np.sqrt(np.maximum(spread, 0)))
 
 
-def kappas(confusion: Confusions) -> ByStudy:
-    """Cohen's kappa; NaN if both give every case the same class."""
+def disagreement_weights(classes: int, scale: str = "nominal") -> Float[np.ndarray, "class class"]:
+    """How much a pair of classes counts as disagreement: 0 or 1, or the distance of ordered classes, or its square."""
+    distance = np.abs(np.subtract.outer(np.arange(classes), np.arange(classes))).astype(float)
+    return (distance > 0).astype(float) if scale == "nominal" else distance ** (2 if scale == "quadratic" else 1)
+
+
+def kappas(confusion: Confusions, weights: Float[np.ndarray, "class class"] | None = None) -> ByStudy:
+    """Cohen's kappa, with the weights of disagreements; NaN if both give every case the same class."""
     share = _shares(confusion)
-    expected = (share.sum(axis=-1) * share.sum(axis=-2)).sum(axis=-1)
-    return _divide(_hits(share).sum(axis=-1) - expected, 1 - expected)
+    weights = disagreement_weights(share.shape[-1]) if weights is None else weights
+    by_chance = share.sum(axis=-1)[..., :, None] * share.sum(axis=-2)[..., None, :]
+    observed, expected = ((table * weights).sum(axis=(-2, -1)) for table in (share, by_chance))
+    return _divide(expected - observed, expected)
 
 
 def f1_gradients(
@@ -117,12 +125,15 @@ def matthews_gradient(
     return _divide(covariance_gradient, np.sqrt(spread_reference * spread_predicted)) + value * shrinkage
 
 
-def kappa_gradient(confusion: Real[np.ndarray, "reference predicted"]) -> Float[np.ndarray, "reference predicted"]:
+def kappa_gradient(
+    confusion: Real[np.ndarray, "reference predicted"], weights: Float[np.ndarray, "class class"] | None = None
+) -> Float[np.ndarray, "reference predicted"]:
     """The gradient of Cohen's kappa; its multinomial variance is that of Fleiss, Cohen and Everitt (1969)."""
     share = _shares(confusion)
+    weights = disagreement_weights(len(share)) if weights is None else weights
     first, second = share.sum(axis=1), share.sum(axis=0)
-    chance_gradient = second[:, None] + first[None, :]
-    return _divide(np.eye(len(share)) - (1 - kappas(share)) * chance_gradient, 1 - first @ second)
+    chance_gradient = (weights @ second)[:, None] + (first @ weights)[None, :]
+    return _divide((1 - kappas(share, weights)) * chance_gradient - weights, first @ weights @ second)
 
 
 def cell_influence(

@@ -41,17 +41,55 @@ def table_statistics(
     Returns:
       Estimates by name; those of a class end with its index, such as `sensitivity_0`.
     """
-    classes = probs.shape[1]
     predicted = probs.argmax(axis=1) if predicted is None else predicted
+    resamples = _resample(label, (predicted, probs), seed, cluster, stratum, replicates, interval)
+    values = _replicates(resamples, label, probs, predicted)
+    return {name: resamples.estimate(value, centred=name == "ece") for name, value in values.items()}
+
+
+def compare_tables(
+    label: Int[np.ndarray, " unit"],
+    first: Float[np.ndarray, "unit class"],
+    second: Float[np.ndarray, "unit class"],
+    seed: int,
+    cluster: Int[np.ndarray, " unit"] | None = None,
+    stratum: Int[np.ndarray, " unit"] | None = None,
+    *,
+    replicates: int = REPLICATES,
+    interval: Interval = "percentile",
+) -> dict[str, Estimate]:
+    """Every statistic of `first` less that of `second`, for two systems on the same units in the same resamples.
+
+    Lower is better for `brier`, `log_loss` and `ece`. Judge one of them that was named before the data were unblinded. Arguments
+    and names as for `table_statistics`.
+    """
+    resamples = _resample(label, (first, second), seed, cluster, stratum, replicates, interval)
+    values, others = (_replicates(resamples, label, probs, probs.argmax(axis=1)) for probs in (first, second))
+    return {name: resamples.estimate(value - others[name]) for name, value in values.items()}
+
+
+def _resample(
+    label: np.ndarray,
+    predictions: tuple[np.ndarray, ...],
+    seed: int,
+    cluster: np.ndarray | None,
+    stratum: np.ndarray | None,
+    replicates: int,
+    interval: Interval,
+) -> Resamples:
     strata = np.zeros(len(label), int) if stratum is None else stratum
-    patient = number_patients(cluster, strata, label, predicted, probs)
-    resamples = Resamples.sample(patient, seed, replicates, stratum, interval)
-    values = {
-        **decision_replicates(resamples, label, predicted, classes),
+    patient = number_patients(cluster, strata, label, *predictions)
+    return Resamples.sample(patient, seed, replicates, stratum, interval)
+
+
+def _replicates(
+    resamples: Resamples, label: np.ndarray, probs: np.ndarray, predicted: np.ndarray
+) -> dict[str, Float[np.ndarray, " column"]]:
+    return {
+        **decision_replicates(resamples, label, predicted, probs.shape[1]),
         **ranking_replicates(resamples, label, probs),
         **probability_replicates(resamples, label, probs),
     }
-    return {name: resamples.estimate(value, centred=name == "ece") for name, value in values.items()}
 
 
 def decision_replicates(

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 
 from crcjax.validation import calibration_error, decisions, probability_scores, ranking
+from crcjax.validation.agreement import kappa_of_units
 from crcjax.validation.conformal import conformal_performance
 from crcjax.validation.estimate import Estimate, TestResult
+from crcjax.validation.paired import paired_difference_of_units
 from crcjax.validation.precision_recall import average_precision
 from crcjax.validation.predictive_values import predictive_values
-from crcjax.validation.resampled_statistics import table_statistics
+from crcjax.validation.prior_shift import estimate_prevalence
+from crcjax.validation.recalibration import recalibrate, recalibrate_class, temperature
+from crcjax.validation.resampled_statistics import compare_tables, table_statistics
 from crcjax.validation.risk_coverage import rates_by_group, selective_accuracies, selective_risk
 
 Arrays = np.ndarray
@@ -54,6 +58,13 @@ STATISTICS: dict[str, Callable[[Arrays, Arrays, Arrays], object]] = {
         1 - p.max(axis=1), p.argmax(axis=1) != y, SEED, c, replicates=REPLICATES
     ),
     "deferral": lambda y, p, c: rates_by_group(p.max(axis=1) < 0.5, y.tolist(), c),
+    "kappa": lambda y, p, c: kappa_of_units(y, p.argmax(axis=1), 3, c),
+    "paired difference": lambda y, p, c: paired_difference_of_units(p.argmax(axis=1) == y, p[:, 0] > 0.3, c),
+    "two tables": lambda y, p, c: compare_tables(y, p, p[:, ::-1].copy(), SEED, c, replicates=REPLICATES),
+    "recalibration": recalibrate,
+    "recalibration of a class": lambda y, p, c: recalibrate_class(y == 0, p[:, 0], c),
+    "temperature": lambda y, p, c: temperature(y, p, SEED, c, replicates=50),
+    "prevalence": lambda y, p, c: estimate_prevalence(p, PREVALENCE, SEED, c, replicates=20),
     "conformal": lambda y, p, c: conformal_performance(p > 0.3, y, c, (y % 2).tolist()),
 }
 

@@ -10,6 +10,7 @@ from sklearn import metrics
 from crcjax.validation.bootstrap import Resamples, number_patients
 from crcjax.validation.ranking import hand_till
 from crcjax.validation.resampled_statistics import (
+    compare_tables,
     decision_replicates,
     probability_replicates,
     ranking_replicates,
@@ -105,3 +106,16 @@ def test_a_class_without_cases_leaves_its_statistics_undetermined() -> None:
         assert estimates[name].warnings
     assert np.isfinite(estimates["accuracy"].ci_low)
     assert np.isfinite(estimates["auroc_0"].ci_low)
+
+
+def test_two_systems_are_compared_in_the_same_resamples() -> None:
+    cluster, label, probs = _study(3)
+    other = probs**2 / (probs**2).sum(axis=1, keepdims=True)
+    differences = compare_tables(label, probs, other, 0, cluster, label, replicates=300)
+    for name, estimate in differences.items():
+        single = [table_statistics(label, p, 0, cluster, label, replicates=5)[name].value for p in (probs, other)]
+        assert estimate.value == pytest.approx(single[0] - single[1]), name
+    # The decisions are the same, in every resample.
+    assert differences["accuracy"].value == 0
+    assert np.isnan(differences["accuracy"].ci_low)
+    assert differences["log_loss"].ci_low < differences["log_loss"].value < differences["log_loss"].ci_high
