@@ -12,7 +12,7 @@ from rich.table import Table
 
 from crcjax import __version__, cli_checkpoints, cli_predict, cli_slides
 from crcjax.cli_options import STDERR
-from crcjax.cli_supervise import supervise
+from crcjax.cli_supervise import health, supervise
 from crcjax.environment import check_platform
 from crcjax.errors import CrcjaxError, InputError, OutputError
 
@@ -80,6 +80,7 @@ def train(context: typer.Context) -> None:
 
 
 app.command()(supervise)
+app.command()(health)
 app.command()(cli_predict.predict)
 app.command(context_settings={"ignore_unknown_options": True})(cli_predict.crossvalidate)
 app.command("export-model")(cli_predict.export_model)

@@ -179,8 +179,12 @@ def get_config() -> ConfigDict:
     train.log_every = 10
     # Steps between bitwise comparisons of the replicas' parameters in a run of several processes. 0 never compares.
     train.replica_check_every = 100
-    # Seconds without a finished step, or an evaluated slide, after which a run of several processes ends with an error.
+    # Seconds without a finished step, or an evaluated slide, after which all processes write their stacks to their logs and end
+    # with status 4. Raise it above the time that compiling takes.
     train.stall_timeout_s = 900.0
+    # Seconds without a heartbeat after which a process counts as lost, and all others end with status 4. Raise it where machines
+    # are so busy that processes do not run for seconds.
+    train.peer_timeout_s = 10.0
     # Newest checkpoints that are kept. With one, a damaged checkpoint costs the whole run.
     train.keep_newest = 2
     # Checkpoints kept for their validation metrics, beside the newest ones: that many by balanced accuracy, and that many by

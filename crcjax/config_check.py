@@ -91,6 +91,8 @@ RANGES: dict[str, Range] = {
     "train.replica_check_every": _FROM_ZERO,
     "train.stall_timeout_s": _POSITIVE,
     "train.keep_newest": _COUNT,
+    # Heartbeats come every half second, and a busy machine delays them.
+    "train.peer_timeout_s": Range(2.0),
     "train.keep_best": _COUNT,
     "train.keep_every": _FROM_ZERO,
     "train.save_timeout_s": _POSITIVE,

@@ -144,9 +144,9 @@ class _WatchedGroup(ProcessGroup):
         super().__init__()
         self._show = show
 
-    def report_progress(self, step: int, activity: str) -> None:
-        super().report_progress(step, activity)
-        self._show(step - 1)
+    def report_progress(self, step: int, phase: str) -> None:
+        super().report_progress(step, phase)
+        self._show(max(step - 1, 0))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ Processes that meet over a network share a secret of at least 16 characters: CRC
 CRCJAX_RENDEZVOUS_SECRET_FILE. The launchers in launch/ set it.
 
 Exit status: 0 trained; 2 the config, cohort, store, run directory or set of processes is not usable; 3 the output cannot
-be written; 4 another process of the run failed, was lost or stopped responding; 5 the loss became infinite or undefined;
+be written; 4 a process of the run failed, was lost or stood still; 5 the loss became infinite or undefined;
 85 stopped by SIGTERM, SIGUSR1 or Ctrl-C with everything saved, or a device of several processes ran out of memory: the same
 command resumes, in the second case with smaller micro-batches; 130 interrupted by Ctrl-C before the first step, or by a
 second Ctrl-C: the same command resumes from the last checkpoint.
@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         cluster = detect_cluster(os.environ, *cluster_flags)
         is_distributed = cluster is not None
         facts = common_facts(config, workdir) if cluster else {}
-        with process_group(cluster, facts, wait_s, config.train.stall_timeout_s) as group:
+        timeouts_s = config.train.stall_timeout_s, config.train.peer_timeout_s
+        with process_group(cluster, facts, wait_s, *timeouts_s) as group:
             train(config, workdir, group, process_age_s())
         status = 0
     except CrcjaxError as error:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 # Time for the other processes to end by themselves, with the error of the one that failed.
 _GRACE_S = 20.0
@@ -89,8 +90,19 @@ def _end(processes: list[subprocess.Popen[str]]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+            # A stopped process would not end before it is continued.
+            _signal_all([process for process in processes if _is_stopped(process)], signal.SIGKILL)
             time.sleep(0.05)
         _signal_all(processes, number)
+
+
+def _is_stopped(process: subprocess.Popen[str]) -> bool:
+    try:
+        # The state follows the program's name, which may contain spaces.
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state == "T"
 
 
 def _signal_all(processes: list[subprocess.Popen[str]], number: signal.Signals) -> None:

@@ -24,6 +24,8 @@ from typing import Any
 
 from crcjax.errors import writing
 
+# The event log of a run, in its directory.
+EVENTS = "events.jsonl"
 # The `previous` of the first line.
 START = "0" * 64
 # The kind of the entry that takes the place of an unfinished line.

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +56,13 @@ def log_to_run(run: Path, process_index: int = 0) -> Iterator[None]:
             logging.root.removeHandler(handler)
         log.removeHandler(file_handler)
         file_handler.close()
+
+
+def log_stacks() -> None:
+    """Writes what every thread of this process is doing to the log file."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        log.debug(f"stack of the thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)))
 
 
 class _TerminalHandler(logging.Handler):

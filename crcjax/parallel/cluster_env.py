@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,6 +66,11 @@ def detect_cluster(
     return ClusterEnvironment(
         coordinator, process_count, process_index, _gpu_indices(environment, detected.get("local"))
     )
+
+
+def machine_name(environment: Mapping[str, str]) -> str:
+    """The name of this machine; in a step of SLURM the name that SLURM gives it, which its commands understand."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _slurm(environment: Mapping[str, str]) -> dict | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import os
 import queue
 import secrets
 import selectors
@@ -30,7 +31,7 @@ from typing import Any
 
 from crcjax.errors import InputError
 from crcjax.monitor.logs import log
-from crcjax.parallel.cluster_env import ClusterEnvironment
+from crcjax.parallel.cluster_env import ClusterEnvironment, machine_name
 from crcjax.parallel.message_connection import MessageConnection
 
 SECRET = "CRCJAX_RENDEZVOUS_SECRET"
@@ -40,6 +41,7 @@ _DIFFERENCES_SHOWN = 3  # of one process
 _HANDSHAKE_S = 10.0  # for a connection to identify itself
 _MAX_HANDSHAKES = 256  # at a time, beside one of each process
 _RETRY_S = 0.1
+_SEND_WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Fingerprint:
 class ControlChannel:
     """Connections between process 0 and each other process, open while the run lasts.
 
-    `names` are `process I (HOST)`, by process index. `jax_address` is host:port of JAX's coordination service, and
+    `hosts` are the machines, and `names` are `process I (HOST)`, by process index. `jax_address` is host:port of JAX's coordination service, and
     `jax_bind_address` where process 0 opens it, None for all network interfaces. `jax_port_reservation` keeps that port
     from other programs until it is closed.
     """
@@ -61,12 +63,13 @@ class ControlChannel:
     def __init__(
         self,
         connections: Mapping[int, MessageConnection],
-        names: Sequence[str],
+        hosts: Sequence[str],
         jax_address: str,
         jax_bind_address: str | None = None,
         jax_port_reservation: AbstractContextManager | None = None,
     ):
-        self.names, self.jax_address, self.jax_bind_address = list(names), jax_address, jax_bind_address
+        self.hosts, self.jax_address, self.jax_bind_address = list(hosts), jax_address, jax_bind_address
+        self.names = [f"process {process} ({host})" for process, host in enumerate(hosts)]
         self.jax_port_reservation = jax_port_reservation or nullcontext()
         self._connections = dict(connections)
         self._lock = threading.Lock()
@@ -74,10 +77,17 @@ class ControlChannel:
             connection.keep_alive()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Sends to process 0, or from process 0 to all others; lost connections are skipped."""
-        with self._lock:
+        """Sends to process 0, or from process 0 to all others; lost connections are skipped.
+
+        A message is dropped if another thread has been sending for a second: a stopped process does not receive.
+        """
+        if not self._lock.acquire(timeout=_SEND_WAIT_S):
+            return
+        try:
             for connection in self._connections.values():
                 connection.send(message)
+        finally:
+            self._lock.release()
 
     def subscribe(self, on_message: Callable[[int, dict[str, Any] | None], None]) -> None:
         """Calls `on_message(process, message)` in threads for every message; the message is None once a process is lost."""
@@ -125,7 +135,7 @@ def connect_processes(
     Raises InputError in every process that started, within 2 `wait_s` + 10 s: a process did not connect (its index is
     named), has other entries, or has another secret.
     """
-    fingerprint = Fingerprint(socket.gethostname(), {"--processes": str(cluster.process_count), **entries})
+    fingerprint = Fingerprint(machine_name(os.environ), {"--processes": str(cluster.process_count), **entries})
     if cluster.process_index == 0:
         return _accept_processes(cluster, fingerprint, wait_s, secret)
     return _connect_to_process_0(cluster, fingerprint, wait_s, secret)
@@ -165,11 +175,11 @@ def _accept_processes(
     fingerprints = {0: fingerprint} | {process: peer.fingerprint for process, peer in peers.items()}
     if not error and (differing := differences(fingerprints)):
         error = f"the processes do not agree. {differing}; start all with the same command, code and files"
-    names = [f"process {process} ({fingerprints[process].host})" for process in sorted(fingerprints)]
+    hosts = [fingerprints[process].host for process in sorted(fingerprints)]
     reservation = None if error else _reserve_port(bind_addresses)
     jax_port = reservation.getsockname()[1] if reservation else 0
     for peer in peers.values():
-        peer.answer({"error": error, "jax_address": f"{_bracketed(host)}:{jax_port}", "names": names}, secret)
+        peer.answer({"error": error, "jax_address": f"{_bracketed(host)}:{jax_port}", "hosts": hosts}, secret)
         if error:
             peer.connection.close()
     if error:
@@ -177,7 +187,7 @@ def _accept_processes(
     connections = {process: peer.connection for process, peer in peers.items()}
     # One address is JAX's too; several, or all interfaces, are JAX's default.
     bind = f"{_bracketed(bind_addresses[0])}:{jax_port}" if len(bind_addresses) == 1 and bind_addresses[0] else None
-    return ControlChannel(connections, names, f"{_bracketed(host)}:{jax_port}", bind, reservation)
+    return ControlChannel(connections, hosts, f"{_bracketed(host)}:{jax_port}", bind, reservation)
 
 
 def _await_processes(
@@ -328,12 +338,12 @@ def _connect_to_process_0(
         proof = str(answer.pop("proof", "")).encode()
         if not hmac.compare_digest(proof, _proof(secret, "process 0", challenge, answer).encode()):
             raise InputError(f"{process_0} has another {SECRET} than this process; give all processes the same one")
-        if answer.get("error") or not {"names", "jax_address"} <= answer.keys():
+        if answer.get("error") or not {"hosts", "jax_address"} <= answer.keys():
             raise InputError(answer.get("error") or f"{process_0} does not answer as process 0 of a run of crcjax")
     except BaseException:
         connection.close()
         raise
-    return ControlChannel({0: connection}, answer["names"], answer["jax_address"])
+    return ControlChannel({0: connection}, answer["hosts"], answer["jax_address"])
 
 
 def _reach_process_0(cluster: ClusterEnvironment, wait_s: float) -> tuple[MessageConnection, dict[str, Any]]:

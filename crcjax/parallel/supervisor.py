@@ -96,7 +96,7 @@ def ending(returncode: int) -> Ending:
     if status == AGAIN_STATUS:
         return Ending(status, "stopped with everything saved", is_preemption=True)
     if status == 4:
-        return Ending(status, "another process of the run failed, was lost or stopped responding")
+        return Ending(status, "a process of the run failed, was lost or stood still")
     if status > 128:
         try:
             return Ending(status, f"killed by {signal.Signals(status - 128).name}")

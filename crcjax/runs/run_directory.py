@@ -43,6 +43,7 @@ _FREE = {
     "train.keep_best_by",
     "train.keep_every",
     "train.signing_key",
+    "train.peer_timeout_s",
 }
 # Fields that hold paths.
 PATHS = ("data.store", "data.cohort", "model.weights", "tasks.labels")

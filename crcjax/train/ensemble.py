@@ -24,6 +24,7 @@ from crcjax.models.encoders.registry import PublishedEncoder, StoredEncoder
 from crcjax.models.mil import MILModel, Params, build_model
 from crcjax.models.random_keys import Purpose, run_key
 from crcjax.monitor.goodput import COMPILE, STEPS, Ledger
+from crcjax.monitor.heartbeat import COMPUTING, READING
 from crcjax.monitor.logs import log
 from crcjax.parallel.mesh import replicated
 from crcjax.parallel.process_group import ProcessGroup
@@ -57,11 +58,12 @@ def train_members(
       CrcjaxError: like `crcjax.train.loop.train`.
     """
     check_members(config)
+    group = group or ProcessGroup()
     key = Path(config.train.signing_key) if config.train.signing_key else None
     for members in ensembles_of_runs(runs, config.train.ensemble_size, partial(newest_step, signing_key=key)):
         first_run = next(iter(members.values()))
-        with Ledger(age_s) as ledger:
-            train_ensemble = partial(_train_ensemble, config, members, group or ProcessGroup(), ledger)
+        with group.heartbeat, Ledger(age_s) as ledger:
+            train_ensemble = partial(_train_ensemble, config, members, group, ledger)
             retry_with_smaller_micro_batches(first_run, train_ensemble)
         # Of several ensembles, the first one was waited for.
         age_s = 0.0
@@ -70,6 +72,7 @@ def train_members(
 def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: ProcessGroup, ledger: Ledger) -> None:
     """Like the loop of a single run, without hard mining and without several processes, which ensembles do not support."""
     seeds = tuple(runs)
+    group.report_progress(0, "opening its data")
     plan = plan_run(member_config(config, seeds[0]))
     config = plan.config
     build_member = partial(model_of_seed, config, plan.data)
@@ -78,6 +81,7 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
     ensemble = Ensemble(build_first, plan.optimizer, config, plan.mesh)
     shapes, run = plan.data.feed.shapes(), runs[seeds[0]]
     build_step = partial(ensemble.build, seeds)
+    group.report_progress(0, "compiling")
     with ledger.account(COMPILE):
         step, budget, micro_batches = fitting_step(
             build_step, config, plan.mesh, ensemble.abstract(len(seeds)), shapes, run
@@ -87,6 +91,7 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
         start_directory(path, plan, member_config(config, seed), micro_batches, group)
     validation = Validation(plan, group)
     ledger.open(runs.values())
+    group.start_heartbeats(runs.values())
     records = [Record(plan, path, group, ledger, validation, path.name) for path in runs.values()]
     state = ensemble.join(record.restored(model) for record, model in zip(records, models, strict=True))
     start = int(np.max(state.step))
@@ -97,8 +102,9 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
         stack.enter_context(closing(batches))
         log_plan(plan, state.params, budget, micro_batches)
         with jax.transfer_guard("disallow"), ledger.account(STEPS):
+            group.report_progress(start + 1, READING)
             for number, batch in enumerate(batches, start + 1):
-                group.report_progress(number, "computing")
+                group.report_progress(number, COMPUTING)
                 state, step_metrics = step(state, batch)
                 metrics.add(step_metrics)
                 batches.follow(step_metrics["loss"])
@@ -116,7 +122,7 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
                         record.save(number, member_state, due)
                 if stops and number < config.train.steps:
                     raise StoppedError(f"{run.parent}: stopped at step {number}; the same command resumes")
-                group.report_progress(number + 1, "reading its bags")
+                group.report_progress(number + 1, READING)
         for record, model in zip(records, models, strict=True):
             record.finish(model)
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from crcjax.data.miner import Miner
 from crcjax.errors import StoppedError
 from crcjax.monitor.goodput import COMPILE, STEPS, Ledger
+from crcjax.monitor.heartbeat import COMPUTING, READING
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.train.ensemble import train_members
 from crcjax.train.memory_budget import retry_with_smaller_micro_batches, step_memory_errors
@@ -43,17 +44,20 @@ def train(config: ConfigDict, run: Path, group: ProcessGroup | None = None, age_
         seeds = range(config.seed, config.seed + config.train.ensemble_size)
         train_members(config, {seed: run / f"seed-{seed}" for seed in seeds}, group, age_s)
         return
-    with Ledger(age_s, group.is_main) as ledger:
+    with group.heartbeat, Ledger(age_s, group.is_main) as ledger:
         retry_with_smaller_micro_batches(run, partial(_train, config, run, group, ledger))
 
 
 def _train(config: ConfigDict, run: Path, group: ProcessGroup, ledger: Ledger) -> None:
+    group.report_progress(0, "opening its data")
     plan = plan_run(config)
     config = plan.config
+    group.report_progress(0, "compiling")
     with ledger.account(COMPILE):
         step, budget, micro_batches = fit_step(plan, run)
     start_directory(run, plan, config, micro_batches, group)
     ledger.open([run])
+    group.start_heartbeats([run])
     record = Record(plan, run, group, ledger)
     state = record.restored(plan.model)
     start = int(state.step)
@@ -64,8 +68,9 @@ def _train(config: ConfigDict, run: Path, group: ProcessGroup, ledger: Ledger) -
         log_plan(plan, state.params, budget, micro_batches)
         # An implicit transfer between host and devices would make the devices wait, so JAX raises an error for it.
         with jax.transfer_guard("disallow"), ledger.account(STEPS):
+            group.report_progress(start + 1, READING)
             for number, batch in enumerate(batches, start + 1):
-                group.report_progress(number, "computing")
+                group.report_progress(number, COMPUTING)
                 state, metrics = step(state, batch)
                 record.metrics.add(metrics)
                 batches.follow(metrics["loss"])
@@ -77,9 +82,10 @@ def _train(config: ConfigDict, run: Path, group: ProcessGroup, ledger: Ledger) -
                     group.check_replicas(number, {"gradient norm": metrics["gradient_norm"], "parameter": state.params})
                 if due.report:
                     record.report(number, group.maximum(batches.waited_s))
+                    group.probe_devices()
                 if due.checkpoint:
                     record.save(number, state, due)
                 if stops and number < config.train.steps:
                     raise StoppedError(f"{run}: stopped at step {number}; the same command resumes")
-                group.report_progress(number + 1, "reading its bags")
+                group.report_progress(number + 1, READING)
         record.finish(plan.model)

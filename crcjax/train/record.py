@@ -163,6 +163,7 @@ class Record:
     def restored(self, model: MILModel) -> TrainState:
         """The state of the newest checkpoint; without a checkpoint, the initial state with the model's parameters."""
         plan = self._plan
+        self._group.report_progress(0, "restoring")
         with self._ledger.account(RESTORE):
             initial = init_state(model, plan.optimizer, plan.config, plan.mesh, plan.mining)
             state = self._checkpoints.restore(initial)
@@ -210,6 +211,7 @@ class Record:
 
     def finish(self, model: MILModel) -> None:
         """Waits for the last checkpoint; then fits the feature density, if the head needs one."""
+        self._group.report_progress(self._plan.config.train.steps, "finishing")
         with self._ledger.account(SAVE):
             self._checkpoints.close()
         if self._plan.config.model.head == BY_DENSITY and not is_fitted(self._run):

@@ -196,7 +196,7 @@ def test_an_answer_without_proof_is_refused(address: str, start: Start) -> None:
         hello = impostor.receive(20.0)
         assert hello is not None
         # It sends the process's own proof back.
-        impostor.send({"error": "", "names": ["a", "b"], "jax_address": "evil:1", "proof": hello["proof"]})
+        impostor.send({"error": "", "hosts": ["a", "b"], "jax_address": "evil:1", "proof": hello["proof"]})
         assert "has another CRCJAX_RENDEZVOUS_SECRET" in _error(one)
         assert SECRET.decode() not in str(hello)
         impostor.close()

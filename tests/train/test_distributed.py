@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,10 @@ import psutil
 import pytest
 
 from crcjax.data.cohort import load_cohort
+from crcjax.monitor.event_log import EVENTS, read_events
+from crcjax.monitor.run_health import run_health
+from crcjax.parallel.liveness import LOST
+from crcjax.parallel.supervisor import ending
 from crcjax.predict.feature_density import load_density
 from crcjax.runs.run_directory import open_run
 from crcjax.slides.store.features import write_features
@@ -53,6 +58,12 @@ def lacking(*arguments):
     return run, budget, micro_batches
 
 setup.fitting_step = lacking
+"""
+MEASURES_EVERY_SECOND = """
+from crcjax.parallel import device_probe, process_group
+
+process_group._STRAGGLER_CHECK_S = 1.0
+process_group.DeviceProbe.__init__.__defaults__ = (1.0,)
 """
 HOST = socket.gethostname()
 
@@ -137,6 +148,52 @@ def test_a_killed_process_is_named_by_the_other_at_once(start) -> None:
     (error,) = _errors(output)
     assert f"[0] crcjax: process 1 ({HOST}) was lost: it was killed" in error
     assert launcher.returncode in (128 + signal.SIGKILL, 4)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_is_named_by_the_other_within_the_timeout_and_recorded(
+    start, tmp_path: Path, stopped: int
+) -> None:
+    launcher = start("--config.train.peer_timeout_s=3")
+    _until_training(launcher)
+    _process(launcher, stopped).suspend()
+    # The launcher kills a process that is stopped once another one has failed.
+    output = _end(launcher, 3 + 10)
+    (error,) = _errors(output)
+    reason = rf"process {stopped} \({HOST}\) was lost: no heartbeat for [34] s"
+    assert re.match(rf"\[{1 - stopped}\] crcjax: {reason}", error)
+    assert launcher.returncode == 4
+    event = read_events(tmp_path / "run" / EVENTS)[-1]
+    assert (event.kind, event.facts["processes"], event.facts["hosts"]) == (LOST, [stopped], [HOST])
+    assert re.match(reason, event.facts["reason"])
+    log = (tmp_path / "run" / "logs" / f"process-{1 - stopped}.log").read_text()
+    assert "stack of the thread MainThread" in log
+    health = run_health(tmp_path / "run", silence_s=0.0)
+    assert not health.is_well
+    assert re.match(reason, health.processes[1 - stopped].state)
+
+
+def test_a_process_that_runs_a_tenth_of_the_time_is_named_as_a_straggler(start, tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(SMALL + MEASURES_EVERY_SECOND)
+    launcher = start()
+    _until_training(launcher)
+    slow, events = _process(launcher, 1), tmp_path / "run" / EVENTS
+    reader = threading.Thread(target=launcher.communicate)
+    reader.start()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(event.kind == "straggler" for event in read_events(events)):
+        for _ in range(100):
+            slow.suspend()
+            time.sleep(0.009)
+            slow.resume()
+            time.sleep(0.001)
+    assert launcher.poll() is None
+    launcher.terminate()
+    reader.join(60)
+    event = next(event for event in read_events(events) if event.kind == "straggler")
+    assert event.facts["processes"] == [1]
+    assert f"process 1 ({HOST}) is a straggler" in event.facts["reason"]
+    assert event.facts["reason"] in (tmp_path / "run" / "logs" / "process-0.log").read_text()
 
 
 def test_a_store_that_vanishes_is_one_error_from_each_process(start, painted: Path, tmp_path: Path) -> None:
@@ -227,10 +284,23 @@ DIVERGES = """
         group.check_replicas(step, {"kernel": kernel})
 """
 STANDS_STILL = """
+    group.report_progress(7, "reading its bags" if process else "computing")
+"""
+HANGS = """
+import ctypes, sys, time
+from pathlib import Path
+from crcjax.monitor.logs import log_to_run
+from crcjax.parallel import process_group as module
+from crcjax.parallel.process_group import process_group
+
+module._WATCHDOG_S = module._WATCHDOG_AFTER_S = 1.0
+
+def hangs_here():
+    %s
+
+with log_to_run(Path(sys.argv[1])), process_group(None, {}, 1.0, 2.0) as group:
     group.report_progress(7, "computing")
-    if process == 1:
-        time.sleep(2)  # until process 0 has heard where this one is
-        os.kill(os.getpid(), signal.SIGSTOP)
+    hangs_here()
 """
 
 
@@ -252,11 +322,26 @@ def test_parameters_that_diverge_by_a_bit_are_named_with_the_process_by_all() ->
 
 
 def test_a_process_that_makes_no_progress_is_named_after_the_timeout() -> None:
-    still = _pair(STANDS_STILL, 8)
-    error = still[0].communicate(timeout=120)[1]
-    still[1].kill()
-    still[1].communicate()
-    assert re.search(
-        r"no step was finished for \d+ s: process 1 .* is computing, step 7, no heartbeat for \d+ s", error
+    still = _pair(STANDS_STILL, 4)
+    errors = [process.communicate(timeout=120)[1] for process in still]
+    for process, error in zip(still, errors, strict=True):
+        assert re.search(r"no step was finished for \d+ s: process 1 .* is reading its bags, step 7", error)
+        assert process.returncode == 4
+
+
+@pytest.mark.parametrize("hangs", ["time.sleep(600)", "ctypes.PyDLL(None).sleep(600)"])
+def test_a_single_process_that_stands_still_prints_its_stacks_and_ends_with_a_status_that_is_restarted(
+    hangs: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS % hangs, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert still[0].returncode == 4
+    log = (tmp_path / "logs" / "process-0.log").read_text()
+    if "PyDLL" in hangs:
+        # The interpreter does not answer, so that only its watchdog can act.
+        assert "in hangs_here" in done.stderr
+        assert not ending(done.returncode).is_permanent
+    else:
+        assert re.search(r"no step was finished for 2 s: process 0 .* is computing, step 7", done.stderr)
+        assert "hangs_here" in log
+        assert done.returncode == 4

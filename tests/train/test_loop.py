@@ -16,6 +16,7 @@ from crcjax.data.cohort import load_cohort
 from crcjax.errors import DivergedError, InputError, StoppedError
 from crcjax.models.mil import build_model
 from crcjax.monitor.goodput import read_goodput
+from crcjax.monitor.heartbeat import COMPUTING
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.predict.feature_density import load_density, summary
 from crcjax.predict.predictor import Predictor
@@ -94,8 +95,8 @@ def test_while_a_run_trains_the_devices_have_its_state_and_no_other_copy_of_the_
     copies: list[int] = []
 
     class Watching(ProcessGroup):
-        def report_progress(self, step: int, activity: str) -> None:
-            if activity == "computing":
+        def report_progress(self, step: int, phase: str) -> None:
+            if phase == COMPUTING:
                 copies.append(sum(array.shape == (64, 24) for array in jax.live_arrays()))
 
     train(small_config, tmp_path / "run", Watching())
