@@ -94,9 +94,9 @@ def predict(
             *(slide.slide_id, slide.case_id, slide.path, slide.mpp, slide.site, mpp),
             names_path=not pseudonym_key,
             scanner=slide.scanner,
-            target=slide.subtype,
+            target=slide.label,
         )
-        for slide in named_slides(slides, cohort, pseudonym_key)
+        for slide in named_slides(slides, cohort, pseudonym_key, predictor.target)
     ]
     with progress_on_terminal() as progress:
         task = progress.add_task("predicting", total=None)
@@ -190,7 +190,9 @@ def crossvalidate(
 
 def calibrate(
     predictions: Annotated[Path, typer.Option(help="predictions.csv of crcjax predict on the run's validation slides")],
-    cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id, subtype, and site for --by-site")],
+    cohort: Annotated[
+        Path, typer.Option(help="CSV with slide_id, case_id, the reference label, and site for --by-site")
+    ],
     out: Annotated[Path, typer.Option(help="the calibration.json to write, for crcjax predict --calibration")],
     method: Annotated[
         Literal["lac", "aps"], typer.Option(help="lac: the smallest sets; aps: sets that grow with the uncertainty")
@@ -218,16 +220,19 @@ def calibrate(
 
 def validate(
     predictions: Annotated[Path, typer.Option(help="predictions.csv of crcjax predict")],
-    cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id and the reference subtype")],
+    cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id and the reference label")],
     out: Annotated[Path, typer.Option(help="folder of metrics.json, cases.csv and report.html")],
     truth: Annotated[
         Path | None, typer.Option(help="folder of synthetic slides with their ground truth, to evaluate attention")
     ] = None,
+    label: Annotated[
+        str, typer.Option(help="the cohort's column of the labels; by default the target that the predictions name")
+    ] = "",
 ) -> None:
-    """Compares predictions of held-out cases with reference subtypes and writes a report."""
+    """Compares predictions of held-out cases with reference labels and writes a report."""
     from crcjax.validation.report import validate as write_report
 
-    write_report(predictions, cohort, out, truth)
+    write_report(predictions, cohort, out, truth, label_column=label)
     STDERR.print(f"{out / 'report.html'}", markup=False)
 
 
@@ -266,10 +271,15 @@ def _predict_stored(
     attribution: Method,
 ) -> NoReturn:
     from crcjax.data.cohort import Cohort, SlideRow, load_cohort
+    from crcjax.predict.member import opened_models
     from crcjax.predict.predict_store import predict_stored
     from crcjax.slides.store.tile_store import tiled_slides
 
-    slides = load_cohort(cohort, None) if cohort else Cohort(tuple(SlideRow(s, s) for s in tiled_slides(store)), ())
+    models = opened_models(models)
+    if cohort:
+        slides = load_cohort(cohort, None, models[0].config.data.label)
+    else:
+        slides = Cohort(tuple(SlideRow(s, s) for s in tiled_slides(store)), ())
     with progress_on_terminal() as progress:
         task = progress.add_task("predicting", total=len(slides.rows))
         rows = predict_stored(

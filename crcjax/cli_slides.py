@@ -351,15 +351,16 @@ def pseudonyms(
     pseudonym_key: Annotated[
         Path, typer.Option(help="file of a secret key of 32 bytes or more (openssl rand -hex 32)")
     ],
-    out: Annotated[Path, typer.Option(help="the new CSV: pseudonyms, subtype, site, scanner and split, no paths")],
+    out: Annotated[Path, typer.Option(help="the new CSV: pseudonyms, labels, site, scanner and split, no paths")],
     keep: Annotated[
         list[str] | None, typer.Option(help="a further column to keep, such as mpp; path is refused; repeatable")
     ] = None,
+    label: Annotated[str, typer.Option(help="the column of the labels")] = "subtype",
 ) -> None:
     """Writes a cohort under the pseudonyms that `tile --pseudonym-key` and `predict --pseudonym-key` give."""
     from crcjax.data.pseudonyms import load_key, write_pseudonymous
 
-    rows = write_pseudonymous(cohort, load_key(pseudonym_key), out, keep or ())
+    rows = write_pseudonymous(cohort, load_key(pseudonym_key), out, keep or (), label)
     STDERR.print(f"{rows} slides in {out}", markup=False)
 
 

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data = data = Section()
     # Folder of tile stores that `crcjax tile --out` wrote. Required.
     data.store = ""
-    # CSV with the columns slide_id, case_id, subtype and, where known, path, site, scanner and split. Required.
+    # CSV with the columns slide_id, case_id, that of `label` and, where known, path, site, scanner and split. Required.
     data.cohort = ""
     # True trains on the features that `crcjax embed` or `crcjax import` stored for model.encoder, without augmentation.
     # False trains on pixels.
@@ -27,7 +27,11 @@ def get_config() -> ConfigDict:
     data.magnifications = ()
     # Content of a bag: "slide", or "case" for all slides of a case. Choose "case" where the label belongs to the case.
     data.unit = "slide"
-    # Names of the classes in the cohort's column subtype. For the consensus molecular subtypes: CMS1,CMS2,CMS3,CMS4.
+    # The target: the cohort's column of the labels. Predictions and bundles state it.
+    data.label = "subtype"
+    # The cancer of the cohort, which bundles state.
+    data.cancer_type = "colorectal"
+    # Names of the classes in the column of the labels. For the consensus molecular subtypes: CMS1,CMS2,CMS3,CMS4.
     data.classes = ("canonical", "immune", "stromal")
     # Fraction of the cases used for model selection, where the cohort has no column split, and within cross-validation.
     data.val_fraction = 0.2

@@ -158,6 +158,9 @@ def _faults(config: ConfigDict) -> Iterator[str]:
     for field in _REQUIRED:
         if not config[field]:
             yield f"{field} is empty; give --config.{field}=PATH"
+    for field in ("data.label", "data.cancer_type"):
+        if not config[field].strip():
+            yield f"{field} must be a name, got {config[field]!r}; try {default[field]}"
 
 
 def _tuple_faults(config: ConfigDict) -> Iterator[str]:

@@ -178,7 +178,7 @@ def rows_of(seed: int, folder: Path) -> Iterator[dict]:
     train(config, folder / "run")
     predictor = Predictor(folder / "run")
     ids = {split: [row.slide_id for row in cohort.split(split).rows] for split in CASES}
-    label_of = {row.slide_id: cohort.classes.index(str(row.subtype)) for row in cohort.rows}
+    label_of = {row.slide_id: cohort.classes.index(str(row.label)) for row in cohort.rows}
     regions = max(len(open_store(folder / name, slide_id).mask) for name, slide_id in _all(folder))
     learned, validation, test = (
         encoded(predictor, folder / "store", ids[split], [label_of[i] for i in ids[split]], regions) for split in CASES

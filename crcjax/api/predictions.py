@@ -89,7 +89,7 @@ def calibrate(
 
     Args:
       predictions: predictions of the run's validation slides.
-      cohort: CSV with the reference subtypes.
+      cohort: CSV with the reference labels.
       out: the file; by default calibration.json beside predictions.csv.
       method: "lac" for the smallest sets, "aps" for sets that grow with the uncertainty.
       error: the share of sets that may miss the true subtype.
@@ -107,16 +107,16 @@ def calibrate(
 def validate(
     predictions: Predictions | AnyPath, cohort: AnyPath, out: AnyPath, *, truth: AnyPath | None = None
 ) -> Report:
-    """Compares predictions with reference subtypes; cases that the run was trained or chosen on are left out.
+    """Compares predictions with reference labels; cases that the run was trained or chosen on are left out.
 
     Args:
       predictions: the predictions.
-      cohort: CSV with slide_id, case_id and subtype.
+      cohort: CSV with slide_id, case_id and the target that the predictions name, such as `subtype`.
       out: the folder of metrics.json and report.html.
       truth: the folder of synthetic slides with their ground truth.
 
     Raises:
-      InputError: no held-out case has both a prediction and a reference subtype.
+      InputError: no held-out case has both a prediction and a reference label.
       OutputError: the folder cannot be written.
     """
     _validate(_predictions_csv(predictions), Path(cohort), Path(out), None if truth is None else Path(truth))
@@ -252,11 +252,11 @@ def _predict_slides(
     if paths and len(paths) == 1 and paths[0].suffix.lower() == ".csv":
         cohort = paths[0]
         paths = None
-    jobs = [
-        PredictJob(s.slide_id, s.case_id, s.path, s.mpp, s.site, scanner=s.scanner, target=s.subtype)
-        for s in named_slides(paths, cohort)
-    ]
     predictor = Predictor(*members)
+    jobs = [
+        PredictJob(s.slide_id, s.case_id, s.path, s.mpp, s.site, scanner=s.scanner, target=s.label)
+        for s in named_slides(paths, cohort, label=predictor.target)
+    ]
     fitted = load_calibration(calibration, predictor.model_id, predictor.classes) if calibration else None
     with progress_bar(quiet=True) as bar:
         task = bar.add_task("predict", total=len(jobs))
@@ -270,11 +270,13 @@ def _predict_store(
     cohort: Path | None,
     calibration: Path | Calibration | None,
 ) -> None:
+    from crcjax.predict.member import opened_models
     from crcjax.predict.predict_store import predict_stored
 
+    models = opened_models(members)
     slides = tuple(SlideRow(slide_id, slide_id) for slide_id in tiled_slides(store))
-    chosen = load_cohort(cohort, None) if cohort else Cohort(slides, ())
-    predict_stored(members, store, chosen, calibration, out=out)
+    chosen = load_cohort(cohort, None, models[0].config.data.label) if cohort else Cohort(slides, ())
+    predict_stored(models, store, chosen, calibration, out=out)
 
 
 def _store_path(slides_or_store: Store | AnyPath | Iterable[AnyPath]) -> Path | None:

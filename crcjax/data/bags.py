@@ -264,6 +264,6 @@ def slide_stains(
 
 def label_of(row: SlideRow, classes: Sequence[str]) -> int:
     """The index of a slide's class. Raises InputError if it is unlabelled."""
-    if row.subtype is None:
-        raise InputError(f"slide {row.slide_id} of the cohort has no subtype; fill it in, or give it no split")
-    return tuple(classes).index(row.subtype)
+    if row.label is None:
+        raise InputError(f"slide {row.slide_id} of the cohort has no label; fill it in, or give it no split")
+    return tuple(classes).index(row.label)

@@ -14,20 +14,23 @@ from crcjax.slides.wsi.slide import MPP_RANGE
 
 SPLITS = ("train", "val", "test")
 _REQUIRED = ("slide_id", "case_id")
-_COLUMNS = (*_REQUIRED, "path", "subtype", "site", "scanner", "split", "mpp")
+# The cohort's column of the target, where the config does not name another.
+LABEL = "subtype"
+_COLUMNS = (*_REQUIRED, "path", "site", "scanner", "split", "mpp")
 
 
 @dataclass(frozen=True)
 class SlideRow:
     """One slide of a cohort; cells that the table leaves empty are None.
 
-    `mpp` overrides the µm per level-0 px that the file states. `extra` holds the table's further columns.
+    `label` is its class of the target. `mpp` overrides the µm per level-0 px that the file states. `extra` holds the table's
+    further columns.
     """
 
     slide_id: str
     case_id: str
     path: Path | None = None
-    subtype: str | None = None
+    label: str | None = None
     site: str | None = None
     scanner: str | None = None
     split: str | None = None
@@ -37,10 +40,11 @@ class SlideRow:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Slides in the table's order, and the classes that their subtypes belong to."""
+    """Slides in the table's order, the classes that their labels belong to, and the column of the labels."""
 
     rows: tuple[SlideRow, ...]
     classes: tuple[str, ...]
+    label: str = LABEL
 
     def split(self, name: str) -> Cohort:
         """The slides of one split."""
@@ -52,31 +56,36 @@ class Cohort:
         return tuple(dict.fromkeys(row.case_id for row in self.rows))
 
 
-def load_cohort(path: str | Path, classes: Sequence[str] | None) -> Cohort:
-    """Reads a CSV with slide_id and case_id, and optionally path, subtype, site, scanner, split and mpp.
+def load_cohort(path: str | Path, classes: Sequence[str] | None, label: str = LABEL) -> Cohort:
+    """Reads a CSV with slide_id and case_id, and optionally path, site, scanner, split, mpp and the column of the labels.
 
     Column names may differ in case, blanks, underscores and hyphens (`Slide ID`); encodings, delimiters and missing
     values are read as spreadsheets write them (`read_table`).
 
     Args:
       path: the table. Relative slide paths are relative to its folder; whether the files exist is not checked.
-      classes: the valid subtypes; None accepts any subtype.
+      classes: the valid labels; None accepts any label.
+      label: the name of the column with the labels (config.data.label).
 
     Raises:
-      InputError, naming the line: missing, doubled or misspelled columns, duplicated slides, unknown subtypes or splits,
-        an impossible mpp, a case in two splits or with two subtypes.
+      InputError, naming the line: missing, doubled or misspelled columns, duplicated slides, unknown labels or splits,
+        an impossible mpp, a case in two splits or with two labels; and for a `label` that is another column.
     """
     path = Path(path)
-    table = read_table(path, _COLUMNS)
+    if label in _COLUMNS:
+        raise InputError(
+            f"config.data.label must be the column of the labels, got {label!r}, which has another meaning"
+        )
+    table = read_table(path, (*_COLUMNS, label))
     _check_columns(path, table.columns)
     if not table.rows:
         raise InputError(f"{path}: has no rows; write one for each slide")
     if classes is None:
-        subtypes = {row.cells.get("subtype", "") for row in table.rows}
-        classes = sorted(subtype for subtype in subtypes if not is_missing(subtype))
-    rows = [_row(path, row, tuple(classes)) for row in table.rows]
-    _check_rows(path, [row.line for row in table.rows], rows)
-    return Cohort(tuple(rows), tuple(classes))
+        stated = {row.cells.get(label, "") for row in table.rows}
+        classes = sorted(name for name in stated if not is_missing(name))
+    rows = [_row(path, row, tuple(classes), label) for row in table.rows]
+    _check_rows(path, [row.line for row in table.rows], rows, label)
+    return Cohort(tuple(rows), tuple(classes), label)
 
 
 def _check_columns(path: Path, columns: Sequence[str]) -> None:
@@ -87,23 +96,26 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
             raise InputError(f"{path}: has no column {name!r}; {hint}")
 
 
-def _row(path: Path, row: TableRow, classes: tuple[str, ...]) -> SlideRow:
+def _row(path: Path, row: TableRow, classes: tuple[str, ...], label: str) -> SlideRow:
     location = f"{path}, line {row.line}"
-    stated = {name: None if is_missing(text) else text for name, text in row.cells.items() if name in _COLUMNS}
+    stated = {
+        name: None if is_missing(text) else text for name, text in row.cells.items() if name in (*_COLUMNS, label)
+    }
     for name in _REQUIRED:
         if stated[name] is None:
             raise InputError(f"{location}: {name} is empty; fill it in")
     values: dict[str, Any] = {name: stated.get(name) for name in _COLUMNS}
-    subtype, split = values["subtype"], values["split"]
-    if subtype is not None and subtype not in classes:
-        near = difflib.get_close_matches(subtype, classes, 1)
+    stated_class, split = stated.get(label), values["split"]
+    if stated_class is not None and stated_class not in classes:
+        near = difflib.get_close_matches(stated_class, classes, 1)
         hint = f"did you mean {near[0]!r}?" if near else "leave it empty if unknown, or set config.data.classes"
-        raise InputError(f"{location}: subtype {subtype!r} is none of {', '.join(classes)}; {hint}")
+        raise InputError(f"{location}: {label} {stated_class!r} is none of {', '.join(classes)}; {hint}")
     if split is not None and split.lower() not in SPLITS:
         raise InputError(f"{location}: split must be one of {', '.join(SPLITS)}, got {split!r}; correct it")
     slide_path = path.parent / values["path"] if values["path"] else None
     parsed = {"path": slide_path, "split": split and split.lower(), "mpp": _mpp(location, values["mpp"])}
-    further_columns = {name: text for name, text in row.cells.items() if name not in _COLUMNS}
+    parsed["label"] = stated_class
+    further_columns = {name: text for name, text in row.cells.items() if name not in (*_COLUMNS, label)}
     return SlideRow(**values | parsed, extra=further_columns)
 
 
@@ -123,7 +135,7 @@ def _mpp(location: str, text: str | None) -> float | None:
     )
 
 
-def _check_rows(path: Path, line_numbers: list[int], rows: list[SlideRow]) -> None:
+def _check_rows(path: Path, line_numbers: list[int], rows: list[SlideRow], label: str) -> None:
     line_of_slide: dict[str, int] = {}
     first_of_case: dict[str, tuple[int, SlideRow]] = {}
     for line, row in zip(line_numbers, rows, strict=True):
@@ -133,8 +145,10 @@ def _check_rows(path: Path, line_numbers: list[int], rows: list[SlideRow]) -> No
             )
         line_of_slide[row.slide_id] = line
         first_line, first_row = first_of_case.setdefault(row.case_id, (line, row))
-        for name in ("split", "subtype"):
-            value, first_value = getattr(row, name), getattr(first_row, name)
+        for name, value, first_value in (
+            ("split", row.split, first_row.split),
+            (label, row.label, first_row.label),
+        ):
             if value != first_value:
                 raise InputError(
                     f"{path}, line {line}: case {row.case_id!r} has the {name} {value!r}, but {first_value!r} on line "

@@ -82,7 +82,7 @@ def summarise_cohort(
     """
     rows = cohort.rows
     splits = (*SPLITS, *((NO_SPLIT,) if any(row.split is None for row in rows) else ()))
-    classes = (*cohort.classes, *((UNLABELLED,) if any(row.subtype is None for row in rows) else ()))
+    classes = (*cohort.classes, *((UNLABELLED,) if any(row.label is None for row in rows) else ()))
     table = [_counts("class", name, _of_class(rows, name), splits) for name in classes]
     sites = _sites(rows)
     if len(sites) > 1:
@@ -95,7 +95,7 @@ def summarise_cohort(
         *(() if needs_validation else unvalidated),
         *_class_warnings(cohort),
         *_site_warnings(cohort, sites),
-        *_unused_slides(rows),
+        *_unused_slides(cohort),
         *_cases_in_two_splits(rows),
         *duplicated_slides(rows, content_hash),
     ]
@@ -139,7 +139,7 @@ def content_hashes(store: str | Path, rows: Iterable[SlideRow]) -> dict[str, str
 
 
 def _of_class(rows: Sequence[SlideRow], name: str) -> list[SlideRow]:
-    return [row for row in rows if (row.subtype or UNLABELLED) == name]
+    return [row for row in rows if (row.label or UNLABELLED) == name]
 
 
 def _of_site(rows: Sequence[SlideRow], name: str) -> list[SlideRow]:
@@ -160,13 +160,13 @@ def _counts(group: str, name: str, rows: Sequence[SlideRow], splits: Sequence[st
 
 def _cases(rows: Sequence[SlideRow], split: str, name: str | None = None) -> set[str]:
     """The labelled cases of a split, of one class or of all."""
-    return {row.case_id for row in rows if row.split == split and row.subtype and name in (None, row.subtype)}
+    return {row.case_id for row in rows if row.split == split and row.label and name in (None, row.label)}
 
 
 def _problems(cohort: Cohort) -> list[str]:
     rows = cohort.rows
-    if not any(row.subtype for row in rows):
-        return ["the cohort has no labelled slide; fill in the column subtype"]
+    if not any(row.label for row in rows):
+        return [f"the cohort has no labelled slide; fill in the column {cohort.label}"]
     train = _cases(rows, "train")
     splits = sorted({row.split for row in rows if row.split})
     if not train and not _cases(rows, "val"):
@@ -226,12 +226,12 @@ def _site_warnings(cohort: Cohort, sites: Sequence[str]) -> list[str]:
     return sentences
 
 
-def _unused_slides(rows: Sequence[SlideRow]) -> list[str]:
-    unlabelled = [row.slide_id for row in rows if row.subtype is None]
-    unsplit = [row.slide_id for row in rows if row.subtype and row.split is None]
+def _unused_slides(cohort: Cohort) -> list[str]:
+    unlabelled = [row.slide_id for row in cohort.rows if row.label is None]
+    unsplit = [row.slide_id for row in cohort.rows if row.label and row.split is None]
     return [
         f"training and validation leave out {_id_list(slide_ids)} without a {column}"
-        for column, slide_ids in (("subtype", unlabelled), ("split", unsplit))
+        for column, slide_ids in ((cohort.label, unlabelled), ("split", unsplit))
         if slide_ids
     ]
 

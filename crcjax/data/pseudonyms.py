@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from crcjax.data.cohort import SlideRow, load_cohort
+from crcjax.data.cohort import LABEL, SlideRow, load_cohort
 from crcjax.data.csv_table import column_key
 from crcjax.errors import InputError, writing
 
@@ -46,16 +46,19 @@ def pseudonym(key: bytes, identifier: str) -> str:
     return "p" + hmac.new(key, identifier.encode(), hashlib.sha256).hexdigest()[:_DIGITS]
 
 
-def write_pseudonymous(cohort: str | Path, key: bytes, out: str | Path, keep: Sequence[str] = ()) -> int:
+def write_pseudonymous(
+    cohort: str | Path, key: bytes, out: str | Path, keep: Sequence[str] = (), label: str = LABEL
+) -> int:
     """Writes a cohort's CSV with pseudonyms in place of its ids.
 
-    The new table has the columns slide_id, case_id, subtype, site, scanner and split. Slide paths are never written.
+    The new table has the columns slide_id, case_id, the labels, site, scanner and split. Slide paths are never written.
 
     Args:
       cohort: the table to read.
       key: the key of the pseudonyms.
       out: the table to write.
       keep: further columns to write. Names may differ in case, blanks, underscores and hyphens.
+      label: the column of the labels.
 
     Returns:
       The number of rows.
@@ -64,9 +67,10 @@ def write_pseudonymous(cohort: str | Path, key: bytes, out: str | Path, keep: Se
       InputError: the cohort is not usable, has no column that `keep` names, or `out` exists.
       OutputError: `out` cannot be written.
     """
-    out, rows = Path(out), load_cohort(cohort, None).rows
-    columns = [field.name for field in fields(SlideRow) if field.name not in ("path", "mpp", "extra")]
-    further_columns = [_further_column(cohort, rows[0], name) for name in keep]
+    out, rows = Path(out), load_cohort(cohort, None, label).rows
+    field_of_column = {label if field.name == "label" else field.name: field.name for field in fields(SlideRow)}
+    columns = [name for name in field_of_column if name not in ("path", "mpp", "extra")]
+    further_columns = [_further_column(cohort, rows[0], name, field_of_column) for name in keep]
     further_columns = [name for name in dict.fromkeys(further_columns) if name not in columns]
     with writing(out):
         try:
@@ -75,18 +79,18 @@ def write_pseudonymous(cohort: str | Path, key: bytes, out: str | Path, keep: Se
                 table.writerow([*columns, *further_columns])
                 for row in rows:
                     pseudonyms = {name: pseudonym(key, getattr(row, name)) for name in ("slide_id", "case_id")}
-                    values = [pseudonyms.get(name) or getattr(row, name) or "" for name in columns]
+                    values = [pseudonyms.get(name) or getattr(row, field_of_column[name]) or "" for name in columns]
                     table.writerow([*values, *(_cell(row, name) for name in further_columns)])
         except FileExistsError:
             raise InputError(f"{out}: exists, and is not overwritten; choose another --out") from None
     return len(rows)
 
 
-def _further_column(cohort: str | Path, row: SlideRow, name: str) -> str:
+def _further_column(cohort: str | Path, row: SlideRow, name: str, known: Collection[str]) -> str:
     """The column of the table that `--keep name` refers to. Raises InputError if there is none."""
     if column_key(name) == "path":
         raise InputError(f"{cohort}: --keep {name}: paths identify, and are never kept; leave it out")
-    available = [field.name for field in fields(SlideRow) if field.name not in ("path", "extra")] + list(row.extra)
+    available = [column for column in known if column not in ("path", "extra")] + list(row.extra)
     for column in available:
         if column_key(column) == column_key(name):
             return column

@@ -74,7 +74,7 @@ class Sampler:
 def sampler_of(cohort: Cohort, config: ConfigDict, memory_folder: MemoryFolder | None) -> Sampler:
     """The sampler of a cohort's training slides by `config` (the whole config).
 
-    Raises InputError for a slide without a subtype or, with config.data.by_site, without a site.
+    Raises InputError for a slide without a label or, with config.data.by_site, without a site.
     """
     data = config.data
     labels = np.array([label_of(row, cohort.classes) for row in cohort.rows])

@@ -55,7 +55,7 @@ def quality_sentences(rows: Sequence[SlideRow], stores: Sequence[TileStore]) -> 
 
 def _counts(rows: Sequence[SlideRow]) -> str:
     """The number of slides of each class within each split, such as `train: immune 2, stromal 1; test: immune 1`."""
-    numbers = Counter((row.split, row.subtype) for row in rows)
+    numbers = Counter((row.split, row.label) for row in rows)
     texts = []
     for split in (*SPLITS, None):
         of_split = {name or "unlabelled": number for (other, name), number in numbers.items() if other == split}
@@ -65,4 +65,4 @@ def _counts(rows: Sequence[SlideRow]) -> str:
 
 
 def _name(row: SlideRow) -> str:
-    return f"slide {row.slide_id} ({row.split or 'no split'}, {row.subtype or 'unlabelled'})"
+    return f"slide {row.slide_id} ({row.split or 'no split'}, {row.label or 'unlabelled'})"

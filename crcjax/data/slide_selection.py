@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from crcjax.data.cohort import SlideRow, load_cohort
+from crcjax.data.cohort import LABEL, SlideRow, load_cohort
 from crcjax.data.pseudonyms import load_key, pseudonym
 from crcjax.errors import InputError
 from crcjax.slides.preprocess.tile_slides import check_slide_ids
@@ -23,11 +23,11 @@ class NamedSlide:
     mpp: float | None = None
     site: str | None = None
     scanner: str | None = None
-    subtype: str | None = None
+    label: str | None = None
 
 
 def named_slides(
-    paths: Sequence[Path] | None, cohort: Path | None, pseudonym_key: Path | None = None
+    paths: Sequence[Path] | None, cohort: Path | None, pseudonym_key: Path | None = None, label: str = LABEL
 ) -> list[NamedSlide]:
     """Returns the slides that a command works on.
 
@@ -35,11 +35,12 @@ def named_slides(
       paths: slide files and folders. With a cohort they select rows of it; without paths all rows are selected.
       cohort: the cohort, which states the ids. Without one, ids are file names.
       pseudonym_key: file of a key; ids are then replaced with pseudonyms.
+      label: the cohort's column of the labels.
 
     Raises:
       InputError: neither is given, a path is not in the cohort, or a selected row has no path.
     """
-    slides = _slides_of_cohort(cohort, paths) if cohort else _slides_of_paths(paths)
+    slides = _slides_of_cohort(cohort, paths, label) if cohort else _slides_of_paths(paths)
     if pseudonym_key is None:
         return slides
     key = load_key(pseudonym_key)
@@ -65,8 +66,8 @@ def _slides_of_paths(paths: Sequence[Path] | None) -> list[NamedSlide]:
     return [NamedSlide(slide_id_of(path), slide_id_of(path), path) for path in find_slides(paths)]
 
 
-def _slides_of_cohort(cohort: Path, paths: Sequence[Path] | None) -> list[NamedSlide]:
-    rows = load_cohort(cohort, None).rows
+def _slides_of_cohort(cohort: Path, paths: Sequence[Path] | None, label: str) -> list[NamedSlide]:
+    rows = load_cohort(cohort, None, label).rows
     if not paths:
         return [_named(row, _path_of(row, cohort)) for row in rows]
     row_by_path = {row.path.resolve(): row for row in rows if row.path}
@@ -81,7 +82,7 @@ def _slides_of_cohort(cohort: Path, paths: Sequence[Path] | None) -> list[NamedS
 
 
 def _named(row: SlideRow, path: Path) -> NamedSlide:
-    return NamedSlide(row.slide_id, row.case_id, path, row.mpp, row.site, row.scanner, row.subtype)
+    return NamedSlide(row.slide_id, row.case_id, path, row.mpp, row.site, row.scanner, row.label)
 
 
 def _path_of(row: SlideRow, cohort: Path) -> Path:

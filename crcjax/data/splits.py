@@ -36,7 +36,7 @@ def assign_splits(cohort: Cohort, val_fraction: float, test_fraction: float, see
     Raises:
       InputError: some labelled slides have a split and others have none, or the fractions leave no training case.
     """
-    labelled = [row for row in cohort.rows if row.subtype is not None]
+    labelled = [row for row in cohort.rows if row.label is not None]
     if any(row.split is not None for row in labelled):
         without_split = next((row.slide_id for row in labelled if row.split is None), None)
         if without_split is not None:
@@ -93,7 +93,7 @@ def fold_of(cohort: Cohort, folds: int, by: str, seed: int) -> dict[str, int]:
     """
     if by not in FOLD_BY:
         raise InputError(f"config.data.fold_by must be one of {', '.join(FOLD_BY)}, got {by!r}; try case")
-    rows = [row for row in cohort.rows if row.subtype is not None and row.split != "test"]
+    rows = [row for row in cohort.rows if row.label is not None and row.split != "test"]
     units = _sites(rows) if by == "site" else {row.case_id: [row.case_id] for row in rows}
     if not 2 <= folds <= len(units):
         raise InputError(
@@ -104,7 +104,7 @@ def fold_of(cohort: Cohort, folds: int, by: str, seed: int) -> dict[str, int]:
         # A class continues at the fold after the last case of the class before, so that all folds have equal sizes.
         cases = [case for class_cases in shuffled.values() for case in class_cases]
         return {case: position % folds for position, case in enumerate(cases)}
-    subtype_of = {row.case_id: row.subtype for row in rows}
+    subtype_of = {row.case_id: row.label for row in rows}
     sites = np.random.default_rng([seed, 2]).permutation(np.array(sorted(units))).tolist()
     # A site's fraction of the cohort's cases of each subtype, and of all cases.
     is_of_class = {
@@ -138,7 +138,7 @@ def _sample_splits(
 def _shuffled_cases(rows: list[SlideRow], classes: tuple[str, ...], seed: list[int]) -> dict[str, list[str]]:
     """The cases of each class in random order."""
     # Sorted first, so that the order of the table does not matter.
-    cases = {name: sorted({row.case_id for row in rows if row.subtype == name}) for name in classes}
+    cases = {name: sorted({row.case_id for row in rows if row.label == name}) for name in classes}
     return {
         name: np.random.default_rng([*seed, number]).permutation(np.array(cases[name])).tolist()
         for number, name in enumerate(classes)

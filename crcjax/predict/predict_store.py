@@ -116,10 +116,11 @@ def predict_stored(
             rows.append(finished)
         return rows
 
-    by = PredictedBy(model, trained[0].bundle_id, pipeline_id(trained, dropout_samples, fitted), split_by(trained))
+    pipeline, target = pipeline_id(trained, dropout_samples, fitted), trained[0].config.data.label
+    by = PredictedBy(model, trained[0].bundle_id, pipeline, split_by(trained), target)
     work = []
     for index, cohort_rows in _rows_by_bag(cohort, dict(zip(slides, evaluations[0].bag_of, strict=True))):
-        unpredicted = [by.row(row.slide_id, row.case_id, row.site, row.scanner, row.subtype) for row in cohort_rows]
+        unpredicted = [by.row(row.slide_id, row.case_id, row.site, row.scanner, row.label) for row in cohort_rows]
         bag = PendingBag(unpredicted, partial(compute_digest, cohort_rows))
         work.append((bag, partial(predict_bag, index, bag, cohort_rows)))
     if out is None:

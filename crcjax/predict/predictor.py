@@ -158,6 +158,7 @@ class Predictor:
       attribution: the method by which evidence is attributed to instances.
 
     Attributes:
+      target: the name of what is predicted, which is also the cohort's column of the labels.
       split_of: the split, `train` or `val`, of a slide or case that a model was fitted or chosen on, by its id.
 
     Raises:
@@ -175,6 +176,7 @@ class Predictor:
                 )
         self.tiling: TilingParams = first.tiling
         self.classes: tuple[str, ...] = tuple(first.config.data.classes)
+        self.target: str = first.config.data.label
         self.unit: str = first.config.data.unit
         self._visible_slots = self.tiling.slots_of(first.config.data.magnifications)
         check_ensemble(opened)
@@ -188,7 +190,7 @@ class Predictor:
     def predicted_by(self, calibration: Calibration | None = None) -> PredictedBy:
         """The ids of what predicts."""
         pipeline = pipeline_id(self._opened, self._dropout_samples, calibration)
-        return PredictedBy(self.model_id, self._opened[0].bundle_id, pipeline, self.split_of)
+        return PredictedBy(self.model_id, self._opened[0].bundle_id, pipeline, self.split_of, self.target)
 
     def predict(self, slide: Slide, threads: int) -> SlidePrediction:
         """Predicts one open slide; `threads` decode its tiles. Raises SlideError."""

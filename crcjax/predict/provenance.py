@@ -24,12 +24,14 @@ class PredictedBy:
       bundle_id: the bundle; empty for run directories.
       pipeline_id: a hash of all that decides a prediction besides the parameters and the slide (`pipeline_id`).
       split_of: the split of a slide or case in the training of the models.
+      target_name: the name of what is predicted (config.data.label).
     """
 
     model: str
     bundle_id: str
     pipeline_id: str
     split_of: Callable[[str], str]
+    target_name: str
 
     def row(
         self, slide_id: str, case_id: str, site: str | None, scanner: str | None, target: str | None
@@ -44,6 +46,7 @@ class PredictedBy:
             site=site or "",
             scanner=scanner or "",
             target=target or "",
+            target_name=self.target_name,
         )
 
 

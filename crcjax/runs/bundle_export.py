@@ -103,7 +103,7 @@ def export_bundle(
         if density:
             add("density", f"density-{number}.safetensors", save_tensors(density))
     model_id, config = ensemble_id(member.model_id for member in members), opened[0].config
-    target = Target("subtype", tuple(config.data.classes), "colorectal")
+    target = Target(config.data.label, tuple(config.data.classes), config.data.cancer_type)
     fitted = load_calibration(calibration, model_id, target.classes) if calibration else None
     add("settings", SETTINGS, _json({"tiling": opened[0].tiling.to_json(), "members": list(map(_settings, opened))}))
     add("training_ids", TRAINING_IDS, _json(_training_ids(opened, model_id)))

@@ -191,7 +191,7 @@ def _data_manifest(cohort: Cohort, content_hash: Mapping[str, str]) -> str:
     table.writerow(("slide_id", "case_id", "split", "label", "site", "scanner", "content_hash"))
     for row in sorted(cohort.rows, key=lambda row: row.slide_id):
         hash_or_empty = content_hash.get(row.slide_id, "")
-        table.writerow((row.slide_id, row.case_id, row.split, row.subtype, row.site, row.scanner, hash_or_empty))
+        table.writerow((row.slide_id, row.case_id, row.split, row.label, row.site, row.scanner, hash_or_empty))
     return text.getvalue()
 
 

@@ -94,6 +94,7 @@ def check_ensemble(models: Sequence[TrainedModel | Run]) -> None:
             for name, expected, actual in (
                 ("tiling", first.tiling, other.tiling),
                 ("config.data.classes", first.config.data.classes, other.config.data.classes),
+                ("config.data.label", first.config.data.label, other.config.data.label),
                 ("config.data.unit", first.config.data.unit, other.config.data.unit),
                 ("config.data.magnifications", first.config.data.magnifications, other.config.data.magnifications),
                 ("config.model", first.config.model, other.config.model),

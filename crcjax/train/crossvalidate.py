@@ -113,9 +113,10 @@ def divided_by_fold(config: ConfigDict) -> tuple[ConfigDict, list[Cohort]]:
     By site, the number of folds defaults to the number of sites (leave one site out). Raises InputError for folds that are
     not usable.
     """
-    config, cohort = config.copy_and_resolve_references(), load_cohort(config.data.cohort, config.data.classes)
+    config = config.copy_and_resolve_references()
+    cohort = load_cohort(config.data.cohort, config.data.classes, config.data.label)
     if config.data.fold_by == "site" and not config.data.folds:
-        config.data.folds = len({row.site for row in cohort.rows if row.subtype and row.site and row.split != "test"})
+        config.data.folds = len({row.site for row in cohort.rows if row.label and row.site and row.split != "test"})
     if config.data.folds < 2:
         raise InputError(
             f"config.data.folds must be at least 2, got {config.data.folds}; try 5, or set config.data.fold_by to site"

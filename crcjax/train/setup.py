@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -184,7 +184,7 @@ def training_cohort(config: ConfigDict) -> Cohort:
     Logs the refused slides, the summary of the others and its warnings. Raises InputError for a cohort that training cannot
     use.
     """
-    cohort = divide(load_cohort(config.data.cohort, config.data.classes), config.data)
+    cohort = divide(load_cohort(config.data.cohort, config.data.classes, config.data.label), config.data)
     # After the division, so that a refused slide changes no other case's split.
     cohort, refusals = without_refused(cohort, config.data.store)
     for sentence in refusals:
@@ -196,7 +196,7 @@ def training_cohort(config: ConfigDict) -> Cohort:
         log.warning(f"{config.data.cohort}: {warning}")
     if summary.problems:
         raise InputError(f"{config.data.cohort}: {'; '.join(summary.problems)}")
-    return Cohort(tuple(row for row in cohort.rows if row.subtype and row.split in ("train", "val")), cohort.classes)
+    return replace(cohort, rows=tuple(row for row in cohort.rows if row.label and row.split in ("train", "val")))
 
 
 def _with_imported_features(config: ConfigDict, stores: Sequence[TileStore]) -> ConfigDict:

@@ -58,7 +58,7 @@ def crossvalidate_trees(config: ConfigDict, out: Path, *, on_line: Callable[[str
     bags = _bags(config, without_refused(labelled_in_folds(folds), config.data.store)[0])
     refusals, classes = refused_slides(Path(config.data.store)), folds[0].classes
     rows: list[PredictionRow] = []
-    by = PredictedBy("extra trees", "", "", lambda name: "")
+    by = PredictedBy("extra trees", "", "", lambda name: "", config.data.label)
     for fold, divided in enumerate(folds):
         test = divided.split("test")
         is_test = np.isin(bags.case, test.cases)
@@ -66,7 +66,7 @@ def crossvalidate_trees(config: ConfigDict, out: Path, *, on_line: Callable[[str
             bags.extremes[~is_test], bags.label[~is_test], bags.extremes, len(classes), config.seed
         )
         for row in test.rows:
-            empty = replace(by.row(row.slide_id, row.case_id, row.site, row.scanner, row.subtype), fold=str(fold))
+            empty = replace(by.row(row.slide_id, row.case_id, row.site, row.scanner, row.label), fold=str(fold))
             if refusal := refusals.get(row.slide_id):
                 rows.append(row_without_prediction(empty, refusal["status"], refusal["reason"]))
             else:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 
-from crcjax.data.cohort import load_cohort
+from crcjax.data.cohort import LABEL, load_cohort
 from crcjax.errors import InputError
 from crcjax.validation.conformal import conformal_threshold, nonconformity
 from crcjax.validation.load_predictions import load_predictions
@@ -73,7 +73,7 @@ def calibrate(
 
     Args:
       predictions_csv: predictions of the run's validation slides, made without a calibration.
-      cohort_csv: the table with the reference subtypes, and the sites for `by_site`.
+      cohort_csv: the table with the reference labels, and the sites for `by_site`.
       out: the file, written whole or not at all.
       method: "lac" or "aps" (`nonconformity`).
       error: the share of sets that may miss the true class, between 0 and 1.
@@ -86,9 +86,11 @@ def calibrate(
     if method not in METHODS or not 0 < error < 1:
         raise InputError(f"--method must be lac or aps and --error between 0 and 1, got {method} and {error}")
     predictions = load_predictions(predictions_csv)
-    cohort = {row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes).rows}
+    cohort = {
+        row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes, predictions.target_name or LABEL).rows
+    }
     usable = [row for row in predictions.evaluable if row.split == "val" and row.slide_id in cohort]
-    rows = {cohort[row.slide_id].case_id: row for row in reversed(usable) if cohort[row.slide_id].subtype}
+    rows = {cohort[row.slide_id].case_id: row for row in reversed(usable) if cohort[row.slide_id].label}
     if any(row.calibration for row in rows.values()):
         raise InputError(f"{predictions_csv}: is calibrated already; predict without --calibration first")
     models = {row.model for row in rows.values()}
@@ -98,7 +100,7 @@ def calibrate(
             f"{cohort_csv}; predict the run's validation slides with one model"
         )
     slides = [cohort[row.slide_id] for row in rows.values()]
-    label = np.array([predictions.classes.index(slide.subtype or "") for slide in slides])
+    label = np.array([predictions.classes.index(slide.label or "") for slide in slides])
     probs = probabilities_of(list(rows.values()))
     temperature = fit_temperature(probs, label)
     uniforms = np.array([_uniform(slide.slide_id) for slide in slides])

@@ -24,6 +24,11 @@ class Predictions:
     classes: tuple[str, ...]
 
     @property
+    def target_name(self) -> str:
+        """The name of what is predicted; empty in tables of other systems and of earlier versions."""
+        return next((row.target_name for row in self.rows if row.target_name), "")
+
+    @property
     def evaluable(self) -> list[PredictionRow]:
         """The rows with a prediction."""
         return [row for row in self.rows if row.is_ok]

@@ -39,6 +39,7 @@ class PredictionRow:
       status: `ok`; `not_evaluable` for a slide that quality control or tiling refused; `failed`. Without `ok`, `reason` says
         why, and call, probabilities and uncertainties are empty.
       site, scanner, target: what the cohort says of the slide; `target` is the reference class.
+      target_name: the name of what is predicted, which is also the cohort's column of the labels.
       call: the predicted class.
       probs: in the order of the table's classes, after calibration.
       alpha: the Dirichlet parameters of an evidential head, before calibration; empty for other heads.
@@ -79,6 +80,7 @@ class PredictionRow:
     site: str = ""
     scanner: str = ""
     target: str = ""
+    target_name: str = ""
     slide_sha256: str = ""
     bundle_id: str = ""
     pipeline_id: str = ""
@@ -110,7 +112,7 @@ class PredictionRow:
             "qc_verdict",
             "qc_reasons",
         )
-        ids = ("slide_sha256", "bundle_id", "pipeline_id", "split", "model", "calibration", "fold")
+        ids = ("target_name", "slide_sha256", "bundle_id", "pipeline_id", "split", "model", "calibration", "fold")
         values = {
             **{name: getattr(self, name) for name in (*texts, *ids)},
             **dict(zip(probability_columns(classes) if self.probs else (), map(str, self.probs), strict=True)),
@@ -175,6 +177,7 @@ class PredictionRow:
             site=text("site"),
             scanner=text("scanner"),
             target=text("target"),
+            target_name=text("target_name"),
             slide_sha256=text("slide_sha256"),
             bundle_id=text("bundle_id"),
             pipeline_id=text("pipeline_id"),
@@ -190,7 +193,7 @@ def columns(classes: Sequence[str], *, with_fold: bool = False) -> list[str]:
         *("status", "reason", "qc_verdict", "qc_coverage", "qc_reasons"),
         *(f"{SECONDS}{stage}" for stage in STAGES),
         *("slide_sha256", "bundle_id", "pipeline_id", "split", "synthetic"),
-        *("model", "calibration", "entropy", "expected_entropy", "regions"),
+        *("model", "calibration", "entropy", "expected_entropy", "regions", "target_name"),
         *(("fold",) if with_fold else ()),
     ]
 

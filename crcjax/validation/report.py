@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 
 import crcjax
-from crcjax.data.cohort import SlideRow, load_cohort
+from crcjax.data.cohort import LABEL, SlideRow, load_cohort
 from crcjax.errors import InputError, writing
 from crcjax.slides.tiling.qc_result import REFUSED
 from crcjax.validation.attention_truth import attention_auroc, slide_truth
@@ -41,8 +41,10 @@ LISTED_CASES = 100
 ALL_SUBTYPES = "all subtypes"
 
 
-def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | None = None, seed: int = 0) -> dict:
-    """Compares predictions with reference subtypes; writes OUT/metrics.json, OUT/report.html and OUT/cases.csv.
+def validate(
+    predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | None = None, seed: int = 0, label_column: str = ""
+) -> dict:
+    """Compares predictions with reference labels; writes OUT/metrics.json, OUT/report.html and OUT/cases.csv.
 
     Cases in the split `train` or `val` of the cohort, or of the run that predicted them, are not evaluated: the model was
     fitted or selected on them. Cases that cross-validation predicted are evaluated, since other runs predicted them.
@@ -50,23 +52,25 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
 
     Args:
       predictions_csv: predictions.csv of crcjax predict, or another system's table with its columns.
-      cohort_csv: the table with the reference subtypes; its case ids decide which slides belong together.
+      cohort_csv: the table with the reference labels; its case ids decide which slides belong together.
       out: the folder.
       truth: the folder of synthetic slides with their ground truth.
       seed: the seed of the bootstrap.
+      label_column: the cohort's column of the labels; by default the target that the predictions name, or `subtype`.
 
     Returns:
       The content of metrics.json.
 
     Raises:
-      InputError: the tables are not usable, contradict each other, or share no held-out slide with a reference subtype.
+      InputError: the tables are not usable, contradict each other, or share no held-out slide with a reference label.
       OutputError: the folder cannot be written.
     """
     predictions = load_predictions(predictions_csv)
-    cohort = {row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes).rows}
-    if not any(row.subtype for row in cohort.values()):
+    column = label_column or predictions.target_name or LABEL
+    cohort = {row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes, column).rows}
+    if not any(row.label for row in cohort.values()):
         raise InputError(
-            f"{cohort_csv}: no slide has a reference subtype; add the column subtype with the values "
+            f"{cohort_csv}: no slide has a reference label; add the column {column} with the values "
             f"{', '.join(predictions.classes)}"
         )
     in_cohort = [row for row in predictions.rows if row.slide_id in cohort]
@@ -84,18 +88,18 @@ def validate(predictions_csv: Path, cohort_csv: Path, out: Path, truth: Path | N
     fitted = {row.case_id for row in cohort.values() if row.split in ("train", "val")} - cross_validated
     fitted |= {case_of(row) for row in in_cohort if row.split in ("train", "val")}
     held_out = [row for row in in_cohort if case_of(row) not in fitted]
-    with_reference = [row for row in held_out if cohort[row.slide_id].subtype is not None]
+    with_reference = [row for row in held_out if cohort[row.slide_id].label is not None]
     evaluated = [row for row in with_reference if row.is_ok]
     if not evaluated:
         raise InputError(
-            f"{predictions_csv}: no slide has both a prediction and a reference subtype outside train and val in "
-            f"{cohort_csv}; predict held-out slides, and fill in their subtype"
+            f"{predictions_csv}: no slide has both a prediction and a reference label outside train and val in "
+            f"{cohort_csv}; predict held-out slides, and fill in their {column}"
         )
     cases, probs = aggregate_cases([case_of(row) for row in evaluated], probabilities_of(evaluated))
-    subtype_of = {row.case_id: row.subtype for row in cohort.values()}
+    subtype_of = {row.case_id: row.label for row in cohort.values()}
     label = np.array([predictions.classes.index(subtype_of[case] or "") for case in cases])
     no_calls = {case_of(row) for row in with_reference} - set(cases)
-    not_predicted = {row.case_id for row in cohort.values() if row.subtype and row.case_id not in fitted}
+    not_predicted = {row.case_id for row in cohort.values() if row.label and row.case_id not in fitted}
     not_predicted -= {case_of(row) for row in in_cohort}
     statistics = evaluate(label, probs, predictions.classes, seed, len(no_calls))
     uncertainty = uncertainty_statistics(evaluated, [cohort[row.slide_id] for row in evaluated])
@@ -179,7 +183,7 @@ def _attention(
     values: dict[str, list[float]] = {name: [] for name in classes}
     for row in rows:
         ground_truth = slide_truth(truth, row.slide_id)
-        if ground_truth is not None and row.call == cohort[row.slide_id].subtype:
+        if ground_truth is not None and row.call == cohort[row.slide_id].label:
             value = attention_auroc(ground_truth, folder / "attention" / f"{row.slide_id}.npz")
             if math.isfinite(value):
                 values[row.call].append(value)
@@ -223,7 +227,7 @@ def _page(
         "One subtype against the rest": roc_figure(label, probs, classes, synthetic),
     }
     shown = [
-        {"row": row, "reference": cohort[row.slide_id].subtype, "png": _base64(heatmaps / f"{row.slide_id}.png")}
+        {"row": row, "reference": cohort[row.slide_id].label, "png": _base64(heatmaps / f"{row.slide_id}.png")}
         for row in pictures
     ]
     environment = jinja2.Environment(
@@ -239,7 +243,7 @@ def _page(
         uncertainty=result["uncertainty"],
         numbers={k: v for k, v in result["statistics"].items() if isinstance(v, float)},
         failed=failed,
-        not_accepted=[{"row": row, "reference": cohort[row.slide_id].subtype} for row in not_accepted[:LISTED_CASES]],
+        not_accepted=[{"row": row, "reference": cohort[row.slide_id].label} for row in not_accepted[:LISTED_CASES]],
         all_not_accepted=len(not_accepted),
         no_calls={name: count for name, count in result["no-calls by subtype"].items() if count},
         figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
@@ -254,7 +258,7 @@ def _chosen(rows: Sequence[PredictionRow], cohort: dict[str, SlideRow]) -> list[
     correct: dict[str, list[PredictionRow]] = {}
     misclassified = []
     for row in rows:
-        if row.call == cohort[row.slide_id].subtype:
+        if row.call == cohort[row.slide_id].label:
             correct.setdefault(row.call, []).append(row)
         else:
             misclassified.append(row)

@@ -32,7 +32,7 @@ def uncertainty_statistics(
     """
     first_slide = {slide.case_id: i for i, slide in reversed(list(enumerate(slides)))}
     pairs = [(rows[i], slides[i]) for i in sorted(first_slide.values())]
-    misclassified = np.array([row.call != slide.subtype for row, slide in pairs])
+    misclassified = np.array([row.call != slide.label for row, slide in pairs])
     statistics: dict[str, Estimate | float] = {}
     is_single = not any(row.mutual_information for row, _ in pairs)
     for measure in MEASURES:
@@ -42,7 +42,7 @@ def uncertainty_statistics(
             statistics[name] = selective_risk(np.array(values, float), misclassified, seed).area
     sets = [row.conformal_set for row, _ in pairs if row.conformal_set is not None]
     if len(sets) == len(pairs):
-        covers = np.array([slide.subtype in names for names, (_, slide) in zip(sets, pairs, strict=True)])
+        covers = np.array([slide.label in names for names, (_, slide) in zip(sets, pairs, strict=True)])
         sizes = np.array([len(names) for names in sets])
         statistics |= {"set coverage": wilson(int(covers.sum()), len(covers)), "mean set size": float(sizes.mean())}
         statistics |= {"sets of one": float((sizes == 1).mean()), "empty sets": float((sizes == 0).mean())}

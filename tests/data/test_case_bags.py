@@ -91,7 +91,7 @@ def test_training_samples_cases_and_regions_of_all_their_slides(pairs: Path, sma
         for tiles, label in zip(np.asarray(bag.tiles), np.asarray(bag.label), strict=True):
             at = [{i for i, row in enumerate(slide_rows) if (row == tiles[0]).all()} for slide_rows in rows]
             (case,) = (i for i, found in enumerate(at) if found)
-            assert cases.rows[case].subtype == cases.classes[label]
+            assert cases.rows[case].label == cases.classes[label]
             first = len(stores[case].stores[0].mask)
             of = {next(i for i, row in enumerate(rows[case]) if (row == tile).all()) < first for tile in tiles}
             from_both += len(of) == 2
@@ -166,7 +166,7 @@ def test_evaluation_is_by_case(pairs: Path, small_config) -> None:
     for row, store in zip(cases.rows, stores, strict=True):
         pixels, mask = store.read_pixels(range(len(store.mask))), store.mask
         probs = model(jnp.asarray(pixels)[None], jnp.asarray(mask)[None], jnp.asarray(store.origin)[None]).probs
-        losses.append(-np.log(float(probs[0, cases.classes.index(str(row.subtype))])))
+        losses.append(-np.log(float(probs[0, cases.classes.index(str(row.label))])))
     assert found is not None
     assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 

@@ -19,8 +19,8 @@ def test_columns_are_typed_paths_resolved_and_extra_columns_kept(tmp_path: Path)
     cohort = load_cohort(_write(tmp_path, HEADER + "a,A,x/a.svs,immune,leeds,train,61\nb,B,,,,,\n"), CLASSES)
     first, second = cohort.rows
     assert first.path == tmp_path / "x/a.svs"
-    assert (first.subtype, first.site, first.split, first.extra) == ("immune", "leeds", "train", {"age": "61"})
-    assert (second.path, second.subtype, second.split) == (None, None, None)
+    assert (first.label, first.site, first.split, first.extra) == ("immune", "leeds", "train", {"age": "61"})
+    assert (second.path, second.label, second.split) == (None, None, None)
     assert cohort.cases == ("A", "B")
     assert [row.slide_id for row in cohort.split("train").rows] == ["a"]
 
@@ -28,6 +28,21 @@ def test_columns_are_typed_paths_resolved_and_extra_columns_kept(tmp_path: Path)
 def test_a_slides_mpp_is_a_number_or_empty(tmp_path: Path) -> None:
     rows = load_cohort(_write(tmp_path, "slide_id,case_id,mpp\na,A,0.25\nb,B,\n"), None).rows
     assert [row.mpp for row in rows] == [0.25, None]
+
+
+def test_labels_are_read_from_the_column_that_is_named(tmp_path: Path) -> None:
+    table = _write(tmp_path, "slide_id,case_id,subtype,MSI Status\na,A,immune,MSI-H\nb,B,stromal,\n")
+    cohort = load_cohort(table, None, "msi_status")
+    assert [row.label for row in cohort.rows] == ["MSI-H", None]
+    assert (cohort.classes, cohort.label) == (("MSI-H",), "msi_status")
+    assert [row.extra for row in cohort.rows] == [{"subtype": "immune"}, {"subtype": "stromal"}]
+    with pytest.raises(InputError, match=r"line 2: msi_status 'MSI-H' is none of MSI-L, MSS; did you mean 'MSI-L'"):
+        load_cohort(table, ("MSI-L", "MSS"), "msi_status")
+    with pytest.raises(InputError, match=r"config\.data\.label must be the column of the labels, got 'site'"):
+        load_cohort(table, None, "site")
+    doubled = _write(tmp_path, "slide_id,case_id,msi\na,A,MSS\nb,A,MSI-H\n")
+    with pytest.raises(InputError, match="line 3: case 'A' has the msi 'MSI-H', but 'MSS' on line 2"):
+        load_cohort(doubled, None, "msi")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +84,7 @@ def test_an_invalid_table_is_one_error_that_names_the_line(tmp_path: Path, text:
 def test_columns_are_used_whatever_their_case_and_blanks(tmp_path: Path, header: str) -> None:
     (row,) = load_cohort(_write(tmp_path, f"{header}\na,A,a.svs,immune,Test,0.25\n"), CLASSES).rows
     assert (row.slide_id, row.case_id, row.path) == ("a", "A", tmp_path / "a.svs")
-    assert (row.subtype, row.split, row.mpp, row.extra) == ("immune", "test", 0.25, {})
+    assert (row.label, row.split, row.mpp, row.extra) == ("immune", "test", 0.25, {})
 
 
 _PLAIN = "slide_id,case_id,subtype,mpp,ward\na,A,immune,0.25,Süd\nb,B,,,\n"
@@ -95,9 +110,9 @@ _PLAIN = "slide_id,case_id,subtype,mpp,ward\na,A,immune,0.25,Süd\nb,B,,,\n"
 def test_every_way_that_spreadsheets_write_a_table_gives_the_same_cohort(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "cohort.csv").write_bytes(data)
     first, second = load_cohort(tmp_path / "cohort.csv", None).rows
-    assert (first.slide_id, first.case_id, first.subtype, first.mpp) == ("a", "A", "immune", 0.25)
+    assert (first.slide_id, first.case_id, first.label, first.mpp) == ("a", "A", "immune", 0.25)
     assert first.extra == {"ward": "Süd"}
-    assert (second.slide_id, second.case_id, second.subtype, second.mpp) == ("b", "B", None, None)
+    assert (second.slide_id, second.case_id, second.label, second.mpp) == ("b", "B", None, None)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def _cohort(sizes: dict[str, tuple[int, int, int]], site: str = "north") -> Coho
         for split, count in zip(("train", "val", "test"), counts, strict=True):
             for i in range(count):
                 case = f"{name}-{split}-{i}"
-                rows.append(SlideRow(f"{case}-1", case, subtype=name, split=split, site=site))
+                rows.append(SlideRow(f"{case}-1", case, label=name, split=split, site=site))
     return Cohort(tuple(rows), CLASSES)
 
 
@@ -59,7 +59,7 @@ def test_cohorts_that_cannot_be_trained_on_are_problems() -> None:
     assert problem(_cohort({"immune": (0, 0, 6)})).startswith(
         "no labelled case has split train or val (all labelled cases have split test); correct the column split"
     )
-    unlabelled = tuple(replace(row, subtype=None) for row in BALANCED.rows)
+    unlabelled = tuple(replace(row, label=None) for row in BALANCED.rows)
     assert problem(replace(BALANCED, rows=unlabelled)) == (
         "the cohort has no labelled slide; fill in the column subtype"
     )
@@ -70,12 +70,12 @@ def test_small_classes_sites_of_one_class_and_unused_slides_are_warnings() -> No
     rows += [
         replace(row, slide_id=f"s{row.slide_id}", case_id=f"s{row.case_id}", site="south")
         for row in rows
-        if row.subtype == "canonical"
+        if row.label == "canonical"
     ][:6]
     rows += [
         SlideRow("a", "A"),
         SlideRow("b", "B"),
-        SlideRow("c", "C", subtype="immune"),
+        SlideRow("c", "C", label="immune"),
         replace(rows[0], split="val", slide_id="d"),
     ]
     warnings = summarise_cohort(Cohort(tuple(rows), ("canonical", "stromal"))).warnings

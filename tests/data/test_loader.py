@@ -67,7 +67,7 @@ def test_batches_have_the_stores_pixels_masks_and_labels(painted: Path, small_co
     stored = {row.slide_id: open_store(painted / "store", row.slide_id) for row in cohort.rows}
     for pixels, label in zip(np.asarray(bag.tiles), np.asarray(bag.label), strict=True):
         actual = [
-            row.subtype
+            row.label
             for row in cohort.rows
             for tile in stored[row.slide_id].read_pixels(range(len(stored[row.slide_id].mask)))
             if (tile == pixels[0]).all()

@@ -61,7 +61,7 @@ def test_a_pseudonymous_cohort_keeps_what_training_needs_and_leaves_paths_and_fu
     assert write_pseudonymous(cohort, KEY, tmp_path / "new.csv") == 2
     written = load_cohort(tmp_path / "new.csv", None).rows
     assert [row.case_id for row in written] == [pseudonym(KEY, CASE), pseudonym(KEY, "c")]
-    assert [(row.subtype, row.site, row.split) for row in written] == [
+    assert [(row.label, row.site, row.split) for row in written] == [
         ("immune", "north", "train"),
         (None, "south", None),
     ]
@@ -82,6 +82,13 @@ def test_further_columns_are_kept_only_by_name(tmp_path: Path) -> None:
         write_pseudonymous(plain, KEY, tmp_path / "other.csv", ["age"])
     write_pseudonymous(plain, KEY, tmp_path / "other.csv", ["mpp", "site"])
     assert load_cohort(tmp_path / "other.csv", None).rows[0].mpp == 0.25
+
+
+def test_the_column_of_the_labels_keeps_its_name(tmp_path: Path) -> None:
+    cohort = _cohort(tmp_path, ["a,A,MSS,immune"], "slide_id,case_id,msi,subtype")
+    write_pseudonymous(cohort, KEY, tmp_path / "new.csv", ["subtype"], "msi")
+    (row,) = load_cohort(tmp_path / "new.csv", None, "msi").rows
+    assert (row.label, row.extra) == ("MSS", {"subtype": "immune"})
 
 
 def test_a_cohort_is_not_overwritten_and_an_absent_folder_is_named(tmp_path: Path) -> None:

@@ -14,18 +14,16 @@ CLASSES = ("canonical", "immune", "stromal")
 
 def _cohort(cases: int = 60) -> Cohort:
     rows = [
-        SlideRow(f"s{case}-{slide}", f"c{case}", subtype=CLASSES[case % 3])
-        for case in range(cases)
-        for slide in range(2)
+        SlideRow(f"s{case}-{slide}", f"c{case}", label=CLASSES[case % 3]) for case in range(cases) for slide in range(2)
     ]
     return Cohort((*rows, SlideRow("unlabelled", "u")), CLASSES)
 
 
 def test_splits_divide_whole_cases_and_are_stratified_by_subtype() -> None:
     cohort = assign_splits(_cohort(), 0.2, 0.2, seed=1)
-    split_of = {row.case_id: row.split for row in cohort.rows if row.subtype}
-    assert all(row.split == split_of[row.case_id] for row in cohort.rows if row.subtype)
-    counts = Counter((row.split, row.subtype) for row in cohort.rows if row.subtype)
+    split_of = {row.case_id: row.split for row in cohort.rows if row.label}
+    assert all(row.split == split_of[row.case_id] for row in cohort.rows if row.label)
+    counts = Counter((row.split, row.label) for row in cohort.rows if row.label)
     for subtype in CLASSES:
         assert [counts[split, subtype] for split in ("train", "val", "test")] == [24, 8, 8]
     assert cohort.rows[-1].split is None
@@ -51,7 +49,7 @@ def test_splits_of_the_table_are_used_and_incomplete_ones_refused() -> None:
 def _sited(counts: dict[str, tuple[int, int, int]]) -> Cohort:
     """Cases of each site with two slides each; `counts` is the number of cases by class."""
     rows = [
-        SlideRow(f"{site}{k}{case}-{slide}", f"{site}{k}{case}", subtype=CLASSES[k], site=site)
+        SlideRow(f"{site}{k}{case}-{slide}", f"{site}{k}{case}", label=CLASSES[k], site=site)
         for site, of_class in counts.items()
         for k, count in enumerate(of_class)
         for case in range(count)
@@ -66,10 +64,10 @@ def test_every_case_is_test_in_one_fold_and_folds_are_stratified_by_subtype() ->
     sizes = []
     for fold in range(5):
         divided = assign_fold(cohort, fold, 5, "case", 0.2, seed=1)
-        split_of = {row.case_id: row.split for row in divided.rows if row.subtype}
-        assert all(row.split == split_of[row.case_id] for row in divided.rows if row.subtype)
+        split_of = {row.case_id: row.split for row in divided.rows if row.label}
+        assert all(row.split == split_of[row.case_id] for row in divided.rows if row.label)
         tested.update(case for case, split in split_of.items() if split == "test")
-        counts = Counter((row.split, row.subtype) for row in divided.rows[::2] if row.subtype)
+        counts = Counter((row.split, row.label) for row in divided.rows[::2] if row.label)
         assert all(4 <= counts["test", name] <= 5 for name in CLASSES)
         assert all(3 <= counts["val", name] <= 4 for name in CLASSES)
         sizes.append(sum(split == "test" for split in split_of.values()))

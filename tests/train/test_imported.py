@@ -29,7 +29,7 @@ def config(small_config, painted: Path, write_h5: Callable[..., Path], tmp_path:
         store = open_store(painted / "store", row.slide_id)
         corner = store.origin[store.mask[:, 0]]
         features = rng.normal(size=(len(corner), 6)).astype(np.float32)
-        features[:, small_config.data.classes.index(row.subtype)] += 3
+        features[:, small_config.data.classes.index(row.label)] += 3
         path = tmp_path / "in" / f"{row.slide_id}.h5"
         write_h5(path, {"coords": corner, "features": features}, coords=about, features={"encoder": "theirs"})
     assert all(outcome.succeeded for outcome in import_files([tmp_path / "in"], tmp_path / "store"))
@@ -55,7 +55,7 @@ def test_imported_features_train_and_the_run_states_that_it_cannot_predict_slide
         Predictor(tmp_path / "run")
     cohort = load_cohort(config.data.cohort, config.data.classes)
     rows = predict_stored([tmp_path / "run"], Path(config.data.store), cohort.split("test"))
-    assert [row.call for row in rows] == [row.subtype for row in cohort.split("test").rows]
+    assert [row.call for row in rows] == [row.label for row in cohort.split("test").rows]
     opened: list[str] = []
     init = FeatureReader.__init__
 
@@ -113,7 +113,7 @@ def test_features_are_standardised_by_the_training_slides_alone_and_training_kee
     np.testing.assert_allclose(saved["inverse_deviation"][:5], 1 / rows.std(axis=0)[:5], rtol=1e-3)
     assert saved["inverse_deviation"][5] == 0
     rows = predict_stored([tmp_path / "run"], Path(config.data.store), cohort.split("test"))
-    assert [row.call for row in rows] == [row.subtype for row in cohort.split("test").rows]
+    assert [row.call for row in rows] == [row.label for row in cohort.split("test").rows]
     config.data.features = False
     with pytest.raises(InputError, match=r"config\.model\.standardise must be 0 without config\.data\.features"):
         train(config, tmp_path / "pixels")

@@ -29,7 +29,7 @@ def features(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         values = rng.normal(size=(*open_store(store, row.slide_id).mask.shape, 6)).astype(np.float32)
         write_features(store, row.slide_id, "noise", values, ORIGIN)
         region, slot = np.argwhere(open_store(store, row.slide_id).mask)[0]
-        values[region, slot, cohort.classes.index(str(row.subtype))] = 9
+        values[region, slot, cohort.classes.index(str(row.label))] = 9
         write_features(store, row.slide_id, "theirs", values, ORIGIN)
     return store
 
@@ -42,7 +42,7 @@ def config(small_config, features: Path):
 
 
 def _accuracy(predictions: Path, cohort: Path) -> float:
-    subtype_of = {row.slide_id: row.subtype for row in load_cohort(cohort, None).rows}
+    subtype_of = {row.slide_id: row.label for row in load_cohort(cohort, None).rows}
     return float(np.mean([row.call == subtype_of[row.slide_id] for row in load_predictions(predictions).rows]))
 
 
@@ -91,9 +91,9 @@ def test_the_slides_of_a_case_form_one_bag_and_refused_slides_are_no_calls(confi
     rows = load_cohort(config.data.cohort, None).rows
     table = tmp_path / "cohort.csv"
     # The second slide of each class joins the case of the first.
-    first_of_class = {str(row.subtype): row.case_id for row in reversed(rows)}
-    cases = [first_of_class[str(row.subtype)] if row in rows[:6] else row.case_id for row in rows]
-    lines = [f"{row.slide_id},{case},{row.subtype}" for row, case in zip(rows, cases, strict=True)]
+    first_of_class = {str(row.label): row.case_id for row in reversed(rows)}
+    cases = [first_of_class[str(row.label)] if row in rows[:6] else row.case_id for row in rows]
+    lines = [f"{row.slide_id},{case},{row.label}" for row, case in zip(rows, cases, strict=True)]
     store = tmp_path / "store"
     shutil.copytree(config.data.store, store)
     shutil.rmtree(store / f"{rows[-1].slide_id}.zarr")

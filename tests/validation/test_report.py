@@ -177,7 +177,7 @@ def test_without_a_column_subtype_the_predicted_class_is_the_most_probable(table
     result = validate(bare, tables[1], tmp_path / "two")
     assert result["statistics"] == wanted["statistics"]
     assert [row.call for row in load_predictions(bare).rows] == [row.call for row in load_predictions(tables[0]).rows]
-    with pytest.raises(InputError, match=r"cohort.csv: no slide has a reference subtype; add the column subtype"):
+    with pytest.raises(InputError, match=r"cohort.csv: no slide has a reference label; add the column subtype"):
         validate(tables[0], _rewritten(tables[1], tmp_path, "other-cohort.csv", without), tmp_path / "out")
 
 

@@ -13,7 +13,7 @@ def test_sets_are_judged_by_site_on_the_first_slide_of_each_case() -> None:
     ]
     sites = ("north", "north", "south", "south", "north")
     slides = [
-        SlideRow(f"s{i}", f"c{i % 4}", subtype="a" if i % 4 < 3 else "b", site=site) for i, site in enumerate(sites)
+        SlideRow(f"s{i}", f"c{i % 4}", label="a" if i % 4 < 3 else "b", site=site) for i, site in enumerate(sites)
     ]
     found = uncertainty_statistics(rows, slides)
     coverage = found["set coverage"]
@@ -27,7 +27,7 @@ def test_sets_are_judged_by_site_on_the_first_slide_of_each_case() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_measures_of_several_distributions_are_left_out_where_there_is_one(temperature: float) -> None:
-    slides = [SlideRow(f"s{i}", f"c{i}", subtype="a") for i in range(4)]
+    slides = [SlideRow(f"s{i}", f"c{i}", label="a") for i in range(4)]
     own = [0.1, 0.3, 0.2, 0.6]  # a calibration's temperature changes `entropy` alone
 
     def areas(mutual_information: list[float]) -> list[str]:
