@@ -66,7 +66,9 @@ def test_each_case_is_predicted_by_runs_that_never_saw_it_and_the_table_is_valid
         open_store(config.data.store, rows[0]["slide_id"]),
     )
     tiles, position = store.read_pixels(range(len(store.mask))), (store.origin / store.region_px).astype(np.float32)
-    features = [np.concatenate(list(member.encode(tiles, None))) for member in predictor.members]
+    chunk = predictor.members[0].forward.chunk
+    chunks = [tiles[first : first + chunk] for first in range(0, len(tiles), chunk)]
+    features = [member.forward.features(member.params, chunks) for member in predictor.members]
     probs = predictor.pool(features, store.mask, position)[0].probs[0]
     np.testing.assert_allclose([float(rows[0][f"p_{name}"]) for name in config.data.classes], probs, atol=1e-5)
     assert rows[0]["model"] == predictor.model_id
