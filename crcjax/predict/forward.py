@@ -129,7 +129,7 @@ class Forward:
     def bag(
         self,
         params: Params,
-        chunks: Iterable[Num[np.ndarray, "region slot *tile"]],
+        chunks: Iterable[Num[np.ndarray, "_ slot *tile"]],
         mask: Bool[np.ndarray, "region slot"],
         position: Float32[np.ndarray, "region 2"],
         stain: StainEstimate | None = None,
@@ -138,7 +138,10 @@ class Forward:
         return self.pool(params, self.features(params, chunks, stain), mask, position)
 
     def features(
-        self, params: Params, chunks: Iterable[Num[np.ndarray, "region slot *tile"]], stain: StainEstimate | None = None
+        self,
+        params: Params,
+        chunks: Iterable[Num[np.ndarray, "_ slot *tile"]],
+        stain: StainEstimate | None = None,
     ) -> Float32[np.ndarray, "region slot feature"]:
         """Encodes one bag from chunks of its regions, each of `chunk` regions; the last may have fewer."""
         encoded = (
