@@ -100,8 +100,8 @@ def verify(
                 f"{verdict.folder}: not verified: an earlier version wrote it, without a manifest", markup=False
             )
     damaged = sum(bool(verdict.damaged) for verdict in verdicts)
-    whole = sum(verdict.has_manifest and not verdict.damaged for verdict in verdicts)
-    STDERR.print(f"{run}: {len(verdicts)} checkpoints: {whole} whole, {damaged} damaged", markup=False)
+    undamaged = sum(verdict.has_manifest and not verdict.damaged for verdict in verdicts)
+    STDERR.print(f"{run}: {len(verdicts)} checkpoints: {undamaged} whole, {damaged} damaged", markup=False)
     raise typer.Exit(1 if damaged else 0)
 
 

@@ -110,9 +110,9 @@ def test_checkpoints_are_listed_shown_and_verified_without_a_change(crcjax: Comm
     assert f"loss                 {best['metrics']['loss']:.4f}\n" in shown
     assert f"data SHA-256         {best['data_sha256']}\n" in shown
     number = len(values["checkpoints"])
-    whole = crcjax("checkpoints", "verify", copy)
-    assert (whole.returncode, whole.stdout) == (0, "")
-    assert whole.stderr == f"{copy}: {number} checkpoints: {number} whole, 0 damaged\n"
+    verified = crcjax("checkpoints", "verify", copy)
+    assert (verified.returncode, verified.stdout) == (0, "")
+    assert verified.stderr == f"{copy}: {number} checkpoints: {number} whole, 0 damaged\n"
     unsigned = crcjax("checkpoints", "verify", copy, "--trust", _public_key(tmp_path))
     assert (unsigned.returncode, unsigned.stdout.count("manifest.sig: missing")) == (1, number)
     assert _snapshot(copy) == before

@@ -40,7 +40,7 @@ _ENDING_LENGTH = 300
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What one process of a run says of itself.
+    """The state of one process of a run, as the process itself reports it.
 
     Attributes:
       process: its index.

@@ -19,7 +19,7 @@ _LEAST_Z, _LEAST_DEVIATION = 5.0, 0.04
 _FEW_PEERS, _DEVIATION_OF_FEW = 4, 0.1
 # A shorter time, as a fraction of a step, delays nobody.
 _LEAST_SHARE = 0.05
-# What a process does alone, by the attribute of its heartbeat.
+# The attributes of a heartbeat that measure work without the other processes, and the names of that work.
 _MEASURES = {"reading_s": "reading its bags", "probe_s": "computing on its slowest device"}
 
 

@@ -30,7 +30,7 @@ class _Peer:
 
 
 class Liveness:
-    """What one process knows of the others. Process 0 hears from all of them, the others hear from process 0.
+    """The last heartbeats that one process received. Process 0 receives those of all others; they receive those of process 0.
 
     Times are seconds of one clock, given by the caller.
 
@@ -87,7 +87,7 @@ class Liveness:
             return Fault(STALLED, reason, ())
         if not self._process and idle_s > self._stall_timeout_s:
             peers[0] = _Peer(now, step, phase)
-            # The others wait for those that do something else than computing together.
+            # Processes that compute wait for the slowest one; a process in another phase is the one they wait for.
             busy = [process for process in sorted(peers) if peers[process].phase != COMPUTING] or sorted(peers)
             descriptions = [
                 f"{self._names[process]} is {peers[process].phase}, step {peers[process].step}"

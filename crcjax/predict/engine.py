@@ -58,8 +58,11 @@ class SlideInWork:
     Attributes:
       bag: the number of its bag.
       source: its file.
+      rank: its place in the order in which slides are decoded.
       error: why it cannot be predicted.
       begun: the time (monotonic, s) at which it was opened.
+      encoding: its features so far; None before it was planned and after it was finished.
+      was_read: whether its last region was decoded, or it failed.
     """
 
     bag: int
@@ -121,7 +124,7 @@ class _Stopped(Exception):
 
 
 class _Work:
-    """What the threads of one call of `Engine.bags` share."""
+    """The slides and queues of one call of `Engine.bags`, which all its threads use."""
 
     def __init__(self, predictor: Predictor, bags: Sequence[Sequence[SlideSource]], threads: int, memory_bytes: int):
         self._predictor, self._threads = predictor, threads
@@ -196,22 +199,22 @@ class _Work:
 
     def _queued(self) -> Iterator[Shard[SlideInWork] | None]:
         """Yields the shards of the queue, and None if regions have waited long enough for others."""
-        unread, waited_since = len(self.slides), None
+        unread, has_waiting = len(self.slides), False
         while unread:
             try:
-                item = self._shards.get(timeout=_STOP_CHECK_S if waited_since is None else _IDLE_S)
+                item = self._shards.get(timeout=_IDLE_S if has_waiting else _STOP_CHECK_S)
             except queue.Empty:
                 if self.stopped.is_set():
                     raise _Stopped from None
-                if waited_since is not None:
-                    waited_since = None
+                if has_waiting:
+                    has_waiting = False
                     yield None
                 continue
             if isinstance(item, SlideInWork):
                 item.was_read, unread = True, unread - 1
                 self._finish_if_complete(item)
             else:
-                waited_since = time.monotonic()
+                has_waiting = True
                 yield item
 
     def _finish_if_complete(self, slide: SlideInWork) -> None:

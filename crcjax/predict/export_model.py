@@ -163,6 +163,7 @@ def _export(graph: Graph, format_name: str, out: Path) -> ExportedGraph:
     file = out / f"{graph.name}.{format_name}"
     try:
         content, runner, operators = convert(graph)
+    # JAX and jax2onnx raise one of these for an operation that needs the number of regions, or that they cannot convert.
     except (TypeError, NotImplementedError, ValueError, jax.errors.JAXTypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(

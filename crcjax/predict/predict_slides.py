@@ -188,14 +188,15 @@ def _predict_bag(
         row = predicted_row(slide.row, prediction, predictor.classes, calibration, calibrated_by, slide.job.site)
         info, begun = slide.work.info, time.monotonic()
         assert info is not None
-        write_evidence(out, row, info, prediction, predictor.attribution, slide.work.thumbnail, bag.digest)
-        prediction.seconds["pictures"] = time.monotonic() - begun
-        slide.row = replace(
-            row,
-            reason=info.warning,
-            seconds={"total": time.monotonic() - slide.work.begun} | prediction.seconds,
-            slide_sha256=info.content_hash,
-        )
+        with _recording_failure(slide):
+            write_evidence(out, row, info, prediction, predictor.attribution, slide.work.thumbnail, bag.digest)
+            prediction.seconds["pictures"] = time.monotonic() - begun
+            slide.row = replace(
+                row,
+                reason=info.warning,
+                seconds={"total": time.monotonic() - slide.work.begun} | prediction.seconds,
+                slide_sha256=info.content_hash,
+            )
     return [slide.finished() for slide in slides]
 
 

@@ -158,7 +158,7 @@ class Predictor:
       attribution: the method by which evidence is attributed to instances.
 
     Attributes:
-      target: the name of what is predicted, which is also the cohort's column of the labels.
+      target: the name of the predicted property, such as subtype; the labels are in the cohort's column of that name.
       split_of: the split, `train` or `val`, of a slide or case that a model was fitted or chosen on, by its id.
 
     Raises:

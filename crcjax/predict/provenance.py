@@ -1,4 +1,4 @@
-"""What predicted a slide, by ids, and the slide's row before its prediction."""
+"""The ids of the models and settings behind a prediction, and a slide's row before its prediction."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from crcjax.validation.predictions_table import FAILED, NOT_EVALUABLE, Predictio
 
 @dataclass(frozen=True)
 class PredictedBy:
-    """The ids of what predicts, as the table of predictions states them.
+    """The ids of the models and settings that predict, as the table of predictions states them.
 
     Attributes:
       model: the ensemble's id (`ensemble_id`).
       bundle_id: the bundle; empty for run directories.
       pipeline_id: a hash of all that decides a prediction besides the parameters and the slide (`pipeline_id`).
       split_of: the split of a slide or case in the training of the models.
-      target_name: the name of what is predicted (config.data.label).
+      target_name: the name of the predicted property (config.data.label).
     """
 
     model: str

@@ -41,7 +41,7 @@ def piece_hashes(state: PyTree[Array]) -> dict[Piece, str]:
 
 
 def differing_file_pieces(folder: Path, hashes: dict[Piece, str]) -> list[Piece]:
-    """Reads pieces back from a checkpoint's files, and returns those that are missing or have another hash."""
+    """The pieces of a checkpoint that its files lack, or whose hash differs from the one in `hashes`; reads all files."""
 
     def differs(piece: Piece) -> bool:
         name, bounds = piece

@@ -154,7 +154,8 @@ class Checkpointer:
         return state
 
     def _busy_saves(self) -> int:
-        """The saves of which copies are in memory; the largest number of all processes, which have to decide alike."""
+        """The number of unfinished saves, each with a copy of the state in memory; the maximum over all processes."""
+        # All processes must decide alike whether to begin another save.
         # The last one is kept for `close`.
         self._saves = [save for save in self._saves if not save.is_ended or save.is_stuck] or self._saves[-1:]
         busy = sum(not save.is_ended or save.is_stuck for save in self._saves)

@@ -111,10 +111,10 @@ def superfluous(registry: RunRegistry, retention: Retention, keep_steps: Collect
     Raises InputError if a step of `keep_steps` does not exist.
     """
     keep = {registry.entry(step).step for step in keep_steps}
-    whole = [entry for entry in registry.checkpoints if not entry.verdict.damaged]
-    keep |= steps_to_keep({entry.step: entry.metrics for entry in whole}, retention)
-    keep |= {entry.step for entry in whole if entry.is_resumed_from or entry.predicts}
-    return [entry for entry in whole if entry.step not in keep]
+    undamaged = [entry for entry in registry.checkpoints if not entry.verdict.damaged]
+    keep |= steps_to_keep({entry.step: entry.metrics for entry in undamaged}, retention)
+    keep |= {entry.step for entry in undamaged if entry.is_resumed_from or entry.predicts}
+    return [entry for entry in undamaged if entry.step not in keep]
 
 
 def remove_checkpoints(run: Path, entries: Collection[CheckpointEntry]) -> None:

@@ -39,7 +39,7 @@ class PredictionRow:
       status: `ok`; `not_evaluable` for a slide that quality control or tiling refused; `failed`. Without `ok`, `reason` says
         why, and call, probabilities and uncertainties are empty.
       site, scanner, target: what the cohort says of the slide; `target` is the reference class.
-      target_name: the name of what is predicted, which is also the cohort's column of the labels.
+      target_name: the name of the predicted property, such as subtype; the labels are in the cohort's column of that name.
       call: the predicted class.
       probs: in the order of the table's classes, after calibration.
       alpha: the Dirichlet parameters of an evidential head, before calibration; empty for other heads.

@@ -66,9 +66,9 @@ def test_a_slide_gets_the_same_probabilities_and_attention_from_both_graphs(
     features[shown] = _onnx(exported / "encoder-0.onnx", tiles.reshape(-1, 64, 64, 3))["features"].reshape(
         len(tiles), 1, -1
     )
-    found = _onnx(exported / "aggregator-0.onnx", features, mask, position)
-    np.testing.assert_allclose(found["probs"], expected.probs, atol=TOLERANCE["onnx"])
-    np.testing.assert_allclose(found["slot_attention"], expected.prediction.slot_attention[0], atol=TOLERANCE["onnx"])
+    outputs = _onnx(exported / "aggregator-0.onnx", features, mask, position)
+    np.testing.assert_allclose(outputs["probs"], expected.probs, atol=TOLERANCE["onnx"])
+    np.testing.assert_allclose(outputs["slot_attention"], expected.prediction.slot_attention[0], atol=TOLERANCE["onnx"])
     (by_stablehlo,) = _stablehlo(exported / "encoder-0.stablehlo", tiles.reshape(-1, 64, 64, 3))
     features[shown] = by_stablehlo.reshape(len(tiles), 1, -1)
     probs = _stablehlo(exported / "aggregator-0.stablehlo", features, mask, position)[0]
