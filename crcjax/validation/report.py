@@ -233,9 +233,8 @@ def _page(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crcjax.validation", ""), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["number"] = lambda value: (
-        "not determined" if value is None or value != value else f"{value:.3f}"
-    )
+    environment.filters["number"] = _number
+    environment.filters["interval"] = _interval
     return environment.get_template("report.html").render(
         result=result,
         classes=classes,
@@ -264,6 +263,15 @@ def _chosen(rows: Sequence[PredictionRow], cohort: dict[str, SlideRow]) -> list[
             misclassified.append(row)
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*correct.values()))
     return [row for row in (*misclassified[:2], *in_turn) if row is not None][:HEATMAPS]
+
+
+def _number(value: float | None) -> str:
+    return "not determined" if value is None or value != value else f"{value:.3f}"
+
+
+def _interval(estimate: dict[str, Any]) -> str:
+    low, high = _number(estimate["ci_low"]), _number(estimate["ci_high"])
+    return low if low == high == _number(None) else f"{low} to {high}"
 
 
 def _base64(path: Path) -> str:

@@ -216,3 +216,6 @@ def test_classes_of_any_name_and_absent_ones_give_a_report_without_warnings(tmp_
     result = validate(*tables, tmp_path / "out", truth=tmp_path)
     assert set(result["attention"]) == {"CMS1", "CMS2", "CMS3", "all subtypes"}
     assert result["statistics"]["accuracy"]["value"] == 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert '<td class="n">not determined</td>' in page
+    assert "not determined to" not in page
