@@ -70,16 +70,28 @@ loop.train(config, Path(sys.argv[2]))
 LIMITED = (
     CONFIG
     + """
+import time
 from crcjax.train import loop, setup
 fitting_step = setup.fitting_step
+
+def data_bytes():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
+    return int(line.split()[1]) * 1024
+
+def settled_data_bytes():
+    # While bags are read ahead, the process grows by hundreds of megabytes, which the second attempt needs as well.
+    sizes = [data_bytes()]
+    while len(sizes) < 10 or len(set(sizes[-10:])) > 1:
+        time.sleep(0.2)
+        sizes.append(data_bytes())
+    return sizes[-1]
 
 def limited(*arguments):
     step, budget, micro_batches = fitting_step(*arguments)
     def run(state, bag):
         # The third step is the first to find that there is less memory than there was.
         if int(state.step) == 2 and micro_batches.count == 1:
-            data = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
-            limit = int(data.split()[1]) * 1024 + budget.temporary * 9 // 10
+            limit = settled_data_bytes() + budget.temporary * 9 // 10
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         return step(state, bag)
     return run, budget, micro_batches
