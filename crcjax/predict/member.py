@@ -70,17 +70,17 @@ class Member:
         prediction = self.forward.pool(self.params, *bag, key)
         return self._density.scale_evidence(prediction, summary(*bag[:2])[None]) if self._density else prediction
 
-    def attribution(self, bag: EncodedBag, target: int) -> Float32[np.ndarray, "region slot"]:
-        """The contribution of each instance to a class (nats), by gradients or occlusion."""
+    def attribution(self, bag: EncodedBag) -> Float32[np.ndarray, "region slot class"]:
+        """The contribution of each instance to every class (nats), by gradients or occlusion."""
         assert self.attribute is not None
         padded = (array[0] for array in self.forward.padded(*bag))
-        return np.asarray(self.attribute(self.params, *padded, target))[: len(bag[0])]
+        return np.asarray(self.attribute(self.params, *padded))[: len(bag[0])]
 
 
 def pool_bag(
     members: Sequence[Member], bags: Sequence[EncodedBag], method: Method, keys: Sequence[Array | None] = (None,)
-) -> tuple[Prediction, Float[np.ndarray, "region slot"]]:
-    """Predicts one bag with an ensemble, and attributes the predicted class to its instances.
+) -> tuple[Prediction, Float[np.ndarray, "region slot map"]]:
+    """Predicts one bag with an ensemble, and attributes the classes to its instances.
 
     Args:
       members: the ensemble members.
@@ -89,19 +89,19 @@ def pool_bag(
       keys: every member predicts once per key with dropout; the key None predicts without.
 
     Returns:
-      The combined prediction, and the attribution averaged over the members.
+      The combined prediction, and the attribution averaged over the members: one map for each class, or with the method
+      "attention" a single map, the attention for the predicted class.
     """
     member_bags = list(zip(members, bags, strict=True))
     combined = combine([member.pool(bag, key) for member, bag in member_bags for key in keys])
-    target = int(np.argmax(combined.probs[0]))
     if method == "attention":
-        return combined, attention_for(combined, target)
-    return combined, np.mean([member.attribution(bag, target) for member, bag in member_bags], axis=0)
+        return combined, attention_for(combined, int(np.argmax(combined.probs[0])))[..., None]
+    return combined, np.mean([member.attribution(bag) for member, bag in member_bags], axis=0)
 
 
 def split_by_slide(
-    prediction: Prediction, attribution: Float[np.ndarray, "region slot"], regions: Sequence[int]
-) -> Iterator[tuple[Prediction, Float[np.ndarray, "_ slot"]]]:
+    prediction: Prediction, attribution: Float[np.ndarray, "region slot map"], regions: Sequence[int]
+) -> Iterator[tuple[Prediction, Float[np.ndarray, "_ slot map"]]]:
     """Splits the attention and attribution of a bag by slide; everything else of the prediction is shared.
 
     Args:

@@ -189,7 +189,10 @@ def _predict_bag(
         info, begun = slide.work.info, time.monotonic()
         assert info is not None
         with _recording_failure(slide):
-            write_evidence(out, row, info, prediction, predictor.attribution, slide.work.thumbnail, bag.digest)
+            write_evidence(
+                *(out, row, info, prediction, predictor.classes, predictor.attribution),
+                *(slide.work.thumbnail, bag.digest),
+            )
             prediction.seconds["pictures"] = time.monotonic() - begun
             slide.row = replace(
                 row,

@@ -26,6 +26,7 @@ from crcjax.slides.preprocess.manifest import refused_slides
 from crcjax.slides.store.features import FeatureReader, feature_attributes
 from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
+from crcjax.slides.tiling.plan import slot_boxes
 from crcjax.validation.calibration import Calibration, load_calibration
 from crcjax.validation.predictions_table import PredictionRow
 
@@ -112,7 +113,7 @@ def predict_stored(
             finished = predicted_row(row, prediction, classes, fitted, first.slide_id, first.site)
             finished = replace(finished, reason=slide.info.warning, slide_sha256=slide.info.content_hash)
             if out:
-                write_evidence(out, finished, slide.info, prediction, attribution, thumbnail, bag.digest)
+                write_evidence(out, finished, slide.info, prediction, classes, attribution, thumbnail, bag.digest)
             rows.append(finished)
         return rows
 
@@ -264,6 +265,7 @@ def _predict_stored_bag(
             slide_prediction,
             slide.origin,
             slide.region_px,
+            slot_boxes(slide.params),
             slide.mask,
             slide.info.synthetic,
             {},

@@ -27,7 +27,7 @@ from crcjax.runs.trained_model import (
 )
 from crcjax.slides.preprocess.tile_slides import read_shards
 from crcjax.slides.stain.normalisation import SlideStain, slide_stain
-from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles
+from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles, slot_boxes
 from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.slides.tiling.quality_control import slide_verdict
 from crcjax.slides.tiling.read import RegionTiles
@@ -131,17 +131,34 @@ class SlideEncoding:
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """One slide's prediction, the corners and side of its regions in level-0 px, and the seconds of each stage."""
+    """One slide's prediction.
+
+    Attributes:
+      prediction: the prediction of the slide, or of its case, with the attention of this slide.
+      origin, region_px: the corners and side of its regions in level-0 px.
+      slot_boxes: the tiles of a region (`slides.tiling.plan.slot_boxes`).
+      mask: the tiles that were used.
+      synthetic: whether the slide is a synthetic one.
+      seconds: the duration of each stage.
+      attribution_maps: the contribution of each tile to every class (nats), or its attention as the only map.
+      qc: the slide's QC result.
+    """
 
     prediction: Prediction
     origin: Int32[np.ndarray, "region 2"]
     region_px: float
+    slot_boxes: Float32[np.ndarray, "slot 3"]
     mask: Bool[np.ndarray, "region slot"]
     synthetic: bool
     seconds: dict[str, float]
-    # The contribution of each instance to the predicted class.
-    attribution: Float[np.ndarray, "region slot"]
+    attribution_maps: Float[np.ndarray, "region slot map"]
     qc: QCResult
+
+    @property
+    def attribution(self) -> Float[np.ndarray, "region slot"]:
+        """The contribution of each tile to the predicted class, or the attention for it."""
+        has_classes = self.attribution_maps.shape[-1] == self.prediction.probs.shape[-1]
+        return self.attribution_maps[..., int(np.argmax(self.prediction.probs[0])) if has_classes else 0]
 
     @property
     def probs(self) -> Float[np.ndarray, " class"]:
@@ -238,6 +255,7 @@ class Predictor:
                     slide_prediction,
                     slide.plan.origin,
                     slide.plan.region_px,
+                    slot_boxes(slide.plan.params),
                     slide.mask,
                     slide.synthetic,
                     slide.seconds | seconds,
@@ -252,7 +270,7 @@ class Predictor:
         features: Sequence[Float32[np.ndarray, "region slot feature"]],
         mask: Bool[np.ndarray, "region slot"],
         position: Float32[np.ndarray, "region 2"],
-    ) -> tuple[Prediction, Float[np.ndarray, "region slot"]]:
-        """Predicts one bag from each member's features, and attributes the predicted class to its instances."""
+    ) -> tuple[Prediction, Float[np.ndarray, "region slot map"]]:
+        """Predicts one bag from each member's features, and attributes the classes to its instances (`pool_bag`)."""
         bags = [(of_member, mask, position) for of_member in features]
         return pool_bag(self.members, bags, self.attribution, self._keys)

@@ -153,11 +153,11 @@ def test_what_is_attributed_is_the_log_odds_of_the_probability_that_the_head_say
         prob = np.float64(model.pool(features[None], mask[None], position[None]).probs[0, 1])
         return float(np.log(prob / (1 - prob)))
 
-    lost = attributor(model, "occlusion")(params_of(model), features, mask, position, 1)
+    lost = attributor(model, "occlusion")(params_of(model), features, mask, position)[..., 1]
     for place in [PLANTED, *np.argwhere(np.asarray(mask))[:3]]:
         np.testing.assert_allclose(lost[tuple(place)], odds(mask) - odds(mask.at[tuple(place)].set(False)), atol=2e-5)
     mean = jnp.broadcast_to(features[mask].mean(axis=0), features.shape)
-    total = attributor(model, "gradient")(params_of(model), features, mask, position, 1).sum()
+    total = attributor(model, "gradient")(params_of(model), features, mask, position)[..., 1].sum()
     assert float(total) == pytest.approx(odds(mask) - odds(mask, mean), rel=0.02)
 
 

@@ -14,7 +14,7 @@ from crcjax.slides.preprocess.manifest import Outcome
 from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 from crcjax.slides.tiling.plan import slot_boxes
-from crcjax.slides.tiling.regions_of_interest import write_boxes
+from crcjax.slides.tiling.regions_of_interest import Box, write_boxes
 
 FORMATS = ("geojson", "trident")
 
@@ -82,7 +82,8 @@ def _write_geojson(slide: TileStore, out: Path) -> None:
     for name, (corners, side, places) in _kept_tiles(slide).items():
         for corner, (region, slot) in zip(corners, places.tolist(), strict=True):
             scores = slide.quality[region, slot].tolist() if has_scores else []
-            boxes.append((corner, side, f"Tile {name}", dict(zip(slide.attributes["quality"], scores, strict=False))))
+            measurements = dict(zip(slide.attributes["quality"], scores, strict=False))
+            boxes.append(Box(corner, side, f"Tile {name}", measurements))
     write_boxes(out / f"{slide.slide_id}.geojson", boxes, slide.info.corner)
 
 

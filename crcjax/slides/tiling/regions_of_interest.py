@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,25 @@ class Areas:
         """The part of the slide that may be tiled, in the form of `read_area`. Raises InputError."""
         allowed = read_area(self.include, shape, size, corner) if self.include else np.ones(shape, bool)
         return allowed & ~read_area(self.exclude, shape, size, corner) if self.exclude else allowed
+
+
+@dataclass(frozen=True)
+class Box:
+    """A square of a slide for QuPath.
+
+    Attributes:
+      place: its corner (x, y) in level-0 px.
+      side: in level-0 px.
+      name: its class.
+      measurements: numbers by name.
+      label: the name that QuPath shows; with one, the square is an annotation, otherwise a tile.
+    """
+
+    place: Float64[np.ndarray, " 2"]
+    side: float
+    name: str
+    measurements: Mapping[str, float]
+    label: str = ""
 
 
 def areas_of(slide_id: str, include: Path | None, exclude: Path | None, file_name: str = "") -> Areas:
@@ -194,28 +213,24 @@ def write_area(
     _write_geojson(Path(f"{stem}.geojson"), [_feature("MultiPolygon", polygons, "annotation", name)])
 
 
-def write_boxes(
-    path: Path,
-    boxes: Iterable[tuple[Float64[np.ndarray, " 2"], float, str, dict[str, float]]],
-    corner: tuple[int, int] = (0, 0),
-) -> None:
-    """Writes squares as tiles for QuPath, atomically: place and side in level-0 px, class and measurements.
-
-    In the file, coordinates count from the `corner`, as in `read_area`.
-    """
+def write_boxes(path: Path, boxes: Iterable[Box], corner: tuple[int, int] = (0, 0)) -> None:
+    """Writes squares for QuPath, atomically. In the file, coordinates count from the `corner`, as in `read_area`."""
     features = []
-    for place, side, name, measurements in boxes:
-        ring = place - corner + side * np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
-        measured = {score: round(value, 4) for score, value in measurements.items()}
-        features.append(_feature("Polygon", [_closed(ring)], "tile", name, measurements=measured))
+    for box in boxes:
+        ring = box.place - corner + box.side * np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
+        # Significant digits, because the attention of one of many tiles is small.
+        measured = {name: float(f"{value:.4g}") for name, value in box.measurements.items()}
+        others: dict[str, object] = {"name": box.label} if box.label else {}
+        kind = "annotation" if box.label else "tile"
+        features.append(_feature("Polygon", [_closed(ring)], kind, box.name, measurements=measured, **others))
     partial = path.with_suffix(".partial")
     _write_geojson(partial, features)
     partial.replace(path)
 
 
-def _feature(shape: str, coordinates: list, kind: str, name: str, **others: object) -> dict:
+def _feature(shape: str, coordinates: list, kind: str, class_name: str, **others: object) -> dict:
     """A GeoJSON feature as QuPath reads it, an object of this kind and class."""
-    properties = {"objectType": kind, "classification": {"name": name, "color": [0, 158, 115]}} | others
+    properties = {"objectType": kind, "classification": {"name": class_name, "color": [0, 158, 115]}} | others
     return {"type": "Feature", "geometry": {"type": shape, "coordinates": coordinates}, "properties": properties}
 
 
