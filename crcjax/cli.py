@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from crcjax import __version__, cli_checkpoints, cli_predict, cli_slides
+from crcjax import __version__, cli_checkpoints, cli_pictures, cli_predict, cli_slides
 from crcjax.cli_options import STDERR
 from crcjax.cli_supervise import health, supervise
 from crcjax.environment import check_platform
@@ -83,6 +83,7 @@ app.command()(supervise)
 app.command()(health)
 app.command()(cli_predict.predict)
 app.command(context_settings={"ignore_unknown_options": True})(cli_predict.crossvalidate)
+app.command()(cli_pictures.pictures)
 app.command("export-model")(cli_predict.export_model)
 app.command()(cli_predict.calibrate)
 app.command()(cli_predict.validate)
