@@ -28,6 +28,15 @@ PACKAGES = [
     "tifffile",
     "imagecodecs",
 ]
+# A package of every optional extra, and what needs it.
+EXTRAS = {
+    "dicom": ("highdicom", "crcjax pictures --dicom"),
+    "h5": ("h5py", "crcjax import and export of HDF5 files"),
+    "notebook": ("anndata", "to_pandas() and to_anndata()"),
+    "onnx": ("onnx-ir", "crcjax export-model"),
+    "parquet": ("pyarrow", "tables as Parquet"),
+    "stats": ("statsmodels", "survival in validation"),
+}
 FORMATS = (
     "Aperio (.svs, .tif) · Hamamatsu (.ndpi, .vms, .vmu) · Leica (.scn) · MIRAX (.mrxs) · Philips (.tiff) · Sakura "
     "(.svslide) · Trestle (.tif) · Ventana (.bif, .tif) · Zeiss (.czi) · DICOM (.dcm, one folder per slide) · tiled TIFF; "
@@ -54,8 +63,19 @@ def examine(folder: Path) -> list[Finding]:
             findings.append(Finding(name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             findings.append(Finding(name, "missing", "install crcjax again: pip install ."))
+    findings += [_extra(name) for name in EXTRAS]
     findings += [_devices(), _openslide(), *_machine(folder)]
     return findings
+
+
+def _extra(name: str) -> Finding:
+    """Reports an optional extra; a missing one is no fault."""
+    package, purpose = EXTRAS[name]
+    try:
+        observed = f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        observed = f"not installed; {purpose} needs it: pip install 'crcjax[{name}]'"
+    return Finding(f"extra {name}", observed)
 
 
 def _devices() -> Finding:

@@ -335,6 +335,24 @@ def test_validation_reports_the_held_out_cases_and_the_attention(
     assert set(metrics["attention"]) == {"canonical", "immune", "stromal", "all subtypes"}
 
 
+def test_pictures_of_a_prediction_are_written_for_every_slide_and_a_missing_slide_is_named(
+    crcjax: Command, painted: Path, run: Path, tmp_path: Path
+) -> None:
+    slides = sorted((painted / "slides").glob("*.svs"))[:2]
+    predicted = crcjax("predict", "--run", run, *slides, "--attribution", "gradient", "--out", tmp_path)
+    assert predicted.returncode == 0, predicted.stderr
+    done = crcjax("pictures", tmp_path, *slides, "--tiles", "3")
+    assert done.returncode == 0, done.stderr
+    assert "pictures of 2 of 2 predicted slides" in done.stderr
+    for slide in slides:
+        for file in (f"overlays/{slide.stem}.geojson", f"overlays/{slide.stem}.ome.tif", f"sheets/{slide.stem}.jpg"):
+            assert (tmp_path / file).stat().st_size > 1000
+        assert "Research use only" in (tmp_path / "reports" / f"{slide.stem}.html").read_text()
+    done = crcjax("pictures", tmp_path, slides[0], "--dicom")
+    assert done.returncode == 1
+    assert f"{slides[0]}: is no DICOM slide" in done.stderr
+
+
 def test_a_folder_that_is_no_run_is_named(crcjax: Command, slides: Path, tmp_path: Path) -> None:
     done = crcjax("predict", "--run", tmp_path, slides / "good.svs", "--out", tmp_path / "out")
     assert done.returncode == 2

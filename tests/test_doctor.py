@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,17 @@ def test_a_package_that_is_not_installed_is_named_with_the_remedy(
     finding = _about(tmp_path)["no-such-package"]
     assert finding.observed == "missing"
     assert "pip install" in finding.remedy
+
+
+def test_every_extra_that_a_command_asks_for_is_listed_and_a_missing_one_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = "".join(path.read_text() for path in Path(doctor.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r'require_extra\("[\w.]+", "(\w+)"', sources)) <= set(doctor.EXTRAS)
+    monkeypatch.setitem(doctor.EXTRAS, "dicom", ("no-such-package", "crcjax pictures --dicom"))
+    finding = _about(tmp_path)["extra dicom"]
+    assert finding.observed == "not installed; crcjax pictures --dicom needs it: pip install 'crcjax[dicom]'"
+    assert finding.remedy == ""
 
 
 @pytest.mark.parametrize(

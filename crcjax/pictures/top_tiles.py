@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
+import matplotlib.font_manager
 import numpy as np
 from jaxtyping import Float64, UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -79,7 +80,7 @@ def contact_sheet(
     row_px = 2 * _LINE_PX + SHEET_TILE_PX + _GAP_PX
     size = columns * (SHEET_TILE_PX + _GAP_PX) + _GAP_PX, max(1, len(maps)) * row_px
     sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    draw, font = ImageDraw.Draw(sheet), _font()
     for row, name in enumerate(maps):
         draw.text((_GAP_PX, row * row_px + 5), f"{name} (tiles of {um_per_side:.0f} µm)", _INK, font)
     for tile, picture in zip(tiles, pictures, strict=True):
@@ -88,3 +89,8 @@ def contact_sheet(
         sheet.paste(Image.fromarray(picture), (left, top))
         draw.text((left, top + SHEET_TILE_PX + 3), f"{tile.number}: {tile.value:.3g}", _INK, font)
     return np.asarray(sheet)
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """The font that comes with matplotlib; Pillow's own has no µ."""
+    return ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans"), 14)

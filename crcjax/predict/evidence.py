@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 from crcjax.errors import InputError, writing
 from crcjax.predict.attribution import Method
 from crcjax.predict.evidence_map import TileLayer, merged, tile_layers
-from crcjax.predict.heatmap import heatmap_png, overlay
+from crcjax.predict.heatmap import heatmap_png, overlay, to_heatmap_size
 from crcjax.predict.predictor import SlidePrediction
 from crcjax.slides.wsi.slide import SlideInfo
 from crcjax.validation.predictions_table import PredictionRow
@@ -130,6 +130,7 @@ def write_evidence(
         np.savez_compressed(npz_path, **arrays)
     if thumbnail is None:
         return
+    thumbnail = to_heatmap_size(thumbnail)
     layers = tile_layers(
         *(prediction.origin, prediction.region_px, prediction.slot_boxes, prediction.mask),
         prediction.attribution[..., None],

@@ -14,12 +14,16 @@ from matplotlib.figure import Figure
 from crcjax.predict.evidence_map import PixelGrid, TileLayer, draw
 
 # The longer side of a heatmap's thumbnail.
-LONGEST_PX = 1024
+LONGEST_PX = 800
 _RANKS, _SIGNED = "magma", "coolwarm"
 # The share of the colour in a covered pixel; the rest is the slide in grey.
 _OPACITY = 0.55
 # The share of the tiles whose evidence reaches the ends of the colour scale at most.
 _WITHIN_SCALE = 0.99
+_DPI = 110
+# The title and the legend need this width.
+_LEAST_WIDTH_PX = 760
+_MARGIN_PX, _TITLE_PX, _LEGEND_PX = 12, 36, 84
 
 
 def rank(values: Float[np.ndarray, " tile"]) -> Float32[np.ndarray, " tile"]:
@@ -57,6 +61,15 @@ def overlay(
     return np.rint((1 - share) * grey + share * colours).astype(np.uint8)
 
 
+def to_heatmap_size(thumbnail: UInt8[np.ndarray, "y x 3"]) -> UInt8[np.ndarray, "row column 3"]:
+    """Enlarges a small thumbnail, as stores have, to LONGEST_PX."""
+    factor = LONGEST_PX / max(thumbnail.shape[:2])
+    if factor <= 1:
+        return thumbnail
+    height, width = (max(1, round(side * factor)) for side in thumbnail.shape[:2])
+    return cv2.resize(thumbnail, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
 def heatmap_png(
     thumbnail: UInt8[np.ndarray, "y x 3"],
     coloured: UInt8[np.ndarray, "y x 3"],
@@ -66,7 +79,7 @@ def heatmap_png(
     um_per_px: float,
     synthetic: bool,
 ) -> bytes:
-    """Draws the slide beside its coloured copy, with a scale bar and a legend.
+    """Draws the slide beside its coloured copy, pixel for pixel, with a scale bar and a legend.
 
     Args:
       thumbnail: the slide.
@@ -80,23 +93,30 @@ def heatmap_png(
       A PNG file.
     """
     height, width = thumbnail.shape[:2]
-    figure = Figure(figsize=(10, 10 * height / (2 * width) + 0.9), dpi=110, layout="constrained")
+    panels_px = 2 * width + _MARGIN_PX
+    size = max(panels_px + 2 * _MARGIN_PX, _LEAST_WIDTH_PX), height + _TITLE_PX + _LEGEND_PX
+    left = (size[0] - panels_px) // 2
+    figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
-    for axis, picture in zip(axes, (thumbnail, coloured), strict=True):
-        axis.imshow(picture)
-        axis.axis("off")
+    for number, picture in enumerate((thumbnail, coloured)):
+        # Whole pixels, so that no pixel is resampled and the map stays at its place.
+        figure.figimage(picture, left + number * (width + _MARGIN_PX), _LEGEND_PX)
     bar_um = _round_length(0.2 * width * um_per_px)
-    axes[0].plot([0.02 * width, 0.02 * width + bar_um / um_per_px], [0.97 * height] * 2, "k-", lw=3)
-    axes[0].text(0.02 * width, 0.955 * height, f"{bar_um:g} µm", va="bottom", fontsize=8)
+    bar = figure.add_axes((left / size[0], _LEGEND_PX / size[1], width / size[0], height / size[1]))
+    bar.set(xlim=(0, width), ylim=(height, 0))
+    bar.axis("off")
+    bar.plot([0.02 * width, 0.02 * width + bar_um / um_per_px], [0.97 * height] * 2, "k-", lw=3)
+    bar.text(0.02 * width, 0.955 * height, f"{bar_um:g} µm", va="bottom", fontsize=8)
+    legend = figure.add_axes((0.3, (_LEGEND_PX - 30) / size[1], 0.4, 14 / size[1]))
     colours = matplotlib.cm.ScalarMappable(cmap=_RANKS)
-    figure.colorbar(colours, ax=axes, orientation="horizontal", shrink=0.4, pad=0.02, aspect=40).set_label(
+    figure.colorbar(colours, cax=legend, orientation="horizontal").set_label(
         f"rank of the tile's {meaning} within this slide", fontsize=8
     )
+    legend.tick_params(labelsize=8)
     stamp = "SYNTHETIC SLIDE · " if synthetic else ""
-    figure.suptitle(f"{stamp}{title}", fontsize=10)
+    figure.text(0.5, 1 - _TITLE_PX / 2 / size[1], f"{stamp}{title}", ha="center", va="center", fontsize=10)
     png = io.BytesIO()
-    figure.savefig(png, format="png")
+    figure.savefig(png, format="png", pil_kwargs={"compress_level": 3})
     return png.getvalue()
 
 
