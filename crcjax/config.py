@@ -223,6 +223,23 @@ def get_config() -> ConfigDict:
     # Label smoothing of cross_entropy and focal. Raise it where the reference labels are less reliable.
     train.label_smoothing = 0.05
 
+    # What is done about steps that go wrong. See docs/recovery.md.
+    config.health = health = Section()
+    # Norm of the gradient, before clipping, above which a step is left out. Lower it if the loss jumps after steps with large
+    # gradients.
+    health.max_gradient_norm = 1e6
+    # Steps left out in series after which the run goes back to the last good checkpoint.
+    health.max_left_out = 5
+    # Robust z-score of the mean loss between two reports, against the reports before, at which the run goes back. 0 never.
+    health.loss_spike_z = 10.0
+    # Times that a run goes back and passes over the bags that went wrong, before it ends with status 5. 0 ends it at once.
+    health.max_rollbacks = 3
+    # Reports in series without an accuracy above chance or a falling loss, after which the log warns. 0 never.
+    health.stuck_reports = 100
+    # Steps between steps that are computed again, on other devices where there are some, and compared bit by bit: it finds
+    # devices that compute wrongly. 0 never; 1000 costs a thousandth of the time, and memory for two more states.
+    health.recompute_every = 0
+
     # Auxiliary tasks: predictions for every tile beside the bag's subtype. See docs/tasks.md.
     config.tasks = tasks = Section()
     # Weight of the loss of predicting a tile's tissue class, where tasks.labels states it. 0 leaves a task out.

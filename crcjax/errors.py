@@ -68,6 +68,10 @@ class DivergedError(CrcjaxError):
     """The loss of a run became infinite or NaN; its last checkpoint is finite, but training further gives no result."""
 
 
+class CorruptionError(CrcjaxError):
+    """A device computed a wrong result; the run ends without saving, and resumes from its last checkpoint."""
+
+
 class DeviceMemoryError(CrcjaxError):
     """A device's memory ran out within a step; the same command resumes from the last checkpoint with smaller micro-batches.
 
@@ -83,7 +87,10 @@ class BusyError(CrcjaxError):
     """Another process uses the resource; it will be free again."""
 
 
-_STATUS = {InputError: 2, OutputError: 3, StoppedError: AGAIN_STATUS, DeviceMemoryError: AGAIN_STATUS, DivergedError: 5}
+_STATUS: dict[type, int] = {
+    **{InputError: 2, OutputError: 3, DivergedError: 5, CorruptionError: 6},
+    **{StoppedError: AGAIN_STATUS, DeviceMemoryError: AGAIN_STATUS},
+}
 
 
 def exit_status(error: BaseException, otherwise: int = 1) -> int:

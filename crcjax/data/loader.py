@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -100,10 +101,16 @@ class Feed:
     config: ConfigDict
     steps: int
 
-    def batches(self, start_step: int, memory_folder: MemoryFolder | None = None) -> Batches:
-        """The batches from a step on. Reading starts with the first request."""
+    def batches(
+        self, start_step: int, memory_folder: MemoryFolder | None = None, passed_over: Collection[int] = ()
+    ) -> Batches:
+        """The batches from a step on. Reading starts with the first request.
+
+        The bags of the steps in `passed_over` (counted from 1) have the weight 0, so that these steps are left out.
+        """
         config = self.config
-        reader = replace(self.reader, sampler=replace(self.reader.sampler, memory_folder=memory_folder))
+        sampler = replace(self.reader.sampler, memory_folder=memory_folder)
+        reader = replace(self.reader, sampler=sampler, passed_over=frozenset(passed_over))
         options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=config.prefetch)
         blocks = grain.MapDataset.range(start_step, self.steps).map(reader).to_iter_dataset(options)
         if config.workers:
@@ -235,7 +242,7 @@ class _Reader:
     """Reads this process's blocks of a step's batch; each reader process has a copy.
 
     `shape` is (bags, regions) of the whole batch. Lists have an entry per training slide; features, stains and tile_labels
-    are empty where training does not use them.
+    are empty where training does not use them. The bags of the steps in `passed_over` have no weight.
     """
 
     stores: list[TileStore | CaseStore]
@@ -246,6 +253,7 @@ class _Reader:
     weights: Float32[np.ndarray, " slide"]
     shape: tuple[int, int]
     blocks: list[Block]
+    passed_over: frozenset[int] = frozenset()
 
     def __call__(self, step: int) -> list[Bag]:
         slides = self.sampler.slides(step)
@@ -256,7 +264,10 @@ class _Reader:
         blocks = []
         for bags, places in self.blocks:
             regions = [regions_of_bag[bag][places.start : places.stop] for bag in bags]
-            blocks.append(self._read_block(slides[bags.start : bags.stop], regions, len(places)))
+            block = self._read_block(slides[bags.start : bags.stop], regions, len(places))
+            if step + 1 in self.passed_over:
+                block = replace(block, weight=np.zeros_like(block.weight))
+            blocks.append(block)
         return blocks
 
     def _read_block(self, slides: np.ndarray, regions: list[np.ndarray], padded_regions: int) -> Bag:

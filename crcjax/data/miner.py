@@ -28,11 +28,12 @@ class Miner:
 
     def __init__(self, run: Path, cohort: Cohort, config: ConfigDict, mining: Mining | None, start: int):
         self.memory_folder: MemoryFolder | None = None
+        self._config, self._cohort, self._log = config, cohort, run / "mined.jsonl"
         if mining is None:
+            self._sampler = sampler_of(cohort, config, None)
             return
         self._folder = tempfile.TemporaryDirectory(prefix="crcjax-mining-")
         self.memory_folder = MemoryFolder(Path(self._folder.name))
-        self._config, self._cohort, self._log = config, cohort, run / "mined.jsonl"
         self._sampler = sampler_of(cohort, config, self.memory_folder)
         period = start // config.data.mine_every
         # A killed run may have logged this period already; these lines are written again.
@@ -61,6 +62,11 @@ class Miner:
         """Publishes the next memory where a period ends; call it after every step (counted from 1) with the new state's."""
         if mining is not None and step % self.every == 0:
             self._publish(step // self.every + 1, mining.next)
+
+    def bag_names(self, step: int) -> list[str]:
+        """The slides, or with config.data.unit "case" the cases, of the bags of a step (counted from 1)."""
+        rows = [self._cohort.rows[slide] for slide in self._sampler.slides(step - 1)]
+        return [row.case_id if self._config.data.unit == "case" else row.slide_id for row in rows]
 
     def _publish(self, period: int, memory: Memory) -> None:
         assert self.memory_folder

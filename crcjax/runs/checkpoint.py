@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping
 from itertools import count
@@ -23,6 +24,7 @@ from crcjax.runs.checkpoint_folder import (
     FOLDER,
     HASHES,
     finished_steps,
+    read_about,
     set_aside,
     step_folder,
     unfinished_folders,
@@ -52,6 +54,9 @@ class Checkpointer:
       about: facts that are saved with every checkpoint: the config and the version of the code.
       on_event: called in process 0 with the kind of an event and its facts, also by background threads. Kinds:
         checkpoint_saved, checkpoint_failed, checkpoint_skipped, checkpoint_damaged.
+
+    Attributes:
+      memory: the JSON values that were saved beside the state that was restored last; empty without them.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class Checkpointer:
         self._saves: list[BackgroundSave] = []
         # Why the latest checkpoint was skipped.
         self._unsaved = ""
+        self.memory: dict[str, Any] = {}
 
     def restore(self, state: TrainState) -> TrainState:
         """Restores the newest whole checkpoint with the shapes and shardings of `state`; without one, returns `state`.
@@ -89,8 +95,15 @@ class Checkpointer:
         with jax.transfer_guard("allow"):
             return self._restore_newest(state)
 
-    def save(self, state: TrainState, metrics: Mapping[str, float] | None, *, is_last: bool = False) -> None:
-        """Starts to save a checkpoint. With validation metrics, it may become the best one.
+    def save(
+        self,
+        state: TrainState,
+        metrics: Mapping[str, float] | None,
+        *,
+        is_last: bool = False,
+        memory: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Starts to save a checkpoint, with JSON values beside it. With validation metrics, it may become the best one.
 
         The caller waits only while the state is copied to the host's memory. If two saves have not ended yet, this one is
         skipped; with `is_last`, it waits for them. Failures are reported, and do not raise.
@@ -108,7 +121,7 @@ class Checkpointer:
             self._run,
             _copy_on_host(vars(state)),
             dict(metrics) if metrics else None,
-            self._about,
+            {**self._about, "memory": dict(memory or {})},
             self._retention,
             self._signing_key,
             self._timeout_s,
@@ -117,6 +130,17 @@ class Checkpointer:
         previous = self._saves[-1] if self._saves else None
         self._unsaved = ""
         self._saves.append(BackgroundSave(step, writer, self._on_save_end, self._timeout_s, previous))
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, as process 0 sees them; all processes call it together."""
+        return json.loads(self._exchange(json.dumps(finished_steps(self._run)))[0])
+
+    def set_aside_from(self, step: int) -> None:
+        """Renames the checkpoints of `step` and later steps to damaged-STEP-suspect; all processes call it together."""
+        if self._is_main:
+            for suspect in [suspect for suspect in finished_steps(self._run) if suspect >= step]:
+                set_aside(step_folder(self._run, suspect), "suspect")
+        self._exchange("")
 
     def wait(self) -> None:
         """Waits until all saves have succeeded, failed or been abandoned."""
@@ -144,6 +168,7 @@ class Checkpointer:
                 if not damage:
                     if verdict and not verdict.has_manifest:
                         log.info(f"{folder}: an older checkpoint without a manifest, so that it could not be verified")
+                    self.memory = read_about(folder).get("memory", {})
                     return TrainState(**arrays)
             damaged_count += 1
             if self._is_main:
@@ -151,6 +176,7 @@ class Checkpointer:
                 self._record_event("checkpoint_damaged", step=step, damage=damage, renamed_to=aside.name)
         if damaged_count:
             log.error(f"{self._run}: no whole checkpoint is left; training starts again from its first step")
+        self.memory = {}
         return state
 
     def _busy_saves(self) -> int:

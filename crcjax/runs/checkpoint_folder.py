@@ -2,21 +2,23 @@
 
 RUN/checkpoints/STEP/
   default/              the arrays of the training state, written by Orbax
-  checkpoint.json       config, code version and data position
+  checkpoint.json       config, code version, and what training remembers beside its state
   hashes/process-I.json SHA-256 of the arrays in the memory of process I, before they were written
   manifest.json         validation metrics, and the SHA-256 of every other file; written last
   manifest.sig          Ed25519 signature of manifest.json, if the run has a key
 RUN/checkpoints/unfinished-STEP/     a save that was interrupted; the next finished save removes it
-RUN/checkpoints/damaged-STEP-REASON/ a checkpoint that failed verification
+RUN/checkpoints/damaged-STEP-REASON/ a checkpoint that failed verification, or that training went back from (suspect)
 
 Older checkpoints have metrics/metrics (JSON) if they were evaluated, and no checkpoint.json, hashes or manifest.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 FOLDER = "checkpoints"
 ARRAYS, ABOUT, HASHES = "default", "checkpoint.json", "hashes"
@@ -53,8 +55,17 @@ def damaged_folders(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob(f"{_DAMAGED}*"))
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """What checkpoint.json states; empty for a checkpoint of an earlier version and a damaged one."""
+    try:
+        about = json.loads((folder / ABOUT).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
 def set_aside(folder: Path, reason: str) -> Path:
-    """Renames a damaged checkpoint to damaged-STEP-REASON, or to that name with a number if there is one; returns the path."""
+    """Renames a damaged or suspect checkpoint to damaged-STEP-REASON, or to that name with a number if there is one; returns the path."""
     name = f"{_DAMAGED}{folder.name}-{reason}"
     number = 1
     while (aside := folder.with_name(name if number == 1 else f"{name}-{number}")).exists():

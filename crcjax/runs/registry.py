@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from crcjax.errors import InputError, writing
 from crcjax.runs.checkpoint import best_metrics
-from crcjax.runs.checkpoint_folder import ABOUT, damaged_folders, remove_step
+from crcjax.runs.checkpoint_folder import damaged_folders, read_about, remove_step
 from crcjax.runs.integrity import CheckpointVerdict, step_metrics, verify_run
 from crcjax.runs.retention import Retention, best_step, steps_to_keep
 from crcjax.runs.run_directory import open_run
@@ -126,7 +125,7 @@ def remove_checkpoints(run: Path, entries: Collection[CheckpointEntry]) -> None:
 
 def _entry(run: Path, verdict: CheckpointVerdict, newest: int | None, best: int | None) -> CheckpointEntry:
     files = [file.stat() for file in verdict.folder.rglob("*") if file.is_file()]
-    about = _about(verdict.folder)
+    about = read_about(verdict.folder)
     metrics = None
     # The verdict states damaged metrics.
     with suppress(InputError):
@@ -141,15 +140,6 @@ def _entry(run: Path, verdict: CheckpointVerdict, newest: int | None, best: int 
         verdict.step == newest,
         verdict.step == best,
     )
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    """What checkpoint.json states; empty for a checkpoint of an earlier version and a damaged one, as the verdict says."""
-    try:
-        about = json.loads((folder / ABOUT).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
 
 
 def _saved_at(about: dict[str, Any], mtime: float) -> datetime:

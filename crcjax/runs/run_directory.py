@@ -44,6 +44,8 @@ _FREE = {
     "train.keep_every",
     "train.signing_key",
     "train.peer_timeout_s",
+    "health.recompute_every",
+    "health.stuck_reports",
 }
 # Fields that hold paths.
 PATHS = ("data.store", "data.cohort", "model.weights", "tasks.labels")

@@ -95,12 +95,14 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
     records = [Record(plan, path, group, ledger, validation, path.name) for path in runs.values()]
     state = ensemble.join(record.restored(model) for record, model in zip(records, models, strict=True))
     start = int(np.max(state.step))
-    batches, metrics, progress = plan.data.feed.batches(start), IntervalMetrics(), Progress(start, config)
+    batches, progress = plan.data.feed.batches(start), Progress(start, config)
+    metrics = IntervalMetrics(joined([record.memory.get("metrics", {}) for record in records]))
     with step_memory_errors(micro_batches), ExitStack() as stack:
         for record in records:
+            stack.enter_context(record.logged())
             stack.enter_context(record.opened(start))
         stack.enter_context(closing(batches))
-        log_plan(plan, state.params, budget, micro_batches)
+        log_plan(plan, budget, micro_batches)
         with jax.transfer_guard("disallow"), ledger.account(STEPS):
             group.report_progress(start + 1, READING)
             for number, batch in enumerate(batches, start + 1):
@@ -118,8 +120,9 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
                         record.write(number, values, speed)
                     log.info(progress.line(number, [values["loss"] for values in member_metrics], speed))
                 if due.checkpoint:
-                    for record, member_state in zip(records, ensemble.split(state), strict=True):
-                        record.save(number, member_state, due)
+                    memory = metrics.memory()
+                    for member, (record, member_state) in enumerate(zip(records, ensemble.split(state), strict=True)):
+                        record.save(number, member_state, due, {name: sums[member] for name, sums in memory.items()})
                 if stops and number < config.train.steps:
                     raise StoppedError(f"{run.parent}: stopped at step {number}; the same command resumes")
                 group.report_progress(number + 1, READING)
@@ -271,6 +274,13 @@ def with_member_axis(state: TrainState, members: int) -> TrainState:
         return jax.ShapeDtypeStruct((members, *value.shape), value.dtype, sharding=sharding)
 
     return jax.tree.map(with_axis, state)
+
+
+def joined(memories: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The interval metrics of an ensemble from those of its members; empty if they do not have the same ones."""
+    if any(memory.keys() != memories[0].keys() for memory in memories):
+        return {}
+    return {name: [memory[name] for memory in memories] for name in memories[0]}
 
 
 def unstack(values: Any) -> list[Any]:

@@ -15,9 +15,11 @@ from crcjax.monitor.goodput import COMPILE, STEPS, Ledger
 from crcjax.monitor.heartbeat import COMPUTING, READING
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.train.ensemble import train_members
+from crcjax.train.health import WentWrongError
 from crcjax.train.memory_budget import retry_with_smaller_micro_batches, step_memory_errors
+from crcjax.train.recompute import Recomputation
 from crcjax.train.record import Record, due_after, log_plan, start_directory
-from crcjax.train.setup import fit_step, plan_run
+from crcjax.train.setup import Plan, build_for_mesh, fit_step, plan_run
 
 
 def train(config: ConfigDict, run: Path, group: ProcessGroup | None = None, age_s: float = 0.0) -> None:
@@ -37,7 +39,8 @@ def train(config: ConfigDict, run: Path, group: ProcessGroup | None = None, age_
         Nothing is written.
       OutputError: the run directory cannot be written.
       StoppedError: the group was asked to stop; a checkpoint is saved.
-      DivergedError: the loss is not finite.
+      DivergedError: training goes wrong again and again (`crcjax.train.health`).
+      CorruptionError: a step that was computed again had another result (`crcjax.train.recompute`).
     """
     group = group or ProcessGroup()
     if config.train.ensemble_size != 1:
@@ -51,41 +54,59 @@ def train(config: ConfigDict, run: Path, group: ProcessGroup | None = None, age_
 def _train(config: ConfigDict, run: Path, group: ProcessGroup, ledger: Ledger) -> None:
     group.report_progress(0, "opening its data")
     plan = plan_run(config)
-    config = plan.config
     group.report_progress(0, "compiling")
     with ledger.account(COMPILE):
         step, budget, micro_batches = fit_step(plan, run)
-    start_directory(run, plan, config, micro_batches, group)
+    start_directory(run, plan, plan.config, micro_batches, group)
     ledger.open([run])
     group.start_heartbeats([run])
     record = Record(plan, run, group, ledger)
+    every, build = plan.config.health.recompute_every, partial(build_for_mesh, plan, micro_batches)
+    take_step = Recomputation(step, build, plan.mesh, every, record.on_event)
+    with step_memory_errors(micro_batches), record.logged():
+        log_plan(plan, budget, micro_batches)
+        while True:
+            try:
+                _train_from_checkpoint(take_step, plan, record, group)
+                break
+            except WentWrongError as error:
+                # The frames of the traceback refer to the state, which would stay on the devices.
+                record.go_back(error.with_traceback(None))
+        record.finish(plan.model)
+
+
+def _train_from_checkpoint(take_step: Recomputation, plan: Plan, record: Record, group: ProcessGroup) -> None:
+    """Trains from the newest checkpoint to the last step. Raises WentWrongError if the run has to go back."""
+    config, run, health, ledger = plan.config, record.run, record.health, record.ledger
     state = record.restored(plan.model)
     start = int(state.step)
     miner = Miner(run, plan.data.training_units, config, state.mining, start)
-    batches = plan.data.feed.batches(start, miner.memory_folder)
-    # The miner exits before the batches are closed: readers that wait for a period would otherwise never end.
-    with step_memory_errors(micro_batches), record.opened(start), closing(batches), miner:
-        log_plan(plan, state.params, budget, micro_batches)
-        # An implicit transfer between host and devices would make the devices wait, so JAX raises an error for it.
-        with jax.transfer_guard("disallow"), ledger.account(STEPS):
-            group.report_progress(start + 1, READING)
-            for number, batch in enumerate(batches, start + 1):
-                group.report_progress(number, COMPUTING)
-                state, metrics = step(state, batch)
-                record.metrics.add(metrics)
-                batches.follow(metrics["loss"])
-                miner.after_step(number, state.mining)
-                stops = group.should_stop(number)
-                due = due_after(number, config.train, stops)
-                ledger.finished_step(number, batches.waited_s, due.checkpoint)
-                if due.replica_check:
-                    group.check_replicas(number, {"gradient norm": metrics["gradient_norm"], "parameter": state.params})
-                if due.report:
-                    record.report(number, group.maximum(batches.waited_s))
-                    group.probe_devices()
-                if due.checkpoint:
-                    record.save(number, state, due)
-                if stops and number < config.train.steps:
-                    raise StoppedError(f"{run}: stopped at step {number}; the same command resumes")
-                group.report_progress(number + 1, READING)
-        record.finish(plan.model)
+    health.name_bags(miner.bag_names)
+    batches = plan.data.feed.batches(start, miner.memory_folder, health.passed_over)
+    # The miner exits before the batches are closed: readers that wait for a period would otherwise never end. An implicit
+    # transfer between host and devices would make the devices wait, so JAX raises an error for it.
+    with record.opened(start), closing(batches), miner, jax.transfer_guard("disallow"), ledger.account(STEPS):
+        group.report_progress(start + 1, READING)
+        for number, batch in enumerate(batches, start + 1):
+            group.report_progress(number, COMPUTING)
+            state, metrics = take_step(number, state, batch)
+            health.watch(number, metrics)
+            record.metrics.add(metrics)
+            batches.follow(metrics["loss"])
+            miner.after_step(number, state.mining)
+            stops = group.should_stop(number)
+            due = due_after(number, config.train, stops)
+            ledger.finished_step(number, batches.waited_s, due.checkpoint)
+            if due.replica_check:
+                group.check_replicas(number, {"gradient norm": metrics["gradient_norm"], "parameter": state.params})
+            if due.health_check:
+                health.check_steps(is_last=number == config.train.steps)
+            if due.report:
+                record.report(number, group.maximum(batches.waited_s))
+                group.probe_devices()
+            # A stopped run remembers which steps were left out, and goes back if it has to.
+            if due.checkpoint and (health.is_good or due.last):
+                record.save(number, state, due)
+            if stops and number < config.train.steps:
+                raise StoppedError(f"{run}: stopped at step {number}; the same command resumes")
+            group.report_progress(number + 1, READING)

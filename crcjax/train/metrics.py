@@ -15,30 +15,56 @@ from jaxtyping import Array, Bool
 
 from crcjax.predict.evaluation_metrics import BalancedAccuracy
 
+# Results of a step that say whether it was left out and why; they are not averaged.
+NOT_REPORTED = ("updated", "worst_bag")
+
 
 class IntervalMetrics:
     """The metrics of all steps since the last report.
 
-    A metric is the mean over these steps, except for the settings that training adapts: `loss_scale` and `NAME_weight` have
-    the value of the last step. Metrics may have a leading axis of ensemble members.
+    A metric is the mean over these steps without those that were left out (`updated` is 0), except for the settings that
+    training adapts: `loss_scale` and `NAME_weight` have the value of the last step. Metrics may have a leading axis of
+    ensemble members.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Mapping[str, Any] | None = None):
+        """Continues an interval from the `memory` of another one; None begins anew."""
         self._collection: metrics.Collection | None = None
+        self._memory = dict(memory or {})
 
     def add(self, step_metrics: Mapping[str, Array]) -> None:
         """Adds the metrics of one step. They stay on the devices, so that this does not wait for the step."""
         collect, merge = _functions(tuple(step_metrics), next(iter(step_metrics.values())).ndim)
         collection = collect(step_metrics)
+        if self._memory:
+            self._collection, self._memory = _remembered(self._memory, collection), {}
         self._collection = collection if self._collection is None else merge(self._collection, collection)
 
+    def memory(self) -> dict[str, Any]:
+        """The sums of the interval as JSON values, from which another object continues with the same bits."""
+        if self._collection is None:
+            return dict(self._memory)
+        leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(self._collection))
+        return {jax.tree_util.keystr(path): np.asarray(leaf).tolist() for path, leaf in leaves}
+
     def compute(self) -> dict[str, np.ndarray]:
-        """Returns the metrics on the host, and starts the next interval."""
+        """Returns the metrics on the host, and starts the next interval. Means over no step are not numbers."""
         if self._collection is None:
             return {}
         # One by one, since Collection.compute refuses the leading axis of ensemble members.
         on_host, self._collection = jax.device_get(self._collection), None
-        return {name: np.asarray(getattr(on_host, name).compute()) for name in type(on_host).__annotations__}
+        with np.errstate(invalid="ignore"):
+            return {name: np.asarray(getattr(on_host, name).compute()) for name in type(on_host).__annotations__}
+
+
+@flax.struct.dataclass
+class Setting(metrics.LastValue):
+    """The value of the last step, whether it was left out or not."""
+
+    @classmethod
+    def from_model_output(cls, value: Array, mask: Array | None = None, **_: Any) -> metrics.LastValue:
+        """The metric of one step."""
+        return super().from_model_output(value)
 
 
 @flax.struct.dataclass
@@ -87,17 +113,33 @@ def compute_task_metrics(collection: metrics.Collection) -> dict[str, float]:
     return {name: float(getattr(collection, name).compute()) for name, has_any in has_instances.items() if has_any}
 
 
+def _remembered(memory: Mapping[str, Any], like: metrics.Collection) -> metrics.Collection | None:
+    """The collection of a `memory`, with the types and the layout of another one; None if it has other metrics."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    if {jax.tree_util.keystr(path) for path, _ in leaves} != set(memory):
+        return None
+    return jax.tree.unflatten(structure, [_placed(memory[jax.tree_util.keystr(path)], leaf) for path, leaf in leaves])
+
+
+def _placed(value: Any, like: Array) -> Array:
+    on_host = np.asarray(value, like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: on_host[index])
+
+
 @lru_cache
 def _functions(names: tuple[str, ...], leading_axes: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Two jitted functions: one makes a collection from a step's metrics, the other merges two collections."""
     kinds = {
-        name: metrics.LastValue if name == "loss_scale" or name.endswith("_weight") else metrics.Average
+        name: Setting if name == "loss_scale" or name.endswith("_weight") else metrics.Average
         for name in names
+        if name not in NOT_REPORTED
     }
     collection = metrics.Collection.create(**{name: kind.from_output(name) for name, kind in kinds.items()})
 
     def collect(step_metrics: Mapping[str, Array]) -> metrics.Collection:
-        return collection.single_from_model_output(**step_metrics)
+        # clu applies masks to values with an axis of examples.
+        values = {name: step_metrics[name][None] for name in kinds}
+        return collection.single_from_model_output(**values, mask=step_metrics["updated"][None] > 0)
 
     for _ in range(leading_axes):
         collect = jax.vmap(collect)

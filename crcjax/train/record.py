@@ -15,10 +15,10 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from crcjax.errors import DivergedError, InputError
+from crcjax.errors import DivergedError, InputError, OutputError
 from crcjax.models.heads import BY_DENSITY
-from crcjax.models.mil import MILModel, Params
-from crcjax.monitor.event_log import EventLog
+from crcjax.models.mil import MILModel, Params, params_of
+from crcjax.monitor.event_log import EVENTS, EventLog
 from crcjax.monitor.goodput import EVALUATE, RESTORE, SAVE, Ledger
 from crcjax.monitor.logs import log, log_to_run
 from crcjax.monitor.metric_writer import MetricWriter
@@ -32,6 +32,7 @@ from crcjax.runs.retention import Retention
 from crcjax.runs.run_directory import start_run, training_facts
 from crcjax.runs.train_state import TrainState
 from crcjax.train.evaluate import TaskEvaluation
+from crcjax.train.health import Health, WentWrongError
 from crcjax.train.memory_budget import Budget, MicroBatches, memory_errors, record_micro_batches
 from crcjax.train.metrics import IntervalMetrics
 from crcjax.train.optimizer import learning_rate
@@ -44,24 +45,25 @@ _IN_EVALUATION = "That was in an evaluation, not in a step: lower config.data.re
 
 @dataclass(frozen=True)
 class Due:
-    """The actions that are due after a step."""
+    """The actions that are due after a step. `last`: the run ends or stops after it."""
 
     report: bool
     checkpoint: bool
     evaluation: bool
     replica_check: bool
-    # The step after which the run ends or stops.
+    health_check: bool
     last: bool
 
 
 def due_after(step: int, config: ConfigDict, stops: bool) -> Due:
     """The actions that `config` (config.train) asks for after a step; `stops` if the run stops after it."""
     evaluation = step == config.steps or step % config.eval_every == 0
-    checkpoint = evaluation or stops or step % config.checkpoint_every == 0
+    checkpoint = evaluation or step % config.checkpoint_every == 0
     replica_check = bool(config.replica_check_every) and step % config.replica_check_every == 0
-    # A report, which refuses a loss that is not finite, precedes every checkpoint: a run could not recover from that one.
+    # A stop causes no report, so that the history of a run does not depend on when it was stopped.
     report = checkpoint or step % config.log_every == 0
-    return Due(report, checkpoint, evaluation, replica_check, stops or step == config.steps)
+    # Health is checked before every checkpoint: a run could not recover from one with damaged parameters.
+    return Due(report, checkpoint or stops, evaluation, replica_check, report or stops, stops or step == config.steps)
 
 
 def start_directory(
@@ -144,7 +146,8 @@ class Record:
         validation: Validation | None = None,
         name: str = "",
     ):
-        self._plan, self._run, self._group, self._ledger, self._name = plan, run, group, ledger, name
+        self._plan, self.run, self._group, self.ledger, self._name = plan, run, group, ledger, name
+        self.health = Health(run, plan.config, len(plan.data.cohort.classes), self.on_event)
         self._validation = validation or Validation(plan, group)
         config = plan.config
         keep = Retention(
@@ -156,7 +159,7 @@ class Record:
             timeout_s=config.train.save_timeout_s,
             signing_key=Path(config.train.signing_key) if config.train.signing_key else None,
             about=training_facts(config, run),
-            on_event=EventLog(run / "events.jsonl").append,
+            on_event=self.on_event,
         )
         self.metrics = IntervalMetrics()
 
@@ -164,65 +167,101 @@ class Record:
         """The state of the newest checkpoint; without a checkpoint, the initial state with the model's parameters."""
         plan = self._plan
         self._group.report_progress(0, "restoring")
-        with self._ledger.account(RESTORE):
+        with self.ledger.account(RESTORE):
             initial = init_state(model, plan.optimizer, plan.config, plan.mesh, plan.mining)
             state = self._checkpoints.restore(initial)
-            self._ledger.restored(int(state.step))
+            self.ledger.restored(int(state.step))
+        self.health.resume(self.memory.get("health"))
+        self.metrics = IntervalMetrics(self.memory.get("metrics"))
         return state
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What was saved beside the restored state; empty for a new run, and for checkpoints of an earlier version."""
+        return self._checkpoints.memory
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Opens the log file, and waits at the end for the last checkpoint."""
+        with log_to_run(self.run, self._group.process_index), closing(self._checkpoints):
+            yield
 
     @contextmanager
     def opened(self, start: int) -> Iterator[None]:
-        """Opens the log, metrics.jsonl and TensorBoard files for the steps after `start`."""
-        with ExitStack() as stack:
-            stack.enter_context(log_to_run(self._run, self._group.process_index))
-            stack.enter_context(closing(self._checkpoints))
-            self._writer = stack.enter_context(MetricWriter(self._run, start, self._group.is_main))
+        """Opens metrics.jsonl and TensorBoard files for the steps after `start`."""
+        with MetricWriter(self.run, start, self._group.is_main) as self._writer:
             self._progress = Progress(start, self._plan.config)
-            log.info(f"{self._run}: resuming from step {start}" if start else f"{self._run}: starting")
+            log.info(f"{self.run}: resuming from step {start}" if start else f"{self.run}: starting")
             yield
 
     def report(self, step: int, waited_s: float) -> None:
-        """Writes the metrics of the steps since the last report, and logs a line. Raises DivergedError.
+        """Writes the metrics of the steps since the last report, and logs a line. Raises WentWrongError.
 
         `waited_s` is the time since the start in which steps waited for data.
         """
-        scalars = checked(self.metrics.compute(), step)
+        scalars = {name: float(value) for name, value in self.metrics.compute().items()}
+        # If all steps were left out, there is no mean.
+        scalars = {} if np.isnan(scalars["loss"]) else scalars
+        self.health.check_report(step, scalars)
         speed = self._progress.speed(step, waited_s)
         self.write(step, scalars, speed)
-        log.info(self._progress.line(step, [scalars["loss"]], speed))
+        log.info(self._progress.line(step, [scalars["loss"]] if scalars else [], speed))
 
     def write(self, step: int, scalars: Mapping[str, float], speed: Mapping[str, float]) -> None:
         """Writes training metrics, with the learning rate and the speed."""
         prefixed = {f"train/{name}": value for name, value in scalars.items()}
         rate = {"train/learning_rate": self._progress.learning_rate(step)}
-        self._writer.write(step, prefixed | rate | dict(speed), self._ledger.goodput().scalars)
+        self._writer.write(step, prefixed | rate | dict(speed), self.ledger.goodput().scalars)
 
-    def save(self, step: int, state: TrainState, due: Due) -> None:
-        """Saves a checkpoint, with validation metrics if an evaluation is due."""
-        with self._ledger.account(EVALUATE):
-            metrics = self._validation.metrics(step, state.params, self._run) if due.evaluation else None
+    def save(self, step: int, state: TrainState, due: Due, interval: Mapping[str, Any] | None = None) -> None:
+        """Saves a checkpoint, with validation metrics if an evaluation is due.
+
+        `interval` are the metrics since the last report, by default those of this run alone.
+        """
+        with self.ledger.account(EVALUATE):
+            metrics = self._validation.metrics(step, state.params, self.run) if due.evaluation else None
         if metrics:
             self._writer.write(step, {f"val/{name}": value for name, value in metrics.items()})
             values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             log.info(f"step {step}: validation {f'of {self._name} ' if self._name else ''}{values}")
+            if not self._name:
+                # The members of an ensemble cannot go back one by one.
+                self.health.check_validation(step, metrics)
         self._group.report_progress(step, "saving")
-        with self._ledger.account(SAVE):
-            self._checkpoints.save(state, metrics, is_last=due.last)
+        memory = {"health": self.health.memory(), "metrics": self.metrics.memory() if interval is None else interval}
+        with self.ledger.account(SAVE):
+            self._checkpoints.save(state, metrics, is_last=due.last, memory=memory)
+
+    def go_back(self, error: WentWrongError) -> None:
+        """Sets aside the checkpoints that an error makes suspect, and records what the run passes over. Raises DivergedError."""
+        self._checkpoints.wait()
+        self._checkpoints.set_aside_from(self.health.first_suspect(error, self._checkpoints.steps()))
+        self.health.went_back(error, max(self._checkpoints.steps(), default=0))
+
+    def on_event(self, kind: str, **facts: Any) -> None:
+        """Adds an event to RUN/events.jsonl; a file that cannot be written is reported, and training goes on."""
+        if not self._group.is_main:
+            return
+        try:
+            EventLog(self.run / EVENTS).append(kind, **facts)
+        except OutputError as error:
+            log.error(f"{self.run}: {error}")
 
     def finish(self, model: MILModel) -> None:
         """Waits for the last checkpoint; then fits the feature density, if the head needs one."""
         self._group.report_progress(self._plan.config.train.steps, "finishing")
-        with self._ledger.account(SAVE):
+        with self.ledger.account(SAVE):
             self._checkpoints.close()
-        if self._plan.config.model.head == BY_DENSITY and not is_fitted(self._run):
-            with self._ledger.account(EVALUATE):
-                self._validation.fit_density(self._run, model)
-        log.info(f"{self._run}: trained to step {self._plan.config.train.steps}")
-        log.info(f"{self._run}: {self._ledger.goodput()}")
+        if self._plan.config.model.head == BY_DENSITY and not is_fitted(self.run):
+            with self.ledger.account(EVALUATE):
+                self._validation.fit_density(self.run, model)
+        log.info(f"{self.run}: trained to step {self._plan.config.train.steps}")
+        log.info(f"{self.run}: {self.ledger.goodput()}")
 
 
-def log_plan(plan: Plan, params: Params, budget: Budget, micro_batches: MicroBatches) -> None:
+def log_plan(plan: Plan, budget: Budget, micro_batches: MicroBatches) -> None:
     """Logs the model's size, the mesh and the memory budget, and to the log file a table of all parameters."""
+    params = params_of(plan.model)
     log.info(f"{parameter_overview.count_parameters(params):,} parameters on {described(plan.mesh)}")
     log.debug("parameters\n" + parameter_overview.get_parameter_overview(params, include_stats=False))
     log.info(f"memory {budget}; {micro_batches.count} of at most {max(micro_batches.possible)} micro-batches")
@@ -274,7 +313,7 @@ class Progress:
     def line(self, step: int, losses: Sequence[float], speed: Mapping[str, float]) -> str:
         """The log line of a report: the mean loss of each run, the speed and the remaining time."""
         steps = self._config.train.steps
-        line = f"step {step}/{steps}  loss " + " ".join(f"{loss:.3f}" for loss in losses)
+        line = f"step {step}/{steps}  loss " + (" ".join(f"{loss:.3f}" for loss in losses) or "of no step")
         if speed and speed["train/steps_per_s"] > 0:
             left_min = (steps - step) / speed["train/steps_per_s"] / 60
             line += (

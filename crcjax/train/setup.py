@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -143,6 +144,15 @@ def fit_step(plan: Plan, run: Path) -> tuple[jax.stages.Compiled, Budget, MicroB
     build = partial(build_step, model, optimizer, mesh=mesh, normaliser=plan.data.normaliser, tasks=plan.tasks)
     state = abstract_state(model, optimizer, config, mesh, plan.mining)
     return fitting_step(build, config, mesh, state, plan.data.feed.shapes(), run)
+
+
+def build_for_mesh(plan: Plan, micro_batches: MicroBatches, mesh: Mesh) -> Any:
+    """The jitted step of a run for another mesh than its own."""
+    config = plan.config.copy_and_resolve_references()
+    config.train.micro_batches = micro_batches.count
+    # The same parameters in a model of its own, whose attributes `build_step` sets for the mesh.
+    model = nnx.merge(*nnx.split(plan.model))
+    return build_step(model, plan.optimizer, config, mesh, plan.data.normaliser, plan.tasks)
 
 
 def on_host(model: MILModel) -> MILModel:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jaxtyping import Array, Float32, Key
+from jaxtyping import Array, Bool, Float32, Key
 from ml_collections import ConfigDict
 
 from crcjax.data.augment import Augmentation, sample_augmentation
@@ -88,6 +88,9 @@ class BagResults:
 def train_step(state: TrainState, batch: Bag, key: Key[Array, ""], setup: StepSetup) -> tuple[TrainState, Metrics]:
     """One optimiser step: augment → encode → pool → loss → gradients → update.
 
+    A step is left out, so that it changes nothing except the step number, if its loss or gradient is not finite, if the
+    gradient's norm exceeds config.health.max_gradient_norm, or if no bag has a weight.
+
     With config.train.micro_batches above 1, gradients are accumulated over micro-batches. The update equals the full
     batch's, except for BatchNorm statistics, which with config.model.batch_norm_momentum come from each micro-batch.
 
@@ -98,7 +101,8 @@ def train_step(state: TrainState, batch: Bag, key: Key[Array, ""], setup: StepSe
       setup: the constants of the run.
 
     Returns:
-      The state after the step, and the step's metrics: `loss`, `NAME_loss` of each task, `accuracy`, `gradient_norm`.
+      The state after the step, and the step's metrics: `loss`, `NAME_loss` of each task, `accuracy`, `gradient_norm`,
+      `attention_entropy`; `updated`, which is 0 if the step was left out; and `worst_bag`, the bag with the largest loss.
     """
     config = setup.config
     batch = _on_mesh(batch, setup.mesh)
@@ -122,9 +126,16 @@ def train_step(state: TrainState, batch: Bag, key: Key[Array, ""], setup: StepSe
     gradients, outputs = accumulate_gradients(loss_fn, state.params, inputs, config.train.micro_batches)
     (terms, batch_statistics), results = outputs.summed, outputs.per_bag
     task_weights = setup.tasks.learned_weights(state.params) if setup.tasks and setup.tasks.learned else {}
-    state, update_metrics = _update(state, gradients, batch_statistics, setup)
-    state = _remember_hard_bags(state, batch, results, config.data.mine_every)
-    return state, {**terms, **task_weights, "accuracy": (~results.misclassified).mean(), **update_metrics}
+    is_valid = jnp.isfinite(terms["loss"]) & (jnp.asarray(batch.weight).max() > 0)
+    state, update_metrics = _update(state, gradients, batch_statistics, is_valid, setup)
+    state = _remember_hard_bags(state, batch, results, update_metrics["updated"], config.data.mine_every)
+    bag_metrics = {
+        "accuracy": (~results.misclassified).mean(),
+        "attention_entropy": attention_entropy(results.region_attention, jnp.asarray(batch.mask).any(axis=-1)),
+        # A loss that is not a number counts as the largest.
+        "worst_bag": results.loss.argmax().astype(jnp.float32),
+    }
+    return state, {**terms, **task_weights, **bag_metrics, **update_metrics}
 
 
 def step_setup(
@@ -270,13 +281,34 @@ def _loss(
     return objective, terms, BagResults(losses, misclassified, jnp.asarray(prediction.region_attention))
 
 
-def _update(
-    state: TrainState, gradients: Params, batch_statistics: Statistics | None, setup: StepSetup
-) -> tuple[TrainState, Metrics]:
-    """Applies the gradients; returns the next state, and the norm of the gradients as a metric.
+def attention_entropy(
+    attention: Float32[Array, "batch region"], is_valid: Bool[Array, "batch region"]
+) -> Float32[Array, ""]:
+    """The entropy of the attention to regions as a fraction of its maximum, from 0 (one region) to 1 (all alike).
 
-    In float16, gradients that are not finite leave parameters and optimiser state unchanged and lower the loss scale. The
-    reported norm is then 0. Where the scale is at its minimum, such gradients are no overflow, and the norm is reported.
+    The mean over the bags with at least two valid regions; 0.5 without such a bag.
+    """
+    count = is_valid.sum(axis=1)
+    entropy = jax.scipy.special.entr(jnp.where(is_valid, attention, 0.0)).sum(axis=1)
+    fraction = entropy / jnp.log(jnp.maximum(count, 2))
+    has_choice = count >= 2
+    return jnp.where(
+        has_choice.any(), jnp.where(has_choice, fraction, 0.0).sum() / jnp.maximum(has_choice.sum(), 1), 0.5
+    )
+
+
+def _update(
+    state: TrainState,
+    gradients: Params,
+    batch_statistics: Statistics | None,
+    is_valid: Bool[Array, ""],
+    setup: StepSetup,
+) -> tuple[TrainState, Metrics]:
+    """Applies the gradients; returns the next state, the norm of the gradients, and whether they were applied, as metrics.
+
+    If they are not applied (`is_valid` is False, or see `train_step`), only the step number changes. In float16, gradients
+    that are not finite also lower the loss scale. Where the scale is above its minimum this is an ordinary overflow: the step
+    counts as applied, with the norm 0.
     """
     loss_scale = state.scaling
     gradients = unscale_gradients(gradients, loss_scale)
@@ -284,22 +316,30 @@ def _update(
     updates, optimizer_state = setup.optimizer.update(gradients, state.moments, state.params)
     params = optax.apply_updates(state.params, updates)
     params = update_running_statistics(params, batch_statistics, setup.config.model.batch_norm_momentum)
+    updated = is_valid & jnp.isfinite(norm) & (norm <= setup.config.health.max_gradient_norm)
+    params, optimizer_state = jax.tree.map(
+        partial(jnp.where, updated), (params, optimizer_state), (state.params, state.moments)
+    )
     state_after = replace(state, step=state.step + 1, params=params, moments=optimizer_state)
     if not loss_scale:
-        return state_after, {"gradient_norm": norm}
-    finite = jnp.isfinite(norm)
-    params, optimizer_state = jax.tree.map(
-        partial(jnp.where, finite), (params, optimizer_state), (state.params, state.moments)
-    )
-    norm = jnp.where(finite | (loss_scale.scale <= 1.0), norm, 0.0)
-    scaling = next_loss_scale(loss_scale, finite)
-    state_after = replace(state_after, params=params, moments=optimizer_state, scaling=scaling)
-    return state_after, {"gradient_norm": norm, "loss_scale": loss_scale.scale}
+        return state_after, {"gradient_norm": norm, "updated": updated.astype(jnp.float32)}
+    overflows = is_valid & ~jnp.isfinite(norm) & (loss_scale.scale > 1.0)
+    next_scale = next_loss_scale(loss_scale, jnp.isfinite(norm))
+    scaling = jax.tree.map(partial(jnp.where, is_valid), next_scale, loss_scale)
+    metrics = {
+        "gradient_norm": jnp.where(overflows, 0.0, norm),
+        "updated": (updated | overflows).astype(jnp.float32),
+        "loss_scale": loss_scale.scale,
+    }
+    return replace(state_after, scaling=scaling), metrics
 
 
-def _remember_hard_bags(state: TrainState, batch: Bag, results: BagResults, mine_every: int) -> TrainState:
+def _remember_hard_bags(
+    state: TrainState, batch: Bag, results: BagResults, updated: Float32[Array, ""], mine_every: int
+) -> TrainState:
     if state.mining is None:
         return state
-    slide, region = jnp.asarray(batch.slide), jnp.asarray(batch.region)
+    # No slide has the index -1: nothing is remembered of a step that was left out.
+    slide, region = jnp.where(updated > 0, jnp.asarray(batch.slide), -1), jnp.asarray(batch.region)
     bag_results = slide, region, results.loss, results.misclassified, results.region_attention
     return replace(state, mining=after_step(state.mining, state.step, mine_every, *bag_results))
