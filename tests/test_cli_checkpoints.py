@@ -120,7 +120,8 @@ def test_checkpoints_are_listed_shown_and_verified_without_a_change(crcjax: Comm
     folder = copy / "checkpoints" / str(newest["step"])
     (folder / "checkpoint.json").unlink()
     array = max((folder / "default").rglob("d/*"), key=lambda path: path.stat().st_size)
-    array.write_bytes(array.read_bytes()[:-1] + b"\0")
+    content = array.read_bytes()
+    array.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     before = _snapshot(copy)
     damaged = crcjax("checkpoints", "verify", copy)
     assert damaged.returncode == 1

@@ -103,7 +103,9 @@ class Health:
 
     def memory(self) -> dict[str, Any]:
         """What the next decisions depend on, as JSON values; a checkpoint keeps it."""
-        return {"reports": [list(vars(report).values()) for report in self._reports], "left_out": self._left_out}
+        # Copies: a thread writes them while training goes on.
+        reports = [list(vars(report).values()) for report in self._reports]
+        return {"reports": reports, "left_out": list(self._left_out)}
 
     def resume(self, memory: Mapping[str, Any] | None) -> None:
         """Continues from the `memory` of the checkpoint that was restored; None without one."""

@@ -118,7 +118,9 @@ def _remembered(memory: Mapping[str, Any], like: metrics.Collection) -> metrics.
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     if {jax.tree_util.keystr(path) for path, _ in leaves} != set(memory):
         return None
-    return jax.tree.unflatten(structure, [_placed(memory[jax.tree_util.keystr(path)], leaf) for path, leaf in leaves])
+    with jax.transfer_guard("allow"):
+        values = [_placed(memory[jax.tree_util.keystr(path)], leaf) for path, leaf in leaves]
+    return jax.tree.unflatten(structure, values)
 
 
 def _placed(value: Any, like: Array) -> Array:

@@ -13,19 +13,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import psutil
 import pytest
 
 from crcjax.data.cohort import load_cohort
-from crcjax.monitor.event_log import EVENTS, read_events
+from crcjax.models.mil import build_model
+from crcjax.monitor.event_log import EVENTS, EventLog, read_events
 from crcjax.monitor.run_health import run_health
 from crcjax.parallel.liveness import LOST
 from crcjax.parallel.supervisor import ending
 from crcjax.predict.feature_density import load_density
+from crcjax.runs.checkpoint import restore_params
 from crcjax.runs.run_directory import open_run
 from crcjax.slides.store.features import write_features
 from crcjax.slides.store.tile_store import open_store
+from crcjax.train.health import WENT_BACK
 from crcjax.train.loop import train
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
@@ -58,6 +62,27 @@ def lacking(*arguments):
     return run, budget, micro_batches
 
 setup.fitting_step = lacking
+"""
+DAMAGED = """
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from crcjax.train.recompute import Recomputation
+
+take_step, damages = Recomputation.__call__, iter([True])
+
+def damaged(self, number, state, batch):
+    # With two unfinished saves, that of step 6 would be skipped.
+    while number == 6 and not Path("run/checkpoints/4").is_dir():
+        time.sleep(0.02)
+    if number == 7 and next(damages, False):
+        with jax.transfer_guard("allow"):
+            state = replace(state, params=jax.tree.map(lambda leaf: leaf * 1e30, state.params))
+    return take_step(self, number, state, batch)
+
+Recomputation.__call__ = damaged
 """
 MEASURES_EVERY_SECOND = """
 from crcjax.parallel import device_probe, process_group
@@ -171,6 +196,35 @@ def test_a_stopped_process_is_named_by_the_other_within_the_timeout_and_recorded
     health = run_health(tmp_path / "run", silence_s=0.0)
     assert not health.is_well
     assert re.match(reason, health.processes[1 - stopped].state)
+
+
+def test_all_processes_go_back_from_damaged_parameters_together_and_end_as_if_they_had_passed_over_the_bags_at_once(
+    start, tmp_path: Path
+) -> None:
+    run, passing = tmp_path / "run", tmp_path / "passing"
+    steps = ["--config.train.steps=12", "--config.train.checkpoint_every=2", "--config.health.max_left_out=2"]
+    EventLog(run / EVENTS).append(WENT_BACK, step=8, first_step=7, last_step=8)
+    _end(start(*steps), 240)
+    run.rename(passing)
+    (tmp_path / "small.py").write_text(SMALL + DAMAGED)
+    output = _end(start(*steps), 240)
+    (event,) = [event for event in read_events(run / EVENTS) if event.kind == WENT_BACK]
+    assert (event.facts["to_step"], event.facts["first_step"], event.facts["last_step"]) == (6, 7, 8), output
+    for process in (0, 1):
+        log = (run / "logs" / f"process-{process}.log").read_text()
+        assert "the run went back to step 6 and passes over the bags of steps 7 to 8" in log
+        assert "trained to step 12" in log
+    assert _history(run) == _history(passing)
+    model = build_model(open_run(run).config.model, 3, 0)
+    params = [jax.tree.leaves(restore_params(path, model)[0]) for path in (run, passing)]
+    assert all((np.asarray(one) == np.asarray(other)).all() for one, other in zip(*params, strict=True))
+
+
+def _history(run: Path) -> list[dict[str, float]]:
+    """The metrics of a run without those that depend on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = {"train/steps_per_s", "train/slides_per_hour", "train/data_wait"}
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
 
 def test_a_process_that_runs_a_tenth_of_the_time_is_named_as_a_straggler(start, tmp_path: Path) -> None:
