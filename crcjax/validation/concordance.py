@@ -32,14 +32,19 @@ def uno_c(follow_up: FollowUp, risk: Float[np.ndarray, " patient"], horizon: flo
 
 
 def compare_concordance(
-    follow_up: FollowUp, first: Float[np.ndarray, " patient"], second: Float[np.ndarray, " patient"]
+    follow_up: FollowUp,
+    first: Float[np.ndarray, " patient"],
+    second: Float[np.ndarray, " patient"],
+    horizon: float | None = None,
 ) -> Estimate:
-    """Harrell's C of the risk `first` minus that of `second`, on the same patients.
+    """C of the risk `first` minus that of `second`, on the same patients: Harrell's, or Uno's to the horizon if one is given.
 
     Of two nested models, test the likelihood instead (`cox.nested_test`): differences of C have little power.
     """
-    method = "difference of Harrell's C, infinitesimal jackknife"
-    (value, influence), (other, other_influence) = (_concordance(follow_up, risk, None) for risk in (first, second))
+    name = "Harrell's C" if horizon is None else f"Uno's C to {horizon:g}"
+    weight = None if horizon is None else _censoring_weights(follow_up, horizon)
+    (value, influence), (other, other_influence) = (_concordance(follow_up, risk, weight) for risk in (first, second))
+    method = f"difference of {name}, infinitesimal jackknife"
     return _estimate(value - other, influence - other_influence, method, len(follow_up))
 
 
