@@ -103,7 +103,7 @@ def test_slides_of_a_patient_are_worth_less_than_patients() -> None:
 
 
 def test_impossible_claims_are_refused_with_the_reason() -> None:
-    with pytest.raises(InputError, match="expected value must be above the bound, got 0.7 and 0.8"):
+    with pytest.raises(InputError, match=r"expected value must be above the bound, got 0\.7 and 0\.8"):
         size_above_bound(0.7, 0.8)
     with pytest.raises(InputError, match="half width must be between 0 and 1, got 0"):
         size_for_width(0.8, 0.0)
