@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import Float, Int
 from scipy import stats
 
 from crcjax.errors import InputError
@@ -16,8 +18,7 @@ from crcjax.validation.estimate import LEVEL
 from crcjax.validation.influence import Z
 from crcjax.validation.proportions import wilson
 
-# Exact power goes up and down as cases are added. A number counts only if so many more cases have the power too.
-_FURTHER = (0, 1, 3, 5)
+# Larger numbers than this are refused.
 _MOST = 1_000_000
 
 
@@ -62,31 +63,34 @@ def size_for_width(expected: float, half_width: float) -> SampleSize:
 
 def power_above_bound(expected: float, bound: float, n: int) -> float:
     """The probability that the lower limit of Wilson's two-sided interval is above a bound."""
-    # The limit rises with the number of successes: find the first that is above.
-    low, high = 0, n + 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if wilson(middle, n).ci_low > bound else (middle + 1, high)
-    return float(stats.binom.sf(low - 1, n, expected))
+    return float(_power_above_bound(expected, bound, np.array([n]))[0])
 
 
 def size_above_bound(expected: float, bound: float, power: float = 0.8) -> SampleSize:
     """The cases for which the lower limit of a proportion is above a bound with a power.
 
-    The power is the exact binomial one, which goes up and down with the number of cases; so it must also hold with one, three
-    and five cases more. Sensitivity: the cases of the class. Agreement of scanners: the slides that both have scanned.
+    The power is the exact binomial one. It goes up and down as cases are added, so the number is the smallest from which on
+    the power is never below the target. A smaller number that happens to reach it would lose it with one more case.
+    Sensitivity: the cases of the class. Agreement of scanners: the slides that both have scanned.
     """
     _check_shares(expected=expected, bound=bound, power=power)
     if not expected > bound:
         raise InputError(f"the expected value must be above the bound, got {expected:g} and {bound:g}")
-
-    def holds(n: int) -> bool:
-        return all(power_above_bound(expected, bound, n + further) >= power for further in _FURTHER)
-
-    # No number far below the normal approximation has the power.
     approximate = _normal_size(expected, bound, power)
-    n = _smallest(holds, start=max(2, int(0.7 * approximate) - 20), most=int(2 * approximate) + 100)
-    return SampleSize(n, "cases", power_above_bound(expected, bound, n), "exact power of Wilson's lower limit")
+    if approximate > _MOST:
+        raise _too_narrow()
+    # The power of twice as many cases is so high that its steps stay above the target.
+    n = np.arange(2, int(2 * approximate) + 100)
+    reached = _power_above_bound(expected, bound, n)
+    below = np.flatnonzero(reached < power)
+    first = int(below[-1]) + 1 if len(below) else 0
+    return SampleSize(int(n[first]), "cases", float(reached[first]), "exact power of Wilson's lower limit")
+
+
+def _power_above_bound(expected: float, bound: float, n: Int[np.ndarray, " number"]) -> Float[np.ndarray, " number"]:
+    # Wilson's lower limit is above the bound if the score test of the bound is significant.
+    most_not_above = np.floor(n * bound + Z * np.sqrt(n * bound * (1 - bound)))
+    return stats.binom.sf(most_not_above, n, expected)
 
 
 def _normal_size(expected: float, bound: float, power: float) -> float:
@@ -256,8 +260,12 @@ def _smallest(holds: Callable[[int], bool], start: int = 2, most: int = _MOST) -
     while high <= most and not holds(high):
         low, high = high, 2 * high
     if high > most:
-        raise InputError(f"more than {most:,} would be needed; the claim is too narrow for any study")
+        raise _too_narrow(most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
+
+
+def _too_narrow(most: int = _MOST) -> InputError:
+    return InputError(f"more than {most:,} would be needed; the claim is too narrow for any study")

@@ -19,7 +19,6 @@ from crcjax.validation.power import (
     size_for_non_inferiority,
     size_for_width,
 )
-from crcjax.validation.proportions import wilson
 from crcjax.validation.sites import pool_sites
 
 
@@ -31,24 +30,46 @@ def test_widths_need_the_computed_numbers() -> None:
     assert recruitment(of_class, share=0.19).patients == 364
 
 
+def _plain_power(expected: float, bound: float, n: int) -> float:
+    """The power as a sum over all numbers of successes, each with Wilson's interval by its textbook formula."""
+    successes = np.arange(n + 1)
+    share, z = successes / n, stats.norm.ppf(0.975)
+    centre = share + z**2 / (2 * n)
+    low = (centre - z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
+    return float(stats.binom.pmf(successes, n, expected)[low > bound].sum())
+
+
+# The specification's numbers are 155, 204, 476, 629, 229 and 303: the power is reached there, and lost again beyond.
 @pytest.mark.parametrize(
-    ("expected", "bound", "power", "n"),
+    ("expected", "bound", "power", "n", "of_specification"),
     [
-        (0.80, 0.70, 0.8, 155),
-        (0.80, 0.70, 0.9, 204),
-        (0.85, 0.80, 0.8, 476),
-        (0.85, 0.80, 0.9, 629),
-        (0.95, 0.90, 0.8, 229),
-        (0.95, 0.90, 0.9, 303),
+        (0.80, 0.70, 0.8, 158, 155),
+        (0.80, 0.70, 0.9, 207, 204),
+        (0.85, 0.80, 0.8, 481, 476),
+        (0.85, 0.80, 0.9, 634, 629),
+        (0.95, 0.90, 0.8, 254, 229),
+        (0.95, 0.90, 0.9, 315, 303),
     ],
 )
-def test_lower_limits_need_the_computed_numbers_and_have_the_power(expected, bound, power, n) -> None:
+def test_from_the_number_on_the_power_of_a_lower_limit_is_never_lost_again(
+    expected, bound, power, n, of_specification
+) -> None:
     size = size_above_bound(expected, bound, power)
     assert size.n == n
-    chance = stats.binom.pmf(np.arange(n + 1), n, expected)
-    above = [wilson(successes, n).ci_low > bound for successes in range(n + 1)]
-    assert size.reached == pytest.approx(chance[above].sum())
-    assert all(power_above_bound(expected, bound, n + further) >= power for further in (0, 1, 3, 5))
+    assert size.reached == pytest.approx(_plain_power(expected, bound, n))
+    assert _plain_power(expected, bound, n - 1) < power
+    assert all(_plain_power(expected, bound, more) >= power for more in range(n, 3 * n))
+    assert _plain_power(expected, bound, of_specification) >= power
+    assert power_above_bound(expected, bound, of_specification) == pytest.approx(
+        _plain_power(expected, bound, of_specification)
+    )
+
+
+@pytest.mark.parametrize(("expected", "bound", "power"), [(0.95, 0.5, 0.8), (0.6, 0.1, 0.99), (0.99, 0.97, 0.9)])
+def test_extreme_claims_keep_the_power_too(expected, bound, power) -> None:
+    size = size_above_bound(expected, bound, power)
+    assert all(_plain_power(expected, bound, more) >= power for more in range(size.n, 4 * size.n + 50))
+    assert size.n == 2 or _plain_power(expected, bound, size.n - 1) < power
 
 
 def test_aurocs_need_the_computed_numbers() -> None:
@@ -98,7 +119,7 @@ def test_slides_of_a_patient_are_worth_less_than_patients() -> None:
     assert correlated.design_effect == pytest.approx(3.1)
     assert (correlated.patients, correlated.slides) == (190, 760)
     # Further slides that repeat the first add nothing.
-    assert recruitment(size, slides_per_case=4, correlation=1).patients == size.n
+    assert recruitment(size, slides_per_case=4, correlation=1.0).patients == size.n
     assert recruitment(size, evaluable=0.9).patients == 273
 
 
@@ -107,8 +128,9 @@ def test_impossible_claims_are_refused_with_the_reason() -> None:
         size_above_bound(0.7, 0.8)
     with pytest.raises(InputError, match="half width must be between 0 and 1, got 0"):
         size_for_width(0.8, 0.0)
-    with pytest.raises(InputError, match="more than 1,000,000"):
-        size_for_width(0.8, 1e-6)
+    for claim in (lambda: size_for_width(0.8, 1e-6), lambda: size_above_bound(0.8001, 0.8)):
+        with pytest.raises(InputError, match="more than 1,000,000"):
+            claim()
     with pytest.raises(InputError, match="must be above 0 and not 1"):
         events_for_hazard_ratio(1.0, 0.5)
     with pytest.raises(InputError, match="above minus the margin"):
