@@ -12,7 +12,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,11 @@ from crcjax.errors import InputError, writing
 from crcjax.slides.jobs.usable_cores import usable_cores
 from crcjax.slides.jobs.worker_pool import check_main_guard, run_jobs
 from crcjax.slides.synthetic.artefacts import SYNTHETIC_ARTEFACTS, artefact_mask, corrupt_picture, corrupt_section
+from crcjax.slides.synthetic.ink_and_glass import LOOKS, glass_tint, ink_density, inked_margin, not_scanned
+from crcjax.slides.synthetic.patterns import PATTERNS, add_patterns
+from crcjax.slides.synthetic.structures import Ground
 from crcjax.slides.synthetic.tissue_map import MAP_UM, SUBTYPES, Tissue, architecture
-from crcjax.slides.synthetic.tissue_textures import REACH_UM, Ground, draw_stains
+from crcjax.slides.synthetic.tissue_textures import REACH_UM, draw_particles, draw_stains
 from crcjax.slides.synthetic.truth import load_truth, truth_path
 from crcjax.slides.wsi.slide import PAINTED
 
@@ -64,7 +67,11 @@ SITES = (
 
 @dataclass(frozen=True)
 class SlideSpec:
-    """One slide to paint. `artefacts` are names of SYNTHETIC_ARTEFACTS; the same spec gives the same bytes."""
+    """One slide to paint; the same spec gives the same bytes.
+
+    `artefacts` are names of SYNTHETIC_ARTEFACTS. `patterns` are names of `patterns.PATTERNS` or `ink_and_glass.LOOKS`; without
+    them, slides are as they were before patterns existed.
+    """
 
     subtype: str
     seed: int
@@ -72,19 +79,26 @@ class SlideSpec:
     size_px: tuple[int, int] = (3072, 2560)
     mpp: float = 0.5
     artefacts: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        """The text by which a slide's truth names its spec; that of slides without patterns never changes."""
+        return repr(self) + (f" with {', '.join(self.patterns)}" if self.patterns else "")
 
 
 def paint_slide(path: str | Path, spec: SlideSpec, workers: int = 1) -> Path:
     """Writes the slide and its ground truth; `workers` processes paint its blocks.
 
     Memory: a row of encoded blocks, one level's encoded tiles (about 17 bytes per 1000 px of level 0) and the slide at
-    a sixteenth, whatever the size. Raises InputError for an unknown subtype or artefact, OutputError if the disk is full.
+    a sixteenth, whatever the size. Raises InputError for an unknown subtype, artefact or pattern, OutputError if the disk is full.
     """
     path = Path(path)
     if spec.subtype not in SUBTYPES or not set(spec.artefacts) <= set(SYNTHETIC_ARTEFACTS):
         raise InputError(
             f"cannot paint {spec.subtype} with {spec.artefacts}: know {SUBTYPES} with {SYNTHETIC_ARTEFACTS}"
         )
+    if not set(spec.patterns) <= {*PATTERNS, *LOOKS}:
+        raise InputError(f"patterns must be among {(*PATTERNS, *LOOKS)}, got {spec.patterns}")
     scene, partial = _scene(spec), path.with_suffix(".partial")
     with writing(path, "choose another folder"):
         try:
@@ -101,16 +115,19 @@ def paint_slide(path: str | Path, spec: SlideSpec, workers: int = 1) -> Path:
 
 def _truth_arrays(spec: SlideSpec, scene: _Scene) -> dict[str, Any]:
     arrays = {
-        "spec": repr(spec),
+        "spec": str(spec),
         "subtype": spec.subtype,
         "seed": spec.seed,
         "kinds": scene.ground.kinds,
-        "names": [kind.name.lower() for kind in Tissue],
+        # Default slides have the kinds up to ADIPOSE; their truth stays the same bytes.
+        "names": [kind.name.lower() for kind in Tissue if spec.patterns or kind <= Tissue.ADIPOSE],
         "um_per_px": MAP_UM,
         "haematoxylin": _unit(spec.site.haematoxylin),
         "eosin": _unit(spec.site.eosin),
         "white": spec.site.white,
     }
+    if scene.ink is not None:
+        arrays["inked"] = scene.ink > 0
     return arrays | {f"artefact_{name}": mask > 0 for name, mask in scene.artefacts.items()}
 
 
@@ -155,7 +172,7 @@ def paint_cohort(
 
 def _is_painted(path: Path, spec: SlideSpec) -> bool:
     truth = truth_path(path)  # written after the slide
-    return path.exists() and truth.exists() and load_truth(truth).spec == repr(spec)
+    return path.exists() and truth.exists() and load_truth(truth).spec == str(spec)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -177,7 +194,11 @@ class _Scene:
     ground: Ground
     site: Site
     stain: tuple[float, float]  # the case's strength of haematoxylin and eosin
-    artefacts: dict[str, Float32[np.ndarray, "y x"]]  # between 0 and 1 on the map's grid
+    # All of these on the map's grid. Masks are between 0 and 1.
+    artefacts: dict[str, Float32[np.ndarray, "y x"]]
+    ink: Float32[np.ndarray, "y x"] | None = None
+    tint: Float32[np.ndarray, "y x channel"] | None = None
+    not_scanned: Float32[np.ndarray, "y x"] | None = None
 
 
 @lru_cache(maxsize=1)
@@ -187,7 +208,14 @@ def _scene(spec: SlideSpec) -> _Scene:
     rng = np.random.default_rng([spec.seed, 6])
     haematoxylin, eosin = np.exp(rng.normal(0, 0.25, 2)).tolist()
     artefacts = {name: artefact_mask(name, kinds.shape, rng) for name in spec.artefacts}
-    return _Scene(Ground(kinds, spec.seed, spec.mpp), spec.site, (haematoxylin, eosin), artefacts)
+    tissue_patterns = tuple(name for name in spec.patterns if name in PATTERNS)
+    if tissue_patterns:
+        kinds = add_patterns(kinds, tissue_patterns, spec.seed)
+    ground = Ground(kinds, spec.seed, spec.mpp, bool(tissue_patterns))
+    ink = inked_margin(kinds, spec.seed) if "inked_margin" in spec.patterns else None
+    tinted = "tinted_glass" in spec.patterns
+    glass = (glass_tint(kinds, spec.seed), not_scanned(kinds).astype(np.float32)) if tinted else (None, None)
+    return _Scene(ground, spec.site, (haematoxylin, eosin), artefacts, ink, *glass)
 
 
 def paint_block(spec: SlideSpec, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "y x 3"]:
@@ -198,6 +226,10 @@ def paint_block(spec: SlideSpec, x: int, y: int, width: int, height: int) -> UIn
     haematoxylin, eosin = draw_stains(scene.ground, *box)
     masks = {name: _block_of(mask, spec.mpp, *box) for name, mask in scene.artefacts.items()}
     layers = corrupt_section(scene.ground, masks, haematoxylin, eosin, *box[:2])
+    if scene.ink is not None:
+        grains = draw_particles(scene.ground, ("speck", "grain"), 6.0, *box)
+        ink = np.maximum(grains, np.float32(0.4)) * _block_of(scene.ink, spec.mpp, *box)
+        layers.append((ink, ink_density(spec.seed)))
     vectors = scene.stain[0] * _unit(site.haematoxylin), scene.stain[1] * _unit(site.eosin)
     channels = []
     for i, (white, h, e) in enumerate(zip(site.white, *vectors, strict=True)):
@@ -206,15 +238,21 @@ def paint_block(spec: SlideSpec, x: int, y: int, width: int, height: int) -> UIn
             exponent = exponent - density[i] * amount
         channels.append(cv2.convertScaleAbs(cv2.exp(exponent), alpha=white))
     pixels = cv2.GaussianBlur(cv2.merge(channels), (0, 0), site.blur_um / spec.mpp)
-    return corrupt_picture(pixels, masks, site.white, spec.mpp)[margin:-margin, margin:-margin]
+    picture = corrupt_picture(pixels, masks, site.white, spec.mpp)[margin:-margin, margin:-margin]
+    if scene.tint is None or scene.not_scanned is None:
+        return picture
+    light = np.exp(-_block_of(scene.tint, spec.mpp, x, y, width, height))
+    is_filled = _block_of(scene.not_scanned, spec.mpp, x, y, width, height) > 0.5
+    return np.where(is_filled[..., None], 255, picture * light).astype(np.uint8)
 
 
-def _block_of(mask: np.ndarray, mpp: float, x: int, y: int, width: int, height: int) -> Float32[np.ndarray, "y x"]:
-    """A window of a map at level-0 px; 0 outside the map."""
+def _block_of(mask: np.ndarray, mpp: float, x: int, y: int, width: int, height: int) -> Float32[np.ndarray, "y x ..."]:
+    """A window of a map at level-0 px; 0 outside the map, except for maps of channels, which continue."""
     step = MAP_UM / mpp
     columns = ((np.arange(x, x + width) + 0.5) / step - 0.5).astype(np.float32)
     rows = ((np.arange(y, y + height) + 0.5) / step - 0.5).astype(np.float32)
-    return cv2.remap(mask, *np.meshgrid(columns, rows), cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    border = cv2.BORDER_CONSTANT if mask.ndim == 2 else cv2.BORDER_REPLICATE
+    return cv2.remap(mask, *np.meshgrid(columns, rows), cv2.INTER_LINEAR, borderMode=border)
 
 
 def _unit(vector: tuple[float, float, float]) -> np.ndarray:

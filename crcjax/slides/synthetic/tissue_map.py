@@ -30,6 +30,14 @@ class Tissue(IntEnum):
     MUCIN = 6
     NECROSIS = 7
     ADIPOSE = 8
+    # Kinds of `patterns`, which default slides do not have.
+    STRATIFIED = 9
+    VILLOUS = 10
+    SERRATED = 11
+    FOLLICLES = 12
+    MUCOSA = 13
+    MUSCLE = 14
+    SUBMUCOSA = 15
 
 
 CARRIER = {"canonical": Tissue.CRIBRIFORM, "immune": Tissue.LYMPHOID, "stromal": Tissue.DESMOPLASTIC}
@@ -53,11 +61,11 @@ def architecture(subtype: str, seed: int, width_um: float, height_um: float) -> 
         shares[kind] = rng.uniform(0.18, 0.40) if name == subtype else rng.uniform(0.005, 0.08)
     # The largest share is placed first, so that it finds room for patches rather than remnants.
     for kind in sorted(shares, key=lambda kind: -shares[kind]):
-        field = _smooth(rng, shape, 11.0 if shares[kind] > 0.1 else 5.0)
+        field = smooth_field(rng, shape, 11.0 if shares[kind] > 0.1 else 5.0)
         if kind in (Tissue.LYMPHOID, Tissue.ADIPOSE):
             field = field - 0.05 * np.minimum(inside, 20)  # at the invasive margin, and outside the tumour
-        _claim(kinds, free, field, kind, int(np.ceil(shares[kind] * total)))
-    _claim(kinds, free, _smooth(rng, shape, 5.0), Tissue.GLANDS, int(rng.uniform(0.25, 0.75) * free.sum()))
+        claim(kinds, free, field, kind, int(np.ceil(shares[kind] * total)))
+    claim(kinds, free, smooth_field(rng, shape, 5.0), Tissue.GLANDS, int(rng.uniform(0.25, 0.75) * free.sum()))
     return kinds
 
 
@@ -65,13 +73,13 @@ def _outline(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     """One piece of tissue with an irregular border that covers 45 to 75 % of the slide."""
     y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j].astype(np.float32)
     radius = np.hypot(x * rng.uniform(0.85, 1.15), y * rng.uniform(0.85, 1.15))
-    field = 0.25 * _smooth(rng, shape, max(shape) / 10) + 0.05 * _smooth(rng, shape, 2.0) - radius
+    field = 0.25 * smooth_field(rng, shape, max(shape) / 10) + 0.05 * smooth_field(rng, shape, 2.0) - radius
     outline = field > np.quantile(field, 1 - rng.uniform(0.45, 0.75))
     _, labels, statistics, _ = cv2.connectedComponentsWithStats(outline.astype(np.uint8))
     return labels == 1 + np.argmax(statistics[1:, cv2.CC_STAT_AREA])
 
 
-def _smooth(rng: np.random.Generator, shape: tuple[int, int], sigma: float) -> np.ndarray:
+def smooth_field(rng: np.random.Generator, shape: tuple[int, int], sigma: float) -> np.ndarray:
     coarse = max(1, int(sigma / 4))  # a wide filter would take minutes on a large slide
     small = [max(2, -(-side // coarse)) for side in shape]
     field = gaussian_filter(rng.standard_normal(small).astype(np.float32), sigma / coarse, mode="reflect")
@@ -79,7 +87,7 @@ def _smooth(rng: np.random.Generator, shape: tuple[int, int], sigma: float) -> n
     return field / max(float(field.std()), 1e-6)
 
 
-def _claim(kinds: np.ndarray, free: np.ndarray, field: np.ndarray, kind: Tissue, count: int) -> None:
+def claim(kinds: np.ndarray, free: np.ndarray, field: np.ndarray, kind: Tissue, count: int) -> None:
     candidates = np.flatnonzero(free)
     count = min(count, len(candidates))
     chosen = candidates[np.argsort(-field.flat[candidates], kind="stable")[:count]]

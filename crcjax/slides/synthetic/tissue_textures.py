@@ -6,7 +6,7 @@ alone and fits its neighbours. Sizes are in µm; textures repeat after some hund
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,21 +15,12 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from scipy import fft
 
+from crcjax.slides.synthetic.patterns import draw_patterns
+from crcjax.slides.synthetic.structures import Brush, Ground, Part, Rows, draw_structures, hashed
 from crcjax.slides.synthetic.tissue_map import MAP_UM, Tissue
 
 REACH_UM = 20.0  # the edge of a block may be wrong by half a nucleus and a piece of an outline
 _NOISE_PX = 1024
-# Parts of structures, only within a block; their codes continue those of Tissue.
-_EPITHELIUM, _SHEET, _LUMEN, _DEBRIS, _BLOOD = range(len(Tissue), len(Tissue) + 5)
-
-
-@dataclass(frozen=True)
-class Ground:
-    """The input of painting: a slide's map, seed and scale."""
-
-    kinds: UInt8[np.ndarray, "row column"]
-    seed: int
-    mpp: float
 
 
 @dataclass(frozen=True)
@@ -53,11 +44,24 @@ _LOOKS = {
     Tissue.MUCIN: _Look(0.05, 0.13, 0.035, 0.03, (("debris", 60),)),
     Tissue.NECROSIS: _Look(0.62, 0.09, 0.0, 0.13, (("debris", 2600),)),
     Tissue.ADIPOSE: _Look(0.30, 0.05),
-    _EPITHELIUM: _Look(0.42, 0.20, 0.0, 0.05),
-    _SHEET: _Look(0.42, 0.20, 0.0, 0.05, (("epithelial", 5200),)),
-    _LUMEN: _Look(0.015, 0.01, 0.0, 0.008),
-    _DEBRIS: _Look(0.60, 0.12, 0.0, 0.12, (("debris", 5500),)),
-    _BLOOD: _Look(0.95, 0.0, 0.0, 0.15),
+    Tissue.STRATIFIED: _Look(0.36, 0.08, 0.10, 0.05, (("fibrocyte", 900), ("lymphocyte", 2200))),
+    Tissue.VILLOUS: _Look(0.015, 0.01, 0.0, 0.008),
+    Tissue.SERRATED: _Look(0.36, 0.08, 0.10, 0.05, (("fibrocyte", 900), ("lymphocyte", 1500))),
+    Tissue.FOLLICLES: _Look(0.30, 0.12, 0.05, 0.05, (("lymphocyte", 5000), ("fibrocyte", 500))),
+    Tissue.MUCOSA: _Look(0.34, 0.08, 0.08, 0.05, (("lymphocyte", 4000), ("fibrocyte", 700))),
+    Tissue.MUSCLE: _Look(0.75, 0.12, 0.14, 0.05, (("myocyte", 1300),)),
+    Tissue.SUBMUCOSA: _Look(0.12, 0.02, 0.10, 0.04, (("fibrocyte", 350), ("lymphocyte", 60))),
+    Part.EPITHELIUM: _Look(0.42, 0.20, 0.0, 0.05),
+    Part.SHEET: _Look(0.42, 0.20, 0.0, 0.05, (("epithelial", 5200),)),
+    Part.LUMEN: _Look(0.015, 0.01, 0.0, 0.008),
+    Part.DEBRIS: _Look(0.60, 0.12, 0.0, 0.12, (("debris", 5500),)),
+    Part.BLOOD: _Look(0.95, 0.0, 0.0, 0.15),
+    Part.CROWDED: _Look(0.45, 0.45, 0.0, 0.06),
+    Part.CORE: _Look(0.34, 0.08, 0.08, 0.05, (("lymphocyte", 2500), ("fibrocyte", 1200))),
+    Part.GOBLET: _Look(0.05, 0.12, 0.0, 0.03),
+    Part.FOAMY: _Look(0.24, 0.18, 0.0, 0.09),
+    Part.MANTLE: _Look(0.26, 0.22, 0.0, 0.04, (("lymphocyte", 12000),)),
+    Part.GERMINAL: _Look(0.30, 0.22, 0.0, 0.05, (("centroblast", 7500),)),
 }
 _TABLE = np.zeros((256, 4), np.float32)
 for _kind, _look in _LOOKS.items():
@@ -80,12 +84,17 @@ _NUCLEI = {
     "lymphocyte": _Nucleus(3.1, 2.9, 0.10, 1.55),
     "fibrocyte": _Nucleus(7.5, 1.3, 0.25, 1.15),
     "plump": _Nucleus(8.0, 2.6, 0.20, 1.05, vesicular=True),
+    "pencil": _Nucleus(6.5, 2.1, 0.15, 1.7),
+    "basal": _Nucleus(3.8, 2.5, 0.15, 1.5),
+    "centroblast": _Nucleus(4.3, 3.9, 0.15, 1.15, vesicular=True),
+    "myocyte": _Nucleus(10.0, 1.7, 0.25, 1.2),
     "debris": _Nucleus(1.5, 1.1, 0.40, 1.25),
     "erythrocyte": _Nucleus(3.7, 3.4, 0.08, 1.0, vesicular=True),
     "speck": _Nucleus(2.0, 1.5, 0.40, 1.0),
     "grain": _Nucleus(5.0, 4.0, 0.40, 1.0),
     "flake": _Nucleus(9.0, 5.0, 0.40, 1.0),
 }
+_SPINDLES = ("fibrocyte", "plump", "myocyte")  # nuclei that lie along the fibres
 _SIZES, _TURNS = 4, 16
 _CELL_UM = 9.0  # at most one nucleus in a cell of this side, except for those along outlines
 
@@ -100,7 +109,10 @@ def draw_stains(
     zones = _zones(ground, x, y, width, height)
     if not zones.any():
         return np.zeros((height, width), np.float32), np.zeros((height, width), np.float32)
-    rows = _draw_structures(ground, zones, x, y)
+    brush = Brush(ground, zones, x, y)
+    draw_structures(brush)
+    if ground.has_patterns:
+        draw_patterns(brush)
     eosin, haematoxylin, fibres, clouds = (_looked_up(zones, column) for column in range(4))
     fibres *= _fibres(ground, x, y, width, height)
     clouds *= _wrapped(_noise(0, 6.0, ground.mpp), x + _shift(ground, 1), y + _shift(ground, 2), width, height)
@@ -108,7 +120,7 @@ def draw_stains(
     eosin += clouds
     haematoxylin += np.float32(0.5) * clouds
     np.maximum(haematoxylin, 0, out=haematoxylin)
-    _stamp(ground.mpp, haematoxylin, rows + _scattered(ground, zones, x, y))
+    _stamp(ground.mpp, haematoxylin, brush.rows + _scattered(ground, zones, x, y))
     eosin *= 1 - np.float32(0.45) * np.minimum(haematoxylin, 1)  # nuclei absorb little eosin
     np.maximum(eosin, 0, out=eosin)
     return haematoxylin, eosin
@@ -137,128 +149,7 @@ def _zones(ground: Ground, x: int, y: int, width: int, height: int) -> UInt8[np.
     )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Nuclei of one kind: px of the block, directions in radians, sizes in [0, 1)."""
-
-    name: str
-    x: np.ndarray
-    y: np.ndarray
-    angle: np.ndarray
-    size: np.ndarray
-
-
-def _draw_structures(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[_Rows]:
-    """Draws glands, cribriform sheets, buds, vessels and fat cells into `zones`; returns the nuclei along them."""
-    brush = _Brush(ground, zones, x, y)
-    for at, u in brush.places(Tissue.ADIPOSE, 46.0, 1):
-        fat = _outline(at, 27 + 3 * u[0], 0.85 + 0.15 * u[1], u[2:], 0.05)
-        brush.fill(fat, _LUMEN)
-        brush.line(fat, Tissue.ADIPOSE, 1.5)
-    for kind in (Tissue.STROMA, Tissue.DESMOPLASTIC):
-        for at, u in brush.places(kind, 210.0, 2):
-            if u[4] < 0.4:
-                vessel = _outline(at, 11 + 16 * u[0], 0.5 + 0.5 * u[1], u[2:], 0.08)
-                brush.fill(vessel, Tissue.STROMA)
-                brush.fill(_shrunk(vessel, 4.0), _BLOOD if u[4] < 0.25 else _LUMEN)
-                brush.nuclei(_shrunk(vessel, 3.0), "fibrocyte", 14.0, along=True)
-    for at, u in brush.places(Tissue.GLANDS, 122.0, 3):
-        gland = _outline(at, 46 + 18 * u[0], 0.65 + 0.35 * u[1], u[2:], 0.07)
-        brush.fill(gland, _EPITHELIUM)
-        brush.fill(_shrunk(gland, 17 + 8 * u[4]), _DEBRIS if u[4] < 0.1 else _LUMEN)
-        brush.nuclei(_shrunk(gland, 5.5), "epithelial", 5.6)
-        brush.nuclei(_shrunk(gland, 11.0), "epithelial", 11.0)
-    for at, u in brush.places(Tissue.CRIBRIFORM, 162.0, 4):
-        sheet = _outline(at, 86 + 20 * u[0], 0.75 + 0.25 * u[1], u[2:], 0.06)
-        brush.fill(sheet, _SHEET)
-        brush.nuclei(_shrunk(sheet, 5.0), "epithelial", 5.6)
-        for turn in range(7):  # one lumen in the middle, six around it
-            v = np.modf((u + 0.37 * turn) * 7.3)[0]
-            away = 0 if turn == 0 else 46 + 16 * v[5]
-            angle = turn * np.pi / 3 + 6 * u[2] + 0.5 * v[4]
-            hole = _outline(at + away * _direction(angle), 7 + 12 * v[0], 0.7 + 0.3 * v[1], v[2:], 0.06)
-            brush.fill(_shrunk(hole, -9.0), _EPITHELIUM)
-            brush.fill(hole, _DEBRIS if v[4] < 0.4 else _LUMEN)
-            brush.nuclei(_shrunk(hole, -6.0), "epithelial", 6.5)
-    for kind, share in ((Tissue.DESMOPLASTIC, 0.4), (Tissue.MUCIN, 0.4)):
-        for at, u in brush.places(kind, 95.0, 5):
-            if u[4] < share:  # tumour buds; islets that float in mucin
-                bud = _outline(at, 10 + 9 * u[0], 0.5 + 0.4 * u[1], u[2:], 0.08)
-                brush.fill(bud, _EPITHELIUM)
-                brush.nuclei(_shrunk(bud, 5.0), "epithelial", 6.5)
-    return brush.rows
-
-
-class _Brush:
-    """Draws outlines, in µm of the slide, into the zones of a block and collects the nuclei that line them."""
-
-    def __init__(self, ground: Ground, zones: np.ndarray, x: int, y: int):
-        self.ground, self.zones, self.corner = ground, zones, np.array([x, y])
-        self.rows: list[_Rows] = []
-
-    def places(self, kind: int, pitch_um: float, purpose: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Jittered hexagonal grid points near the block where the map has that kind, each with six numbers in [0, 1)."""
-        kinds, mpp = self.ground.kinds, self.ground.mpp
-        low = self.corner * mpp // pitch_um - 2
-        high = (self.corner + self.zones.shape[::-1]) * mpp // pitch_um + 3
-        column, row = (
-            grid.ravel() for grid in np.meshgrid(*(np.arange(int(a), int(b)) for a, b in zip(low, high, strict=True)))
-        )
-        u = _hashed(self.ground.seed, purpose, column, row, 8)
-        at_x = (column + 0.5 * (row % 2) + 0.3 * u[6]) * pitch_um
-        at_y = (row + 0.3 * u[7]) * pitch_um
-        map_x, map_y = np.floor(at_x / MAP_UM).astype(int), np.floor(at_y / MAP_UM).astype(int)
-        there = (map_x >= 0) & (map_y >= 0) & (map_x < kinds.shape[1]) & (map_y < kinds.shape[0])
-        there[there] = kinds[map_y[there], map_x[there]] == kind
-        for i in np.flatnonzero(there):
-            yield np.array([at_x[i], at_y[i]]), u[:6, i]
-
-    def fill(self, outline: np.ndarray, kind: int) -> None:
-        cv2.fillPoly(self.zones, [self._px(outline)], int(kind))
-
-    def line(self, outline: np.ndarray, kind: int, thickness_um: float) -> None:
-        cv2.polylines(self.zones, [self._px(outline)], True, int(kind), max(1, round(thickness_um / self.ground.mpp)))
-
-    def nuclei(self, outline: np.ndarray, name: str, apart_um: float, along: bool = False) -> None:
-        """Nuclei that stand on the outline `apart_um` from each other, or lie `along` it."""
-        steps = np.roll(outline, -1, axis=0) - outline
-        reached = np.concatenate([[0], np.cumsum(np.hypot(*steps.T))])
-        count = int(reached[-1] / apart_um)
-        where = np.arange(count) * (reached[-1] / max(1, count))
-        segment = np.searchsorted(reached, where, side="right") - 1
-        part = (where - reached[segment]) / np.maximum(reached[segment + 1] - reached[segment], 1e-9)
-        at = outline[segment] + part[:, None] * steps[segment]
-        angle = np.arctan2(steps[segment, 1], steps[segment, 0]) + (0 if along else np.pi / 2)
-        u = np.modf(where * 0.731 + outline[0, 0])[0]
-        px, py = self._px(at).T
-        self.rows.append(_Rows(name, px, py, angle + 0.5 * (u - 0.5), u))
-
-    def _px(self, outline: np.ndarray) -> np.ndarray:
-        return np.rint(outline / self.ground.mpp).astype(np.int32) - self.corner.astype(np.int32)
-
-
-def _outline(centre: np.ndarray, radius: float, flatness: float, u: np.ndarray, wobble: float) -> np.ndarray:
-    """A closed irregular oval; its points are about 5 µm apart."""
-    turn = np.linspace(0, 2 * np.pi, max(24, int(radius * 1.2)), endpoint=False)
-    r = radius * (1 + wobble * (np.sin(2 * turn + 9 * u[0]) + np.sin(3 * turn + 7 * u[1]) + 0.6 * np.sin(5 * turn)))
-    axis = _direction(np.pi * u[1])
-    across = np.array([-axis[1], axis[0]])
-    return centre + (r * np.cos(turn))[:, None] * axis + (r * flatness * np.sin(turn))[:, None] * across
-
-
-def _shrunk(outline: np.ndarray, by_um: float) -> np.ndarray:
-    """The outline moved inwards, to a quarter of its size at most."""
-    centre = outline.mean(axis=0)
-    ray = outline - centre
-    radius = np.hypot(*ray.T)[:, None]
-    return centre + ray * np.maximum(1 - by_um / radius, 0.25)
-
-
-def _direction(angle: float) -> np.ndarray:
-    return np.array([np.cos(angle), np.sin(angle)])
-
-
-def _scattered(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[_Rows]:
+def _scattered(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[Rows]:
     """Scatters nuclei at the density of each zone."""
     px, py, u = _scattered_places(ground, _CELL_UM, 9, x, y, *zones.shape[::-1])
     zone = zones[py, px]
@@ -270,8 +161,8 @@ def _scattered(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[_Rows]
             high = low + density * _CELL_UM**2 * 1e-6
             i = np.flatnonzero((zone == kind) & (u[2] >= low) & (u[2] < high))
             low = high
-            angle = along[i] + 0.5 * (u[3, i] - 0.5) if name in ("fibrocyte", "plump") else np.pi * u[3, i]
-            rows.append(_Rows(name, px[i], py[i], angle, u[4, i]))
+            angle = along[i] + 0.5 * (u[3, i] - 0.5) if name in _SPINDLES else np.pi * u[3, i]
+            rows.append(Rows(name, px[i], py[i], angle, u[4, i]))
     return rows
 
 
@@ -286,7 +177,7 @@ def draw_particles(
     which = (u[2] * len(names)).astype(int)
     amount = np.zeros((height, width), np.float32)
     of = [(name, which == i) for i, name in enumerate(names)]
-    _stamp(ground.mpp, amount, [_Rows(name, px[i], py[i], np.pi * u[3, i], u[4, i]) for name, i in of])
+    _stamp(ground.mpp, amount, [Rows(name, px[i], py[i], np.pi * u[3, i], u[4, i]) for name, i in of])
     return amount
 
 
@@ -302,14 +193,14 @@ def _scattered_places(
             np.arange(int(y // pitch), int((y + height) // pitch) + 1),
         )
     )
-    u = _hashed(ground.seed, purpose, column, row, 5)
+    u = hashed(ground.seed, purpose, column, row, 5)
     px = np.floor((column + 0.7 * u[0]) * pitch).astype(int) - x
     py = np.floor((row + 0.7 * u[1]) * pitch).astype(int) - y
     inside = (px >= 0) & (py >= 0) & (px < width) & (py < height)
     return px[inside], py[inside], u[:, inside]
 
 
-def _stamp(mpp: float, haematoxylin: np.ndarray, rows: list[_Rows]) -> None:
+def _stamp(mpp: float, haematoxylin: np.ndarray, rows: list[Rows]) -> None:
     """Adds nuclei to the block; where two overlap, the larger concentration counts, so that order does not matter."""
     height, width = haematoxylin.shape
     for row in rows:
@@ -411,22 +302,4 @@ def _wrapped(texture: np.ndarray, x: int, y: int, width: int, height: int) -> Fl
 
 def _shift(ground: Ground, purpose: int) -> int:
     """Where this slide's window of a texture begins."""
-    return int(_NOISE_PX * _hashed(ground.seed, 10 + purpose, np.zeros(1, int), np.zeros(1, int), 1)[0, 0])
-
-
-def _hashed(seed: int, purpose: int, column: np.ndarray, row: np.ndarray, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) for every cell: a 64-bit mix of seed, purpose and place."""
-    with np.errstate(over="ignore"):
-        state = (
-            np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
-            + np.uint64(purpose) * np.uint64(0xBF58476D1CE4E5B9)
-            + column.astype(np.int64).astype(np.uint64) * np.uint64(0x94D049BB133111EB)
-            + row.astype(np.int64).astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93)
-        )
-        numbers = []
-        for _ in range(count):
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-            numbers.append((state >> np.uint64(11)).astype(np.float64) / float(1 << 53))
-    return np.stack(numbers)
+    return int(_NOISE_PX * hashed(ground.seed, 10 + purpose, np.zeros(1, int), np.zeros(1, int), 1)[0, 0])

@@ -29,6 +29,7 @@ class Truth:
     artefacts: dict[str, Bool[np.ndarray, "y x"]]
     seed: int
     spec: str
+    inked: Bool[np.ndarray, "y x"] | None = None  # surgical ink on the margin of the tissue; None without
 
     @property
     def carriers(self) -> Bool[np.ndarray, "y x"]:
@@ -79,6 +80,7 @@ def load_truth(path: str | Path) -> Truth:
                 artefacts,
                 int(saved["seed"]),
                 str(saved["spec"]),
+                saved.get("inked"),
             )
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise InputError(

@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from crcjax.errors import InputError, OutputError
 from crcjax.slides.synthetic.artefacts import SYNTHETIC_ARTEFACTS
 from crcjax.slides.synthetic.painter import SITES, SlideSpec, _scene, paint_block, paint_cohort, paint_slide
+from crcjax.slides.synthetic.patterns import PATTERNS
 from crcjax.slides.synthetic.tissue_map import CARRIER, MAP_UM, SUBTYPES, Tissue, architecture
 from crcjax.slides.synthetic.truth import load_truth, truth_path
 
@@ -117,12 +118,58 @@ def test_every_case_holds_every_tissue_and_most_of_its_own_signature(subtype: st
     amounts = []
     for seed in range(40):
         kinds = architecture(subtype, seed, 1536.0, 1280.0)
-        amounts.append([(kinds == kind).sum() / (kinds > 0).sum() for kind in Tissue])
+        amounts.append([(kinds == kind).sum() / (kinds > 0).sum() for kind in Tissue if kind <= Tissue.ADIPOSE])
     amounts = np.array(amounts)
     assert (amounts > 0).all()
     for name, kind in CARRIER.items():
         low, high = (0.17, 0.41) if name == subtype else (0.0, 0.09)
         assert ((amounts[:, kind] > low) & (amounts[:, kind] < high)).all()
+
+
+def test_slides_without_patterns_keep_the_text_and_the_kinds_that_they_had_before_patterns(painted: Path) -> None:
+    truth = load_truth(truth_path(painted))
+    assert truth.spec == str(SPEC) == repr(SPEC)
+    assert "patterns" not in truth.spec
+    assert truth.names[-1] == "adipose"
+    assert truth.inked is None
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_takes_its_share_and_its_blocks_fit_each_other(name: str, tmp_path: Path) -> None:
+    spec = SlideSpec("canonical", seed=12, size_px=(1200, 1000), mpp=1.0, patterns=(name,))
+    truth = load_truth(truth_path(paint_slide(tmp_path / "a.svs", spec)))
+    default = load_truth(truth_path(paint_slide(tmp_path / "b.svs", replace(spec, patterns=()))))
+    assert truth.spec != default.spec
+    here = truth.kinds == truth.names.index(name)
+    assert 0.1 < here.sum() / (truth.kinds > 0).sum() < 0.7
+    np.testing.assert_array_equal(truth.kinds[~here], default.kinds[~here])
+    np.testing.assert_array_equal(truth.carriers, default.carriers)
+    whole = paint_block(spec, 0, 0, 1200, 1000)
+    for x, y in ((301, 277), (611, 155), (455, 498)):
+        np.testing.assert_array_equal(paint_block(spec, x, y, 400, 300), whole[y : y + 300, x : x + 400])
+
+
+def test_ink_lies_on_the_margin_and_absorbs_light_there_alone(tmp_path: Path) -> None:
+    spec = SlideSpec("canonical", seed=3, size_px=(1200, 1000), mpp=1.0, patterns=("inked_margin",))
+    truth = load_truth(truth_path(paint_slide(tmp_path / "a.svs", spec)))
+    assert truth.inked is not None
+    assert 0 < (truth.inked & (truth.kinds > 0)).sum() < 0.3 * (truth.kinds > 0).sum()
+    assert not (truth.inked & ~_grown(truth.kinds == Tissue.BACKGROUND, 4)).any()
+    inked, clean = (paint_block(replace(spec, patterns=names), 0, 0, 1200, 1000) for names in (spec.patterns, ()))
+    changed = (inked != clean).any(axis=2)
+    assert not changed[~_at_pixels(_grown(truth.inked, 1), changed.shape, 1.0)].any()
+    assert inked[changed].mean() < clean[changed].mean() - 20
+
+
+def test_tinted_glass_is_tinted_where_it_was_scanned_and_white_elsewhere() -> None:
+    spec = SlideSpec("canonical", seed=6, size_px=(1600, 1280), mpp=4.0, patterns=("tinted_glass",))
+    picture, clean = (paint_block(replace(spec, patterns=names), 0, 0, 1600, 1280) for names in (spec.patterns, ()))
+    glass = (clean == spec.site.white).all(axis=2)
+    filled = (picture == 255).all(axis=2)
+    assert 0.01 < filled.mean() < 0.6
+    assert glass[filled].all()
+    tinted = np.median(picture[glass & ~filled], axis=0) / spec.site.white
+    assert 0.9 < tinted.min() < tinted.max() - 0.02
 
 
 @pytest.mark.parametrize("name", SYNTHETIC_ARTEFACTS)
@@ -212,6 +259,8 @@ def test_an_unknown_subtype_or_artefact_is_refused_and_a_full_disk_named(tmp_pat
         paint_slide(tmp_path / "a.svs", SlideSpec("metabolic", seed=0))
     with pytest.raises(InputError, match="know"):
         paint_slide(tmp_path / "a.svs", SlideSpec("immune", seed=0, artefacts=("coffee",)))
+    with pytest.raises(InputError, match=r"patterns must be among .*villous.* got \('tubes',\)"):
+        paint_slide(tmp_path / "a.svs", SlideSpec("immune", seed=0, patterns=("tubes",)))
     with pytest.raises(InputError, match="no truth"):
         load_truth(tmp_path / "a.truth.npz")
     truncated = tmp_path / "b.truth.npz"
