@@ -32,6 +32,18 @@ _PALE, _LEAST_ORDINARY = 0.5, 0.1
 SMALLEST_UM2 = 20_000.0
 # Intensity of the background of pictures that show none, as most scanners give it.
 _ASSUMED_WHITE = 240
+_FILLED = 254  # least intensity of the white with which scanners fill what they did not scan
+# Faint tissue, such as mucin, is found by means over _FAINT_UM (standard deviation) outside firmer tissue. Its excess green
+# density is above the background's by _FAINT_NOISE deviations and by _LEAST_FAINT; its density is above _LEAST_DENSITY.
+_FAINT_UM, _FAINT_NOISE, _LEAST_FAINT, _LEAST_DENSITY = 16.0, 4.0, 0.016, 0.04
+_LEAST_PEAK = 0.25  # of the highest peak of the histogram
+# The greatest excess green density of tinted background, and its greatest variation over the slide, as over _SHADE_UM.
+_MOST_TINT, _MOST_SHADE, _SHADE_UM = 0.03, 0.012, 400.0
+_LEAST_FIRM = 0.05  # of a piece of tissue; pieces with less are stained background
+# Where between _SPARSE[0] and _SPARSE[1] of the surroundings are stained, over _SPARSE_UM (standard deviation), lie the walls of
+# fat cells. They are closed over twice _FAT_UM, so that opened cells at the border of the tissue belong to it; smaller pieces
+# than _LEAST_FAT_UM2 are not, as they may be shreds.
+_SPARSE, _SPARSE_UM, _FAT_UM, _LEAST_FAT_UM2 = (0.03, 0.4), 60.0, 75.0, 200_000.0
 _HOLE_UM2 = 150_000.0  # smaller holes are lumina, mucin and fat, which belong to the tissue
 _CLOSING_UM = 50.0  # width of the gaps between fat cells
 METHODS = ("robust", "otsu", "entropy")
@@ -66,8 +78,7 @@ def tissue_model(thumbnail: UInt8[np.ndarray, "y x 3"], may_lack_background: boo
 
     Raises NotBrightfieldError if the background is dark (fluorescence) or coloured (wrong colour space).
     """
-    counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in cv2.split(thumbnail)])
-    white = (counts.cumsum(axis=1) < 0.99 * thumbnail[..., 0].size).sum(axis=1)  # the 99th percentile
+    white = _brightest(thumbnail)
     only_tissue = may_lack_background and _is_stained(white)
     if white.max() < 150 and not only_tissue:
         raise NotBrightfieldError(f"the background is dark ({_rgb(white)}): fluorescence, or not a brightfield scan")
@@ -115,15 +126,11 @@ def tissue_mask(
     density = optical_density(smooth, model.white)
     plausible = _plausible(density)
     stained = {
-        "robust": lambda: (excess_green(density) > model.threshold) & plausible,
+        "robust": lambda: _stained(thumbnail, density, plausible, model, um_per_px),
         "otsu": lambda: _saturated(smooth),
         "entropy": lambda: _textured(thumbnail, model.white),
     }
-    mask: np.ndarray = stained[method]().astype(np.uint8)
-    radius = max(1, round(_CLOSING_UM / um_per_px / 2))
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    padded = cv2.copyMakeBorder(mask, radius, radius, radius, radius, cv2.BORDER_REPLICATE)
-    mask = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disc)[radius:-radius, radius:-radius]
+    mask = _closed(stained[method](), _CLOSING_UM / um_per_px / 2)
     mask = _without_small(mask, smallest_um2 / um_per_px**2)
     # The frame joins all background that touches the border, so that small pieces of it are not filled.
     background = cv2.copyMakeBorder(1 - mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
@@ -137,10 +144,99 @@ def largest_piece_um2(mask: Bool[np.ndarray, "y x"], um_per_px: float) -> float:
     return float(statistics[1:, cv2.CC_STAT_AREA].max(initial=0)) * um_per_px**2
 
 
+def _brightest(thumbnail: np.ndarray) -> np.ndarray:
+    """The 99th percentile of every channel, without the white of what was not scanned: the scanned background may be darker."""
+
+    def percentile(pixels: np.ndarray) -> np.ndarray:
+        counts = np.stack([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)])
+        return (counts.cumsum(axis=1) < 0.99 * counts[:1].sum()).sum(axis=1)
+
+    white = percentile(thumbnail)
+    if white.min() < _FILLED:
+        return white
+    scanned = thumbnail[thumbnail.min(axis=2) < _FILLED]
+    return percentile(scanned) if len(scanned) else white
+
+
 def _is_stained(white: np.ndarray) -> bool:
     """Whether the brightest pixels have the colour of stained tissue, which absorbs green most and lets red and blue through."""
     red, green, blue = white.tolist()
     return green < 0.7 * max(red, blue) and min(red, blue) > 0.6 * max(red, blue) and green < min(red, blue)
+
+
+def _stained(
+    thumbnail: np.ndarray, density: np.ndarray, plausible: np.ndarray, model: TissueModel, um_per_px: float
+) -> np.ndarray:
+    """Pixels above the model's threshold, and fainter tissue: mucin, loose stroma, and fat at the border of the tissue."""
+    excess = excess_green(density)
+    scanned = plausible & ((thumbnail.min(axis=2) < _FILLED) | (min(model.white) >= _FILLED))
+    tint, _ = _background(excess[scanned])
+    firm = (excess > model.threshold + np.clip(tint, 0, _MOST_TINT)) & plausible
+    faint, rather_firm = _faint(thumbnail, firm, scanned, model, um_per_px)
+    joined = _closed(firm | faint, _CLOSING_UM / um_per_px / 2)
+    _, labels, statistics, _ = cv2.connectedComponentsWithStats(joined, connectivity=8)
+    firm_px = np.bincount(labels[firm | rather_firm], minlength=len(statistics))
+    is_tissue = firm_px >= _LEAST_FIRM * statistics[:, cv2.CC_STAT_AREA]
+    is_tissue[0] = False
+    is_large = is_tissue & (statistics[:, cv2.CC_STAT_AREA] >= _LEAST_FAT_UM2 / um_per_px**2)
+    pieces = is_tissue[labels]
+    stained = cv2.GaussianBlur(((firm | faint) & pieces).astype(np.float32), (0, 0), _SPARSE_UM / um_per_px)
+    is_sparse = (stained > _SPARSE[0]) & (stained < _SPARSE[1])
+    return pieces | (is_sparse & (_closed(is_large[labels], _FAT_UM / um_per_px) > 0))
+
+
+def _faint(
+    thumbnail: np.ndarray, firm: np.ndarray, scanned: np.ndarray, model: TissueModel, um_per_px: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Faint tissue outside the firm, and the part of it that is as strongly stained as the faintest firm tissue may be."""
+    # One pixel beyond firm tissue, ink and black is partly covered by them.
+    outside = cv2.dilate((firm | ~scanned).astype(np.uint8), np.ones((3, 3), np.uint8)) == 0
+    if not outside.any():
+        return outside, outside
+    sharp = optical_density(thumbnail, model.white)
+    excess, total = (
+        _mean_outside(values, outside, _FAINT_UM / um_per_px) for values in (excess_green(sharp), sharp.sum(axis=0))
+    )
+    background, noise = _background(excess[outside])
+    shade = _mean_outside(
+        np.clip(excess, background - _MOST_SHADE, background + _MOST_SHADE), outside, _SHADE_UM / um_per_px
+    )
+    faint = outside & (total > _LEAST_DENSITY) & (excess - shade > max(_LEAST_FAINT, _FAINT_NOISE * noise))
+    return faint, faint & (excess - shade > _FAINTEST)
+
+
+def _background(excess: np.ndarray) -> tuple[float, float]:
+    """The excess green density of the background and its standard deviation.
+
+    The background is the first peak of the histogram, even where faint tissue covers more.
+    """
+    counts, edges = np.histogram(excess, bins=100, range=(-0.1, 0.1))
+    counts = np.convolve(counts, np.ones(5), mode="same")
+    peak = int(np.argmax(counts >= _LEAST_PEAK * counts.max()))
+    while peak + 1 < len(counts) and counts[peak + 1] > counts[peak]:
+        peak += 1
+    mode = float(edges[peak] + edges[peak + 1]) / 2
+    below = excess[excess <= mode]
+    return mode, 1.4826 * float(np.median(mode - below)) if below.size else 0.0
+
+
+def _mean_outside(values: np.ndarray, outside: np.ndarray, sigma_px: float) -> np.ndarray:
+    """Means of the values that lie outside, weighted by a Gaussian; wide ones are computed on a coarser grid."""
+    shrink = max(1, int(sigma_px / 4))
+    size = [-(-side // shrink) for side in values.shape[::-1]]
+    weight, weighted = (
+        cv2.GaussianBlur(cv2.resize(part, size, interpolation=cv2.INTER_AREA), (0, 0), sigma_px / shrink)
+        for part in (outside.astype(np.float32), values * outside)
+    )
+    return cv2.resize(weighted / np.maximum(weight, 1e-3), values.shape[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def _closed(mask: np.ndarray, radius_px: float) -> np.ndarray:
+    """The mask closed with a disc; beyond its edge the mask continues."""
+    radius = max(1, round(radius_px))
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    padded = cv2.copyMakeBorder(mask.astype(np.uint8), radius, radius, radius, radius, cv2.BORDER_REPLICATE)
+    return cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disc)[radius:-radius, radius:-radius]
 
 
 def _saturated(pixels: np.ndarray) -> np.ndarray:

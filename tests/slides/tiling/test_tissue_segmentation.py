@@ -50,6 +50,26 @@ def test_faint_tissue_is_kept_beside_dense_tissue() -> None:
     assert _overlap(_mask(picture), DISC) > 0.94
 
 
+MUCIN = (236, 230, 239)
+
+
+def test_pale_mucin_beside_dense_tissue_is_kept_and_glass_beyond_a_tissues_border_is_not() -> None:
+    picture = _slide(NUCLEI)
+    picture[:, :150][DISC[:, :150]] = MUCIN
+    assert _overlap(_mask(picture), DISC) > 0.94
+
+
+@pytest.mark.parametrize("tint", [(1, 0.96, 0.99), (1, 0.99, 0.95)], ids=["pink", "yellow"])
+def test_neither_tinted_glass_nor_white_that_was_not_scanned_is_tissue(tint: tuple[float, float, float]) -> None:
+    picture = _slide(PINK)
+    picture[:, :200][DISC[:, :200]] = MUCIN
+    shade = 1 - 0.03 * np.linspace(0, 1, 300)[None, :, None]
+    noise = np.random.default_rng(0).integers(-4, 5, picture.shape)
+    picture = (picture * np.array(tint) * shade + noise).clip(0, 255).astype(np.uint8)
+    picture[:, 250:], picture[250:] = 255, 255
+    assert _overlap(tissue_mask(picture, tissue_model(picture), UM_PER_PX), DISC) > 0.94
+
+
 def test_a_slides_density_is_that_of_its_ordinary_tissue_unless_hardly_any_is() -> None:
     picture = _slide(FAINT)
     assert tissue_model(picture).density < 0.3
@@ -167,6 +187,24 @@ def test_real_tiles_of_every_tissue_class_are_stained_and_background_is_not(real
         density = optical_density(tile, model.white)
         stained = ((excess_green(density) > model.threshold) & ~ink(density)).mean()
         assert stained < 0.02 if path.name.startswith("BACK") else stained > 0.2, path.name
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["MUC-AAQTMGMA", "MUC-TCGA-VNRCQTRY", "STR-TCGA-IAATGHRG"])
+def test_real_pale_tissue_beside_dense_on_real_glass_is_found(name: str, real_data: Path) -> None:
+    glass = cv2.imread(str(real_data / "tiles" / "artefacts" / "histolab_no-tissue2.png"))[:300, :300, ::-1]
+    tiles = [
+        cv2.resize(
+            cv2.imread(str(real_data / "tiles" / "nct_crc_he" / f"{tile}.png"))[..., ::-1], (14, 14), None, 0, 0, 3
+        )
+        for tile in (name, "TUM-TCGA-GALLTCWV")
+    ]
+    pale, dense = (np.tile(np.minimum(tile / 250, 1), (22, 22, 1))[:300, :300] for tile in tiles)
+    light = np.where(np.arange(300)[:, None, None] < 180, pale ** (0.35 if "STR" in name else 1), dense)
+    picture = np.where(DISC[..., None], glass * light, glass).astype(np.uint8)
+    mask = tissue_mask(picture, tissue_model(picture), UM_PER_PX)
+    assert (mask & DISC).sum() > 0.98 * DISC.sum()
+    assert (mask & DISC).sum() > 0.97 * mask.sum()
 
 
 @pytest.mark.real_data
