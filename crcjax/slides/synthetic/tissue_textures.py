@@ -34,7 +34,7 @@ class _Look:
     nuclei: tuple[tuple[str, int], ...] = ()
 
 
-_LOOKS = {
+_LOOKS: dict[int, _Look] = {
     Tissue.BACKGROUND: _Look(),
     Tissue.GLANDS: _Look(0.46, 0.07, 0.11, 0.06, (("fibrocyte", 900), ("lymphocyte", 350))),
     Tissue.CRIBRIFORM: _Look(0.44, 0.07, 0.11, 0.05, (("fibrocyte", 900), ("lymphocyte", 300))),
@@ -44,28 +44,46 @@ _LOOKS = {
     Tissue.MUCIN: _Look(0.05, 0.13, 0.035, 0.03, (("debris", 60),)),
     Tissue.NECROSIS: _Look(0.62, 0.09, 0.0, 0.13, (("debris", 2600),)),
     Tissue.ADIPOSE: _Look(0.30, 0.05),
-    Tissue.STRATIFIED: _Look(0.36, 0.08, 0.10, 0.05, (("fibrocyte", 900), ("lymphocyte", 2200))),
+    Tissue.STRATIFIED: _Look(0.20, 0.08, 0.10, 0.05, (("fibrocyte", 900), ("lymphocyte", 2200))),
     Tissue.VILLOUS: _Look(0.015, 0.01, 0.0, 0.008),
     Tissue.SERRATED: _Look(0.36, 0.08, 0.10, 0.05, (("fibrocyte", 900), ("lymphocyte", 1500))),
-    Tissue.FOLLICLES: _Look(0.30, 0.12, 0.05, 0.05, (("lymphocyte", 5000), ("fibrocyte", 500))),
+    Tissue.FOLLICLES: _Look(0.28, 0.12, 0.05, 0.05, (("dark lymphocyte", 13500), ("fibrocyte", 700))),
     Tissue.MUCOSA: _Look(0.34, 0.08, 0.08, 0.05, (("lymphocyte", 4000), ("fibrocyte", 700))),
-    Tissue.MUSCLE: _Look(0.75, 0.12, 0.14, 0.05, (("myocyte", 1300),)),
-    Tissue.SUBMUCOSA: _Look(0.12, 0.02, 0.10, 0.04, (("fibrocyte", 350), ("lymphocyte", 60))),
+    Tissue.MUSCLE: _Look(0.70, 0.26, 0.26, 0.07, (("myocyte", 4000), ("lymphocyte", 500))),
+    Tissue.SUBMUCOSA: _Look(0.13, 0.09, 0.08, 0.04, (("pale", 4500), ("lymphocyte", 150))),
     Part.EPITHELIUM: _Look(0.42, 0.20, 0.0, 0.05),
     Part.SHEET: _Look(0.42, 0.20, 0.0, 0.05, (("epithelial", 5200),)),
     Part.LUMEN: _Look(0.015, 0.01, 0.0, 0.008),
     Part.DEBRIS: _Look(0.60, 0.12, 0.0, 0.12, (("debris", 5500),)),
     Part.BLOOD: _Look(0.95, 0.0, 0.0, 0.15),
-    Part.CROWDED: _Look(0.45, 0.45, 0.0, 0.06),
-    Part.CORE: _Look(0.34, 0.08, 0.08, 0.05, (("lymphocyte", 2500), ("fibrocyte", 1200))),
+    Part.CROWDED: _Look(0.75, 0.34, 0.0, 0.06),
+    Part.CORE: _Look(0.20, 0.08, 0.08, 0.05, (("lymphocyte", 2500), ("fibrocyte", 1200))),
     Part.GOBLET: _Look(0.05, 0.12, 0.0, 0.03),
     Part.FOAMY: _Look(0.24, 0.18, 0.0, 0.09),
-    Part.MANTLE: _Look(0.26, 0.22, 0.0, 0.04, (("lymphocyte", 12000),)),
-    Part.GERMINAL: _Look(0.30, 0.22, 0.0, 0.05, (("centroblast", 7500),)),
+    Part.MANTLE: _Look(0.24, 0.15, 0.0, 0.04, (("dark lymphocyte", 18000),)),
+    Part.GERMINAL: _Look(0.28, 0.16, 0.0, 0.05, (("centroblast", 13000),)),
 }
-_TABLE = np.zeros((256, 4), np.float32)
-for _kind, _look in _LOOKS.items():
-    _TABLE[_kind] = _look.eosin, _look.haematoxylin, _look.fibres, _look.clouds
+# Looks of slides with patterns, within the range of real tiles (tools/painter_statistics.py). Default slides keep their pixels,
+# which are paler and poorer in nuclei.
+_REAL_LOOKS = _LOOKS | {
+    Tissue.STROMA: _Look(0.27, 0.20, 0.28, 0.07, (("fibrocyte", 5000), ("lymphocyte", 2500))),
+    Tissue.DESMOPLASTIC: _Look(0.24, 0.19, 0.28, 0.06, (("plump", 6000), ("lymphocyte", 1500))),
+    Tissue.LYMPHOID: _Look(0.24, 0.10, 0.04, 0.06, (("dark lymphocyte", 15500),)),
+    Tissue.MUCIN: _Look(0.06, 0.16, 0.07, 0.07, (("debris", 1500), ("lymphocyte", 1200), ("fibrocyte", 600))),
+    Tissue.NECROSIS: _Look(0.62, 0.20, 0.0, 0.22, (("debris", 6500),)),
+    Tissue.ADIPOSE: _Look(0.30, 0.05, nuclei=(("fibrocyte", 6000),)),
+    Part.LUMEN: _Look(0.008, 0.0, 0.0, 0.004),
+}
+
+
+def _table(looks: dict[int, _Look]) -> Float32[np.ndarray, "kind column"]:
+    table = np.zeros((256, 4), np.float32)
+    for kind, look in looks.items():
+        table[kind] = look.eosin, look.haematoxylin, look.fibres, look.clouds
+    return table
+
+
+_TABLE, _REAL_TABLE = _table(_LOOKS), _table(_REAL_LOOKS)
 
 
 @dataclass(frozen=True)
@@ -82,21 +100,25 @@ class _Nucleus:
 _NUCLEI = {
     "epithelial": _Nucleus(5.0, 3.0, 0.15, 1.15, vesicular=True),
     "lymphocyte": _Nucleus(3.1, 2.9, 0.10, 1.55),
+    "dark lymphocyte": _Nucleus(3.1, 2.9, 0.10, 1.9),
     "fibrocyte": _Nucleus(7.5, 1.3, 0.25, 1.15),
     "plump": _Nucleus(8.0, 2.6, 0.20, 1.05, vesicular=True),
-    "pencil": _Nucleus(6.5, 2.1, 0.15, 1.7),
+    "pencil": _Nucleus(6.5, 2.1, 0.15, 1.0),
     "basal": _Nucleus(3.8, 2.5, 0.15, 1.5),
-    "centroblast": _Nucleus(4.3, 3.9, 0.15, 1.15, vesicular=True),
-    "myocyte": _Nucleus(10.0, 1.7, 0.25, 1.2),
+    "centroblast": _Nucleus(4.3, 3.9, 0.15, 1.6, vesicular=True),
+    "pale": _Nucleus(7.0, 1.6, 0.25, 0.5),
+    "myocyte": _Nucleus(10.0, 1.7, 0.25, 1.0),
     "debris": _Nucleus(1.5, 1.1, 0.40, 1.25),
     "erythrocyte": _Nucleus(3.7, 3.4, 0.08, 1.0, vesicular=True),
     "speck": _Nucleus(2.0, 1.5, 0.40, 1.0),
     "grain": _Nucleus(5.0, 4.0, 0.40, 1.0),
     "flake": _Nucleus(9.0, 5.0, 0.40, 1.0),
 }
-_SPINDLES = ("fibrocyte", "plump", "myocyte")  # nuclei that lie along the fibres
+_SPINDLES = ("fibrocyte", "plump", "pale", "myocyte")  # nuclei that lie along the fibres
 _SIZES, _TURNS = 4, 16
-_CELL_UM = 9.0  # at most one nucleus in a cell of this side, except for those along outlines
+# At most one nucleus in a cell of this side, except for those along outlines; smaller in slides with patterns, whose lymphoid
+# tissue is as crowded as real tissue.
+_CELL_UM, _REAL_CELL_UM = 9.0, 7.0
 
 
 def draw_stains(
@@ -113,7 +135,8 @@ def draw_stains(
     draw_structures(brush)
     if ground.has_patterns:
         draw_patterns(brush)
-    eosin, haematoxylin, fibres, clouds = (_looked_up(zones, column) for column in range(4))
+    table = _REAL_TABLE if ground.has_patterns else _TABLE
+    eosin, haematoxylin, fibres, clouds = (_looked_up(zones, column) for column in table.T)
     fibres *= _fibres(ground, x, y, width, height)
     clouds *= _wrapped(_noise(0, 6.0, ground.mpp), x + _shift(ground, 1), y + _shift(ground, 2), width, height)
     eosin += fibres
@@ -126,8 +149,8 @@ def draw_stains(
     return haematoxylin, eosin
 
 
-def _looked_up(zones: np.ndarray, column: int) -> Float32[np.ndarray, "y x"]:
-    return cv2.LUT(zones, _TABLE[:, column]).astype(np.float32, copy=False)
+def _looked_up(zones: np.ndarray, column: np.ndarray) -> Float32[np.ndarray, "y x"]:
+    return cv2.LUT(zones, np.ascontiguousarray(column)).astype(np.float32, copy=False)
 
 
 def _zones(ground: Ground, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "y x"]:
@@ -151,14 +174,15 @@ def _zones(ground: Ground, x: int, y: int, width: int, height: int) -> UInt8[np.
 
 def _scattered(ground: Ground, zones: np.ndarray, x: int, y: int) -> list[Rows]:
     """Scatters nuclei at the density of each zone."""
-    px, py, u = _scattered_places(ground, _CELL_UM, 9, x, y, *zones.shape[::-1])
+    looks, cell_um = (_REAL_LOOKS, _REAL_CELL_UM) if ground.has_patterns else (_LOOKS, _CELL_UM)
+    px, py, u = _scattered_places(ground, cell_um, 9, x, y, *zones.shape[::-1])
     zone = zones[py, px]
     along = _fibre_angle(ground, px + x, py + y)
     rows = []
-    for kind, look in _LOOKS.items():
+    for kind, look in looks.items():
         low = 0.0
         for name, density in look.nuclei:
-            high = low + density * _CELL_UM**2 * 1e-6
+            high = low + density * cell_um**2 * 1e-6
             i = np.flatnonzero((zone == kind) & (u[2] >= low) & (u[2] < high))
             low = high
             angle = along[i] + 0.5 * (u[3, i] - 0.5) if name in _SPINDLES else np.pi * u[3, i]
