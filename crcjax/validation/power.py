@@ -110,8 +110,13 @@ def auroc_error(expected: float, share: float, n: int) -> float:
 def size_for_auroc_width(expected: float, share: float, half_width: float) -> SampleSize:
     """The cases, of all classes, for which the interval of an expected AUROC has a half-width."""
     _check_shares(expected=expected, share=share, half_width=half_width)
-    n = _smallest(lambda n: Z * auroc_error(expected, share, n) <= half_width, start=10)
-    return SampleSize(n, "cases", Z * auroc_error(expected, share, n), "half-width by Hanley and McNeil's error")
+    n = _smallest(lambda n: width_of_auroc(expected, share, n) <= half_width, start=10)
+    return SampleSize(n, "cases", width_of_auroc(expected, share, n), "half-width by Hanley and McNeil's error")
+
+
+def width_of_auroc(expected: float, share: float, n: int) -> float:
+    """The half-width of the interval of an AUROC, for `n` cases of all classes."""
+    return Z * auroc_error(expected, share, n)
 
 
 def size_for_auroc_above(expected: float, share: float, bound: float, power: float = 0.8) -> SampleSize:
@@ -120,11 +125,14 @@ def size_for_auroc_above(expected: float, share: float, bound: float, power: flo
     if not expected > bound:
         raise InputError(f"the expected value must be above the bound, got {expected:g} and {bound:g}")
 
-    def reached(n: int) -> float:
-        return float(stats.norm.cdf((expected - bound) / auroc_error(expected, share, n) - Z))
+    n = _smallest(lambda n: power_of_auroc_above(expected, share, bound, n) >= power, start=10)
+    reached = power_of_auroc_above(expected, share, bound, n)
+    return SampleSize(n, "cases", reached, "normal power with Hanley and McNeil's error")
 
-    n = _smallest(lambda n: reached(n) >= power, start=10)
-    return SampleSize(n, "cases", reached(n), "normal power with Hanley and McNeil's error")
+
+def power_of_auroc_above(expected: float, share: float, bound: float, n: int) -> float:
+    """The probability that the lower limit of an AUROC is above a bound, for `n` cases of all classes."""
+    return float(stats.norm.cdf((expected - bound) / auroc_error(expected, share, n) - Z))
 
 
 def size_for_non_inferiority(
@@ -143,13 +151,14 @@ def size_for_non_inferiority(
         raise InputError(
             f"the difference must be above minus the margin and within the discordant share, got {difference:g}"
         )
-    spread, gap = discordant - difference**2, margin + difference
+    n = _smallest(lambda n: power_of_non_inferiority(margin, discordant, difference, n) >= power)
+    reached = power_of_non_inferiority(margin, discordant, difference, n)
+    return SampleSize(n, "cases", reached, "normal power of a paired difference (Connor 1987)")
 
-    def reached(n: int) -> float:
-        return float(stats.norm.cdf(gap * math.sqrt(n / spread) - Z))
 
-    n = _smallest(lambda n: reached(n) >= power)
-    return SampleSize(n, "cases", reached(n), "normal power of a paired difference (Connor 1987)")
+def power_of_non_inferiority(margin: float, discordant: float, difference: float, n: int) -> float:
+    """The probability that the lower limit of a paired difference is above minus the margin; see size_for_non_inferiority."""
+    return float(stats.norm.cdf((margin + difference) * math.sqrt(n / (discordant - difference**2)) - Z))
 
 
 def events_for_hazard_ratio(ratio: float, share: float, power: float = 0.8) -> SampleSize:
@@ -160,13 +169,13 @@ def events_for_hazard_ratio(ratio: float, share: float, power: float = 0.8) -> S
     _check_shares(share=share, power=power)
     if not ratio > 0 or ratio == 1:
         raise InputError(f"the hazard ratio must be above 0 and not 1, got {ratio:g}")
-    spread = share * (1 - share)
+    n = _smallest(lambda events: power_of_hazard_ratio(ratio, share, events) >= power)
+    return SampleSize(n, "events", power_of_hazard_ratio(ratio, share, n), "Schoenfeld's formula")
 
-    def reached(events: int) -> float:
-        return float(stats.norm.cdf(abs(math.log(ratio)) * math.sqrt(events * spread) - Z))
 
-    n = _smallest(lambda events: reached(events) >= power)
-    return SampleSize(n, "events", reached(n), "Schoenfeld's formula")
+def power_of_hazard_ratio(ratio: float, share: float, events: int) -> float:
+    """The probability that a hazard ratio between two groups is significant; `share` as for events_for_hazard_ratio."""
+    return float(stats.norm.cdf(abs(math.log(ratio)) * math.sqrt(events * share * (1 - share)) - Z))
 
 
 def detectable_interaction(first_events: int, second_events: int, power: float = 0.8) -> float:
