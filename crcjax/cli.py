@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from crcjax import __version__, cli_checkpoints, cli_pictures, cli_power, cli_predict, cli_slides
+from crcjax import __version__, cli_checkpoints, cli_launch, cli_pictures, cli_power, cli_predict, cli_slides
 from crcjax.cli_options import STDERR
 from crcjax.cli_supervise import health, supervise
 from crcjax.environment import check_platform
@@ -89,6 +89,7 @@ app.command()(cli_predict.calibrate)
 app.command()(cli_predict.validate)
 app.add_typer(cli_power.app, name="power")
 app.add_typer(cli_checkpoints.app, name="checkpoints")
+app.add_typer(cli_launch.app, name="launch")
 app.command()(cli_slides.deidentify)
 app.command()(cli_slides.pseudonyms)
 

@@ -17,11 +17,11 @@ ROOMS = (
     "slides.wsi", "slides.jobs", "slides.tiling", "slides.deidentify", "slides.synthetic", "slides.store", "slides.stain",
     "slides.preprocess", "slides.interchange",
     "models", "models.encoders", "models.aggregators", "models.mil",
-    "monitor", "data", "parallel", "validation", "runs", "predict", "pictures", "train",
+    "monitor", "data", "parallel", "validation", "runs", "predict", "pictures", "train", "launching",
     "demo", "doctor", "main", "api", "cli",
 )  # fmt: skip
 # Rooms that could be used without the ones before them, and stay so.
-IMPORTS_ERRORS_ALONE = ("config_names", "models", "monitor", "slides.jobs", "slides.wsi")
+IMPORTS_ERRORS_ALONE = ("config_names", "launching", "models", "monitor", "slides.jobs", "slides.wsi")
 # Validation reads tables of predictions from any system.
 NEVER_IMPORTED_BY = {"validation": ("models", "parallel", "monitor")}
 

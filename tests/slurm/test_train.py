@@ -60,6 +60,7 @@ def _submit(folder: Path, webhook: str, options: list[str], arguments: list[str]
     """A job of launch/slurm/train.sbatch with the config SMALL: its number, and the file of its output."""
     (folder / "small.py").write_text(SMALL)
     ours = {"CRCJAX_WEBHOOK": webhook, "CRCJAX_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    options = ["--gpus-per-node=0", "--mem=0", "--cpus-per-task=1", "--time=60", *options]
     command = ["sbatch", "--parsable", *options, f"--output={folder / 'job.out'}", "--mail-user=somebody"]
     command += [str(ROOT / "launch" / "slurm" / "train.sbatch"), f"--config={folder / 'small.py'}", *arguments]
     job = subprocess.run(command, cwd=ROOT, env=os.environ | ours, capture_output=True, text=True, check=True)
@@ -129,7 +130,7 @@ def test_a_job_that_fails_tells_the_webhook_and_by_mail_and_is_not_repeated(
 @pytest.mark.parametrize(
     ("array", "arguments", "message"),
     [
-        ("", ["--config=small.py"], "give --config FILE and --workdir DIR"),
+        ("", ["--config=absent.py", "--workdir=RUN"], "absent.py"),
         (
             "0",
             ["--config=small.py", "--workdir=RUN", "--config.data.folds=0"],
@@ -137,7 +138,7 @@ def test_a_job_that_fails_tells_the_webhook_and_by_mail_and_is_not_repeated(
         ),
     ],
 )
-def test_without_a_place_for_the_run_or_folds_for_an_array_the_script_says_so(
+def test_without_a_config_or_folds_for_an_array_the_script_says_so(
     array: str, arguments: list[str], message: str, tmp_path: Path, webhook: tuple[str, list[dict]]
 ) -> None:
     address, posted = webhook
