@@ -13,7 +13,7 @@ _ABOUT = """# Trains on the nodes of a SLURM job, with one process per node that
 #
 # With --array=0-4 and --config.data.folds=5, each task of the array trains one fold, in RUN/fold-I/seed-S, where
 # crcjax crossvalidate --out RUN expects it. Options of sbatch on the command line override the lines below, and arguments
-# after the script those of the job. Rendered by crcjax launch render: edit the job's TOML file, not this one.
+# after the script replace those of the job. Rendered by crcjax launch render: edit the job's TOML file, not this one.
 """
 
 
@@ -39,8 +39,8 @@ def slurm_files(job: TrainingJob) -> dict[str, str]:
     lines = ["#SBATCH --requeue", *(f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in options.items())]
     settings = [f"export {name}={shlex.quote(value)}" for name, value in sorted(job.environment.items())]
     settings += [
-        "# The job's arguments; of a flag that is given twice, the last value counts.",
-        f'set -- {shlex.join(job.arguments)} "$@"',
+        "# The job's arguments, unless others are given.",
+        f"[ $# -gt 0 ] || set -- {shlex.join(job.arguments)}",
         "# How often the job starts again after it lost a process.",
         f"RESTARTS={job.restarts}",
     ]

@@ -130,7 +130,7 @@ def test_a_job_that_fails_tells_the_webhook_and_by_mail_and_is_not_repeated(
 @pytest.mark.parametrize(
     ("array", "arguments", "message"),
     [
-        ("", ["--config=absent.py", "--workdir=RUN"], "absent.py"),
+        ("", ["--config=small.py"], "give --config FILE and --workdir DIR"),
         (
             "0",
             ["--config=small.py", "--workdir=RUN", "--config.data.folds=0"],
@@ -138,7 +138,7 @@ def test_a_job_that_fails_tells_the_webhook_and_by_mail_and_is_not_repeated(
         ),
     ],
 )
-def test_without_a_config_or_folds_for_an_array_the_script_says_so(
+def test_without_a_place_for_the_run_or_folds_for_an_array_the_script_says_so(
     array: str, arguments: list[str], message: str, tmp_path: Path, webhook: tuple[str, list[dict]]
 ) -> None:
     address, posted = webhook
