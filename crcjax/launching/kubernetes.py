@@ -10,9 +10,8 @@ from crcjax.errors import AGAIN_STATUS, InputError
 from crcjax.launching.job import TrainingJob
 
 _PORT = 61440  # where crcjax's processes meet in a JobSet (crcjax.parallel.cluster_env)
-# Exit statuses of crcjax.main after which a person must act: wrong input, output not writable, divergence, a device that
-# computes wrongly.
-_FINAL_STATUSES = [2, 3, 5, 6]
+# Exit statuses of crcjax.main after which the same command would fail again: wrong input, output not writable, divergence.
+_FINAL_STATUSES = [2, 3, 5]
 _USER = 10001
 _SECRET_FOLDER = "/run/secrets/crcjax"
 _ABOUT = """# Rendered by crcjax launch render: edit the job's TOML file, not this one. Needs JobSet 0.8 or newer on the cluster.

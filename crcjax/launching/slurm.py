@@ -41,7 +41,7 @@ def slurm_files(job: TrainingJob) -> dict[str, str]:
     settings += [
         "# The job's arguments, unless others are given.",
         f"[ $# -gt 0 ] || set -- {shlex.join(job.arguments)}",
-        "# How often the job starts again after it lost a process.",
+        "# How often the job starts again after it lost a process, or a device computed wrongly.",
         f"RESTARTS={job.restarts}",
     ]
     body = files("crcjax.launching").joinpath("slurm_train.bash").read_text()

@@ -1,7 +1,5 @@
 # The exit status of crcjax.main when it saved a checkpoint after a signal, or when a device ran out of memory.
 AGAIN=85
-# That of a run that lost a process.
-LOST=4
 again=""
 arguments=("$@")
 python="${CRCJAX_PYTHON:-python}"
@@ -58,8 +56,8 @@ done
 wait "$child" 2>/dev/null
 status=$?
 
-# A process that was lost with its machine, or stood still, does not mean that the next attempt fails too.
-[ "$status" = "$LOST" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ] && again=1
+# After a lost process (4) or a device that computed wrongly (6), the next attempt may succeed, as for crcjax supervise.
+case "$status" in 4 | 6) [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ] && again=1 ;; esac
 if [ "$status" = "$AGAIN" ] || [ -n "$again" ]; then
   notify requeue "$status"
   # The requeued job resumes from the checkpoint. If another program called scontrol requeue, SLURM requeues it.

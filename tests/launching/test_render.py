@@ -154,3 +154,35 @@ def test_the_command_renders_and_says_how_to_submit(crcjax, tmp_path: Path) -> N
     done = crcjax("launch", "render", tmp_path / "absent.toml", "--target", "slurm", "--out", tmp_path)
     assert done.returncode == 2
     assert "absent.toml cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"),
+    [
+        (0, 0, False),
+        (85, 99, True),
+        (4, 0, True),
+        (6, 9, True),
+        (4, 10, False),
+        (2, 0, False),
+        (5, 0, False),
+        (1, 0, False),
+    ],
+)
+def test_the_batch_script_requeues_what_may_succeed_again(
+    status: int, restarts: int, requeued: bool, job: TrainingJob, tmp_path: Path
+) -> None:
+    render(job, "slurm", tmp_path)
+    # Stands for SLURM's commands and for Python, which prints the run's directory and then ends as a process of the run would.
+    programs = {
+        "scontrol": f"echo $* >> {tmp_path}/requeued",
+        "srun": f"exit {status}",
+        "python": "cat >/dev/null; echo run",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    done = subprocess.run(["bash", tmp_path / "train.sbatch"], env=environment, stdin=subprocess.DEVNULL)
+    assert done.returncode == status
+    assert (tmp_path / "requeued").exists() == requeued
