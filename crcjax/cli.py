@@ -10,7 +10,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from crcjax import __version__, cli_checkpoints, cli_launch, cli_pictures, cli_power, cli_predict, cli_slides
+from crcjax import (
+    __version__,
+    cli_checkpoints,
+    cli_launch,
+    cli_pictures,
+    cli_power,
+    cli_predict,
+    cli_slides,
+    cli_validate,
+)
 from crcjax.cli_options import STDERR
 from crcjax.cli_supervise import health, supervise
 from crcjax.environment import check_platform
@@ -86,7 +95,9 @@ app.command(context_settings={"ignore_unknown_options": True})(cli_predict.cross
 app.command()(cli_pictures.pictures)
 app.command("export-model")(cli_predict.export_model)
 app.command()(cli_predict.calibrate)
-app.command()(cli_predict.validate)
+app.command()(cli_validate.validate)
+app.command()(cli_validate.simulate_trial)
+app.add_typer(cli_validate.plan, name="plan")
 app.add_typer(cli_power.app, name="power")
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_launch.app, name="launch")

@@ -1,4 +1,4 @@
-"""The commands of trained models: predict, crossvalidate, calibrate, validate."""
+"""The commands of trained models: predict, crossvalidate, calibrate."""
 
 from __future__ import annotations
 
@@ -216,24 +216,6 @@ def calibrate(
         )
     if calibration.thresholds[""] == float("inf"):
         STDERR.print(f"warning: too few cases for an error of {error}; every set contains all subtypes", markup=False)
-
-
-def validate(
-    predictions: Annotated[Path, typer.Option(help="predictions.csv of crcjax predict")],
-    cohort: Annotated[Path, typer.Option(help="CSV with slide_id, case_id and the reference label")],
-    out: Annotated[Path, typer.Option(help="folder of metrics.json, cases.csv and report.html")],
-    truth: Annotated[
-        Path | None, typer.Option(help="folder of synthetic slides with their ground truth, to evaluate attention")
-    ] = None,
-    label: Annotated[
-        str, typer.Option(help="the cohort's column of the labels; by default the target that the predictions name")
-    ] = "",
-) -> None:
-    """Compares predictions of held-out cases with reference labels and writes a report."""
-    from crcjax.validation.report import validate as write_report
-
-    write_report(predictions, cohort, out, truth, label_column=label)
-    STDERR.print(f"{out / 'report.html'}", markup=False)
 
 
 def _models(

@@ -4,10 +4,11 @@ import gc
 import importlib.metadata
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,74 @@ def real_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+class _OpenedPage:
+    """A page in headless Chromium; `errors` are what its console reports."""
+
+    def __init__(self, page):
+        self.page, self.errors = page, []
+        page.on(
+            "console",
+            lambda message: self.errors.append(message.text) if message.type in ("error", "warning") else None,
+        )
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("requestfailed", lambda request: self.errors.append(request.url))
+
+    def overflow(self) -> int:
+        """Pixels by which the page is wider than the window."""
+        return self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+    def box(self, selector: str) -> dict:
+        """Place and size of an element."""
+        return self.page.locator(selector).bounding_box()
+
+    def empty_images(self) -> list[str]:
+        """Descriptions of the images that do not show, or that are of one colour."""
+        script = """async () => {
+          const empty = [];
+          for (const image of document.images) {
+            await image.decode().catch(() => empty.push(image.alt));
+            const canvas = document.createElement('canvas'), draw = canvas.getContext('2d');
+            canvas.width = 120; canvas.height = 80;
+            draw.fillStyle = 'white'; draw.fillRect(0, 0, 120, 80); draw.drawImage(image, 0, 0, 120, 80);
+            const pixels = draw.getImageData(0, 0, 120, 80).data;
+            let dark = 0;
+            for (let i = 0; i < pixels.length; i += 4) dark += pixels[i] + pixels[i + 1] + pixels[i + 2] < 700;
+            if (dark < 40) empty.push(image.alt);
+          }
+          return empty;
+        }"""
+        return self.page.evaluate(script)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Callable]:
+    """browser(path, width=1280): a context manager that opens a page in the system's headless Chromium, offline."""
+    from contextlib import contextmanager
+
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    playwright = None
+    with suppress(ImportError):
+        from playwright import sync_api as playwright
+    if not executable or playwright is None:
+        message = "no browser: pages are looked at in Chromium, with the Python package playwright"
+        if _required("browser"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+
+        @contextmanager
+        def open_page(path: Path, width: int = 1280, height: int = 900) -> Iterator[_OpenedPage]:
+            context = chromium.new_context(viewport={"width": width, "height": height}, offline=True)
+            opened = _OpenedPage(context.new_page())
+            opened.page.goto(path.absolute().as_uri())
+            yield opened
+            context.close()
+
+        yield open_page
+        chromium.close()
 
 
 @pytest.fixture

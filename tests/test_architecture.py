@@ -13,17 +13,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "crcjax"
 # From the ground up: a room imports only from rooms before it. A module belongs to the longest name that it starts with.
 ROOMS = (
-    "errors", "environment", "progress", "config_names", "config", "config_check",
+    "errors", "environment", "progress", "pages", "config_names", "config", "config_check",
     "slides.wsi", "slides.jobs", "slides.tiling", "slides.deidentify", "slides.synthetic", "slides.store", "slides.stain",
     "slides.preprocess", "slides.interchange",
     "models", "models.encoders", "models.aggregators", "models.mil",
-    "monitor", "data", "parallel", "validation", "runs", "predict", "pictures", "train", "launching",
+    "monitor", "data", "parallel", "validation", "validation.study", "runs", "predict", "pictures", "train", "launching",
     "demo", "doctor", "main", "api", "cli",
 )  # fmt: skip
 # Rooms that could be used without the ones before them, and stay so.
 IMPORTS_ERRORS_ALONE = ("config_names", "launching", "models", "monitor", "slides.jobs", "slides.wsi")
 # Validation reads tables of predictions from any system.
-NEVER_IMPORTED_BY = {"validation": ("models", "parallel", "monitor")}
+NEVER_IMPORTED_BY = {"validation": ("models", "parallel", "monitor"), "validation.study": ("models", "parallel")}
 
 
 def room_of(module: str) -> str:

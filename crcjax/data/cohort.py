@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from crcjax.data.csv_table import TableRow, is_missing, parse_number, read_table
+from crcjax.data.csv_table import TableRow, is_missing, parse_number, read_table, renamed
 from crcjax.errors import InputError
 from crcjax.slides.wsi.slide import MPP_RANGE
 
@@ -56,7 +56,9 @@ class Cohort:
         return tuple(dict.fromkeys(row.case_id for row in self.rows))
 
 
-def load_cohort(path: str | Path, classes: Sequence[str] | None, label: str = LABEL) -> Cohort:
+def load_cohort(
+    path: str | Path, classes: Sequence[str] | None, label: str = LABEL, names: Mapping[str, str] | None = None
+) -> Cohort:
     """Reads a CSV with slide_id and case_id, and optionally path, site, scanner, split, mpp and the column of the labels.
 
     Column names may differ in case, blanks, underscores and hyphens (`Slide ID`); encodings, delimiters and missing
@@ -66,6 +68,8 @@ def load_cohort(path: str | Path, classes: Sequence[str] | None, label: str = LA
       path: the table. Relative slide paths are relative to its folder; whether the files exist is not checked.
       classes: the valid labels; None accepts any label.
       label: the name of the column with the labels (config.data.label).
+      names: for each column that the table calls otherwise, the table's name by crcjax's. A table of one row per case may
+        name one column for both `case_id` and `slide_id`.
 
     Raises:
       InputError, naming the line: missing, doubled or misspelled columns, duplicated slides, unknown labels or splits,
@@ -76,7 +80,7 @@ def load_cohort(path: str | Path, classes: Sequence[str] | None, label: str = LA
         raise InputError(
             f"config.data.label must be the column of the labels, got {label!r}, which has another meaning"
         )
-    table = read_table(path, (*_COLUMNS, label))
+    table = renamed(path, read_table(path, (*_COLUMNS, label, *(names or {}).values())), names or {})
     _check_columns(path, table.columns)
     if not table.rows:
         raise InputError(f"{path}: has no rows; write one for each slide")

@@ -10,7 +10,7 @@ import csv
 import difflib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +105,30 @@ def read_table(path: str | Path, known: Sequence[str]) -> Table:
             )
         rows.append(TableRow(number, dict(zip(columns, cells, strict=False))))
     return Table(columns, tuple(rows))
+
+
+def renamed(path: Path, table: Table, names: Mapping[str, str]) -> Table:
+    """The table with columns of other names, by the names that the reader knows; two of these may be one column.
+
+    Raises InputError for a column that the table does not have.
+    """
+    for name, written in names.items():
+        if written not in table.columns:
+            raise InputError(
+                f"{path}: has no column {written!r}, which is named for {name}; its columns are "
+                f"{', '.join(table.columns) or 'none'}"
+            )
+    # A column keeps its own name too, unless that is a name the reader knows: it holds something else.
+    own_columns = [column for column in table.columns if column not in names or column in names.values()]
+    rows = tuple(
+        TableRow(
+            row.line,
+            {column: row.cells[column] for column in own_columns}
+            | {name: row.cells[column] for name, column in names.items()},
+        )
+        for row in table.rows
+    )
+    return Table(tuple(dict.fromkeys((*own_columns, *names))), rows)
 
 
 def _read_parquet(path: Path, known: Sequence[str]) -> Table:

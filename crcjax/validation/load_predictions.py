@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crcjax.data.csv_table import Table, TableRow, is_missing, parse_number, read_table
+from crcjax.data.csv_table import is_missing, parse_number, read_table, renamed
 from crcjax.errors import InputError
 from crcjax.validation.predictions_table import EARLIER_NAMES, PROBABILITY, PredictionRow, columns
 
@@ -18,10 +18,14 @@ _READ = (*columns((), with_fold=True), *EARLIER_NAMES, *SCORES)
 
 @dataclass(frozen=True)
 class Predictions:
-    """The content of a table of predictions."""
+    """The content of a table of predictions.
+
+    `has_probabilities` is False for a table of calls alone: the probability of each call is then 1.
+    """
 
     rows: list[PredictionRow]
     classes: tuple[str, ...]
+    has_probabilities: bool = True
 
     @property
     def target_name(self) -> str:
@@ -40,7 +44,7 @@ def load_predictions(
     """Reads a table of predictions, one row per scan.
 
     `case_id` and a column `p_CLASS` for each class are enough. Two classes may have the column `probability` or `logit` of the
-    second one instead.
+    second one instead. With `classes`, a table may have calls alone.
 
     Args:
       path: CSV or Parquet (`read_table`).
@@ -51,13 +55,14 @@ def load_predictions(
       InputError, naming the line: a column is missing, a scan is in two rows, probabilities do not sum to 1, a call or target
         is no class.
     """
-    table = _renamed(path, read_table(path, (*_READ, *(names or {}).values())), names or {})
+    table = renamed(path, read_table(path, (*_READ, *(names or {}).values())), names or {})
     stated = tuple(name.removeprefix(PROBABILITY) for name in table.columns if name.startswith(PROBABILITY))
     known = tuple(classes) if classes is not None else stated
     score = next((name for name in SCORES if name in table.columns), None)
     derived = score is not None and len(known) == 2 and not set(known) & set(stated)
+    calls_alone = classes is not None and not stated and not derived and "call" in table.columns
     missing = [name for name in ("case_id",) if name not in table.columns]
-    missing += [] if derived else [f"{PROBABILITY}{name}" for name in known if name not in stated]
+    missing += [] if derived or calls_alone else [f"{PROBABILITY}{name}" for name in known if name not in stated]
     if missing or len(known) < 2:
         wanted = ", ".join(missing or [f"{PROBABILITY}CLASS of each class"])
         raise InputError(
@@ -70,28 +75,21 @@ def load_predictions(
         try:
             if derived:
                 cells |= _two_classes(known, str(score), cells[str(score)])
+            elif calls_alone:
+                cells |= _certain(known, cells["call"])
             row = PredictionRow.from_csv(cells | {"slide_id": cells.get("slide_id") or cells["case_id"]}, known)
         except ValueError as error:
             raise InputError(f"{path}, line {line.line}: {error}; correct it, or predict the slide again") from error
         _check_row(path, line.line, row, known, rows, "slide_id" in table.columns)
         rows[row.slide_id] = row
-    return Predictions(list(rows.values()), known)
+    return Predictions(list(rows.values()), known, not calls_alone)
 
 
-def _renamed(path: Path, table: Table, names: Mapping[str, str]) -> Table:
-    """The table with crcjax's names. Raises InputError for a column that it does not have."""
-    for name, written in names.items():
-        if written not in table.columns:
-            raise InputError(
-                f"{path}: has no column {written!r}, which the plan names for {name}; its columns are "
-                f"{', '.join(table.columns) or 'none'}"
-            )
-    name_of = {written: name for name, written in names.items()}
-    rows = tuple(
-        TableRow(row.line, {name_of.get(written, written): cell for written, cell in row.cells.items()})
-        for row in table.rows
-    )
-    return Table(tuple(name_of.get(written, written) for written in table.columns), rows)
+def _certain(classes: Sequence[str], call: str) -> dict[str, str]:
+    """The probabilities of a call without any; none if there is no call. Raises ValueError for a call that is no class."""
+    if call and call not in classes:
+        raise ValueError(f"call must be one of {', '.join(classes)}, got {call!r}")
+    return {f"{PROBABILITY}{name}": str(float(name == call)) for name in classes} if call else {}
 
 
 def _two_classes(classes: Sequence[str], score: str, text: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 from crcjax.validation.estimate import LEVEL, Estimate, TestResult, undetermined
@@ -165,3 +165,16 @@ def bland_altman(first: Float[np.ndarray, " slide"], second: Float[np.ndarray, "
         Estimate(bias + z * deviation, bias + near, bias + far, exact, n, n_excluded=excluded),
         slope_test,
     )
+
+
+def cochrans_q(correct: Bool[np.ndarray, "slide scanner"]) -> TestResult:
+    """Cochran's test that every scanner is correct equally often on the same slides."""
+    scanners, method = correct.shape[1], "Cochran's Q"
+    by_slide = correct.sum(axis=1)
+    spread = float((by_slide * (scanners - by_slide)).sum())
+    if spread == 0 or scanners < 2:
+        return TestResult(np.nan, np.nan, method, max(scanners - 1, 0), ("no slide is correct on one scanner alone",))
+    by_scanner = correct.sum(axis=0)
+    # Cochran 1950: the deviations of the scanners' totals against the slides on which scanners differ.
+    statistic = float((scanners - 1) * (scanners * (by_scanner**2).sum() - by_scanner.sum() ** 2) / spread)
+    return TestResult(statistic, float(stats.chi2.sf(statistic, scanners - 1)), method, scanners - 1)

@@ -60,9 +60,7 @@ def test_one_number_per_case_gives_the_probabilities_of_two_classes(
     table = load_predictions(path, ("0", "1"), names)
     np.testing.assert_allclose([row.probs[1] for row in table.rows], [0.9, 0.5, 0.0])
     assert [row.target for row in table.rows] == ["0", "1", "0"]
-    with pytest.raises(
-        InputError, match="has no column 'slide', which the plan names for slide_id; its columns are patient"
-    ):
+    with pytest.raises(InputError, match="has no column 'slide', which is named for slide_id; its columns are patient"):
         load_predictions(path, ("0", "1"), names | {"slide_id": "slide"})
 
 
