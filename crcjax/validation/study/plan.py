@@ -32,8 +32,6 @@ class Data(_Part):
       without_normalisation: predictions of the same scans without stain normalisation.
       calibration: predictions of cases that the study does not evaluate, with their `target`: for temperature and sets.
       readers: one row per reading: case_id, reader, call, and optionally repeat.
-      training: slides of the model's development: slide_id, case_id, and optionally slide_sha256.
-      embeddings: a NumPy .npz file with slide_id and embedding, for probes of site and scanner.
     """
 
     predictions: Path
@@ -42,8 +40,6 @@ class Data(_Part):
     without_normalisation: Path | None = None
     calibration: Path | None = None
     readers: Path | None = None
-    training: Path | None = None
-    embeddings: Path | None = None
 
 
 class Columns(_Part):
@@ -92,7 +88,6 @@ class Reference(_Part):
       column: the cohort's column of the reference classes; by default the target that the predictions name, or `subtype`.
       assay: the cohort's column that says how each case was called (RNA-seq, array, IHC).
       confidence: the cohort's column with the reference's confidence in words, such as high and low.
-      reliability: how often the reference would call the true class, if that is known; for the noise ceiling.
       others: further calls to compare with.
     """
 
@@ -100,7 +95,6 @@ class Reference(_Part):
     column: str | None = None
     assay: str | None = None
     confidence: str | None = None
-    reliability: Annotated[float, Field(gt=0, le=1)] | None = None
     others: list[OtherReference] = []
 
 
@@ -171,13 +165,11 @@ class Comparison(_Part):
     Attributes:
       name: the comparator's.
       margin: the largest loss of accuracy that would be accepted; non-inferiority.
-      auroc_margin: the same for the macro AUROC.
-      rationale: why these margins.
+      rationale: why this margin.
     """
 
     name: str = "comparator"
     margin: InnerShare | None = None
-    auroc_margin: InnerShare | None = None
     rationale: str = ""
 
 
@@ -246,45 +238,6 @@ class Survival(_Part):
     arm: str | None = None
 
 
-class Decision(_Part):
-    """A clinical decision that a predicted class would lead to, for a decision curve.
-
-    Attributes:
-      class: the class.
-      decision: in words.
-      thresholds: the lowest and the highest probability of the class at which one would act.
-      rationale: why this range.
-    """
-
-    target: str = Field(alias="class")
-    decision: str
-    thresholds: Annotated[list[InnerShare], Field(min_length=2, max_length=2)]
-    rationale: str
-
-
-class Subgroups(_Part):
-    """Subgroups by the cohort's columns; one with fewer cases than `fewest` is not shown."""
-
-    columns: list[str]
-    fewest: Annotated[int, Field(ge=1)] = 10
-
-
-class Precision(_Part):
-    """The precision that the study was planned for.
-
-    Attributes:
-      estimate: the quantity.
-      expected: its expected value.
-      half_width: half of the width of its interval.
-      class: the class, for a sensitivity or an AUROC.
-    """
-
-    estimate: Literal["accuracy", "sensitivity", "auroc"]
-    expected: InnerShare
-    half_width: InnerShare
-    target: str | None = Field(default=None, alias="class")
-
-
 class Plan(_Part):
     """The whole plan.
 
@@ -317,6 +270,3 @@ class Plan(_Part):
     calibration: Calibration = Calibration()
     uncertainty: Uncertainty = Uncertainty()
     survival: list[Survival] = []
-    decisions: list[Decision] = []
-    subgroups: Subgroups | None = None
-    precision: list[Precision] = []

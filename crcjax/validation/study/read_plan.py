@@ -139,15 +139,11 @@ def _contradictions(plan: Plan) -> Iterator[str]:
     for other in plan.reference.others:
         if (other.column is None) == (other.file is None):
             yield f"reference.others ({other.name}) must have one source, column or file"
-    stated = [("decisions", decision.target) for decision in plan.decisions]
-    stated += [("survival: reference_class", o.reference_class) for o in plan.survival if o.reference_class is not None]
-    stated += [("precision", aim.target) for aim in plan.precision if aim.target is not None]
-    for name, target in stated:
-        if target not in plan.classes:
-            yield f"{name} {target!r} must be one of the classes {', '.join(plan.classes)}"
-    for decision in plan.decisions:
-        if decision.thresholds[0] >= decision.thresholds[1]:
-            yield f"decisions ({decision.target}): thresholds must be a lower and a higher one, got {decision.thresholds}"
+    for outcome in plan.survival:
+        if outcome.reference_class is not None and outcome.reference_class not in plan.classes:
+            yield (
+                f"survival: reference_class {outcome.reference_class!r} must be one of the classes {', '.join(plan.classes)}"
+            )
     primary = [gate.id for gate in plan.gates if gate.role in ("primary", "co_primary")]
     if len(primary) > 1 and plan.multiplicity.method == "none":
         yield (

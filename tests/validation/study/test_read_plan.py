@@ -77,16 +77,12 @@ def test_paths_are_relative_to_the_plan_and_flags_to_the_working_folder(
         ),
         (
             lambda text: (
-                text + '[[decisions]]\nclass = "c"\ndecision = "d"\nthresholds = [0.1, 0.2]\nrationale = "r"\n'
+                text + '[[survival]]\nid = "os"\ntitle = "t"\ntime = "t"\nevent = "e"\ntime_zero = "z"\nhorizon = 9\n'
+                'reference_class = "c"\n'
             ),
-            r"decisions 'c' must be one of the classes a, b",
+            r"survival: reference_class 'c' must be one of the classes a, b",
         ),
-        (
-            lambda text: (
-                text + '[[decisions]]\nclass = "a"\ndecision = "d"\nthresholds = [0.2, 0.1]\nrationale = "r"\n'
-            ),
-            r"decisions \(a\): thresholds must be a lower and a higher one, got \[0\.2, 0\.1\]",
-        ),
+        (lambda text: text + "[subgroups]\n", r"subgroups is no field of a plan; there are title, "),
         (lambda text: text + "x = ", r"is not TOML \(Invalid value"),
         (lambda text: text.replace("[data]", "data = 1\n[other]"), r"data must be a valid dictionary.*, got 1"),
     ],

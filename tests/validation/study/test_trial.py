@@ -48,8 +48,8 @@ def _at(slide: str, **change: str) -> Callable[[dict], dict]:
             r"c\.csv: has none of the 60 slides of",
         ),
         (
-            {"plan": '[subgroups]\ncolumns = ["sex"]\n'},
-            r"c\.csv: has no column 'sex', which the plan names in subgroups",
+            {"plan": '[reference]\nassay = "kit"\n'},
+            r"c\.csv: has no column 'kit', which the plan names in reference\.assay",
         ),
         ({"plan": '[columns.cohort]\nsite = "centre"\n'}, r"c\.csv: has no column 'centre', which is named for site"),
         ({"data": 'readers = "r.csv"\n'}, r"r\.csv: cannot be read \(No such file or directory\)"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict
 from importlib import resources
@@ -13,7 +12,7 @@ import numpy as np
 from crcjax.errors import InputError, writing
 from crcjax.validation.predictions_table import columns, table_text
 from crcjax.validation.study.simulation.expected import expected_values
-from crcjax.validation.study.simulation.tables import Tables, simulate_tables
+from crcjax.validation.study.simulation.tables import simulate_tables
 from crcjax.validation.study.simulation.truth import CLASSES, Truth
 from crcjax.validation.whole_files import write_whole
 
@@ -41,12 +40,10 @@ def simulate_trial(out: Path, seed: int = 0, patients: int = PATIENTS, truth: Tr
     tables = simulate_tables(truth, patients, np.random.default_rng([seed, 34]))
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "embeddings.npz").write_bytes(_embeddings(tables))
     facts = {"synthetic": True, "seed": seed, "parameters": asdict(truth), "expected": expected_values(truth)}
     texts = {
         "cohort.csv": table_text(tables.cohort),
         "readers.csv": table_text(tables.readers),
-        "training.csv": table_text(tables.training),
         "truth.json": json.dumps(facts, indent=1) + "\n",
         PLAN: resources.files("crcjax.validation.study").joinpath("simulation/plan.toml").read_text(),
     }
@@ -55,9 +52,3 @@ def simulate_trial(out: Path, seed: int = 0, patients: int = PATIENTS, truth: Tr
         texts[f"{name}.csv"] = table_text(rows, columns(CLASSES))
     write_whole({out / name: text for name, text in texts.items()})
     return out / PLAN
-
-
-def _embeddings(tables: Tables) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, slide_id=np.array(list(tables.embeddings)), embedding=np.stack(list(tables.embeddings.values())))
-    return buffer.getvalue()

@@ -26,7 +26,6 @@ from crcjax.validation.study.simulation.truth import (
 READERS = ("reader 1", "reader 2", "reader 3", "reader 4", "reader 5")
 # The scanner that each site uses, by place.
 _SCANNER_OF_SITE = (0, 1, 2, 0)
-_EMBEDDING = 16
 # Patients who drop out on the way to the analysis.
 PRIMARY_TUMOUR, WITHOUT_SLIDE, REFUSED_SLIDE, FAILED_SLIDE, WITHOUT_REFERENCE = 4, 3, 2, 1, 3
 DROPPED = PRIMARY_TUMOUR + WITHOUT_SLIDE + REFUSED_SLIDE + FAILED_SLIDE + WITHOUT_REFERENCE
@@ -34,7 +33,7 @@ DROPPED = PRIMARY_TUMOUR + WITHOUT_SLIDE + REFUSED_SLIDE + FAILED_SLIDE + WITHOU
 
 @dataclass
 class Tables:
-    """Rows of every table by its name, as texts or as rows of predictions; embeddings by slide."""
+    """Rows of every table by its name, as texts or as rows of predictions."""
 
     cohort: list[dict[str, str]] = field(default_factory=list)
     predictions: list[PredictionRow] = field(default_factory=list)
@@ -42,8 +41,6 @@ class Tables:
     comparator: list[PredictionRow] = field(default_factory=list)
     calibration: list[PredictionRow] = field(default_factory=list)
     readers: list[dict[str, str]] = field(default_factory=list)
-    training: list[dict[str, str]] = field(default_factory=list)
-    embeddings: dict[str, Float[np.ndarray, " feature"]] = field(default_factory=dict)
 
 
 def simulate_tables(truth: Truth, analysed: int, rng: np.random.Generator) -> Tables:
@@ -58,11 +55,6 @@ def simulate_tables(truth: Truth, analysed: int, rng: np.random.Generator) -> Ta
     _add_comparator(truth, sampled, tables, rng)
     _add_readers(truth, sampled, order[DROPPED : DROPPED + 80].tolist(), tables, rng)
     _add_calibration(truth, tables, rng)
-    for number in range(300):
-        slide = f"DEV-{number:04d}"
-        tables.training.append(
-            {"slide_id": slide, "case_id": f"DEV-P{number // 2:04d}", "slide_sha256": _sha256(slide)}
-        )
     return tables
 
 
@@ -142,7 +134,6 @@ def _add_patient(
             ):
                 score = glass_score + np.array(shifts[scanner]) + noise
                 rows.append(_prediction(slide, case, truth, score, row, dropped))
-            tables.embeddings[slide] = _embedding(glass_score + noise, site, scanner, rng)
 
 
 def _prediction(
@@ -225,16 +216,6 @@ def _add_calibration(truth: Truth, tables: Tables, rng: np.random.Generator, cou
         score = sampled.score[place] + np.array(truth.scanner_shift[scanner]) + noise * rng.normal(size=len(CLASSES))
         row = {"site": SITES[site], "scanner": SCANNERS[scanner], "subtype": CLASSES[sampled.reference[place]]}
         tables.calibration.append(_prediction(slide, slide, truth, score, row, ""))
-
-
-def _embedding(
-    score: Float[np.ndarray, " class"], site: int, scanner: int, rng: np.random.Generator
-) -> Float[np.ndarray, " feature"]:
-    """The scores, a part that shows the scanner, and noise."""
-    embedding = rng.normal(size=_EMBEDDING)
-    embedding[: len(score)] += score
-    embedding[4 + scanner] += 1.5
-    return embedding
 
 
 def _sha256(text: str) -> str:
