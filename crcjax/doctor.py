@@ -35,6 +35,7 @@ EXTRAS = {
     "notebook": ("anndata", "to_pandas() and to_anndata()"),
     "onnx": ("onnx-ir", "crcjax export-model"),
     "parquet": ("pyarrow", "tables as Parquet"),
+    "pdf": ("weasyprint", "crcjax validate --pdf"),
     "stats": ("statsmodels", "survival in validation"),
 }
 FORMATS = (
