@@ -21,6 +21,7 @@ from crcjax import (
     cli_validate,
 )
 from crcjax.cli_options import STDERR
+from crcjax.cli_serve import serve
 from crcjax.cli_supervise import health, supervise
 from crcjax.environment import check_platform
 from crcjax.errors import CrcjaxError, InputError, OutputError
@@ -99,6 +100,7 @@ app.command()(cli_validate.validate)
 app.command()(cli_validate.simulate_trial)
 app.add_typer(cli_validate.plan, name="plan")
 app.add_typer(cli_power.app, name="power")
+app.command()(serve)
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_launch.app, name="launch")
 app.command()(cli_slides.deidentify)

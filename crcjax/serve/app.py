@@ -1,0 +1,143 @@
+"""The HTTP application: routes, headers, metrics, and the log entry that precedes each reply."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import anyio.to_thread
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from crcjax import __version__
+from crcjax.errors import OutputError
+from crcjax.monitor.logs import log
+from crcjax.serve import problems, routes_accounts, routes_operation, routes_predictions, routes_slides
+from crcjax.serve.service import Service
+
+_HEADERS = {
+    "strict-transport-security": "max-age=31536000",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+}
+ROUTERS = (
+    routes_accounts.public,
+    routes_accounts.router,
+    routes_slides.router,
+    routes_predictions.router,
+    # Its last route answers for every other path of the API.
+    routes_operation.router,
+    routes_operation.public,
+)
+# Answers to these are logged only if they are errors: pages and clients ask for them every second.
+_POLLED = (
+    "/v1/predictions",
+    "/v1/predictions/{prediction_id}",
+    "/v1/predictions/{prediction_id}/events",
+    "/v1/me",
+    "/v1/models",
+    "/v1/uploads/{upload_id}",
+)
+
+
+class Metrics:
+    """The metrics of this process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        labels = ("method", "endpoint")
+        self.requests = Counter("crcjax_requests", "Requests", (*labels, "status"), registry=self.registry)
+        self.seconds = Histogram("crcjax_request_seconds", "Time to the first byte", labels, registry=self.registry)
+        self.jobs = Gauge("crcjax_jobs", "Jobs in the queue", ("status",), registry=self.registry)
+        self.oldest_queued_s = Gauge(
+            "crcjax_oldest_queued_seconds", "Age of the oldest queued job", registry=self.registry
+        )
+        self.workers = Gauge("crcjax_workers", "Workers that are alive", registry=self.registry)
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application over an open state folder."""
+    app = FastAPI(
+        title="crcjax",
+        version=__version__,
+        summary="Molecular subtype of colorectal cancer from whole-slide images. Research use only.",
+        # The interactive pages would load scripts from another site.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service, app.state.metrics = service, Metrics()
+    for router in ROUTERS:
+        app.include_router(router)
+    problems.add_handlers(app)
+    app.add_middleware(_Recorded, service=service, metrics=app.state.metrics)
+    return app
+
+
+class _Recorded:
+    """Adds headers, counts, and writes the log before the reply begins; a reply that cannot be logged is not sent."""
+
+    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics):
+        self._app, self._service, self._metrics = app, service, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, refused = time.monotonic(), False
+        scope.setdefault("state", {})
+
+        async def recorded_send(message: Message) -> None:
+            nonlocal refused
+            if refused:
+                return
+            if message["type"] == "http.response.start":
+                self._count(scope, message["status"], time.monotonic() - begun)
+                try:
+                    await self._log(scope, message["status"])
+                except OutputError as error:
+                    refused = True
+                    log.error(str(error))
+                    response = problems.problem(
+                        503, "the log cannot be written, so that nothing is answered; try again"
+                    )
+                    await response(scope, receive, send)
+                    return
+                present = {name.lower() for name, _ in message["headers"]}
+                message["headers"] = [
+                    *message["headers"],
+                    *((k.encode(), v.encode()) for k, v in _HEADERS.items() if k.encode() not in present),
+                ]
+            await send(message)
+
+        await self._app(scope, receive, recorded_send)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        endpoint = _endpoint(scope)
+        self._metrics.requests.labels(scope["method"], endpoint, status).inc()
+        self._metrics.seconds.labels(scope["method"], endpoint).observe(seconds)
+
+    async def _log(self, scope: Scope, status: int) -> None:
+        endpoint = _endpoint(scope)
+        is_polled = scope["method"] in ("GET", "HEAD") and endpoint in _POLLED and status < 400
+        if not scope["path"].startswith("/v1/") or is_polled:
+            return
+        account = scope["state"].get("account")
+        facts: dict[str, Any] = {
+            "method": scope["method"],
+            "endpoint": endpoint,
+            "objects": scope.get("path_params", {}),
+            "status": status,
+            "account": account.name if account else "",
+            "role": account.role if account else "",
+            "site": account.site if account else "",
+        }
+        await anyio.to_thread.run_sync(lambda: self._service.log.append("request", **facts))
+
+
+def _endpoint(scope: Scope) -> str:
+    """The path as the API declares it, which names no object."""
+    route = scope.get("route")
+    return getattr(route, "path", "unknown")

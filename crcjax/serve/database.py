@@ -1,0 +1,89 @@
+"""One SQLite file of the service: durable commits, a schema version, one connection for each thread."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from crcjax.errors import InputError, writing
+
+# Seconds for which a statement waits while another process writes.
+_BUSY_S = 30.0
+
+
+class Database:
+    """A SQLite file in WAL mode with synchronous=FULL: a committed transaction survives a crash of the machine.
+
+    Any number of threads and processes may use the file at the same time, on one machine.
+
+    Args:
+      path: the file, created if it does not exist.
+      migrations: the statements of every schema version, oldest first. An older file is brought up to date.
+
+    Raises:
+      InputError: a newer release wrote the file.
+      OutputError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, migrations: Sequence[Sequence[str]]):
+        self._path, self._local = path, threading.local()
+        with writing(path, "choose another --state", catch=(OSError, sqlite3.OperationalError)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._migrate(migrations)
+
+    def _migrate(self, migrations: Sequence[Sequence[str]]) -> None:
+        with self.transaction() as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > len(migrations):
+                raise InputError(
+                    f"{self._path}: has schema version {version}, and this crcjax reads up to {len(migrations)}; update crcjax"
+                )
+            for statement in (statement for statements in migrations[version:] for statement in statements):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {len(migrations)}")
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        """This thread's connection; it is closed when the thread ends."""
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            self._local.connection = connection
+        return connection
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that excludes other writers; an exception rolls it back."""
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            # SQLite has rolled back already after some errors, such as a full disk.
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def rows(self, statement: str, *values: Any) -> list[sqlite3.Row]:
+        """The rows of one statement, which is a transaction of its own."""
+        return self._connection.execute(statement, values).fetchall()
+
+    def row(self, statement: str, *values: Any) -> sqlite3.Row | None:
+        """The first row of one statement."""
+        return self._connection.execute(statement, values).fetchone()
+
+    def close(self) -> None:
+        """Closes the connection of this thread."""
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is not None:
+            connection.close()
+            self._local.connection = None

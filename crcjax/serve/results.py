@@ -1,0 +1,77 @@
+"""The result of a prediction on disk: one folder for each attempt, of which the queue commits one.
+
+STATE/results/JOB_ID/TOKEN/heatmaps/CONTENT.png, attention/CONTENT.npz
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crcjax.serve.queue import Lease
+
+# Digits of the content hash that name a slide within a job: the result depends on no name that a user gave.
+_ID_DIGITS = 16
+
+
+def slide_id(content: str) -> str:
+    """The name of a slide in the files and rows of a job."""
+    return content[:_ID_DIGITS]
+
+
+def attempt_folder(results: Path, lease: Lease) -> Path:
+    """The folder of one attempt at a job."""
+    return results / lease.job_id / str(lease.token)
+
+
+def remove_other_attempts(results: Path, lease: Lease) -> None:
+    """Removes what earlier attempts, which were killed, left behind."""
+    for folder in attempt_folder(results, lease).parent.iterdir():
+        if folder.name != str(lease.token):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Returns once all files of a folder are on the disk."""
+    for path in (folder.parent, folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def heatmap(results: Path, job_id: str, token: int, content: str) -> bytes | None:
+    """The heatmap of a slide as PNG; None without one."""
+    path = results / job_id / str(token) / "heatmaps" / f"{slide_id(content)}.png"
+    return path.read_bytes() if path.is_file() else None
+
+
+def regions_geojson(results: Path, job_id: str, token: int, content: str) -> dict[str, Any] | None:
+    """The predicted regions of a slide with their attention and attribution as GeoJSON in level-0 px; None without a prediction."""
+    path = results / job_id / str(token) / "attention" / f"{slide_id(content)}.npz"
+    if not path.is_file():
+        return None
+    with np.load(path) as saved:
+        side = float(saved["region_px"])
+        attribution = saved["attribution"].sum(axis=1)
+        features = [
+            _feature(float(x), float(y), side, float(attention), float(evidence))
+            for (x, y), attention, evidence in zip(saved["origin"], saved["attention"], attribution, strict=True)
+            # Regions without a tile that passed quality control have none.
+            if attention > 0
+        ]
+    return {"type": "FeatureCollection", "features": features}
+
+
+def _feature(left: float, top: float, side: float, attention: float, attribution: float) -> dict[str, Any]:
+    corners = [[left, top], [left + side, top], [left + side, top + side], [left, top + side], [left, top]]
+    return {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [corners]},
+        "properties": {"objectType": "annotation", "attention": attention, "attribution": attribution},
+    }

@@ -1,0 +1,250 @@
+"""Runs the service in the embedded mode: this process answers HTTP, and its child processes predict."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import uvicorn
+
+from crcjax.errors import InputError
+from crcjax.monitor.logs import log
+from crcjax.serve.app import create_app
+from crcjax.serve.queue import Queue, QueueLimits
+from crcjax.serve.service import FIRST_ADMINISTRATOR, open_service
+from crcjax.serve.tls import certificate_files
+from crcjax.serve.worker import WorkerSettings
+
+_POLL_S = 0.2
+# The delay before a worker that died is started again; it doubles while it dies within a minute of its start.
+_FIRST_DELAY_S, _LONGEST_DELAY_S, _HEALTHY_S = 0.5, 60.0, 60.0
+# Seconds that open requests, such as streams of events, get when the service stops.
+_SHUTDOWN_S = 5
+# The status of a worker that cannot use the bundle: starting it again would not help.
+_UNUSABLE = 2
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `crcjax serve`.
+
+    Attributes:
+      state: the folder of everything that the service keeps.
+      bundle: the bundle that predicts.
+      host, port: where it listens.
+      workers: worker processes; each loads the bundle.
+      slides: SITE=FOLDER, in which that site may name slides by reference.
+      trust: public keys, one of which must have signed the bundle.
+      encoder_weights: the file of a published encoder's weights.
+      certificate, key: PEM files of a certificate of your own.
+      threads: threads of each worker that decode tiles.
+      drain_s: seconds that running jobs get when the service stops.
+      limits: the queue's.
+    """
+
+    state: Path
+    bundle: Path
+    host: str = "127.0.0.1"
+    port: int = 8443
+    workers: int = 1
+    slides: tuple[str, ...] = ()
+    trust: tuple[Path, ...] = ()
+    encoder_weights: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    threads: int | None = None
+    drain_s: float = 30.0
+    limits: QueueLimits = field(default_factory=QueueLimits)
+
+
+def run_service(options: ServeOptions, on_line: Callable[[str], None]) -> int:
+    """Serves until SIGTERM or SIGINT, and returns the exit status. `on_line` receives what a person has to know.
+
+    Raises:
+      InputError: an option or the bundle is not usable.
+      OutputError: the state folder cannot be written.
+    """
+    if (options.certificate is None) != (options.key is None):
+        raise InputError("--certificate and --key must be given together, or neither")
+    service = open_service(options.state, options.bundle, _folders(options.slides), options.limits)
+    if options.certificate and options.key:
+        certificate, key = options.certificate, options.key
+    else:
+        certificate, key = certificate_files(options.state / "tls", options.host)
+    listener = _listen(options.host, options.port)
+    secret = service.first_administrator_secret()
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(service),
+            ssl_certfile=str(certificate),
+            ssl_keyfile=str(key),
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=_SHUTDOWN_S,
+        )
+    )
+    on_line(f"serving on https://{options.host}:{listener.getsockname()[1]} (certificate: {certificate})")
+    if secret:
+        on_line(f"first administrator: name {FIRST_ADMINISTRATOR}, one-time sign-in secret {secret}")
+    # The server stops on these signals, and sends them to this process again when it has stopped.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
+    workers = Workers(service.queue, worker_settings(options), options.workers, server)
+    with workers:
+        server.run([listener])
+    if workers.failed:
+        return 2
+    return 0 if server.started else 1
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections. Raises InputError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: cannot be listened on ({error.strerror}); choose another --port"
+        ) from error
+
+
+def _folders(slides: Sequence[str]) -> dict[str, list[Path]]:
+    folders: dict[str, list[Path]] = {}
+    for text in slides:
+        site, equals, folder = text.partition("=")
+        if not (site and equals and folder):
+            raise InputError(f"--slides must be SITE=FOLDER, got {text!r}")
+        folders.setdefault(site, []).append(Path(folder))
+    return folders
+
+
+def worker_settings(options: ServeOptions) -> WorkerSettings:
+    """What the workers are started with; their names are still to be set."""
+    return WorkerSettings(
+        name="",
+        state=str(options.state.resolve()),
+        bundle=str(options.bundle.resolve()),
+        trust=tuple(str(key.resolve()) for key in options.trust),
+        encoder_weights=str(options.encoder_weights.resolve()) if options.encoder_weights else None,
+        threads=options.threads,
+        drain_s=options.drain_s,
+        lease_s=options.limits.lease_s,
+        max_tries=options.limits.max_tries,
+    )
+
+
+class Workers:
+    """Worker processes that are started again when they die; a context manager, which stops them at the end.
+
+    Attributes:
+      failed: whether a worker could not use the bundle; the server is stopped then.
+    """
+
+    def __init__(self, queue: Queue, settings: WorkerSettings, count: int, server: uvicorn.Server):
+        self._queue, self._settings, self._server = queue, settings, server
+        self._slots = [_Slot(f"worker-{number}") for number in range(1, count + 1)]
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="workers", daemon=True)
+        self.failed = False
+
+    def __enter__(self) -> Workers:
+        # The state folder's earlier workers are dead: they end with their service.
+        for worker in self._queue.workers():
+            self._queue.worker_died(worker.name)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+        for slot in self._slots:
+            slot.terminate()
+        for slot in self._slots:
+            slot.wait(self._settings.drain_s + 10)
+            self._queue.worker_died(slot.name)
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(_POLL_S):
+            for slot in self._slots:
+                try:
+                    self._look_after(slot)
+                except Exception as error:
+                    # Such as a full disk; the next look may succeed.
+                    log.error(f"{slot.name}: {error}")
+
+    def _look_after(self, slot: _Slot) -> None:
+        if slot.process is None:
+            if time.monotonic() >= slot.start_at:
+                slot.start(self._settings)
+            return
+        status = slot.process.poll()
+        if status is None:
+            return
+        self._queue.worker_died(slot.name)
+        slot.ended()
+        if status == _UNUSABLE:
+            self.failed = self._server.should_exit = True
+            self._stopping.set()
+            return
+        log.error(f"{slot.name} ended with status {status}; it is started again in {slot.delay_s:g} s")
+
+
+class _Slot:
+    """The place of one worker process."""
+
+    def __init__(self, name: str):
+        self._place, self.name = name, name
+        self.process: subprocess.Popen | None = None
+        self.start_at, self.delay_s, self._started = 0.0, _FIRST_DELAY_S, 0.0
+
+    def start(self, settings: WorkerSettings) -> None:
+        """Starts the process; its standard input stays open as long as this process lives."""
+        # A name of its own: the one before may not have ended yet.
+        self.name = f"{self._place}-{secrets.token_hex(3)}"
+        values = json.dumps(asdict(replace(settings, name=self.name)))
+        # A session of its own: Ctrl-C on the terminal is for the service, which then drains the workers.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "crcjax.serve.worker", values], stdin=subprocess.PIPE, start_new_session=True
+        )
+        self._started = time.monotonic()
+
+    def ended(self) -> None:
+        """Plans the next start."""
+        if time.monotonic() - self._started > _HEALTHY_S:
+            self.delay_s = _FIRST_DELAY_S
+        else:
+            self.delay_s = min(_LONGEST_DELAY_S, self.delay_s * 2)
+        self._close()
+        self.start_at = time.monotonic() + self.delay_s
+
+    def terminate(self) -> None:
+        """Asks the process to end."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits for the end, and kills the process if it takes longer."""
+        if self.process is None:
+            return
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process = None

@@ -1,0 +1,139 @@
+"""The parts of the service over one state folder.
+
+STATE/state.db    accounts, slides, uploads, predictions      STATE/uploads/   unfinished uploads
+STATE/queue.db    jobs                                        STATE/slides/    uploaded slides
+STATE/log.jsonl   the hash-chained log                        STATE/results/   heatmaps and attention
+STATE/tls/        certificate and key
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crcjax.errors import InputError, writing
+from crcjax.monitor.event_log import EventLog
+from crcjax.serve import accounts, prediction_records, slide_records
+from crcjax.serve.accounts import Accounts
+from crcjax.serve.database import Database
+from crcjax.serve.permissions import EVERY_SITE, Role
+from crcjax.serve.prediction_records import PredictionRecords
+from crcjax.serve.queue import Queue, QueueLimits, QueueStats
+from crcjax.serve.slide_records import SlideRecords
+from crcjax.serve.sqlite_queue import SqliteQueue
+from crcjax.serve.uploads import Uploads
+
+LOG = "log.jsonl"
+FIRST_ADMINISTRATOR = "admin"
+_STATS_S = 1.0
+# A worker that is silent for longer is not counted as alive.
+_SILENT_S = 10.0
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What the API says of the bundle; the workers check its files when they load it."""
+
+    id: str
+    target: str
+    classes: tuple[str, ...]
+    card: str
+
+
+@dataclass(frozen=True)
+class Service:
+    """The parts that the endpoints use."""
+
+    folder: Path
+    bundle: BundleFacts
+    accounts: Accounts
+    slides: SlideRecords
+    uploads: Uploads
+    predictions: PredictionRecords
+    queue: Queue
+    log: EventLog
+    _stats: list[tuple[float, QueueStats]] = field(default_factory=list)
+
+    @property
+    def results(self) -> Path:
+        """The folder of the results."""
+        return self.folder / "results"
+
+    def stats(self) -> QueueStats:
+        """The queue's counts, at most a second old."""
+        if not self._stats or time.monotonic() - self._stats[-1][0] > _STATS_S:
+            self._stats[:] = [(time.monotonic(), self.queue.stats())]
+        return self._stats[-1][1]
+
+    def live_workers(self) -> int:
+        """The workers that have loaded the bundle and report."""
+        return sum(worker.state in ("ready", "busy") and worker.silent_s < _SILENT_S for worker in self.queue.workers())
+
+    def first_administrator_secret(self) -> str | None:
+        """A new one-time secret for the first administrator; None if there is an administrator."""
+        if self.accounts.has_administrator():
+            return None
+        return self.accounts.invite(FIRST_ADMINISTRATOR, Role.ADMINISTRATOR, EVERY_SITE)
+
+
+def open_service(
+    state: Path, bundle: Path, folders: Mapping[str, Sequence[Path]], limits: QueueLimits | None = None
+) -> Service:
+    """Opens or creates a state folder.
+
+    Args:
+      state: the folder; only its owner can read it.
+      bundle: the bundle that predicts.
+      folders: the folders of each site in which slides may be named by reference.
+      limits: the queue's.
+
+    Raises:
+      InputError: the bundle is none, a folder does not exist, or a newer release wrote the state folder.
+      OutputError: the state folder cannot be written.
+    """
+    facts = _bundle_facts(bundle)
+    for folder in (folder for of_site in folders.values() for folder in of_site):
+        if not folder.is_dir():
+            raise InputError(f"--slides {folder}: must be a folder; check the path")
+    with writing(state, "choose another --state"):
+        state.mkdir(parents=True, exist_ok=True)
+        state.chmod(0o700)
+        (state / "results").mkdir(exist_ok=True)
+    database = Database(state / "state.db", _MIGRATIONS)
+    queue = SqliteQueue(state / "queue.db", limits)
+    slides = SlideRecords(database, folders)
+    return Service(
+        folder=state,
+        bundle=facts,
+        accounts=Accounts(database),
+        slides=slides,
+        uploads=Uploads(database, slides, state / "uploads", state / "slides"),
+        predictions=PredictionRecords(database, queue, facts.id),
+        queue=queue,
+        log=EventLog(state / LOG),
+    )
+
+
+# Version N of the file has the statements of the first N entries; a change of the schema adds an entry.
+_MIGRATIONS = ((*accounts.MIGRATIONS[0], *slide_records.MIGRATIONS[0], *prediction_records.MIGRATIONS[0]),)
+
+
+def _bundle_facts(path: Path) -> BundleFacts:
+    try:
+        content = (path / "bundle.json").read_bytes()
+        target = json.loads(content)["target"]
+        card = path / "model_card.md"
+        return BundleFacts(
+            hashlib.sha256(content).hexdigest(),
+            target["name"],
+            tuple(target["classes"]),
+            card.read_text() if card.exists() else "",
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: is not a bundle (no readable bundle.json); give the folder that crcjax checkpoints export wrote"
+        ) from error

@@ -1,0 +1,171 @@
+"""A service over a new state folder, answering HTTPS in this process; workers are started by the tests that need them."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from crcjax.serve.client import Client
+from crcjax.serve.permissions import EVERY_SITE, Role
+from crcjax.serve.queue import QueueLimits
+from crcjax.serve.service import Service, open_service
+
+PASSWORD = "correct horse battery"
+
+# A worker process whose prediction is the size of the file, and whose heatmap is the file's first bytes. A slide that begins
+# with "II*\0die" kills its process, one with "II*\0bad" cannot be predicted, and one with "II*\0slow" takes long.
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from crcjax.serve.queue import QueueLimits
+from crcjax.serve.results import slide_id
+from crcjax.serve.sqlite_queue import SqliteQueue
+from crcjax.serve.worker import CaseFailedError, Worker
+
+state, name, drain_s = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+
+def predict(payload, folder, progress):
+    rows = []
+    for number, slide in enumerate(payload["slides"]):
+        progress(number / len(payload["slides"]), f"{number} of {len(payload['slides'])} slides")
+        start = Path(slide["path"]).read_bytes()[:8]
+        if start.startswith(b"II*\\0die"):
+            os.abort()
+        if start.startswith(b"II*\\0bad"):
+            raise CaseFailedError("corrupt: the file is damaged")
+        if start.startswith(b"II*\\0slow"):
+            time.sleep(60)
+        (folder / "heatmaps").mkdir(exist_ok=True)
+        (folder / "heatmaps" / f"{slide_id(slide['content'])}.png").write_bytes(start)
+        size = Path(slide["path"]).stat().st_size
+        rows.append({"slide_id": slide_id(slide["content"]), "case_id": "case", "call": "immune", "size": size})
+    return {"target": "subtype", "classes": ["canonical", "immune"], "bundle_id": "b", "slides": rows}
+
+queue = SqliteQueue(state / "queue.db", QueueLimits(lease_s=1.0))
+Worker(name, queue, predict, state / "results", drain_s).run()
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A service that answers HTTPS."""
+
+    url: str
+    certificate: Path
+    service: Service
+    clients: list[Client] = field(default_factory=list)
+
+    def client(self, token: str = "") -> Client:
+        """A client, which is closed at the end."""
+        self.clients.append(Client(self.url, token, verify=self.certificate))
+        return self.clients[-1]
+
+    def sign_in(self, name: str) -> Client:
+        """Signs in with PASSWORD."""
+        self.clients.append(Client.sign_in(self.url, name, PASSWORD, verify=self.certificate))
+        return self.clients[-1]
+
+    def account(self, name: str, role: Role, site: str) -> Client:
+        """Makes an account, signs it in, and returns its client."""
+        accounts = self.service.accounts
+        if role == Role.SERVICE:
+            return self.client(accounts.add_service(name, site))
+        accounts.redeem(accounts.invite(name, role, site), PASSWORD)
+        return self.client(accounts.sign_in(name, PASSWORD)[0])
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the API reads of a bundle."""
+    folder = tmp_path_factory.mktemp("bundle")
+    target = {"name": "subtype", "classes": ["canonical", "immune"], "cancer_type": "colorectal"}
+    (folder / "bundle.json").write_text(json.dumps({"target": target}))
+    return folder
+
+
+@contextmanager
+def served(service: Service) -> Iterator[Server]:
+    """Answers HTTPS on a free port until the block ends."""
+    import uvicorn
+
+    from crcjax.serve.app import create_app
+    from crcjax.serve.tls import certificate_files
+
+    certificate, key = certificate_files(service.folder / "tls", "127.0.0.1")
+    config = uvicorn.Config(
+        create_app(service), ssl_certfile=str(certificate), ssl_keyfile=str(key), log_level="warning"
+    )
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    running = Server(f"https://127.0.0.1:{listener.getsockname()[1]}", certificate, service)
+    try:
+        yield running
+    finally:
+        for client in running.clients:
+            client.close()
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture
+def open_state(tmp_path: Path, bundle_folder: Path) -> Callable[..., Service]:
+    """open_state(): the service of this test's state folder; each call opens it once more."""
+    folders = {site: [tmp_path / "folders" / site] for site in ("leeds", "york")}
+    for of_site in folders.values():
+        of_site[0].mkdir(parents=True)
+    return lambda limits=None: open_service(tmp_path / "state", bundle_folder, folders, limits)
+
+
+@pytest.fixture
+def server(open_state: Callable[..., Service]) -> Iterator[Server]:
+    with served(open_state(QueueLimits(lease_s=1.0, max_queued=20))) as running:
+        yield running
+
+
+@pytest.fixture
+def administrator(server: Server) -> Client:
+    return server.account("admin", Role.ADMINISTRATOR, EVERY_SITE)
+
+
+@pytest.fixture
+def pathologist(server: Server) -> Client:
+    return server.account("dr.frost", Role.PATHOLOGIST, "leeds")
+
+
+@pytest.fixture
+def start_worker(server: Server) -> Iterator[Callable[..., subprocess.Popen]]:
+    """start_worker(name): a worker process of the service (see WORKER)."""
+    processes = []
+
+    def start(name: str = "w", drain_s: float = 5.0) -> subprocess.Popen:
+        command = [sys.executable, "-c", WORKER, str(server.service.folder), name, str(drain_s)]
+        processes.append(subprocess.Popen(command))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def write_slide(tmp_path: Path) -> Callable[..., Path]:
+    """write_slide(name, kind, size): a file that begins as a TIFF does, with `kind` behind it."""
+
+    def write(name: str = "a.svs", kind: str = "", size: int = 1000) -> Path:
+        path = tmp_path / name
+        start = b"II*\0" + kind.encode() + name.encode()
+        path.write_bytes(start + bytes(size - len(start)))
+        return path
+
+    return write
