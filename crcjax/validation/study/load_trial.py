@@ -120,4 +120,6 @@ def _named_columns(plan: Plan) -> list[tuple[str, str | None]]:
         named += [(f"survival {outcome.id}", column) for column in columns]
     if plan.scanners:
         named += [("scanners", plan.scanners.glass_slide), ("scanners", plan.scanners.repeat)]
+    if plan.subgroups:
+        named += [("subgroups", column) for column in plan.subgroups.columns]
     return named

@@ -88,6 +88,7 @@ class Reference(_Part):
       column: the cohort's column of the reference classes; by default the target that the predictions name, or `subtype`.
       assay: the cohort's column that says how each case was called (RNA-seq, array, IHC).
       confidence: the cohort's column with the reference's confidence in words, such as high and low.
+      reliability: how often the reference names the true class, if that is known.
       others: further calls to compare with.
     """
 
@@ -95,6 +96,7 @@ class Reference(_Part):
     column: str | None = None
     assay: str | None = None
     confidence: str | None = None
+    reliability: Annotated[float, Field(gt=0, le=1)] | None = None
     others: list[OtherReference] = []
 
 
@@ -238,6 +240,44 @@ class Survival(_Part):
     arm: str | None = None
 
 
+class Decision(_Part):
+    """A clinical decision that a predicted class would lead to, for a decision curve.
+
+    Attributes:
+      class: the class.
+      decision: in words.
+      thresholds: the lowest and the highest probability of the class at which one would act.
+      rationale: why this range.
+    """
+
+    target: str = Field(alias="class")
+    decision: str
+    thresholds: Annotated[list[InnerShare], Field(min_length=2, max_length=2)]
+    rationale: str
+
+
+class Subgroups(_Part):
+    """Subgroups by columns of the cohort: groups in words, such as bands of age."""
+
+    columns: Annotated[list[str], Field(min_length=1)]
+
+
+class Precision(_Part):
+    """The precision that the study was planned for.
+
+    Attributes:
+      estimate: the quantity.
+      expected: its expected value.
+      half_width: half of the width of its interval.
+      class: the class, for a sensitivity or an AUROC.
+    """
+
+    estimate: Literal["accuracy", "sensitivity", "auroc"]
+    expected: InnerShare
+    half_width: InnerShare
+    target: str | None = Field(default=None, alias="class")
+
+
 class Plan(_Part):
     """The whole plan.
 
@@ -270,3 +310,6 @@ class Plan(_Part):
     calibration: Calibration = Calibration()
     uncertainty: Uncertainty = Uncertainty()
     survival: list[Survival] = []
+    decisions: list[Decision] = []
+    subgroups: Subgroups | None = None
+    precision: list[Precision] = []

@@ -127,6 +127,9 @@ def _contradictions(plan: Plan) -> Iterator[str]:
         ("gates: id", [gate.id for gate in plan.gates]),
         ("populations: id", [population.id for population in plan.populations]),
         ("survival: id", [outcome.id for outcome in plan.survival]),
+        ("decisions: class", [decision.target for decision in plan.decisions]),
+        ("precision of", [" ".join(filter(None, (aim.estimate, aim.target))) for aim in plan.precision]),
+        ("subgroups: column", plan.subgroups.columns if plan.subgroups else []),
     ):
         for value, count in Counter(ids).items():
             if count > 1:
@@ -139,11 +142,21 @@ def _contradictions(plan: Plan) -> Iterator[str]:
     for other in plan.reference.others:
         if (other.column is None) == (other.file is None):
             yield f"reference.others ({other.name}) must have one source, column or file"
-    for outcome in plan.survival:
-        if outcome.reference_class is not None and outcome.reference_class not in plan.classes:
-            yield (
-                f"survival: reference_class {outcome.reference_class!r} must be one of the classes {', '.join(plan.classes)}"
-            )
+    stated = [("decisions", decision.target) for decision in plan.decisions]
+    stated += [("survival: reference_class", o.reference_class) for o in plan.survival if o.reference_class is not None]
+    stated += [("precision", aim.target) for aim in plan.precision if aim.target is not None]
+    for name, target in stated:
+        if target not in plan.classes:
+            yield f"{name} {target!r} must be one of the classes {', '.join(plan.classes)}"
+    for decision in plan.decisions:
+        if decision.thresholds[0] >= decision.thresholds[1]:
+            yield f"decisions ({decision.target}): thresholds must be a lower and a higher one, got {decision.thresholds}"
+    for aim in plan.precision:
+        if (aim.target is None) != (aim.estimate == "accuracy"):
+            yield f"precision ({aim.estimate}): a sensitivity or an AUROC must name its class, and an accuracy has none"
+    reliability, chance = plan.reference.reliability, 1 / len(plan.classes)
+    if reliability is not None and reliability <= chance:
+        yield f"reference.reliability must be above 1/{len(plan.classes)}, which is chance, got {reliability:g}"
     primary = [gate.id for gate in plan.gates if gate.role in ("primary", "co_primary")]
     if len(primary) > 1 and plan.multiplicity.method == "none":
         yield (

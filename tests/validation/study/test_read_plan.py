@@ -82,7 +82,24 @@ def test_paths_are_relative_to_the_plan_and_flags_to_the_working_folder(
             ),
             r"survival: reference_class 'c' must be one of the classes a, b",
         ),
-        (lambda text: text + "[subgroups]\n", r"subgroups is no field of a plan; there are title, "),
+        (
+            lambda text: (
+                text + '[[decisions]]\nclass = "c"\ndecision = "d"\nthresholds = [0.1, 0.2]\nrationale = "r"\n'
+            ),
+            r"decisions 'c' must be one of the classes a, b",
+        ),
+        (
+            lambda text: (
+                text + '[[decisions]]\nclass = "a"\ndecision = "d"\nthresholds = [0.2, 0.1]\nrationale = "r"\n'
+            ),
+            r"decisions \(a\): thresholds must be a lower and a higher one, got \[0\.2, 0\.1\]",
+        ),
+        (
+            lambda text: text + '[[precision]]\nestimate = "sensitivity"\nexpected = 0.8\nhalf_width = 0.1\n',
+            r"precision \(sensitivity\): a sensitivity or an AUROC must name its class",
+        ),
+        (lambda text: text + "[reference]\nreliability = 0.5\n", r"reference\.reliability must be above 1/2, which is"),
+        (lambda text: text + "[data_manifest]\n", r"data_manifest is no field of a plan; there are title, "),
         (lambda text: text + "x = ", r"is not TOML \(Invalid value"),
         (lambda text: text.replace("[data]", "data = 1\n[other]"), r"data must be a valid dictionary.*, got 1"),
     ],

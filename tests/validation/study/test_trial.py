@@ -48,6 +48,10 @@ def _at(slide: str, **change: str) -> Callable[[dict], dict]:
             r"c\.csv: has none of the 60 slides of",
         ),
         (
+            {"plan": '[subgroups]\ncolumns = ["sex"]\n'},
+            r"c\.csv: has no column 'sex', which the plan names in subgroups",
+        ),
+        (
             {"plan": '[reference]\nassay = "kit"\n'},
             r"c\.csv: has no column 'kit', which the plan names in reference\.assay",
         ),

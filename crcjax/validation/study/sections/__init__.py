@@ -10,16 +10,19 @@ from crcjax.validation.study.sections.calibration import calibration
 from crcjax.validation.study.sections.clustering import clustering
 from crcjax.validation.study.sections.comparison import comparison
 from crcjax.validation.study.sections.decisions import decisions
+from crcjax.validation.study.sections.planning import planning
 from crcjax.validation.study.sections.ranking import ranking
 from crcjax.validation.study.sections.scanners import scanners
 from crcjax.validation.study.sections.sites import sites
+from crcjax.validation.study.sections.subgroups import subgroups
 from crcjax.validation.study.sections.survival import survival
 from crcjax.validation.study.sections.uncertainty import uncertainty
+from crcjax.validation.study.sections.usefulness import usefulness
 from crcjax.validation.study.trial import Cases, Trial
 
 Fill = Callable[[Trial, Cases, Section, str], None]
 # Sections that need probabilities.
-OF_PROBABILITIES = ("ranking", "calibration", "uncertainty")
+OF_PROBABILITIES = ("ranking", "calibration", "uncertainty", "usefulness")
 NO_PROBABILITIES = "The predictions state calls without probabilities."
 # Number, id, title and function, in the order of the report.
 SECTIONS: tuple[tuple[str, str, str, Fill], ...] = (
@@ -32,5 +35,8 @@ SECTIONS: tuple[tuple[str, str, str, Fill], ...] = (
     ("7", "scanners", "Scanners and stain normalisation", scanners),
     ("8", "calibration", "Calibration", calibration),
     ("9", "uncertainty", "Usefulness of uncertainty", uncertainty),
-    ("10", "survival", "Survival and clinical usefulness", survival),
+    ("10", "survival", "Survival", survival),
+    ("11", "usefulness", "Clinical usefulness", usefulness),
+    ("12", "subgroups", "Subgroups", subgroups),
+    ("13", "planning", "Sample size, and errors of the reference", planning),
 )
