@@ -121,6 +121,28 @@ def test_a_slide_scanned_again_is_found_by_its_thumbnail_in_any_orientation(data
         assert leaks["near-duplicates by thumbnail"][0].startswith("S5 (development) and S59 (evaluation)")
 
 
+@pytest.mark.real_data
+def test_one_slide_as_svs_and_as_dicom_is_found_among_other_slides_by_its_thumbnail(real_data) -> None:
+    from openslide import OpenSlide
+
+    folder = real_data / "slides"
+    files = (
+        folder / "aperio_cmu-1-small-region.svs",
+        folder / "aperio_tcga-cr-7395-01a-01-ts1_jp2k.svs",
+        folder / "dicom_tcga-prad_penmarks" / "tcga_xk_aaju_ts1.dcm",
+        real_data / "slides_crc" / "tiff_crc_polyp_part.tif",
+        folder / "dicom_cmu-1-small-region" / "level-0-frames-0-30.dcm",
+    )
+    hashes = []
+    for file in files:
+        with OpenSlide(file) as slide:
+            hashes.append(picture_hashes(np.asarray(slide.get_thumbnail((256, 256)).convert("L"), float)))
+    slides = [StudySlide(f"S{i}", f"P{i}", "evaluation" if i > 2 else "development") for i in range(5)]
+    certificate = leakage_certificate(slides, picture_hash=np.stack(hashes))
+    (example,) = _leaks(certificate)["near-duplicates by thumbnail"]
+    assert example.startswith("S0 (development) and S4 (evaluation)")
+
+
 def test_slides_of_one_patient_are_no_near_duplicates_and_two_names_of_a_patient_are(data) -> None:
     embedding, slides = data["embedding"].copy(), _slides()
     embedding[59] = embedding[58]
