@@ -110,10 +110,8 @@ class _OpenedPage:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Callable]:
-    """browser(path, width=1280): a context manager that opens a page in the system's headless Chromium, offline."""
-    from contextlib import contextmanager
-
+def chromium() -> Iterator:
+    """The system's headless Chromium, as Playwright's Browser."""
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     playwright = None
     with suppress(ImportError):
@@ -124,18 +122,25 @@ def browser() -> Iterator[Callable]:
             pytest.fail(message)
         pytest.skip(message)
     with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        launched = started.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield launched
+        launched.close()
 
-        @contextmanager
-        def open_page(path: Path, width: int = 1280, height: int = 900) -> Iterator[_OpenedPage]:
-            context = chromium.new_context(viewport={"width": width, "height": height}, offline=True)
-            opened = _OpenedPage(context.new_page())
-            opened.page.goto(path.absolute().as_uri())
-            yield opened
-            context.close()
 
-        yield open_page
-        chromium.close()
+@pytest.fixture
+def browser(chromium) -> Callable:
+    """browser(path, width=1280): a context manager that opens a page in the system's headless Chromium, offline."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def open_page(path: Path, width: int = 1280, height: int = 900) -> Iterator[_OpenedPage]:
+        context = chromium.new_context(viewport={"width": width, "height": height}, offline=True)
+        opened = _OpenedPage(context.new_page())
+        opened.page.goto(path.absolute().as_uri())
+        yield opened
+        context.close()
+
+    return open_page
 
 
 @pytest.fixture

@@ -36,6 +36,9 @@ class Database:
             self._migrate(migrations)
 
     def _migrate(self, migrations: Sequence[Sequence[str]]) -> None:
+        # A file that is up to date is opened without writing, so that a full disk can still be read.
+        if self._connection.execute("PRAGMA user_version").fetchone()[0] == len(migrations):
+            return
         with self.transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > len(migrations):

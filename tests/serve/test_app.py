@@ -47,7 +47,7 @@ def test_a_slide_goes_from_upload_over_the_queue_to_result_and_heatmap(
     assert statuses[-1]["calls"] == ["immune"]
     [row] = result["slides"]
     assert (row["id"], row["call"], row["size"]) == (slide["id"], "immune", 40_000)
-    assert pathologist.heatmap(queued["id"], slide["id"]) == path.read_bytes()[:8]
+    assert pathologist.heatmap(queued["id"], slide["id"]).startswith(b"\x89PNG")
     listed = list(pathologist.predictions())
     assert [item["id"] for item in listed] == [queued["id"]]
 

@@ -1,15 +1,19 @@
 """Uploads lose nothing and accept nothing else than was announced."""
 
 import hashlib
+import shutil
+import sqlite3
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anyio
 import pytest
 
-from crcjax.serve.service import Service
+from crcjax.serve.queue import JobRequest, Status
+from crcjax.serve.service import Service, open_service
 from crcjax.serve.slide_records import NewSlide, SlideRecord, SlideRefusedError
-from crcjax.serve.uploads import OffsetError, Upload, Uploads
+from crcjax.serve.uploads import NoRoomError, OffsetError, Upload, Uploads
 
 CONTENT = b"II*\0" + bytes(range(256)) * 40
 NEW = NewSlide("leeds", "dr.frost", "A-017", "a.svs")
@@ -27,7 +31,9 @@ def _append(
     async def append() -> Upload | SlideRecord:
         return await uploads.append(upload, offset, chunk())
 
-    return anyio.run(append)
+    # In a thread: tests of pages leave an event loop running in this one.
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(anyio.run, append).result()
 
 
 @pytest.fixture
@@ -96,3 +102,29 @@ def test_what_is_not_as_announced_is_refused_and_removed(
 def test_other_names_are_refused_before_a_byte_is_sent(name: str, uploads: Uploads) -> None:
     with pytest.raises(SlideRefusedError, match="name must end with one of"):
         uploads.begin(NewSlide("leeds", "dr.frost", "A", name), 10, "")
+
+
+def test_a_full_disk_refuses_what_cannot_be_stored_and_loses_nothing(
+    small_disk: Path, bundle_folder: Path, tmp_path: Path
+) -> None:
+    service = open_service(small_disk / "state", bundle_folder, {})
+    with pytest.raises(NoRoomError, match="no room for 10 bytes"):
+        service.uploads.begin(NEW, 10, "")
+    accepted = set()
+
+    def fill() -> None:
+        for number in range(10_000):
+            request = JobRequest(str(number), "leeds/dr.frost", {"text": "x" * 20_000})
+            accepted.add(service.queue.submit(request).id)
+
+    for _ in range(2):
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            fill()
+    assert len(accepted) > 20
+    # It is still read where it is, and goes on where there is room.
+    shutil.copytree(small_disk / "state", tmp_path / "state")
+    roomy = open_service(tmp_path / "state", bundle_folder, {})
+    for opened in (service, roomy):
+        assert all(opened.queue.job(job_id) is not None for job_id in accepted)
+        assert opened.queue.stats().counts == {Status.QUEUED: len(accepted)}
+    assert roomy.queue.claim("w") is not None

@@ -59,6 +59,10 @@ async function attempt(action) {
 function signedOut() {
   clearTimeout(refreshTimer);
   csrf = "";
+  // The next person at this screen sees nothing of the last one.
+  for (const id of ["secret", "accounts", "predictions", "result"]) {
+    element(id).replaceChildren();
+  }
   element("who").hidden = true;
   show("sign-in-view");
 }
@@ -242,6 +246,7 @@ onSubmit("redeem", async (fields, form) => {
   const json = { secret: fields.secret.value, password: fields.password.value };
   const account = await (await call("POST", "/v1/redeem", { json })).json();
   form.reset();
+  form.closest("details").open = false;
   element("sign-in").elements.name.value = account.name;
   say(`The account ${account.name} exists now; sign in with its password.`);
 });
