@@ -150,6 +150,11 @@ def _moments(
 def _coefficient(value: float, error: float, counts: dict[str, Any]) -> Coefficient:
     method = "Fine-Gray, Breslow, sandwich"
     low, high = value - Z * error, value + Z * error
-    ratio = np.exp([value, low, high]).tolist()
+    ratio, ratio_low, ratio_high = np.exp([value, low, high]).tolist()
     test = TestResult(value / error, float(2 * stats.norm.sf(abs(value / error))), method, warnings=counts["warnings"])
-    return Coefficient(Estimate(value, low, high, method, **counts), Estimate(*ratio, method, **counts), error, test)
+    return Coefficient(
+        Estimate(value, low, high, method, **counts),
+        Estimate(ratio, ratio_low, ratio_high, method, **counts),
+        error,
+        test,
+    )
