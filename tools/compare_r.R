@@ -81,7 +81,7 @@ tables("scanners", function(d) {
   df <- nrow(d) - 1
   limits <- ratio / c(qf(0.975, df, df), 1 / qf(0.975, df, df))
   consistency <- (c(ratio, limits) - 1) / (c(ratio, limits) + 1)
-  c(bias_low = bias[1], bias_high = bias[2], slope = slope[[1]], slope_p = slope[[4]], icc = consistency[1],
+  c(bias_low = bias[1], bias_high = bias[2], scanner_slope = slope[[1]], scanner_slope_p = slope[[4]], icc = consistency[1],
     icc_low = consistency[2], icc_high = consistency[3])
 })
 
