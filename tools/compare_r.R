@@ -63,7 +63,8 @@ tables("sites", function(d) {
   fit <- rma(yi, vi, data = d, method = "REML", test = "adhoc", control = strict)
   plain <- rma(yi, vi, data = d, method = "REML", control = strict)
   half <- qt(0.975, nrow(d) - 2) * sqrt(plain$tau2 + plain$se^2)
-  profile <- confint(fit, control = list(tol = 1e-12))$random
+  # By default the search of the upper limit ends at a variance of 100.
+  profile <- confint(fit, control = list(tol = 1e-12, tau2.max = 1e6, maxiter = 100000))$random
   moment <- rma(yi, vi, data = d, method = "DL")
   c(pooled = fit$b[1], pooled_low = fit$ci.lb, pooled_high = fit$ci.ub, tau2 = fit$tau2, q = fit$QE, i2 = fit$I2 / 100,
     i2_low = profile["I^2(%)", "ci.lb"] / 100, i2_high = profile["I^2(%)", "ci.ub"] / 100, dl_tau2 = moment$tau2,
