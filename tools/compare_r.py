@@ -127,11 +127,12 @@ def scores(t: Table) -> dict[str, float]:
     positive = t["positive"] == 1
     estimate = ranking.auroc_estimate(positive, t["first"])
     compared = ranking.compare_aurocs(positive, t["first"], t["second"])
-    limits = special.logit([estimate.ci_low, estimate.ci_high])
-    width = float(np.diff(limits)[0]) / (2 * Z) * estimate.value * (1 - estimate.value)
     result = {"auroc": estimate.value, "auroc_z": compared.test.statistic, "auroc_p": compared.test.p_value}
     # A perfect AUROC has no error.
-    return result | ({"auroc_error": width} if estimate.value < 1 else {})
+    if estimate.value < 1:
+        low, high = special.logit([estimate.ci_low, estimate.ci_high]).tolist()
+        result["auroc_error"] = (high - low) / (2 * Z) * estimate.value * (1 - estimate.value)
+    return result
 
 
 def recalibration(t: Table) -> dict[str, float]:
