@@ -189,6 +189,9 @@ def get_config() -> ConfigDict:
     # Seconds without a heartbeat after which a process counts as lost, and all others end with status 4. Raise it where machines
     # are so busy that processes do not run for seconds.
     train.peer_timeout_s = 10.0
+    # Where a preemption is announced besides by SIGTERM and SIGUSR1: "gcp", "aws" or "azure" for the cloud's metadata server, an
+    # http address that answers with a text, or the path of a file that appears. Empty: by signals alone.
+    train.preemption_notice = ""
     # Newest checkpoints that are kept. With one, a damaged checkpoint costs the whole run.
     train.keep_newest = 2
     # Checkpoints kept for their validation metrics, beside the newest ones: that many by balanced accuracy, and that many by

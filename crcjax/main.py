@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         is_distributed = cluster is not None
         facts = common_facts(config, workdir) if cluster else {}
         timeouts_s = config.train.stall_timeout_s, config.train.peer_timeout_s
-        with process_group(cluster, facts, wait_s, *timeouts_s) as group:
+        with process_group(cluster, facts, wait_s, *timeouts_s, config.train.preemption_notice) as group:
             train(config, workdir, group, process_age_s())
         status = 0
     except CrcjaxError as error:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from crcjax.monitor.stragglers import stragglers
 from crcjax.parallel.cluster_env import ClusterEnvironment, machine_name
 from crcjax.parallel.device_probe import DeviceProbe
 from crcjax.parallel.liveness import FAILED, LOST, Fault, Liveness
+from crcjax.parallel.preemption_notice import PreemptionNotice
 from crcjax.parallel.rendezvous import ControlChannel, connect_processes, rendezvous_secret
 from crcjax.parallel.replica_check import first_difference, local_checksums
 
@@ -314,6 +315,7 @@ def process_group(
     wait_s: float,
     stall_timeout_s: float,
     peer_timeout_s: float = 10.0,
+    preemption_notice: str = "",
 ) -> Iterator[ProcessGroup]:
     """Starts jax over all processes, once they have connected and their fingerprints agree.
 
@@ -326,14 +328,21 @@ def process_group(
       wait_s: how long the processes wait for each other.
       stall_timeout_s: how long a process may report no progress.
       peer_timeout_s: how long a process may send no heartbeat.
+      preemption_notice: where a notice of preemption appears (`PreemptionNotice`); it stops the run as SIGTERM does. A process
+        that starts while there is a notice waits until it is gone.
 
     Raises InputError, in every process: one did not connect within `wait_s`, or differs in its fingerprint or secret.
     """
+    notice = PreemptionNotice(preemption_notice) if preemption_notice else None
+    if notice:
+        notice.wait_until_gone()
     if cluster is None:
         group = ProcessGroup(stall_timeout_s=stall_timeout_s)
         group.start_monitoring()
         try:
             with _signal_handlers(group):
+                if notice:
+                    notice.watch(lambda announced: _stop_by_notice(announced, group.request_stop))
                 yield group
         finally:
             group.stop_monitoring()
@@ -360,7 +369,9 @@ def process_group(
             jax.config.update("jax_enable_compilation_cache", False)
         # jax handles SIGTERM, and makes all processes agree on the step after which they stop.
         for number in (signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            signal.signal(number, lambda *_: _terminate_this_process())
+        if notice:
+            notice.watch(lambda announced: _stop_by_notice(announced, _terminate_this_process))
         yield group
     except StoppedError:
         group.finish()
@@ -369,6 +380,15 @@ def process_group(
         group.report_failure(error)
         raise
     group.finish()
+
+
+def _stop_by_notice(announced: str, stop: Callable[[], None]) -> None:
+    log.warning(f"notice of preemption: {announced}; all processes save after the same step and end")
+    stop()
+
+
+def _terminate_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

@@ -44,6 +44,7 @@ _FREE = {
     "train.keep_every",
     "train.signing_key",
     "train.peer_timeout_s",
+    "train.preemption_notice",
     "health.recompute_every",
     "health.stuck_reports",
 }

@@ -19,13 +19,14 @@ import psutil
 import pytest
 
 from crcjax.data.cohort import load_cohort
+from crcjax.errors import AGAIN_STATUS
 from crcjax.models.mil import build_model
 from crcjax.monitor.event_log import EVENTS, EventLog, read_events
 from crcjax.monitor.run_health import run_health
 from crcjax.parallel.liveness import LOST
 from crcjax.parallel.supervisor import ending
 from crcjax.predict.feature_density import load_density
-from crcjax.runs.checkpoint import restore_params
+from crcjax.runs.checkpoint import newest_step, restore_params
 from crcjax.runs.run_directory import open_run
 from crcjax.slides.store.features import write_features
 from crcjax.slides.store.tile_store import open_store
@@ -83,6 +84,14 @@ def damaged(self, number, state, batch):
     return take_step(self, number, state, batch)
 
 Recomputation.__call__ = damaged
+"""
+NOTICE_TO_PROCESS_1 = """
+from crcjax.parallel import preemption_notice
+
+if "--process=1" in sys.argv:
+    open_source = preemption_notice.PreemptionNotice.__init__
+    preemption_notice.PreemptionNotice.__init__ = lambda self, source: open_source(self, f"{source}-of-process-1")
+preemption_notice.INTERVAL_S = 0.1
 """
 MEASURES_EVERY_SECOND = """
 from crcjax.parallel import device_probe, process_group
@@ -225,6 +234,18 @@ def _history(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = {"train/steps_per_s", "train/slides_per_hour", "train/data_wait"}
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+def test_a_notice_to_one_process_makes_all_save_after_the_same_step_and_end(start, tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(SMALL + "\nimport sys\n" + NOTICE_TO_PROCESS_1)
+    launcher = start(f"--config.train.preemption_notice={tmp_path / 'notice'}")
+    _until_training(launcher)
+    (tmp_path / "notice-of-process-1").touch()
+    output = _end(launcher)
+    assert launcher.returncode == AGAIN_STATUS
+    stopped = {int(step) for step in re.findall(r"stopped at step (\d+); the same command resumes", output)}
+    assert len(stopped) == 1
+    assert newest_step(tmp_path / "run") == stopped.pop()
 
 
 def test_a_process_that_runs_a_tenth_of_the_time_is_named_as_a_straggler(start, tmp_path: Path) -> None:
