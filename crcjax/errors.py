@@ -11,6 +11,8 @@ from os import PathLike
 
 # Exit status of a run that stopped with everything saved; launch/slurm/train.sbatch starts the same command again.
 AGAIN_STATUS = 85
+# Exit status of a process whose run lacks or lost another one; a supervisor starts it again.
+PEER_STATUS = 4
 # Remedies for a failed write, in addition to another place. A file where a folder is needed has no other remedy.
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free space",
@@ -64,6 +66,10 @@ class StoppedError(CrcjaxError):
     """A signal stopped the run; everything is saved, and the same command resumes."""
 
 
+class PeerError(CrcjaxError):
+    """Another process of the run did not start, or ended before the run began; the same command may succeed."""
+
+
 class DivergedError(CrcjaxError):
     """The loss of a run became infinite or NaN; its last checkpoint is finite, but training further gives no result."""
 
@@ -88,7 +94,7 @@ class BusyError(CrcjaxError):
 
 
 _STATUS: dict[type, int] = {
-    **{InputError: 2, OutputError: 3, DivergedError: 5, CorruptionError: 6},
+    **{InputError: 2, OutputError: 3, PeerError: PEER_STATUS, DivergedError: 5, CorruptionError: 6},
     **{StoppedError: AGAIN_STATUS, DeviceMemoryError: AGAIN_STATUS},
 }
 

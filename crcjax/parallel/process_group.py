@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from crcjax.errors import OutputError, StoppedError, exit_status
+from crcjax.errors import PEER_STATUS, OutputError, StoppedError, exit_status
 from crcjax.monitor.event_log import EVENTS, EventLog
 from crcjax.monitor.heartbeat import HeartbeatWriter, read_heartbeats
 from crcjax.monitor.logs import log, log_stacks, prefix_lines
@@ -30,8 +30,6 @@ from crcjax.parallel.preemption_notice import PreemptionNotice
 from crcjax.parallel.rendezvous import ControlChannel, connect_processes, rendezvous_secret
 from crcjax.parallel.replica_check import first_difference, local_checksums
 
-# The exit status of a process that ends because another one failed.
-PEER_STATUS = 4
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _HEARTBEAT_S = 0.5
 # A monitoring thread that comes this much too late was stopped with its process, and could not hear the others.
@@ -331,7 +329,8 @@ def process_group(
       preemption_notice: where a notice of preemption appears (`PreemptionNotice`); it stops the run as SIGTERM does. A process
         that starts while there is a notice waits until it is gone.
 
-    Raises InputError, in every process: one did not connect within `wait_s`, or differs in its fingerprint or secret.
+    Raises, in every process, PeerError if one did not connect within `wait_s`, and InputError if one differs in its fingerprint or
+    secret.
     """
     notice = PreemptionNotice(preemption_notice) if preemption_notice else None
     if notice:

@@ -29,7 +29,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from crcjax.errors import InputError
+from crcjax.errors import PEER_STATUS, CrcjaxError, InputError, PeerError, exit_status
 from crcjax.monitor.logs import log
 from crcjax.parallel.cluster_env import ClusterEnvironment, machine_name
 from crcjax.parallel.message_connection import MessageConnection
@@ -132,8 +132,9 @@ def connect_processes(
 ) -> ControlChannel:
     """Waits until all processes have connected to process 0, and compares the `entries` of their fingerprints.
 
-    Raises InputError in every process that started, within 2 `wait_s` + 10 s: a process did not connect (its index is
-    named), has other entries, or has another secret.
+    Raises in every process that started, within 2 `wait_s` + 10 s:
+      PeerError: a process did not connect; its index is named.
+      InputError: a process has other entries, or another secret.
     """
     fingerprint = Fingerprint(machine_name(os.environ), {"--processes": str(cluster.process_count), **entries})
     if cluster.process_index == 0:
@@ -174,16 +175,18 @@ def _accept_processes(
         reception.close()
     fingerprints = {0: fingerprint} | {process: peer.fingerprint for process, peer in peers.items()}
     if not error and (differing := differences(fingerprints)):
-        error = f"the processes do not agree. {differing}; start all with the same command, code and files"
+        error = InputError(f"the processes do not agree. {differing}; start all with the same command, code and files")
     hosts = [fingerprints[process].host for process in sorted(fingerprints)]
     reservation = None if error else _reserve_port(bind_addresses)
     jax_port = reservation.getsockname()[1] if reservation else 0
     for peer in peers.values():
-        peer.answer({"error": error, "jax_address": f"{_bracketed(host)}:{jax_port}", "hosts": hosts}, secret)
+        status = exit_status(error) if error else 0
+        message = {"error": str(error or ""), "status": status, "hosts": hosts}
+        peer.answer({**message, "jax_address": f"{_bracketed(host)}:{jax_port}"}, secret)
         if error:
             peer.connection.close()
     if error:
-        raise InputError(error)
+        raise error
     connections = {process: peer.connection for process, peer in peers.items()}
     # One address is JAX's too; several, or all interfaces, are JAX's default.
     bind = f"{_bracketed(bind_addresses[0])}:{jax_port}" if len(bind_addresses) == 1 and bind_addresses[0] else None
@@ -192,27 +195,27 @@ def _accept_processes(
 
 def _await_processes(
     cluster: ClusterEnvironment, reception: _Reception, fingerprint: Fingerprint, deadline: float, wait_s: float
-) -> tuple[dict[int, _Peer], str]:
-    """The connected processes, and the error that ended the wait early or late; `""` if all have connected."""
+) -> tuple[dict[int, _Peer], CrcjaxError | None]:
+    """The connected processes, and the error that ended the wait early or late; None if all have connected."""
     peers: dict[int, _Peer] = {}
     while len(peers) < cluster.process_count - 1:
         peer = reception.next_peer(deadline)
         if peer is None:
             missing = [str(process) for process in range(1, cluster.process_count) if process not in peers]
             rejected = f" ({reception.rejected} connections were rejected, see the log)" if reception.rejected else ""
-            return peers, (
+            return peers, PeerError(
                 f"of {cluster.process_count} processes, {', '.join(missing)} did not connect within {wait_s:g} s{rejected}; see "
                 f"on their machines why they did not start or cannot reach {cluster.coordinator}, or wait longer (--wait_s)"
             )
         if peer.process in peers or peer.process == 0:
             first_host = peers[peer.process].fingerprint.host if peer.process else fingerprint.host
             # The error goes to both; -1 is no process's index.
-            return peers | {-1: peer}, (
+            return peers | {-1: peer}, InputError(
                 f"{first_host} and {peer.fingerprint.host} both say they are process {peer.process}; give each process its "
                 "own index"
             )
         peers[peer.process] = peer
-    return peers, ""
+    return peers, None
 
 
 @dataclass(frozen=True)
@@ -334,12 +337,14 @@ def _connect_to_process_0(
         connection.send({**hello, "proof": _proof(secret, "process", str(greeting["challenge"]), hello)})
         answer = connection.receive(wait_s + 10)
         if answer is None:
-            raise InputError(f"{process_0} ended before all processes had connected; see its log")
+            raise PeerError(f"{process_0} ended before all processes had connected; see its log")
         proof = str(answer.pop("proof", "")).encode()
         if not hmac.compare_digest(proof, _proof(secret, "process 0", challenge, answer).encode()):
             raise InputError(f"{process_0} has another {SECRET} than this process; give all processes the same one")
-        if answer.get("error") or not {"hosts", "jax_address"} <= answer.keys():
-            raise InputError(answer.get("error") or f"{process_0} does not answer as process 0 of a run of crcjax")
+        if error := answer.get("error"):
+            raise PeerError(error) if answer.get("status") == PEER_STATUS else InputError(error)
+        if not {"hosts", "jax_address"} <= answer.keys():
+            raise InputError(f"{process_0} does not answer as process 0 of a run of crcjax")
     except BaseException:
         connection.close()
         raise
@@ -362,7 +367,7 @@ def _reach_process_0(cluster: ClusterEnvironment, wait_s: float) -> tuple[Messag
             connection.close()
             reason = f"{cluster.coordinator} does not answer as process 0 of a run of crcjax"
         time.sleep(_RETRY_S)
-    raise InputError(
+    raise PeerError(
         f"process 0 did not answer within {wait_s:g} s: {reason}; see on its machine why it did not start, or give another "
         "--coordinator"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from crcjax.errors import InputError
+from crcjax.errors import PEER_STATUS, CrcjaxError, InputError, exit_status
 from crcjax.monitor.logs import log
 from crcjax.parallel import rendezvous
 from crcjax.parallel.cluster_env import ClusterEnvironment
@@ -68,9 +68,10 @@ def _stranger(address: str) -> MessageConnection:
             return connection
 
 
-def _error(future: Future[ControlChannel]) -> str:
+def _error(future: Future[ControlChannel], status: int = 2) -> str:
     error = future.exception()
-    assert isinstance(error, InputError)
+    assert isinstance(error, CrcjaxError)
+    assert exit_status(error) == status
     return str(error)
 
 
@@ -90,11 +91,12 @@ def test_processes_connect_in_any_order_and_exchange_messages(start: Start, secr
 
 def test_processes_that_do_not_connect_are_named_in_every_process(start: Start) -> None:
     for future in (start(0, 4, wait_s=2.0), start(2, 4, wait_s=2.0)):
-        assert "of 4 processes, 1, 3 did not connect within 2 s" in _error(future)
+        assert "of 4 processes, 1, 3 did not connect within 2 s" in _error(future, PEER_STATUS)
 
 
 def test_a_process_0_that_does_not_start_is_named(start: Start, address: str) -> None:
-    assert f"process 0 did not answer within 0.3 s: {address} cannot be reached" in _error(start(1, wait_s=0.3))
+    error = _error(start(1, wait_s=0.3), PEER_STATUS)
+    assert f"process 0 did not answer within 0.3 s: {address} cannot be reached" in error
 
 
 def test_a_different_config_or_version_is_named_in_every_process(start: Start) -> None:
@@ -213,7 +215,7 @@ def test_a_service_that_is_no_run_of_crcjax_is_named(address: str, start: Start)
                         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
         pool.submit(serve)
-        assert "does not answer as process 0 of a run of crcjax" in _error(start(1, wait_s=0.5))
+        assert "does not answer as process 0 of a run of crcjax" in _error(start(1, wait_s=0.5), PEER_STATUS)
         server.shutdown(socket.SHUT_RDWR)
 
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from crcjax.data.cohort import load_cohort
-from crcjax.errors import AGAIN_STATUS
+from crcjax.errors import AGAIN_STATUS, PEER_STATUS
 from crcjax.models.mil import build_model
 from crcjax.monitor.event_log import EVENTS, EventLog, read_events
 from crcjax.monitor.run_health import run_health
@@ -109,14 +109,17 @@ def start(painted: Path, tmp_path: Path) -> Callable[..., subprocess.Popen]:
 
     def start(*arguments: str) -> subprocess.Popen:
         command = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2", "--devices=1", "--"]
-        command += [f"--config={tmp_path / 'small.py'}", f"--workdir={tmp_path / 'run'}"]
-        command += [f"--config.data.store={painted / 'store'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
+        command += [*_training(painted, tmp_path), *arguments]
         settings = {"PYTHONPATH": str(ROOT), "PJRT_NPROC": "16"}
-        return subprocess.Popen(
-            [*command, *arguments], env=os.environ | settings, stdout=subprocess.PIPE, text=True, cwd=tmp_path
-        )
+        return subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
 
     return start
+
+
+def _training(painted: Path, tmp_path: Path) -> list[str]:
+    """The arguments of crcjax.main that train in tmp_path/run."""
+    run = [f"--config={tmp_path / 'small.py'}", f"--workdir={tmp_path / 'run'}"]
+    return [*run, f"--config.data.store={painted / 'store'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
 
 
 def _until_training(launcher: subprocess.Popen) -> str:
@@ -234,6 +237,20 @@ def _history(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = {"train/steps_per_s", "train/slides_per_hour", "train/data_wait"}
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+def test_a_process_that_does_not_start_ends_the_others_with_a_status_that_is_restarted(
+    painted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small.py").write_text(SMALL)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        coordinator = f"--coordinator=127.0.0.1:{server.getsockname()[1]}"
+    command = [sys.executable, "-m", "crcjax.main", *_training(painted, tmp_path)]
+    command += [coordinator, "--processes=2", "--process=0", "--wait_s=0.5"]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert "of 2 processes, 1 did not connect within 0.5 s" in ended.stderr
+    assert ended.returncode == PEER_STATUS
+    assert not ending(ended.returncode).is_permanent
 
 
 def test_a_notice_to_one_process_makes_all_save_after_the_same_step_and_end(start, tmp_path: Path) -> None:
