@@ -179,6 +179,11 @@ def get_config() -> ConfigDict:
     train.eval_every = 100
     # Steps between checkpoints. A killed run repeats at most this many steps.
     train.checkpoint_every = 50
+    # Minutes after which a report is followed by a checkpoint even if checkpoint_every is not reached. -1 computes them from the
+    # measured cost of a save and the time between failures; 0 saves by steps alone. See docs/recovery.md.
+    train.checkpoint_minutes = -1.0
+    # Mean hours between failures of the whole run, for checkpoint_minutes -1. 0 estimates them from the run's own failures.
+    train.mtbf_hours = 0.0
     # Steps between reports of training metrics.
     train.log_every = 10
     # Steps between bitwise comparisons of the replicas' parameters in a run of several processes. 0 never compares.

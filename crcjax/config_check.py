@@ -87,6 +87,8 @@ RANGES: dict[str, Range] = {
     "train.memory_gib": _FROM_ZERO,
     "train.eval_every": _COUNT,
     "train.checkpoint_every": _COUNT,
+    "train.checkpoint_minutes": Range(-1),
+    "train.mtbf_hours": _FROM_ZERO,
     "train.log_every": _COUNT,
     "train.replica_check_every": _FROM_ZERO,
     "train.stall_timeout_s": _POSITIVE,

@@ -219,11 +219,15 @@ class Ledger:
                 marks = [*(marks[1::2] if len(marks) >= _MAX_MARKS else marks), (step, seconds[STEPS])]
             self._attempt = replace(self._attempt, last_step=step, marks=marks)
 
-    def goodput(self) -> Goodput:
-        """The goodput of the (first) run up to now."""
+    def attempts(self) -> list[Attempt]:
+        """The attempts of the (first) run up to now, oldest first."""
         with self._lock:
             earlier = next(iter(self._earlier.values()), [])
-            return goodput_of([*earlier, self._current()])
+            return [*earlier, self._current()]
+
+    def goodput(self) -> Goodput:
+        """The goodput of the (first) run up to now."""
+        return goodput_of(self.attempts())
 
     def flush(self) -> None:
         """Writes goodput.jsonl. A ledger that cannot be written does not end the training; the next flush tries again."""

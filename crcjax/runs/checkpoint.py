@@ -57,6 +57,7 @@ class Checkpointer:
 
     Attributes:
       memory: the JSON values that were saved beside the state that was restored last; empty without them.
+      write_s: how long the save that ended last took to write and verify; 0 before the first one has ended.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Checkpointer:
         # Why the latest checkpoint was skipped.
         self._unsaved = ""
         self.memory: dict[str, Any] = {}
+        self.write_s = 0.0
 
     def restore(self, state: TrainState) -> TrainState:
         """Restores the newest whole checkpoint with the shapes and shardings of `state`; without one, returns `state`.
@@ -188,6 +190,7 @@ class Checkpointer:
         return max(map(int, self._exchange(str(busy))))
 
     def _on_save_end(self, save: BackgroundSave) -> None:
+        self.write_s = save.seconds
         if save.error:
             self._report(save.step, "checkpoint_failed", save.error)
         elif self._is_main:

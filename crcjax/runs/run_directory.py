@@ -45,6 +45,8 @@ _FREE = {
     "train.signing_key",
     "train.peer_timeout_s",
     "train.preemption_notice",
+    "train.checkpoint_minutes",
+    "train.mtbf_hours",
     "health.recompute_every",
     "health.stuck_reports",
 }

@@ -33,6 +33,7 @@ from crcjax.runs.train_state import TrainState
 from crcjax.train.memory_budget import fitting_step, retry_with_smaller_micro_batches, step_memory_errors
 from crcjax.train.metrics import IntervalMetrics
 from crcjax.train.record import Progress, Record, Validation, checked, due_after, log_plan, start_directory
+from crcjax.train.save_interval import save_timer
 from crcjax.train.setup import model_of_seed, on_host, plan_run
 from crcjax.train.step import abstract_state, step_setup, train_step
 
@@ -92,7 +93,8 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
     validation = Validation(plan, group)
     ledger.open(runs.values())
     group.start_heartbeats(runs.values())
-    records = [Record(plan, path, group, ledger, validation, path.name) for path in runs.values()]
+    timer = save_timer(config.train, ledger)
+    records = [Record(plan, path, group, ledger, timer, validation, path.name) for path in runs.values()]
     state = ensemble.join(record.restored(model) for record, model in zip(records, models, strict=True))
     start = int(np.max(state.step))
     batches, progress = plan.data.feed.batches(start), Progress(start, config)
@@ -111,7 +113,7 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
                 metrics.add(step_metrics)
                 batches.follow(step_metrics["loss"])
                 stops = group.should_stop(number)
-                due = due_after(number, config.train, stops)
+                due = due_after(number, config.train, stops, timer, group)
                 ledger.finished_step(number, batches.waited_s, due.checkpoint)
                 if due.report:
                     member_metrics = [checked(values, number) for values in unstack(metrics.compute())]

@@ -19,6 +19,7 @@ from crcjax.train.health import WentWrongError
 from crcjax.train.memory_budget import retry_with_smaller_micro_batches, step_memory_errors
 from crcjax.train.recompute import Recomputation
 from crcjax.train.record import Record, due_after, log_plan, start_directory
+from crcjax.train.save_interval import save_timer
 from crcjax.train.setup import Plan, build_for_mesh, fit_step, plan_run
 
 
@@ -60,7 +61,7 @@ def _train(config: ConfigDict, run: Path, group: ProcessGroup, ledger: Ledger) -
     start_directory(run, plan, plan.config, micro_batches, group)
     ledger.open([run])
     group.start_heartbeats([run])
-    record = Record(plan, run, group, ledger)
+    record = Record(plan, run, group, ledger, save_timer(plan.config.train, ledger))
     every, build = plan.config.health.recompute_every, partial(build_for_mesh, plan, micro_batches)
     take_step = Recomputation(step, build, plan.mesh, every, record.on_event)
     with step_memory_errors(micro_batches), record.logged():
@@ -95,7 +96,7 @@ def _train_from_checkpoint(take_step: Recomputation, plan: Plan, record: Record,
             batches.follow(metrics["loss"])
             miner.after_step(number, state.mining)
             stops = group.should_stop(number)
-            due = due_after(number, config.train, stops)
+            due = due_after(number, config.train, stops, record.timer, group)
             ledger.finished_step(number, batches.waited_s, due.checkpoint)
             if due.replica_check:
                 group.check_replicas(number, {"gradient norm": metrics["gradient_norm"], "parameter": state.params})

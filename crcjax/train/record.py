@@ -36,6 +36,7 @@ from crcjax.train.health import Health, WentWrongError
 from crcjax.train.memory_budget import Budget, MicroBatches, memory_errors, record_micro_batches
 from crcjax.train.metrics import IntervalMetrics
 from crcjax.train.optimizer import learning_rate
+from crcjax.train.save_interval import SaveTimer
 from crcjax.train.setup import Plan, batch_norm_message
 from crcjax.train.step import init_state
 
@@ -55,13 +56,19 @@ class Due:
     last: bool
 
 
-def due_after(step: int, config: ConfigDict, stops: bool) -> Due:
-    """The actions that `config` (config.train) asks for after a step; `stops` if the run stops after it."""
+def due_after(step: int, config: ConfigDict, stops: bool, timer: SaveTimer, group: ProcessGroup) -> Due:
+    """The actions after a step that `config` (config.train) and the timer ask for; `stops` if the run stops after it.
+
+    All processes call it after the same steps.
+    """
     evaluation = step == config.steps or step % config.eval_every == 0
     checkpoint = evaluation or step % config.checkpoint_every == 0
     replica_check = bool(config.replica_check_every) and step % config.replica_check_every == 0
-    # A stop causes no report, so that the history of a run does not depend on when it was stopped.
+    # A stop causes no report, and neither does a timed save, so that the history of a run does not depend on the clock.
     report = checkpoint or step % config.log_every == 0
+    if report and not checkpoint and timer.is_on:
+        # The clock of process 0 decides, so that all save after the same step.
+        checkpoint = group.maximum(float(group.is_main and timer.is_due())) > 0.0
     # Health is checked before every checkpoint: a run could not recover from one with damaged parameters.
     return Due(report, checkpoint or stops, evaluation, replica_check, report or stops, stops or step == config.steps)
 
@@ -134,7 +141,7 @@ def _evaluation_memory_errors(run: Path) -> AbstractContextManager[None]:
 class Record:
     """The log, metrics, goodput and checkpoints of one run; add each step's metrics to `metrics`.
 
-    The members of an ensemble share one `validation`, and their log lines contain their `name`.
+    The members of an ensemble share one `timer` and one `validation`, and their log lines contain their `name`.
     """
 
     def __init__(
@@ -143,10 +150,12 @@ class Record:
         run: Path,
         group: ProcessGroup,
         ledger: Ledger,
+        timer: SaveTimer,
         validation: Validation | None = None,
         name: str = "",
     ):
         self._plan, self.run, self._group, self.ledger, self._name = plan, run, group, ledger, name
+        self.timer = timer
         self.health = Health(run, plan.config, len(plan.data.cohort.classes), self.on_event)
         self._validation = validation or Validation(plan, group)
         config = plan.config
@@ -191,6 +200,7 @@ class Record:
         """Opens metrics.jsonl and TensorBoard files for the steps after `start`."""
         with MetricWriter(self.run, start, self._group.is_main) as self._writer:
             self._progress = Progress(start, self._plan.config)
+            self.timer.start()
             log.info(f"{self.run}: resuming from step {start}" if start else f"{self.run}: starting")
             yield
 
@@ -230,7 +240,9 @@ class Record:
         self._group.report_progress(step, "saving")
         memory = {"health": self.health.memory(), "metrics": self.metrics.memory() if interval is None else interval}
         with self.ledger.account(SAVE):
+            began_s = time.monotonic()
             self._checkpoints.save(state, metrics, is_last=due.last, memory=memory)
+        self.timer.saved(step, time.monotonic() - began_s, self._checkpoints.write_s)
 
     def go_back(self, error: WentWrongError) -> None:
         """Sets aside the checkpoints that an error makes suspect, and records what the run passes over. Raises DivergedError."""
