@@ -30,12 +30,13 @@ from crcjax.runs.checkpoint_folder import (
     unfinished_folders,
 )
 from crcjax.runs.integrity import CheckpointVerdict, step_metrics, verify_checkpoint
-from crcjax.runs.retention import Retention, best_step
+from crcjax.runs.retention import Retention, best_step, rank
 from crcjax.runs.signature import sign
 from crcjax.runs.train_state import TrainState
 from crcjax.runs.write_checkpoint import CheckpointWriter
 
-# One save is written while another one waits. A third copy of the state would only fill the memory.
+# One save is written while another one waits. Besides, one evaluated state is remembered (`Checkpointer.save`). More copies of the
+# state would only fill the memory.
 _MOST_SAVES = 2
 # The longest time that an event holds its caller up.
 _EVENT_WAIT_S = 0.1
@@ -79,6 +80,8 @@ class Checkpointer:
         self._name = f"crcjax/checkpoints-{next(_opened)}"
         self._exchanges, self._save_numbers = count(), count()
         self._saves: list[BackgroundSave] = []
+        # The best evaluated checkpoint that came while two saves were unfinished.
+        self._postponed: CheckpointWriter | None = None
         # Why the latest checkpoint was skipped.
         self._unsaved = ""
         self.memory: dict[str, Any] = {}
@@ -108,19 +111,24 @@ class Checkpointer:
         """Starts to save a checkpoint, with JSON values beside it. With validation metrics, it may become the best one.
 
         The caller waits only while the state is copied to the host's memory. If two saves have not ended yet, this one is
-        skipped; with `is_last`, it waits for them. Failures are reported, and do not raise.
+        skipped; with `is_last`, it waits for them. With metrics, it is saved as soon as there is a place, unless a better one
+        comes before. Failures are reported, and do not raise. All processes call it together.
         """
         step = int(jax.device_get(state.step))
         busy_saves = self._busy_saves()
-        if is_last and busy_saves >= _MOST_SAVES:
+        if is_last and busy_saves + bool(self._postponed) >= _MOST_SAVES:
             self.wait()
             busy_saves = self._busy_saves()
-        if busy_saves >= _MOST_SAVES:
-            self._unsaved = f"the disk has not finished {_MOST_SAVES} earlier ones yet"
-            self._report(step, "checkpoint_skipped", self._unsaved)
+        elif self._postponed and busy_saves < _MOST_SAVES:
+            self._start_postponed()
+            busy_saves += 1
+        is_busy = busy_saves >= _MOST_SAVES
+        if is_busy and (is_last or not metrics or not self._is_better(metrics)):
+            self._skip(step)
             return
         writer = CheckpointWriter(
             self._run,
+            step,
             _copy_on_host(vars(state)),
             dict(metrics) if metrics else None,
             {**self._about, "memory": dict(memory or {})},
@@ -129,9 +137,13 @@ class Checkpointer:
             self._timeout_s,
             f"{self._name}/save-{next(self._save_numbers)}",
         )
-        previous = self._saves[-1] if self._saves else None
+        if not is_busy:
+            self._start(writer)
+        else:
+            if self._postponed:
+                self._skip(self._postponed.step)
+            self._postponed = writer
         self._unsaved = ""
-        self._saves.append(BackgroundSave(step, writer, self._on_save_end, self._timeout_s, previous))
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, as process 0 sees them; all processes call it together."""
@@ -145,9 +157,16 @@ class Checkpointer:
         self._exchange("")
 
     def wait(self) -> None:
-        """Waits until all saves have succeeded, failed or been abandoned."""
+        """Waits until all saves have succeeded, failed or been abandoned. All processes call it together."""
         for save in self._saves:
             save.wait()
+        if self._postponed and self._busy_saves() < _MOST_SAVES:
+            self._start_postponed()
+            self._saves[-1].wait()
+        elif self._postponed:
+            # Abandoned saves that still wait for the disk have all places.
+            self._skip(self._postponed.step)
+            self._postponed = None
 
     def close(self) -> None:
         """Waits until the last save has ended. A second call does nothing. Raises OutputError if the last save failed."""
@@ -180,6 +199,26 @@ class Checkpointer:
             log.error(f"{self._run}: no whole checkpoint is left; training starts again from its first step")
         self.memory = {}
         return state
+
+    def _start(self, writer: CheckpointWriter) -> None:
+        previous = self._saves[-1] if self._saves else None
+        self._saves.append(BackgroundSave(writer.step, writer, self._on_save_end, self._timeout_s, previous))
+
+    def _start_postponed(self) -> None:
+        assert self._postponed
+        self._start(self._postponed)
+        self._postponed = None
+
+    def _skip(self, step: int) -> None:
+        self._unsaved = f"the disk has not finished {_MOST_SAVES} earlier ones yet"
+        self._report(step, "checkpoint_skipped", self._unsaved)
+
+    def _is_better(self, metrics: Mapping[str, float]) -> bool:
+        """Whether validation metrics are better than those of the postponed checkpoint, or there is none."""
+        earlier = self._postponed.metrics if self._postponed else None
+        is_better = not earlier or rank(metrics) >= rank(earlier)
+        # All processes must decide alike.
+        return self._exchange("better" if is_better else "worse")[0] == "better"
 
     def _busy_saves(self) -> int:
         """The number of unfinished saves, each with a copy of the state in memory; the maximum over all processes."""

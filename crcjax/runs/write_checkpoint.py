@@ -41,6 +41,7 @@ class CheckpointWriter:
 
     Attributes:
       run: the run directory.
+      step: the step of the state.
       state: the fields of the training state, in host memory.
       metrics: validation metrics, if the step was evaluated.
       about: facts that are saved beside the arrays.
@@ -51,6 +52,7 @@ class CheckpointWriter:
     """
 
     run: Path
+    step: int
     state: dict[str, PyTree[Array]]
     metrics: Mapping[str, float] | None
     about: Mapping[str, Any]
@@ -61,7 +63,7 @@ class CheckpointWriter:
 
     def __call__(self, save: BackgroundSave) -> None:
         """Writes the checkpoint, verifies it and only then gives it its name. Raises OutputError, the same in all processes."""
-        folder = unfinished_folder(self.run, save.step)
+        folder = unfinished_folder(self.run, self.step)
         try:
             self._in_main("prepare", lambda: self._prepare(folder))
             hashes = piece_hashes(self.state)
@@ -69,7 +71,7 @@ class CheckpointWriter:
             save.check()
             self._in_all("compare", lambda: _compare(folder, hashes))
             save.check()
-            self._in_main("publish", lambda: self._publish(folder, save.step))
+            self._in_main("publish", lambda: self._publish(folder))
         except OutputError:
             save.check()
             if jax.process_index() == 0:
@@ -116,13 +118,13 @@ class CheckpointWriter:
         with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
             checkpointer.save(folder / ARRAYS, args=ocp.args.PyTreeSave(self.state))
 
-    def _publish(self, folder: Path, step: int) -> None:
-        about = {"step": step, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **self.about}
+    def _publish(self, folder: Path) -> None:
+        about = {"step": self.step, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **self.about}
         write_durably(folder / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
-        write_manifest(folder, step, self.metrics, self.signing_key)
+        write_manifest(folder, self.step, self.metrics, self.signing_key)
         # Training that went back to an earlier step saves this one again.
-        remove_step(self.run, step)
-        folder.rename(step_folder(self.run, step))
+        remove_step(self.run, self.step)
+        folder.rename(step_folder(self.run, self.step))
         sync_folder(folder.parent)
         for interrupted in unfinished_folders(self.run):
             shutil.rmtree(interrupted, ignore_errors=True)

@@ -119,6 +119,30 @@ def test_a_save_that_hangs_is_reported_within_its_bound_and_later_saves_succeed(
     assert "the checkpoint of step 1 was not saved, and training goes on" in caplog.text
 
 
+def test_while_the_disk_is_busy_the_best_evaluated_checkpoint_waits_and_the_others_are_skipped(tmp_path: Path) -> None:
+    key, aside, events = tmp_path / "key.pem", tmp_path / "aside.pem", []
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
+    run, metrics = tmp_path / "run", {4: WORSE, 5: BEST, 6: WORSE}
+    checkpoints = Checkpointer(
+        run, Retention(newest=1), signing_key=key, on_event=lambda kind, **facts: events.append((kind, facts["step"]))
+    )
+    key.rename(aside)
+    os.mkfifo(key)
+    for step in range(1, 8):
+        checkpoints.save(_state(step), metrics.get(step))
+    assert events == [("checkpoint_skipped", step) for step in (3, 4, 6, 7)]
+    # The save that reads the FIFO goes on, and the others find the key.
+    with key.open("wb") as writer:
+        key.unlink()
+        aside.rename(key)
+        writer.write(key.read_bytes())
+    checkpoints.save(_state(8), WORSE, is_last=True)
+    checkpoints.close()
+    assert [step for kind, step in events if kind == "checkpoint_saved"] == [1, 2, 5, 8]
+    assert _steps(run) == [5, 8]
+    assert best_metrics(run) == (5, BEST)
+
+
 def test_a_full_disk_stops_saving_with_a_warning_each_time_until_there_is_space(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
