@@ -11,6 +11,7 @@ import hmac
 import re
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ _INVITATION_S = 72 * 3600.0
 # Wrong passwords after which an account waits; the wait doubles with each further one, up to the last figure.
 _FREE_FAILURES, _FIRST_BLOCK_S, _LONGEST_BLOCK_S = 5, 30.0, 3600.0
 _TOTP_STEP_S = 30
+# Passwords that are hashed at a time: each takes 64 MiB.
+_HASHED_AT_ONCE = 4
 
 
 class SignInError(CrcjaxError):
@@ -106,6 +109,7 @@ class Accounts:
 
     def __init__(self, database: Database, hasher: PasswordHasher | None = None, now: Callable[[], float] = time.time):
         self._database, self._hasher, self._now = database, hasher or PasswordHasher(), now
+        self._hashing = threading.BoundedSemaphore(_HASHED_AT_ONCE)
         # Verified for unknown names, so that the time of the reply does not tell whether an account exists.
         self._nobody = self._hasher.hash(secrets.token_urlsafe())
 
@@ -132,7 +136,8 @@ class Accounts:
         """Makes the account of an invitation. Raises SignInError, AccountError."""
         if len(password) < MIN_PASSWORD:
             raise AccountError(f"the password must have at least {MIN_PASSWORD} characters, got {len(password)}")
-        password_hash = self._hasher.hash(password)
+        with self._hashing:
+            password_hash = self._hasher.hash(password)
         with self._database.transaction() as connection:
             row = connection.execute(
                 "DELETE FROM invitations WHERE secret_sha256 = ? AND expires_s > ? RETURNING name, role, site",
@@ -199,10 +204,11 @@ class Accounts:
         return self._open_session(name, _SESSION_S)
 
     def _is_password(self, password_hash: str, password: str) -> bool:
-        try:
-            return self._hasher.verify(password_hash, password)
-        except VerificationError:
-            return False
+        with self._hashing:
+            try:
+                return self._hasher.verify(password_hash, password)
+            except VerificationError:
+                return False
 
     def _count_failure(self, name: str) -> None:
         with self._database.transaction() as connection:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import anyio.to_thread
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,6 +32,7 @@ ROUTERS = (
     routes_operation.router,
     routes_operation.public,
 )
+_MAX_BODY_BYTES = 1 << 20
 # Answers to these are logged only if they are errors: pages and clients ask for them every second.
 _POLLED = (
     "/v1/predictions",
@@ -112,7 +113,8 @@ class _Recorded:
                 ]
             await send(message)
 
-        await self._app(scope, receive, recorded_send)
+        is_upload = scope["method"] == "PATCH" and scope["path"].startswith("/v1/uploads/")
+        await self._app(scope, receive if is_upload else _limited(receive), recorded_send)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         endpoint = _endpoint(scope)
@@ -135,6 +137,21 @@ class _Recorded:
             "site": account.site if account else "",
         }
         await anyio.to_thread.run_sync(lambda: self._service.log.append("request", **facts))
+
+
+def _limited(receive: Receive) -> Receive:
+    """Ends a request whose body is larger than any that is not an upload."""
+    received = 0
+
+    async def limited_receive() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > _MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body must have at most {_MAX_BODY_BYTES} bytes; slides are sent as uploads")
+        return message
+
+    return limited_receive
 
 
 def _endpoint(scope: Scope) -> str:

@@ -21,7 +21,7 @@ from crcjax.errors import InputError
 from crcjax.monitor.logs import log
 from crcjax.serve.app import create_app
 from crcjax.serve.queue import Queue, QueueLimits
-from crcjax.serve.service import FIRST_ADMINISTRATOR, open_service
+from crcjax.serve.service import open_service
 from crcjax.serve.tls import certificate_files
 from crcjax.serve.worker import WorkerSettings
 
@@ -82,7 +82,7 @@ def run_service(options: ServeOptions, on_line: Callable[[str], None]) -> int:
     else:
         certificate, key = certificate_files(options.state / "tls", options.host)
     listener = _listen(options.host, options.port)
-    secret = service.first_administrator_secret()
+    administrator = service.first_administrator()
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(service),
@@ -94,8 +94,8 @@ def run_service(options: ServeOptions, on_line: Callable[[str], None]) -> int:
         )
     )
     on_line(f"serving on https://{options.host}:{listener.getsockname()[1]} (certificate: {certificate})")
-    if secret:
-        on_line(f"first administrator: name {FIRST_ADMINISTRATOR}, one-time sign-in secret {secret}")
+    if administrator:
+        on_line("first administrator: name {}, one-time sign-in secret {}".format(*administrator))
     # The server stops on these signals, and sends them to this process again when it has stopped.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 from crcjax.errors import InputError, writing
@@ -73,11 +74,14 @@ class Service:
         """The workers that have loaded the bundle and report."""
         return sum(worker.state in ("ready", "busy") and worker.silent_s < _SILENT_S for worker in self.queue.workers())
 
-    def first_administrator_secret(self) -> str | None:
-        """A new one-time secret for the first administrator; None if there is an administrator."""
+    def first_administrator(self) -> tuple[str, str] | None:
+        """The name and a new one-time secret of the first administrator; None if there is an administrator."""
         if self.accounts.has_administrator():
             return None
-        return self.accounts.invite(FIRST_ADMINISTRATOR, Role.ADMINISTRATOR, EVERY_SITE)
+        # Earlier administrators may have been disabled; their names stay taken.
+        names = chain((FIRST_ADMINISTRATOR,), (f"{FIRST_ADMINISTRATOR}-{number}" for number in count(2)))
+        name = next(name for name in names if self.accounts.account(name) is None)
+        return name, self.accounts.invite(name, Role.ADMINISTRATOR, EVERY_SITE)
 
 
 def open_service(

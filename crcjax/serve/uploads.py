@@ -30,6 +30,7 @@ _CZI_START = b"ZISRAWFILE"
 MAX_BYTES = 64 * 2**30
 # Free bytes of the disk that uploads leave to results and to the database.
 _RESERVED_BYTES = 2**30
+_STALE_S = 7 * 24 * 3600.0
 _READ_BYTES = 1 << 20
 
 
@@ -92,6 +93,7 @@ class Uploads:
             raise SlideRefusedError(f"bytes must be 1 to {MAX_BYTES}, got {size}")
         if size > shutil.disk_usage(self._folder).free - _RESERVED_BYTES:
             raise NoRoomError(f"the service has no room for {size} bytes; ask its administrator to free disk space")
+        self._discard_stale()
         upload = Upload(str(uuid.uuid4()), new, size, sha256.lower(), 0)
         (self._folder / f"{upload.id}.part").touch()
         with self._database.transaction() as connection:
@@ -103,6 +105,11 @@ class Uploads:
                 ),
             )
         return upload
+
+    def _discard_stale(self) -> None:
+        """Discards uploads that were begun a week ago: nobody will finish them."""
+        for row in self._database.rows("SELECT id FROM uploads WHERE begun_s < ?", time.time() - _STALE_S):
+            self.discard(row["id"])
 
     def upload(self, upload_id: str) -> Upload | None:
         """The upload of an id, with its offset; None if it is unknown, finished or refused."""

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -84,7 +85,13 @@ class Worker:
         reporter = threading.Thread(target=self._report, name="reporter", daemon=True)
         reporter.start()
         while not self._stopping.is_set():
-            lease = self._queue.claim(self._name)
+            try:
+                lease = self._queue.claim(self._name)
+            except sqlite3.OperationalError as error:
+                # Such as a full disk. The models stay loaded for the time after it.
+                log.error(f"{self._name}: cannot claim ({error})")
+                self._stopping.wait(1.0)
+                continue
             if lease is None:
                 self._stopping.wait(_POLL_S)
                 continue

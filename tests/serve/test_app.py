@@ -156,13 +156,14 @@ def test_slides_by_reference_lie_in_a_folder_of_the_site(
 def test_the_first_administrator_invites_others_and_a_second_factor_is_asked_for(server, tmp_path: Path) -> None:
     import pyotp
 
-    secret = server.service.first_administrator_secret()
+    name, secret = server.service.first_administrator()
+    assert name == "admin"
     guest = server.client()
     body = {"secret": secret, "password": "short"}
     assert "at least 12 characters" in _refused(422, guest.request, "POST", "/v1/redeem", json=body)
     body["password"] = PASSWORD
     assert guest.request("POST", "/v1/redeem", json=body).json()["role"] == "administrator"
-    assert server.service.first_administrator_secret() is None
+    assert server.service.first_administrator() is None
     _refused(401, guest.request, "POST", "/v1/redeem", json=body)
     admin = server.sign_in("admin")
     new = {"name": "dr.frost", "role": "pathologist", "site": "leeds"}
@@ -179,6 +180,8 @@ def test_the_first_administrator_invites_others_and_a_second_factor_is_asked_for
     assert names == ["admin", "dr.frost"]
     admin.request("POST", "/v1/accounts/dr.frost/disable")
     _refused(401, frost.request, "GET", "/v1/me")
+    admin.request("POST", "/v1/accounts/admin/disable")
+    assert server.service.first_administrator()[0] == "admin-2", "the last administrator may disable itself"
 
 
 def test_a_page_signs_in_by_cookie_and_changes_nothing_without_the_second_secret(server, pathologist: Client) -> None:
@@ -246,6 +249,19 @@ def test_without_a_token_every_path_of_the_api_answers_401_and_with_one_unknown_
     assert {route.path for route in routes if route.include_in_schema and route.path.startswith("/v1")} <= set(
         document["paths"]
     )
+
+
+def test_a_body_that_is_larger_than_any_request_is_refused_before_it_fills_the_memory(server) -> None:
+    guest = server.client()
+    response = guest._http.post("/v1/sign-in", content=b" " * (2 << 20), headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+
+    def stream():
+        for _ in range(3):
+            yield b" " * (1 << 20)
+
+    response = guest._http.post("/v1/sign-in", content=stream(), headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
 
 
 class Case:

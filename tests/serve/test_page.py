@@ -43,7 +43,7 @@ def _redeem_and_sign_in(page, secret: str, name: str) -> None:
 def test_an_administrator_invites_a_pathologist_who_uploads_watches_and_reads_the_result(
     page, server, start_worker: Callable[..., subprocess.Popen], write_slide: Callable[..., Path]
 ) -> None:
-    _redeem_and_sign_in(page, server.service.first_administrator_secret(), "admin")
+    _redeem_and_sign_in(page, server.service.first_administrator()[1], "admin")
     assert page.get_by_role("heading", name="Worklist").count() == 0, "administrators see no case"
     page.get_by_label("Name").last.fill("dr.frost")
     page.get_by_label("Site").fill("leeds")

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,6 +103,17 @@ def test_what_is_not_as_announced_is_refused_and_removed(
 def test_other_names_are_refused_before_a_byte_is_sent(name: str, uploads: Uploads) -> None:
     with pytest.raises(SlideRefusedError, match="name must end with one of"):
         uploads.begin(NewSlide("leeds", "dr.frost", "A", name), 10, "")
+
+
+def test_an_upload_that_nobody_finished_is_discarded_after_a_week(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = uploads.begin(NEW, 10, "")
+    later = time.time() + 8 * 24 * 3600
+    monkeypatch.setattr("crcjax.serve.uploads.time.time", lambda: later)
+    second = uploads.begin(NEW, 10, "")
+    assert uploads.upload(first.id) is None
+    assert uploads.upload(second.id) == second
 
 
 def test_a_full_disk_refuses_what_cannot_be_stored_and_loses_nothing(
