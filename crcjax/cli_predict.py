@@ -49,8 +49,14 @@ def predict(
         typer.Option(help="method of the heatmap; occlusion pools the bag once per tile, region_occlusion per region"),
     ] = "attention",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="threads that decode tiles; by default one per core")
+        int | None,
+        typer.Option(
+            min=1, help="threads that decode tiles, with --executor ray of each worker; by default one per core"
+        ),
     ] = None,
+    executor: Annotated[
+        Literal["threads", "ray"], typer.Option(help="threads here, or the workers of a running Ray cluster")
+    ] = "threads",
     memory_gib: Annotated[
         float | None,
         typer.Option(min=0, help="limit for the slides that are predicted at once; by default half of what is free"),
@@ -78,6 +84,7 @@ def predict(
             "slides": slides,
             "--mpp": mpp,
             "--workers": workers,
+            "--executor": executor != "threads",
             "--memory-gib": memory_gib,
             "--shard": shard,
             "--pseudonym-key": pseudonym_key,
@@ -107,6 +114,7 @@ def predict(
             threads=workers,
             memory_bytes=None if memory_gib is None else max(1, int(memory_gib * 2**30)),
             shard=shard,
+            executor=executor,
             calibration=checked,
             on_start=lambda slides: progress.update(task, total=slides),
             on_row=lambda row: progress.advance(task),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -175,6 +176,23 @@ def crcjax() -> Callable[..., subprocess.CompletedProcess]:
             return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
     return run_command
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(required: Callable[[str], bool]) -> Iterator[None]:
+    """A Ray cluster on this machine, which states two GPUs, and this process has joined it."""
+    try:
+        import ray
+    except ImportError:
+        if required("ray"):
+            pytest.fail("Ray is not installed")
+        pytest.skip("Ray is not installed")
+    with warnings.catch_warnings():
+        # Ray forks to run its own programs at once, which harms no thread of JAX.
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

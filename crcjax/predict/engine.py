@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,65 +93,106 @@ class Engine:
 
     def __init__(self, predictor: Predictor, threads: int, memory_bytes: int | None = None):
         self._predictor, self._threads = predictor, threads
-        self._memory_bytes = memory_bytes or int(psutil.virtual_memory().available * _MEMORY_SHARE)
+        self._memory_bytes = memory_bytes or default_memory_bytes()
 
     def bags(self, bags: Sequence[Sequence[SlideSource]]) -> Generator[tuple[int, list[SlideInWork]]]:
         """Yields the number and the slides of each bag once they are encoded or have failed.
 
         Raises an error that is not of a slide. Closing the generator stops all threads.
         """
-        work = _Work(self._predictor, bags, self._threads, self._memory_bytes)
-        with RankedThreads(self._threads) as decoders, ThreadPoolExecutor(self._threads + 1, "slide") as readers:
-            encoder = threading.Thread(target=work.encode, name="encoder", daemon=True)
-            encoder.start()
-            try:
-                for slide in work.slides:
-                    readers.submit(work.read, slide, decoders)
-                for _ in bags:
-                    finished = work.finished.get()
-                    if isinstance(finished, BaseException):
-                        raise finished
-                    yield finished, work.slides_of[finished]
-                    work.release(finished)
-            finally:
-                work.stopped.set()
-                readers.shutdown(cancel_futures=True)
-                encoder.join()
+        work = self.begin()
+        try:
+            for bag in bags:
+                work.add(bag)
+            for _ in bags:
+                yield from work.next_finished()
+        finally:
+            work.stop()
+
+    def begin(self) -> EngineWork:
+        """Starts the threads of the engine; bags can be added until `EngineWork.stop`."""
+        return EngineWork(self._predictor, self._threads, self._memory_bytes)
+
+
+def default_memory_bytes() -> int:
+    """The limit for the slides in work where none is given."""
+    return int(psutil.virtual_memory().available * _MEMORY_SHARE)
 
 
 class _Stopped(Exception):
-    """The engine was closed while a thread waited."""
+    """The engine was stopped while a thread waited."""
 
 
-class _Work:
-    """The slides and queues of one call of `Engine.bags`, which all its threads use."""
+class EngineWork:
+    """The threads of an engine, the bags that were added, and the queues between them.
 
-    def __init__(self, predictor: Predictor, bags: Sequence[Sequence[SlideSource]], threads: int, memory_bytes: int):
+    Bags may be added by several threads; one thread takes the finished ones.
+    """
+
+    def __init__(self, predictor: Predictor, threads: int, memory_bytes: int):
         self._predictor, self._threads = predictor, threads
-        ranks = iter(range(sum(map(len, bags))))
-        self.slides_of = [
-            [SlideInWork(number, source, next(ranks)) for source in bag] for number, bag in enumerate(bags)
-        ]
-        self.slides = [slide for bag in self.slides_of for slide in bag]
-        self._shards: queue.Queue[Shard[SlideInWork] | SlideInWork] = queue.Queue(_QUEUED_SHARDS)
+        self._adding = threading.Lock()
+        self._slides_of: list[list[SlideInWork]] = []
+        # Slides that were added, and those of them that were decoded to the end or failed.
+        self._added = self._was_read = 0
+        # None wakes the encoder when the engine is stopped.
+        self._shards: queue.Queue[Shard[SlideInWork] | SlideInWork | None] = queue.Queue(_QUEUED_SHARDS)
         # Numbers of bags, or an error that ends the prediction.
-        self.finished: queue.Queue[int | BaseException] = queue.Queue()
-        self.stopped = threading.Event()
-        self._memory = _Memory(memory_bytes, self.stopped)
+        self._finished: queue.Queue[int | BaseException] = queue.Queue()
+        self._stopped = threading.Event()
+        self._memory = _Memory(memory_bytes, self._stopped)
         self._finished_bags: set[int] = set()
+        self._decoders = RankedThreads(threads)
+        self._decoders.__enter__()
+        self._readers = ThreadPoolExecutor(threads + 1, "slide")
+        self._encoder = threading.Thread(target=self._encode, name="encoder", daemon=True)
+        self._encoder.start()
 
-    def read(self, slide: SlideInWork, decoders: RankedThreads) -> None:
+    def add(self, bag: Sequence[SlideSource]) -> int:
+        """Adds the slides of one bag, which come after those that were added before; returns the bag's number."""
+        with self._adding:
+            number = len(self._slides_of)
+            slides = [SlideInWork(number, source, self._added + index) for index, source in enumerate(bag)]
+            self._slides_of.append(slides)
+            self._added += len(slides)
+            for slide in slides:
+                self._readers.submit(self._read_to_end, slide)
+            return number
+
+    def next_finished(self) -> Iterator[tuple[int, list[SlideInWork]]]:
+        """Waits for a bag whose slides are encoded or have failed, and yields its number and slides.
+
+        Its features are freed afterwards. Raises an error that is not of a slide.
+        """
+        finished = self._finished.get()
+        if isinstance(finished, BaseException):
+            raise finished
+        yield finished, self._slides_of[finished]
+        for slide in self._slides_of[finished]:
+            slide.encoded = slide.thumbnail = None
+        self._memory.release(finished)
+
+    def stop(self) -> None:
+        """Stops all threads and waits for them."""
+        self._stopped.set()
+        with suppress(queue.Full):
+            self._shards.put_nowait(None)
+        self._readers.shutdown(cancel_futures=True)
+        self._encoder.join()
+        self._decoders.__exit__(None, None, None)
+
+    def _read_to_end(self, slide: SlideInWork) -> None:
         """Opens and decodes a slide; its shards, and then the slide itself, go to the encoder."""
         try:
             slide.begun = time.monotonic()
             with _recording_error(slide):
-                self._read(slide, partial(decoders.submit, slide.rank))
+                self._read(slide, partial(self._decoders.submit, slide.rank))
             self._memory.free_decoded(slide.rank)
             self._put(slide)
         except _Stopped:
             pass
         except BaseException as error:
-            self.finished.put(error)
+            self._finished.put(error)
 
     def _read(self, slide: SlideInWork, submit: Callable[[Callable[[], Any]], Future]) -> None:
         source = slide.source
@@ -171,15 +212,15 @@ class _Work:
 
     def _put(self, item: Shard[SlideInWork] | SlideInWork) -> None:
         while True:
-            if self.stopped.is_set():
+            if self._stopped.is_set():
                 raise _Stopped
             try:
                 return self._shards.put(item, timeout=_STOP_CHECK_S)
             except queue.Full:
                 continue
 
-    def encode(self) -> None:
-        """Encodes until every slide is finished or the engine is closed."""
+    def _encode(self) -> None:
+        """Encodes until the engine is stopped."""
         try:
             for result in encode_regions(self._predictor.members, self._queued()):
                 if isinstance(result, tuple):
@@ -195,25 +236,27 @@ class _Work:
         except _Stopped:
             pass
         except BaseException as error:
-            self.finished.put(error)
+            self._finished.put(error)
 
     def _queued(self) -> Iterator[Shard[SlideInWork] | None]:
-        """Yields the shards of the queue, and None if regions have waited long enough for others."""
-        unread, has_waiting = len(self.slides), False
-        while unread:
+        """Yields the shards of the queue, and None if no others are to come, or regions have waited for them long enough."""
+        has_waiting = False
+        while True:
             try:
-                item = self._shards.get(timeout=_IDLE_S if has_waiting else _STOP_CHECK_S)
+                if has_waiting and self._was_read == self._added:
+                    raise queue.Empty
+                item = self._shards.get(timeout=_IDLE_S if has_waiting else None)
             except queue.Empty:
-                if self.stopped.is_set():
-                    raise _Stopped from None
-                if has_waiting:
-                    has_waiting = False
-                    yield None
+                has_waiting = False
+                yield None
                 continue
+            if self._stopped.is_set():
+                raise _Stopped
             if isinstance(item, SlideInWork):
-                item.was_read, unread = True, unread - 1
+                item.was_read = True
+                self._was_read += 1
                 self._finish_if_complete(item)
-            else:
+            elif item is not None:
                 has_waiting = True
                 yield item
 
@@ -227,17 +270,11 @@ class _Work:
             with _recording_error(slide):
                 slide.encoded = encoding.finished()
         slide.encoding = None
-        bag = self.slides_of[slide.bag]
+        bag = self._slides_of[slide.bag]
         is_complete = all(other.was_read and (other.encoded or other.error) for other in bag)
         if is_complete and slide.bag not in self._finished_bags:
             self._finished_bags.add(slide.bag)
-            self.finished.put(slide.bag)
-
-    def release(self, bag: int) -> None:
-        """Frees the features of a bag that was yielded."""
-        for slide in self.slides_of[bag]:
-            slide.encoded = slide.thumbnail = None
-        self._memory.release(bag)
+            self._finished.put(slide.bag)
 
 
 class _Memory:

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from crcjax.errors import SlideError
+from crcjax.errors import InputError, SlideError
 from crcjax.models.mil import Prediction
 from crcjax.predict.engine import Engine, SlideInWork, SlideSource
 from crcjax.predict.evidence import write_evidence
 from crcjax.predict.predictor import Predictor, SlidePrediction
 from crcjax.predict.provenance import PredictedBy, row_without_prediction
 from crcjax.predict.results import PendingBag, Results, digest_of, join_shards
+from crcjax.runs.code_id import code_id
 from crcjax.slides.jobs.shards import largest_first, names_of_shard, shard_numbers
+from crcjax.slides.jobs.worker_pool import JobFailed
 from crcjax.slides.preprocess.tile_slides import check_slide_ids
 from crcjax.slides.wsi.discovery import bytes_of, content_hash, without_names
 from crcjax.slides.wsi.slide import check_mpp
 from crcjax.validation.calibration import Calibration
 from crcjax.validation.predictions_table import PredictionRow
 from crcjax.validation.statistics import entropy
+
+EXECUTORS = ("threads", "ray")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class PredictJob:
     target: str | None = None
 
 
+# The slides of a bag that is not finished, and its rows.
+_Pending = tuple[Sequence[PredictJob], PendingBag]
+
+
 def predict_slides(
     predictor: Predictor,
     jobs: Sequence[PredictJob],
@@ -64,6 +73,7 @@ def predict_slides(
     threads: int | None = None,
     memory_bytes: int | None = None,
     shard: str | None = None,
+    executor: str = "threads",
     calibration: Calibration | None = None,
     on_start: Callable[[int], None] = lambda slides: None,
     on_row: Callable[[PredictionRow], None] = lambda row: None,
@@ -78,10 +88,12 @@ def predict_slides(
       predictor: the trained runs.
       jobs: the slides.
       out: the folder.
-      threads: threads that decode tiles; by default, one per usable core.
+      threads: threads that decode tiles; by default, one per usable core. With the executor `ray`, those of each worker.
       memory_bytes: the limit for the slides in work (see `Engine`).
       shard: I/N, to predict only part I of the slides, or of the cases, by size: N processes with the same jobs and `out` predict
         all of them. Each writes a table of its own, OUT/predictions-I-of-N.csv, and the last one OUT/predictions.csv.
+      executor: `threads` of this process, or `ray`: the workers of a running Ray cluster (see `predict_on_ray`), which need the
+        slides, the models and `out` under the same paths.
       calibration: its temperature changes the probabilities and `entropy`, and its thresholds give `conformal_set`;
         `expected_entropy` and `mutual_information` remain those of the model.
       on_start: called with the number of slides that are to have a row.
@@ -91,13 +103,14 @@ def predict_slides(
       The rows in the order of the jobs; with a shard, its own.
 
     Raises:
-      InputError: a slide id occurs twice or cannot name a file, or an mpp is impossible; nothing is written in these cases.
+      InputError: a slide id occurs twice or cannot name a file, an mpp is impossible, or there is no such executor; nothing is written in these cases.
       OutputError: the folder cannot be written.
     """
     check_slide_ids([(job.slide_id, job.path) for job in jobs])
     for mpp in {mpp for job in jobs for mpp in (job.mpp, job.fallback_mpp)}:
         check_mpp(mpp)
-    threads = threads or len(os.sched_getaffinity(0))
+    if executor not in EXECUTORS:
+        raise InputError(f"executor {executor!r}: choose {' or '.join(EXECUTORS)}")
     jobs_by_bag = _bags(jobs, predictor.unit)
     by = predictor.predicted_by(calibration)
     bags = [_bag(predictor, slides, calibration, by) for slides in jobs_by_bag]
@@ -108,14 +121,69 @@ def predict_slides(
     with Results(out, predictor.classes, mine_bags, on_row, shard) as results:
         work = {slides[0].slide_id: (slides, bag) for slides, bag in zip(jobs_by_bag, bags, strict=True)}
         pending = [work[name] for name in largest_first(sizes) if name in mine and not results.has(work[name][1])]
-        sources = [[SlideSource(job.path, job.mpp, job.fallback_mpp) for job in jobs] for jobs, _ in pending]
-        engine = Engine(predictor, threads, memory_bytes)
-        with closing(engine.bags(sources)) as encoded:
-            for number, slides in encoded:
-                results.add(_predict_bag(predictor, *pending[number], slides, out, calibration))
+        run = _predict_on_ray if executor == "ray" else _predict_here
+        with closing(run(predictor, pending, out, threads, memory_bytes, calibration)) as finished:
+            for rows in finished:
+                results.add(rows)
     if shard:
         join_shards(out, predictor.classes, bags, shard_numbers(shard)[1])
     return [results.rows[job.slide_id] for job in jobs if job.slide_id in results.rows]
+
+
+def _predict_here(
+    predictor: Predictor,
+    pending: Sequence[_Pending],
+    out: Path,
+    threads: int | None,
+    memory_bytes: int | None,
+    calibration: Calibration | None,
+) -> Generator[list[PredictionRow]]:
+    """Yields the rows of each bag, predicted by this process."""
+    engine = Engine(predictor, threads or len(os.sched_getaffinity(0)), memory_bytes)
+    with closing(engine.bags([_sources(jobs) for jobs, _ in pending])) as encoded:
+        for number, slides in encoded:
+            yield _predict_bag(predictor, *pending[number], slides, out, calibration)
+
+
+def _predict_on_ray(
+    predictor: Predictor,
+    pending: Sequence[_Pending],
+    out: Path,
+    threads: int | None,
+    memory_bytes: int | None,
+    calibration: Calibration | None,
+) -> Generator[list[PredictionRow]]:
+    """Yields the rows of each bag, predicted by the workers of a Ray cluster."""
+    from crcjax.predict.inference_worker import WorkerSetup, predict_on_ray
+
+    setup = WorkerSetup(
+        *(predictor.models, predictor.dropout_samples, predictor.attribution, predictor.model_id, code_id()),
+        *(_sources, partial(_finish_on_ray, out.absolute(), calibration), memory_bytes),
+    )
+    absolute = [[replace(job, path=job.path.absolute()) for job in jobs] for jobs, _ in pending]
+    bag_of = {jobs[0].slide_id: bag for jobs, bag in pending}
+    for done in predict_on_ray(setup, absolute, threads):
+        failed, bag = done.result, bag_of[done.job[0].slide_id]
+        if isinstance(failed, JobFailed):
+            yield [row_without_prediction(row, failed.status, str(failed)) for row in bag.rows]
+        else:
+            yield done.result
+
+
+def _finish_on_ray(
+    out: Path,
+    calibration: Calibration | None,
+    predictor: Predictor,
+    jobs: Sequence[PredictJob],
+    works: Sequence[SlideInWork],
+) -> list[PredictionRow]:
+    """The rows of a bag; runs in a worker, which identifies the inputs by itself."""
+    bag = _bag(predictor, jobs, calibration, predictor.predicted_by(calibration))
+    return _predict_bag(predictor, jobs, bag, works, out, calibration)
+
+
+def _sources(jobs: Sequence[PredictJob]) -> list[SlideSource]:
+    return [SlideSource(job.path, job.mpp, job.fallback_mpp) for job in jobs]
 
 
 def _bag(

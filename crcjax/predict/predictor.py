@@ -175,6 +175,7 @@ class Predictor:
       attribution: the method by which evidence is attributed to instances.
 
     Attributes:
+      models: the opened models.
       target: the name of the predicted property, such as subtype; the labels are in the cohort's column of that name.
       split_of: the split, `train` or `val`, of a slide or case that a model was fitted or chosen on, by its id.
 
@@ -202,12 +203,12 @@ class Predictor:
         self.attribution = attribution
         self.members = [Member(model, attribution) for model in opened]
         self.model_id = ensemble_id((member.model_id for member in self.members), dropout_samples)
-        self._opened, self._dropout_samples = opened, dropout_samples
+        self.models, self.dropout_samples = opened, dropout_samples
 
     def predicted_by(self, calibration: Calibration | None = None) -> PredictedBy:
         """The ids of what predicts."""
-        pipeline = pipeline_id(self._opened, self._dropout_samples, calibration)
-        return PredictedBy(self.model_id, self._opened[0].bundle_id, pipeline, self.split_of, self.target)
+        pipeline = pipeline_id(self.models, self.dropout_samples, calibration)
+        return PredictedBy(self.model_id, self.models[0].bundle_id, pipeline, self.split_of, self.target)
 
     def predict(self, slide: Slide, threads: int) -> SlidePrediction:
         """Predicts one open slide; `threads` decode its tiles. Raises SlideError."""

@@ -22,6 +22,7 @@ from crcjax.config import get_config
 from crcjax.config_names import renamed_fields
 from crcjax.data.cohort import Cohort
 from crcjax.errors import InputError, writing
+from crcjax.runs.code_id import code_id
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.slides.tiling.plan import TilingParams
 
@@ -225,9 +226,6 @@ def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
 
     They are the config, the run directory, the code, the packages, and the content of the cohort, store, weights and labels.
     """
-    source = sha256()
-    for file in sorted(Path(crcjax.__file__).parent.rglob("*.py")):
-        source.update(file.read_bytes())
     cohort = Path(config.data.cohort)
     slides = sorted(Path(config.data.store).glob("*.zarr/zarr.json")) if config.data.store else []
     listing = sha256()
@@ -237,7 +235,7 @@ def common_facts(config: ConfigDict, path: Path) -> dict[str, str]:
     return {
         "--workdir": str(path),
         **{f"config.{name}": repr(value) for name, value in _settings(config).items()},
-        "crcjax": f"{crcjax.__version__}, commit {commit()}, source {source.hexdigest()[:12]}",
+        "crcjax": f"{crcjax.__version__}, commit {commit()}, source {code_id()}",
         "Python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "the cohort file": sha256(cohort.read_bytes()).hexdigest()[:12] if cohort.is_file() else "absent",

@@ -1,7 +1,6 @@
 """On a real Ray cluster of this machine."""
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,22 +16,6 @@ PARAMS = TilingParams(("10x", "20x"), tile_px=32)
 KILL_RAYS = "__import__('psutil').Process().parent().parent().kill()"
 
 
-@pytest.fixture(scope="module")
-def cluster(required: Callable[[str], bool]) -> Iterator[None]:
-    try:
-        import ray
-    except ImportError:
-        if required("ray"):
-            pytest.fail("Ray is not installed")
-        pytest.skip("Ray is not installed")
-    with warnings.catch_warnings():
-        # Ray forks to run its own programs at once, which harms no thread of JAX.
-        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-    yield
-    ray.shutdown()
-
-
 def _run(jobs: list[str], **limits: float) -> dict:
     from crcjax.slides.jobs.ray_pool import run_jobs_on_ray
 
@@ -40,7 +23,7 @@ def _run(jobs: list[str], **limits: float) -> dict:
 
 
 def test_a_cluster_gives_the_store_that_one_machine_gives(
-    cluster: None, small_slide: Path, write_slide: Callable[..., Path], tissue_picture: Callable, tmp_path: Path
+    ray_cluster: None, small_slide: Path, write_slide: Callable[..., Path], tissue_picture: Callable, tmp_path: Path
 ) -> None:
     other = write_slide(tmp_path / "b.svs", tissue_picture(1200, 1200))
     jobs = [TileJob("a", small_slide), TileJob("b", other), TileJob("c", tmp_path / "missing.svs")]
@@ -57,7 +40,7 @@ def test_a_cluster_gives_the_store_that_one_machine_gives(
     assert set(read_manifest(stores["ray"])) == {"a", "b", "c"}
 
 
-def test_limits_and_retries_hold_on_a_cluster(cluster: None) -> None:
+def test_limits_and_retries_hold_on_a_cluster(ray_cluster: None) -> None:
     slow, ill = "__import__('time').sleep(60)", "open('/proc/self/mem', 'rb').read(1)"
     done = _run([slow, ill, "1 + 1"], timeout_s=12.0, attempts=2, backoff_s=0.1)
     assert done["1 + 1"].result == 2
@@ -65,9 +48,45 @@ def test_limits_and_retries_hold_on_a_cluster(cluster: None) -> None:
     assert (done[ill].result.status, done[ill].attempts) == ("storage", 2)
 
 
-def test_a_dead_machine_loses_its_own_job_alone_and_it_is_done_elsewhere(cluster: None, tmp_path: Path) -> None:
+def test_a_dead_machine_loses_its_own_job_alone_and_it_is_done_elsewhere(ray_cluster: None, tmp_path: Path) -> None:
     seen = repr(str(tmp_path / "seen"))
     job = f"7 if __import__('os').path.exists({seen}) else (open({seen}, 'x').close(), {KILL_RAYS})"
     done = _run([job, "1 + 1", "3 * 3"], backoff_s=0.1)
     assert (done[job].result, done[job].attempts) == (7, 2)
     assert (done["1 + 1"].result, done["3 * 3"].result) == (2, 9)
+
+
+def test_a_job_that_kills_its_actors_fails_alone_and_those_beside_it_are_done_by_others(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    import ray
+
+    from crcjax.slides.jobs.ray_pool import run_jobs_on_actors
+    from crcjax.slides.jobs.worker_pool import Answer
+
+    class Actor:
+        def do(self, job: str) -> Answer:
+            import os
+            import time
+
+            time.sleep(0.2)
+            if job == "ill":
+                os._exit(1)
+            return Answer(job.upper(), again=False, seconds=0.0, worker=str(os.getpid()))
+
+    started: list[object] = []
+
+    def start() -> object:
+        started.append(ray.remote(num_cpus=1, max_concurrency=3)(Actor).remote())
+        return started[-1]
+
+    jobs = [*"abc", "ill", *"def"]
+    limits = JobLimits(attempts=3, backoff_s=0.1)
+    done = {done.job: done for done in run_jobs_on_actors(ray, start, jobs, 2, limits, at_once=3)}
+    assert sorted(done) == sorted(jobs)
+    assert all(done[job].result == job.upper() for job in "abcdef")
+    assert (done["ill"].result.status, done["ill"].attempts) == ("failed", 3)
+    assert "machine died" in str(done["ill"].result)
+    assert len({done[job].worker for job in "abcdef"}) > 1
+    # Two to begin with, and one after each of three deaths, unless no job was left for it.
+    assert 3 <= len(started) <= 5
