@@ -98,7 +98,7 @@ def write_evidence(
       classes: the classes in the order of the probabilities.
       method: the method of the attribution.
       thumbnail: the slide's pixels; None for a slide that was imported without its file.
-      digest: identifies the inputs of the prediction (`digest_of`), so that a later start recognises it.
+      digest: identifies the inputs of the prediction (`result_key`), so that a later start recognises it.
 
     Raises:
       OutputError: the folder cannot be written.

@@ -19,8 +19,8 @@ from crcjax.models.mil import Prediction
 from crcjax.predict.engine import Engine, SlideInWork, SlideSource
 from crcjax.predict.evidence import write_evidence
 from crcjax.predict.predictor import Predictor, SlidePrediction
-from crcjax.predict.provenance import PredictedBy, row_without_prediction
-from crcjax.predict.results import PendingBag, Results, digest_of, join_shards
+from crcjax.predict.provenance import PredictedBy, result_key, row_without_prediction
+from crcjax.predict.results import PendingBag, Results, join_shards
 from crcjax.runs.code_id import code_id
 from crcjax.slides.jobs.shards import largest_first, names_of_shard, shard_numbers
 from crcjax.slides.jobs.worker_pool import JobFailed
@@ -194,7 +194,7 @@ def _bag(
         # A slide that cannot be read is never recognised as finished.
         if not all(content_digest for _, content_digest, *_ in content):
             return ""
-        return digest_of(predictor.model_id, calibration, predictor.attribution, predictor.tiling.to_json(), content)
+        return result_key(by, predictor.attribution, content)
 
     rows = [by.row(job.slide_id, job.case_id, job.site, job.scanner, job.target) for job in jobs]
     return PendingBag(rows, compute_digest)

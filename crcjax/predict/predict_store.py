@@ -18,8 +18,8 @@ from crcjax.predict.evidence import write_evidence
 from crcjax.predict.member import Member, dropout_keys, opened_models, pool_bag, split_by_slide
 from crcjax.predict.predict_slides import predicted_row
 from crcjax.predict.predictor import SlidePrediction
-from crcjax.predict.provenance import PredictedBy, pipeline_id, row_without_prediction
-from crcjax.predict.results import PendingBag, Results, digest_of
+from crcjax.predict.provenance import PredictedBy, pipeline_id, result_key, row_without_prediction
+from crcjax.predict.results import PendingBag, Results
 from crcjax.predict.stored_bags import Evaluation
 from crcjax.runs.trained_model import TrainedModel, check_ensemble, ensemble_id, split_by
 from crcjax.slides.preprocess.manifest import refused_slides
@@ -95,7 +95,7 @@ def predict_stored(
             content = [(row.slide_id, row.site, _content(slides[row.slide_id])) for row in cohort_rows]
         except OSError:
             return ""
-        return digest_of(model, fitted, attribution, content)
+        return result_key(by, attribution, content)
 
     def predict_bag(index: int | None, bag: PendingBag, cohort_rows: Sequence[SlideRow]) -> list[PredictionRow]:
         if index is None:

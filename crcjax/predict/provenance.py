@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import crcjax
+from crcjax.predict.attribution import Method
+from crcjax.runs.code_id import code_id
 from crcjax.runs.trained_model import TrainedModel
 from crcjax.slides.preprocess.manifest import REFUSALS
 from crcjax.slides.tiling.qc_result import QCResult
@@ -50,11 +51,26 @@ class PredictedBy:
         )
 
 
+def result_key(by: PredictedBy, attribution: Method, content: object) -> str:
+    """The key of a bag's result: equal keys mean that the result need not be computed again.
+
+    Args:
+      by: the ids of the models, the bundle, and the pipeline, which covers tiling, stains, calibration and code.
+      attribution: the method of the evidence.
+      content: the slides and everything of theirs that a result depends on, such as the hash of their content; JSON values.
+
+    Returns:
+      A SHA-256.
+    """
+    values = [by.model, by.bundle_id, by.pipeline_id, attribution, content]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def pipeline_id(models: Sequence[TrainedModel], dropout_samples: int, calibration: Calibration | None) -> str:
-    """The first 12 hex digits of the SHA-256 of the version, tiling, stains, bag, dropout and calibration of predictions."""
+    """The first 12 hex digits of the SHA-256 of the code, tiling, stains, bag, dropout and calibration of predictions."""
     data = models[0].config.data
     values = {
-        "crcjax": crcjax.__version__,
+        "code": code_id(),
         "tiling": models[0].tiling.to_json(),
         "magnifications": list(data.magnifications or ()),
         "unit": data.unit,

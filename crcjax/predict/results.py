@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,10 +11,8 @@ from types import TracebackType
 from typing import IO
 
 from crcjax.errors import writing
-from crcjax.predict.attribution import Method
 from crcjax.predict.evidence import evidence_digest, remove_evidence, slides_with_evidence
 from crcjax.slides.jobs.shards import shard_numbers
-from crcjax.validation.calibration import Calibration
 from crcjax.validation.predictions_table import PredictionRow, columns, read_partial, write_predictions
 
 TABLE = "predictions.csv"
@@ -26,7 +22,7 @@ TABLE = "predictions.csv"
 class PendingBag:
     """The slides of one bag before prediction, and the function that identifies the inputs of their prediction.
 
-    `compute_digest` reads the slides' content and returns `digest_of` all inputs, or an empty text, which matches no earlier
+    `compute_digest` reads the slides' content and returns the `result_key` of all inputs, or an empty text, which matches no earlier
     prediction, if a slide cannot be read.
     """
 
@@ -37,12 +33,6 @@ class PendingBag:
     def digest(self) -> str:
         """The digest, computed at its first use."""
         return self.compute_digest()
-
-
-def digest_of(model_id: str, calibration: Calibration | None, attribution: Method, *content: object) -> str:
-    """Hashes the inputs of a bag's prediction and evidence; `content` identifies its slides, as JSON values."""
-    values = [model_id, calibration.id if calibration else "", attribution, *content]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Results:

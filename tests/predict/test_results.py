@@ -1,7 +1,11 @@
 """A prediction that was stopped goes on where it was, and files in the folder never contradict the table."""
 
+import csv
 import errno
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +93,37 @@ def test_a_killed_prediction_resumes_without_predicting_a_slide_twice(
     assert [row.probs for row in rows] == [row.probs for row in whole]
     assert _table(out) == _table(tmp_path / "whole")
     assert _files(out) == set(shown)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_command_that_is_killed_three_times_loses_no_row_and_writes_none_twice(
+    run: Path, painted: Path, tmp_path: Path
+) -> None:
+    def start(name: str) -> subprocess.Popen:
+        arguments = ["predict", "--run", run, "--cohort", painted / "cohort.csv", "--out", tmp_path / name]
+        return subprocess.Popen([sys.executable, "-m", "crcjax.cli", *map(str, arguments)])
+
+    table = tmp_path / "killed" / "predictions.csv"
+    seconds_of: dict[str, str] = {}
+    for rows in (4, 9, 14):
+        process = start("killed")
+        while not table.exists() or table.read_bytes().count(b"\n") <= rows:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        content = table.read_text()
+        for row in csv.DictReader(content[: content.rfind("\n") + 1].splitlines()):
+            assert seconds_of.setdefault(row["slide_id"], row["seconds_total"]) == row["seconds_total"]
+    assert start("killed").wait() == start("whole").wait() == 0
+    assert _table(tmp_path / "killed") == _table(tmp_path / "whole")
+    with open(table, newline="") as file:
+        finished = {row["slide_id"]: row["seconds_total"] for row in csv.DictReader(file)}
+    assert len(finished) == 21
+    # Rows that were on disk at a kill are kept as they are.
+    assert len(seconds_of) >= 14
+    assert seconds_of.items() <= finished.items()
 
 
 def test_failed_slides_are_tried_again_and_changed_slides_models_and_files_predicted_anew(
