@@ -145,6 +145,8 @@ class EngineWork:
         self._decoders = RankedThreads(threads)
         self._decoders.__enter__()
         self._readers = ThreadPoolExecutor(threads + 1, "slide")
+        # It compiles while the first tiles are decoded.
+        self._compiler = ThreadPoolExecutor(1, "compile")
         self._encoder = threading.Thread(target=self._encode, name="encoder", daemon=True)
         self._encoder.start()
 
@@ -178,6 +180,7 @@ class EngineWork:
         with suppress(queue.Full):
             self._shards.put_nowait(None)
         self._readers.shutdown(cancel_futures=True)
+        self._compiler.shutdown(cancel_futures=True)
         self._encoder.join()
         self._decoders.__exit__(None, None, None)
 
@@ -200,6 +203,7 @@ class EngineWork:
             slide.info = opened.info
             slide.encoding = self._predictor.begin(opened)
             plan = slide.encoding.plan
+            self._compiler.submit(self._predictor.compile_ahead, slide.encoding)
             self._memory.reserve(slide.bag, slide.rank, _decoded_bytes(plan, self._threads), self._feature_bytes(plan))
             slide.thumbnail = opened.thumbnail(LONGEST_PX)
             for shard in slide.encoding.shards(opened, self._threads, slide, submit):

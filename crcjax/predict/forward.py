@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -66,6 +68,54 @@ class Forward:
             out_shardings=replicated(mesh),
         )
         self._pool = jax.jit(lambda params, *bag: nnx.merge(graph, params).pool(*bag))
+        # Programs that were compiled ahead, or are being compiled, by name and size.
+        self._ahead: dict[tuple[str, int], threading.Event] = {}
+
+    def compile_ahead(
+        self, params: Params, regions: int, tile_shape: Sequence[int], features: int, stain: StainEstimate | None = None
+    ) -> None:
+        """Compiles the programs that encode and pool one bag, unless that was done; other threads may encode meanwhile.
+
+        Args:
+          params: the parameters, on the devices.
+          regions: those of the bag.
+          tile_shape: (slot, *tile) of the bag's pixels.
+          features: the number of features of a tile.
+          stain: the stain estimate of a slide; required with a normaliser.
+        """
+
+        def compile_encoder() -> None:
+            like = partial(jax.ShapeDtypeStruct, sharding=self._over_data)
+            tiles = like((self.chunk, *tile_shape), np.uint8)
+            stains = jax.tree.map(lambda leaf: like((self.chunk, *np.shape(leaf)), np.asarray(leaf).dtype), stain)
+            self._encode.lower(params, tiles, stains).compile()
+
+        def compile_pool() -> None:
+            bag = (
+                np.zeros((regions, tile_shape[0], features), np.float32),
+                np.zeros((regions, tile_shape[0]), bool),
+                np.zeros((regions, 2), np.float32),
+            )
+            like = partial(jax.ShapeDtypeStruct, sharding=self._replicated)
+            self._pool.lower(params, *(like(array.shape, array.dtype) for array in self.padded(*bag)), None).compile()
+
+        programs = {("encode", self.chunk): compile_encoder, ("pool", self._bucket(regions)): compile_pool}
+        for program, compile_program in programs.items():
+            # `setdefault` is atomic: one thread compiles, and all others wait for it where they need the program.
+            if (compiled := threading.Event()) is self._ahead.setdefault(program, compiled):
+                try:
+                    compile_program()
+                finally:
+                    compiled.set()
+
+    def _wait_for(self, name: str, size: int) -> None:
+        if compiled := self._ahead.get((name, size)):
+            compiled.wait()
+
+    def _bucket(self, regions: int) -> int:
+        """The regions that a bag is padded to; above the largest bucket, a multiple of it."""
+        largest = self._buckets[-1]
+        return next((size for size in self._buckets if size >= regions), -(-regions // largest) * largest)
 
     def encode(
         self, params: Params, tiles: Num[np.ndarray, "region slot *tile"], stain: StainEstimate | None = None
@@ -82,6 +132,7 @@ class Forward:
             missing = self.chunk - len(array)
             return np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)], mode="edge") if missing else array
 
+        self._wait_for("encode", self.chunk)
         return self._encode(params, *jax.device_put((padded(tiles), jax.tree.map(padded, stain)), self._over_data))
 
     def halve(self, chunk: int) -> bool:
@@ -100,6 +151,7 @@ class Forward:
     ) -> Prediction:
         """Predicts one bag; returns host arrays without padding. With a key, dropout is active."""
         regions = len(mask)
+        self._wait_for("pool", self._bucket(regions))
         bag = jax.device_put(self.padded(features, mask, position), self._replicated)
         result = jax.device_get(self._pool(params, *bag, None if key is None else key[None]))
         return replace(
@@ -116,10 +168,7 @@ class Forward:
         position: Float32[np.ndarray, "region 2"],
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pads a bag with masked regions to a bucket and adds the batch axis."""
-        largest = self._buckets[-1]
-        # Bags above the largest bucket are padded to its multiples.
-        size = next((size for size in self._buckets if size >= len(mask)), -(-len(mask) // largest) * largest)
-        padding = ((0, size - len(mask)), (0, 0))
+        padding = ((0, self._bucket(len(mask)) - len(mask)), (0, 0))
         return (
             np.pad(features, (*padding, (0, 0)))[None],
             np.pad(mask, padding)[None],

@@ -76,7 +76,7 @@ class SlideEncoding:
         feature_sizes: Sequence[int],
         seconds: dict[str, float],
     ):
-        self.plan, self._synthetic, self._stains, self._transform = plan, synthetic, stains, transform
+        self.plan, self.stains, self._synthetic, self._transform = plan, stains, synthetic, transform
         self._visible_slots, self._seconds = visible_slots, seconds
         shape = len(plan.origin), plan.params.slots
         self._features = [np.zeros((*shape, size), np.float32) for size in feature_sizes]
@@ -106,7 +106,7 @@ class SlideEncoding:
             self._given_out += len(shown)
             if len(shown):
                 pixels = tiles.pixels if len(shown) == len(tiles.pixels) else tiles.pixels[shown]
-                yield Shard(key, first + shown, pixels, self._stains)
+                yield Shard(key, first + shown, pixels, self.stains)
         self._read_at = time.monotonic()
         self._seconds["read"] = self._read_at - start
 
@@ -234,6 +234,14 @@ class Predictor:
         seconds = {"plan": planned - start, "stain": time.monotonic() - planned}
         sizes = [member.feature_size for member in self.members]
         return SlideEncoding(plan, slide.info.synthetic, stains, transform, self._visible_slots, sizes, seconds)
+
+    def compile_ahead(self, encoding: SlideEncoding) -> None:
+        """Compiles the programs that a slide needs, unless that was done."""
+        params = encoding.plan.params
+        tile_shape = (params.slots, params.tile_px, params.tile_px, 3)
+        for member, stain in zip(self.members, encoding.stains, strict=True):
+            regions = len(encoding.plan.origin)
+            member.forward.compile_ahead(member.params, regions, tile_shape, member.feature_size, stain)
 
     @property
     def feature_bytes(self) -> int:

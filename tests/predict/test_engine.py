@@ -4,6 +4,7 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -102,3 +103,17 @@ def test_a_slide_that_waits_for_memory_gives_up_when_the_engine_is_closed() -> N
     stopped.set()
     with pytest.raises(_Stopped):
         memory.reserve(1, 1, 10, 0)
+
+
+def test_programs_are_compiled_ahead_and_used(
+    run: Path, sources: list[SlideSource], caplog: pytest.LogCaptureFixture
+) -> None:
+    predictor = Predictor(run)
+    with open_slide(sources[0].path) as slide:
+        encoding = predictor.begin(slide)
+        predictor.compile_ahead(encoding)
+        with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
+            predictor.compile_ahead(encoding)
+            predictor.predict(slide, threads=1)
+    compiled = [record.getMessage() for record in caplog.records if "compil" in record.getMessage().lower()]
+    assert not [message for message in compiled if "encode" in message or "<lambda>" in message]
