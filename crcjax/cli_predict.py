@@ -57,6 +57,10 @@ def predict(
     executor: Annotated[
         Literal["threads", "ray"], typer.Option(help="threads here, or the workers of a running Ray cluster")
     ] = "threads",
+    priority: Annotated[
+        Literal["routine", "urgent"],
+        typer.Option(help="urgent: your other predictions on this machine begin no slide until this one ends"),
+    ] = "routine",
     memory_gib: Annotated[
         float | None,
         typer.Option(min=0, help="limit for the slides that are predicted at once; by default half of what is free"),
@@ -85,6 +89,7 @@ def predict(
             "--mpp": mpp,
             "--workers": workers,
             "--executor": executor != "threads",
+            "--priority": priority != "routine",
             "--memory-gib": memory_gib,
             "--shard": shard,
             "--pseudonym-key": pseudonym_key,
@@ -115,6 +120,7 @@ def predict(
             memory_bytes=None if memory_gib is None else max(1, int(memory_gib * 2**30)),
             shard=shard,
             executor=executor,
+            is_urgent=priority == "urgent",
             calibration=checked,
             on_start=lambda slides: progress.update(task, total=slides),
             on_row=lambda row: progress.advance(task),

@@ -23,6 +23,7 @@ from crcjax.predict.heatmap import LONGEST_PX
 from crcjax.predict.predictor import EncodedSlide, Predictor, SlideEncoding
 from crcjax.predict.region_encoder import Shard, encode_regions
 from crcjax.slides.jobs.ranked_threads import RankedThreads
+from crcjax.slides.jobs.urgent_work import wait_for_urgent_work
 from crcjax.slides.store.tile_pixels import shard_regions
 from crcjax.slides.tiling.plan import TilePlan
 from crcjax.slides.wsi.slide import SlideInfo, open_slide
@@ -89,10 +90,11 @@ class Engine:
       predictor: the models.
       threads: threads that decode tiles.
       memory_bytes: the limit for the slides in work, without the models; by default half of the memory that is available.
+      is_urgent: whether slides are begun although an urgent command runs (see `urgent_work`).
     """
 
-    def __init__(self, predictor: Predictor, threads: int, memory_bytes: int | None = None):
-        self._predictor, self._threads = predictor, threads
+    def __init__(self, predictor: Predictor, threads: int, memory_bytes: int | None = None, *, is_urgent: bool = False):
+        self._predictor, self._threads, self._is_urgent = predictor, threads, is_urgent
         self._memory_bytes = memory_bytes or default_memory_bytes()
 
     def bags(self, bags: Sequence[Sequence[SlideSource]]) -> Generator[tuple[int, list[SlideInWork]]]:
@@ -111,7 +113,7 @@ class Engine:
 
     def begin(self) -> EngineWork:
         """Starts the threads of the engine; bags can be added until `EngineWork.stop`."""
-        return EngineWork(self._predictor, self._threads, self._memory_bytes)
+        return EngineWork(self._predictor, self._threads, self._memory_bytes, self._is_urgent)
 
 
 def default_memory_bytes() -> int:
@@ -129,8 +131,8 @@ class EngineWork:
     Bags may be added by several threads; one thread takes the finished ones.
     """
 
-    def __init__(self, predictor: Predictor, threads: int, memory_bytes: int):
-        self._predictor, self._threads = predictor, threads
+    def __init__(self, predictor: Predictor, threads: int, memory_bytes: int, is_urgent: bool):
+        self._predictor, self._threads, self._is_urgent = predictor, threads, is_urgent
         self._adding = threading.Lock()
         self._slides_of: list[list[SlideInWork]] = []
         # Slides that were added, and those of them that were decoded to the end or failed.
@@ -187,6 +189,8 @@ class EngineWork:
     def _read_to_end(self, slide: SlideInWork) -> None:
         """Opens and decodes a slide; its shards, and then the slide itself, go to the encoder."""
         try:
+            if not self._is_urgent:
+                wait_for_urgent_work(self._stopped)
             slide.begun = time.monotonic()
             with _recording_error(slide):
                 self._read(slide, partial(self._decoders.submit, slide.rank))

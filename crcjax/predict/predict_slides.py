@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from crcjax.predict.provenance import PredictedBy, result_key, row_without_predi
 from crcjax.predict.results import PendingBag, Results, join_shards
 from crcjax.runs.code_id import code_id
 from crcjax.slides.jobs.shards import largest_first, names_of_shard, shard_numbers
+from crcjax.slides.jobs.urgent_work import urgent_work
 from crcjax.slides.jobs.worker_pool import JobFailed
 from crcjax.slides.preprocess.tile_slides import check_slide_ids
 from crcjax.slides.wsi.discovery import bytes_of, content_hash, without_names
@@ -74,6 +75,7 @@ def predict_slides(
     memory_bytes: int | None = None,
     shard: str | None = None,
     executor: str = "threads",
+    is_urgent: bool = False,
     calibration: Calibration | None = None,
     on_start: Callable[[int], None] = lambda slides: None,
     on_row: Callable[[PredictionRow], None] = lambda row: None,
@@ -94,6 +96,7 @@ def predict_slides(
         all of them. Each writes a table of its own, OUT/predictions-I-of-N.csv, and the last one OUT/predictions.csv.
       executor: `threads` of this process, or `ray`: the workers of a running Ray cluster (see `predict_on_ray`), which need the
         slides, the models and `out` under the same paths.
+      is_urgent: other predictions of the same user on this machine begin no slide until this one ends; not with `ray`.
       calibration: its temperature changes the probabilities and `entropy`, and its thresholds give `conformal_set`;
         `expected_entropy` and `mutual_information` remain those of the model.
       on_start: called with the number of slides that are to have a row.
@@ -111,6 +114,8 @@ def predict_slides(
         check_mpp(mpp)
     if executor not in EXECUTORS:
         raise InputError(f"executor {executor!r}: choose {' or '.join(EXECUTORS)}")
+    if is_urgent and executor == "ray":
+        raise InputError("priority urgent is that of a machine; leave it out with the executor ray, or predict here")
     jobs_by_bag = _bags(jobs, predictor.unit)
     by = predictor.predicted_by(calibration)
     bags = [_bag(predictor, slides, calibration, by) for slides in jobs_by_bag]
@@ -121,7 +126,7 @@ def predict_slides(
     with Results(out, predictor.classes, mine_bags, on_row, shard) as results:
         work = {slides[0].slide_id: (slides, bag) for slides, bag in zip(jobs_by_bag, bags, strict=True)}
         pending = [work[name] for name in largest_first(sizes) if name in mine and not results.has(work[name][1])]
-        run = _predict_on_ray if executor == "ray" else _predict_here
+        run = _predict_on_ray if executor == "ray" else partial(_predict_here, is_urgent=is_urgent)
         with closing(run(predictor, pending, out, threads, memory_bytes, calibration)) as finished:
             for rows in finished:
                 results.add(rows)
@@ -137,10 +142,13 @@ def _predict_here(
     threads: int | None,
     memory_bytes: int | None,
     calibration: Calibration | None,
+    *,
+    is_urgent: bool,
 ) -> Generator[list[PredictionRow]]:
     """Yields the rows of each bag, predicted by this process."""
-    engine = Engine(predictor, threads or len(os.sched_getaffinity(0)), memory_bytes)
-    with closing(engine.bags([_sources(jobs) for jobs, _ in pending])) as encoded:
+    engine = Engine(predictor, threads or len(os.sched_getaffinity(0)), memory_bytes, is_urgent=is_urgent)
+    bags = engine.bags([_sources(jobs) for jobs, _ in pending])
+    with urgent_work() if is_urgent else nullcontext(), closing(bags) as encoded:
         for number, slides in encoded:
             yield _predict_bag(predictor, *pending[number], slides, out, calibration)
 

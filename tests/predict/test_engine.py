@@ -1,6 +1,7 @@
 """Slides that are predicted together get the predictions that they get alone, and every thread ends."""
 
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from crcjax.data.cohort import load_cohort
 from crcjax.errors import SlideError
 from crcjax.predict.engine import Engine, SlideSource, _Memory, _Stopped
 from crcjax.predict.predictor import Predictor
+from crcjax.slides.jobs.urgent_work import urgent_work
 from crcjax.slides.wsi.slide import open_slide
 
 
@@ -117,3 +119,22 @@ def test_programs_are_compiled_ahead_and_used(
             predictor.predict(slide, threads=1)
     compiled = [record.getMessage() for record in caplog.records if "compil" in record.getMessage().lower()]
     assert not [message for message in compiled if "encode" in message or "<lambda>" in message]
+
+
+def test_slides_are_begun_after_urgent_work_ended_and_urgent_ones_at_once(
+    predictor: Predictor, sources: list[SlideSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    finished: list[int] = []
+
+    def predict() -> None:
+        finished.extend(number for number, _ in Engine(predictor, 1).bags([[sources[0]]]))
+
+    with urgent_work():
+        time.sleep(0.3)
+        routine = threading.Thread(target=predict)
+        routine.start()
+        assert [number for number, _ in Engine(predictor, 1, is_urgent=True).bags([[sources[1]]])] == [0]
+        assert not finished
+    routine.join(timeout=120)
+    assert finished == [0]

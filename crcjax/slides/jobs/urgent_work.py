@@ -1,0 +1,51 @@
+"""Urgent commands go first: while one runs, other commands of the same user on the same machine begin no further slide."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_CHECK_S = 0.2
+
+
+@contextmanager
+def urgent_work() -> Iterator[None]:
+    """Makes `wait_for_urgent_work` of other processes wait until the block ends, or this process dies."""
+    ended = threading.Event()
+
+    def hold() -> None:
+        # The lock may be held by another urgent command, for which the others wait as well.
+        with open(_lock_path(), "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            ended.wait()
+
+    holder = threading.Thread(target=hold, name="urgent", daemon=True)
+    holder.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def wait_for_urgent_work(stopped: threading.Event) -> None:
+    """Waits while an urgent command runs and `stopped` is not set."""
+    with open(_lock_path(), "a") as file:
+        while not stopped.is_set():
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stopped.wait(_CHECK_S)
+            else:
+                return
+
+
+def _lock_path() -> Path:
+    """A file of this user and machine; the home directory may be shared by machines."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "crcjax"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"urgent-{socket.gethostname()}.lock"
