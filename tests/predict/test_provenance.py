@@ -16,8 +16,8 @@ def model(run: Path) -> TrainedModel:
     return model_of_run(run)
 
 
-def _key(model: TrainedModel, content: object = ("a", "hash"), **changes: str) -> str:
-    by = PredictedBy("model", "bundle", pipeline_id([model], 0, None), lambda name: "", "subtype")
+def _key(trained: TrainedModel, content: object = ("a", "hash"), **changes: str) -> str:
+    by = PredictedBy("model", "bundle", pipeline_id([trained], 0, None), lambda name: "", "subtype")
     return result_key(dataclasses.replace(by, **changes), "attention", content)
 
 

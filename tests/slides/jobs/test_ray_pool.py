@@ -87,6 +87,5 @@ def test_a_job_that_kills_its_actors_fails_alone_and_those_beside_it_are_done_by
     assert all(done[job].result == job.upper() for job in "abcdef")
     assert (done["ill"].result.status, done["ill"].attempts) == ("failed", 3)
     assert "machine died" in str(done["ill"].result)
-    assert len({done[job].worker for job in "abcdef"}) > 1
-    # Two to begin with, and one after each of three deaths, unless no job was left for it.
+    # Three that it killed, and two at most that live.
     assert 3 <= len(started) <= 5
