@@ -60,7 +60,8 @@ def dangling_link(path: Path) -> None:
 
 
 def without_mpp(path: Path) -> None:
-    path.write_bytes(path.read_bytes().replace(b"|MPP = ", b"|XXX = "))
+    """Neither µm per pixel nor the objective power, from which they would be guessed."""
+    path.write_bytes(path.read_bytes().replace(b"|MPP = ", b"|--- = ").replace(b"|AppMag = ", b"|------ = "))
 
 
 def zeros_for_tiles(path: Path) -> None:
