@@ -215,12 +215,15 @@ def calibrate(
     by_site: Annotated[
         bool, typer.Option("--by-site", help="fit a separate threshold for every site with enough cases")
     ] = False,
+    reject: Annotated[
+        float, typer.Option(help="share of slides like these that each limit may refuse as not evaluable; 0: no limits")
+    ] = 0.02,
 ) -> None:
-    """Fits a temperature and conformal sets on the validation cases of a run (see docs/uncertainty.md)."""
+    """Fits a temperature, conformal sets and limits on the calibration or validation cases of a run (see docs/uncertainty.md)."""
     from crcjax.validation.calibration import HOTTEST
     from crcjax.validation.calibration import calibrate as fit
 
-    calibration = fit(predictions, cohort, out, method=method, error=error, by_site=by_site)
+    calibration = fit(predictions, cohort, out, method=method, error=error, by_site=by_site, reject=reject)
     counts = ", ".join(f"{count} cases of {site or 'all sites'}" for site, count in calibration.cases.items())
     STDERR.print(f"temperature {calibration.temperature:.3f}, sets by {counts}: {out}", markup=False)
     if not 1.01 / HOTTEST < calibration.temperature < 0.99 * HOTTEST:
@@ -228,6 +231,9 @@ def calibrate(
             "warning: the temperature is at its limit; there are too few validation cases, or all of them are classified "
             "correctly, or none"
         )
+    if calibration.limits:
+        names = ", ".join(calibration.limits.largest) or "none, there are too few cases"
+        STDERR.print(f"limits for evaluable slides: {names}", markup=False)
     if calibration.thresholds[""] == float("inf"):
         STDERR.print(f"warning: too few cases for an error of {error}; every set contains all subtypes", markup=False)
 
@@ -294,9 +300,9 @@ def _predict_stored(
 def _print_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out: Path) -> NoReturn:
     """Prints the QC results, a line for each slide without a prediction, and a summary.
 
-    Exits with status 1 if a slide has no prediction.
+    Exits with status 1 if a slide has no prediction; one that exceeds a limit has one.
     """
-    failed = [row for row in rows if not row.is_ok]
+    failed = [row for row in rows if not row.has_prediction]
     for row in rows:
         if not row.is_ok:
             STDERR.print(f"{row.status}: {names[row.slide_id]}: {row.reason}", markup=False)

@@ -288,7 +288,7 @@ def test_a_store_is_predicted_without_its_slides_as_they_would_be(
     for from_slide, from_store in zip(rows["slides"], rows["store"], strict=True):
         assert list(from_slide) == list(from_store)
         for name, value in from_store.items():
-            if not name.startswith(("p_", "alpha_", "seconds_")) and name not in (
+            if not name.startswith(("p_", "alpha_", "seconds_", "stain_")) and name not in (
                 "entropy",
                 "expected_entropy",
                 "mutual_information",
@@ -304,6 +304,8 @@ def test_a_store_is_predicted_without_its_slides_as_they_would_be(
                 np.testing.assert_array_equal(of_store[name], of_slide[name])
             for name in ("attention", "slot_attention", "class_attention", "attribution"):
                 np.testing.assert_allclose(of_store[name], of_slide[name], atol=0.1 * np.abs(of_slide[name]).max())
+        for name in ("stain_red", "stain_green", "stain_blue"):
+            assert float(from_store[name]) == pytest.approx(float(from_slide[name]), abs=0.02)
         pictures = [cv2.imread(str(tmp_path / name / "heatmaps" / f"{slide_id}.png")) for name in rows]
         assert pictures[0].shape[1] == pictures[1].shape[1]
         assert pictures[1].std() > 10
@@ -351,6 +353,39 @@ def test_pictures_of_a_prediction_are_written_for_every_slide_and_a_missing_slid
     done = crcjax("pictures", tmp_path, slides[0], "--dicom")
     assert done.returncode == 1
     assert f"{slides[0]}: is no DICOM slide" in done.stderr
+
+
+def test_slides_beyond_the_limits_of_the_calibration_are_no_calls_with_status_0(
+    crcjax: Command, painted: Path, run: Path, tmp_path: Path
+) -> None:
+    slides, out = sorted((painted / "slides").glob("*.svs"))[:2], tmp_path / "out"
+    predict = ("predict", "--run", run, *slides, "--out", out)
+    assert crcjax(*predict).returncode == 0
+    with open(out / "predictions.csv") as file:
+        usual = list(csv.DictReader(file))
+    entropies = sorted(float(row["entropy"]) for row in usual)
+    assert entropies[0] < entropies[1]
+    limits = {"share": 0.02, "slides": 60, "largest": {"entropy": sum(entropies) / 2}, "stain": []}
+    values = {"model": usual[0]["model"], "classes": ["canonical", "immune", "stromal"], "temperature": 1.0}
+    values |= {"method": "lac", "error": 0.1, "thresholds": {"": "0.9"}, "cases": {"": 60}, "limits": limits}
+    (tmp_path / "calibration.json").write_text(json.dumps(values))
+    for _ in range(2):  # the second time, both rows are kept
+        done = crcjax(*predict, "--calibration", tmp_path / "calibration.json")
+        assert done.returncode == 0, done.stderr
+        assert "2 of 2 slides predicted" in done.stderr
+        with open(out / "predictions.csv") as file:
+            rows = list(csv.DictReader(file))
+        for before, row in zip(usual, rows, strict=True):
+            is_refused = float(before["entropy"]) == entropies[1]
+            assert (row["status"], row["call"]) == (("not_evaluable", "") if is_refused else ("ok", before["call"]))
+            assert row["reason"].startswith("entropy: ") == is_refused
+            assert float(row["p_immune"]) == pytest.approx(float(before["p_immune"]))
+    assert done.stderr.count("not_evaluable: ") == 1
+    assert crcjax("pictures", out, *slides).returncode == 0
+    refused = next(row for row in rows if row["status"] == "not_evaluable")
+    page = (out / "reports" / f"{refused['case_id']}.html").read_text()
+    assert "Not evaluable" in page
+    assert refused["reason"] in page
 
 
 def test_a_folder_that_is_no_run_is_named(crcjax: Command, slides: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from crcjax.slides.jobs.worker_pool import check_main_guard
 from crcjax.slides.store.tile_store import tiled_slides
 from crcjax.validation.calibration import Calibration, load_calibration
 from crcjax.validation.calibration import calibrate as _calibrate
+from crcjax.validation.limits import SHARE
 from crcjax.validation.load_predictions import load_predictions
 from crcjax.validation.predictions_table import ALPHA, PROBABILITY, SECONDS
 from crcjax.validation.report import validate as _validate
@@ -84,8 +85,9 @@ def calibrate(
     method: str = "lac",
     error: float = 0.1,
     by_site: bool = False,
+    reject: float = SHARE,
 ) -> CalibrationFile:
-    """Fits a temperature and conformal sets on the validation cases of a run.
+    """Fits a temperature, conformal sets and limits for evaluable slides on calibration or validation cases.
 
     Args:
       predictions: predictions of the run's validation slides.
@@ -94,13 +96,14 @@ def calibrate(
       method: "lac" for the smallest sets, "aps" for sets that grow with the uncertainty.
       error: the share of sets that may miss the true subtype.
       by_site: fits a separate threshold for each site with enough cases.
+      reject: the share of slides like these that each limit may refuse; 0 sets no limits.
 
     Raises:
       InputError: there are no validation cases, or an argument is out of range.
     """
     table = _predictions_csv(predictions)
     path = table.parent / "calibration.json" if out is None else Path(out)
-    fitted = _calibrate(table, Path(cohort), path, method=method, error=error, by_site=by_site)
+    fitted = _calibrate(table, Path(cohort), path, method=method, error=error, by_site=by_site, reject=reject)
     return CalibrationFile(path, fitted)
 
 

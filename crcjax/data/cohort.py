@@ -12,7 +12,8 @@ from crcjax.data.csv_table import TableRow, is_missing, parse_number, read_table
 from crcjax.errors import InputError
 from crcjax.slides.wsi.slide import MPP_RANGE
 
-SPLITS = ("train", "val", "test")
+CALIBRATION = "calibration"
+SPLITS = ("train", "val", CALIBRATION, "test")
 _REQUIRED = ("slide_id", "case_id")
 # The cohort's column of the target, where the config does not name another.
 LABEL = "subtype"

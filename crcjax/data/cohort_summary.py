@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crcjax.data.cohort import SPLITS, Cohort, SlideRow
+from crcjax.data.cohort import CALIBRATION, SPLITS, Cohort, SlideRow
 from crcjax.errors import InputError
 from crcjax.slides.store.tile_store import open_store, tiled_slides
 
@@ -81,7 +81,8 @@ def summarise_cohort(
       in the cohort.
     """
     rows = cohort.rows
-    splits = (*SPLITS, *((NO_SPLIT,) if any(row.split is None for row in rows) else ()))
+    used = [split for split in SPLITS if split != CALIBRATION or any(row.split == split for row in rows)]
+    splits = (*used, *((NO_SPLIT,) if any(row.split is None for row in rows) else ()))
     classes = (*cohort.classes, *((UNLABELLED,) if any(row.label is None for row in rows) else ()))
     table = [_counts("class", name, _of_class(rows, name), splits) for name in classes]
     sites = _sites(rows)

@@ -59,7 +59,8 @@ class Prediction:
     aggregator (one branch, or one per class); the other maps are means over the branches. `alpha` and `vacuity` (0 to 1)
     describe the Dirichlet distribution of an evidential head, and are None with another head. `expected_entropy` (nats) is
     the aleatoric uncertainty: the mean entropy over the Dirichlet distribution, the ensemble members or the dropout samples;
-    for a single softmax, its entropy. `instance_loss` comes from the aggregator and is zero without labels.
+    for a single softmax, its entropy. `instance_loss` comes from the aggregator and is zero without labels. `density_excess` is
+    the out-of-distribution score of a run with a feature density, and None for all others.
     """
 
     logits: Float32[Array | np.ndarray, "batch class"]
@@ -72,6 +73,7 @@ class Prediction:
     vacuity: Float32[Array | np.ndarray, " batch"] | None
     expected_entropy: Float32[Array | np.ndarray, " batch"]
     instance_loss: Float32[Array | np.ndarray, " batch"]
+    density_excess: Float32[Array | np.ndarray, " batch"] | None = None
 
 
 def combine(members: Sequence[Prediction]) -> Prediction:

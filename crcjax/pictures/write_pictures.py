@@ -78,7 +78,7 @@ def write_pictures(
         pages = []
         for row in rows:
             page = SlidePage(row)
-            if row.is_ok:
+            if row.has_prediction:
                 page, outcome = _slide_pictures(predictions, row, slides.get(row.slide_id), tiles, dicom)
                 outcomes[row.slide_id] = outcome
                 on_slide(outcome)
@@ -127,7 +127,7 @@ def _write_slide(
         with writing(predictions / folder):
             (predictions / folder).mkdir(exist_ok=True)
     tiff, geojson = (predictions / "overlays" / f"{row.slide_id}{suffix}" for suffix in (".ome.tif", ".geojson"))
-    write_overlay_tiff(tiff, evidence, f"crcjax, {row.slide_id}: {row.call}. {meaning}")
+    write_overlay_tiff(tiff, evidence, f"crcjax, {row.slide_id}: {row.call or 'not evaluable'}. {meaning}")
     write_overlay_geojson(geojson, evidence, top)
     sheet = predictions / "sheets" / f"{row.slide_id}.jpg"
     with writing(sheet):

@@ -139,7 +139,7 @@ def write_evidence(
         thumbnail,
         overlay(thumbnail, merged(layers), info.size),
         meaning=MEANING[method],
-        title=f"{row.slide_id}: {row.call} {max(row.probs):.2f} · {DISCLAIMER}",
+        title=f"{row.slide_id}: {f'{row.call} {max(row.probs):.2f}' if row.call else 'not evaluable'} · {DISCLAIMER}",
         um_per_px=info.mpp[0] * info.size[0] / thumbnail.shape[1],
         synthetic=info.synthetic,
     )

@@ -58,10 +58,12 @@ class Density:
         Yoon and Kim (2024) also scale evidence by a density of features.
         """
         assert prediction.alpha is not None
-        alpha = 1.0 + np.exp(-self.excess(summaries))[:, None] * (np.asarray(prediction.alpha, np.float64) - 1.0)
+        excess = self.excess(summaries)
+        alpha = 1.0 + np.exp(-excess)[:, None] * (np.asarray(prediction.alpha, np.float64) - 1.0)
         head = dirichlet(jnp.asarray(alpha, jnp.float32))
         names = ("probs", "expected_entropy", "alpha", "vacuity")
-        return replace(prediction, **{name: np.asarray(getattr(head, name)) for name in names})
+        scaled = replace(prediction, **{name: np.asarray(getattr(head, name)) for name in names})
+        return replace(scaled, density_excess=excess.astype(np.float32))
 
     def save(self, run: Path) -> None:
         """Writes the density into a run directory, whole or not at all: its presence marks a finished run. Raises OutputError."""

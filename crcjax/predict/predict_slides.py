@@ -272,7 +272,7 @@ def _predict_bag(
             prediction.seconds["pictures"] = time.monotonic() - begun
             slide.row = replace(
                 row,
-                reason=info.warning,
+                reason=row.reason or info.warning,
                 seconds={"total": time.monotonic() - slide.work.begun} | prediction.seconds,
                 slide_sha256=info.content_hash,
             )
@@ -293,7 +293,7 @@ def predicted_row(
       row: the slide's row before prediction (`PredictedBy.row`).
       prediction: the prediction of the slide, or of its case.
       classes: the classes in the order of the probabilities.
-      calibration: the temperature and the thresholds of conformal sets.
+      calibration: the temperature, the thresholds of conformal sets, and the limits beyond which the slide is not evaluable.
       calibrated_by: the slide whose id seeds the random part of an APS set; for a case, its first slide.
       site: decides the threshold of the conformal set.
     """
@@ -304,8 +304,9 @@ def predicted_row(
         **fields,
         regions=int(prediction.mask.any(axis=1).sum()),
         synthetic=prediction.synthetic,
-    )
-    return predicted.with_qc(prediction.qc)
+        stain=prediction.stain or (),
+    ).with_qc(prediction.qc)
+    return calibration.limits.apply(predicted) if calibration and calibration.limits else predicted
 
 
 def prediction_fields(
@@ -327,6 +328,7 @@ def prediction_fields(
         "expected_entropy": expected,
         "mutual_information": max(0.0, entropy(model_probs) - expected),
         "vacuity": None if prediction.vacuity is None else float(prediction.vacuity[0]),
+        "ood": None if prediction.density_excess is None else float(prediction.density_excess[0]),
         "conformal_set": calibration and calibration.set_of(model_probs, calibrated_by, site),
         "calibration": calibration.id if calibration else "",
     }

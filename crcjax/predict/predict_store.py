@@ -27,6 +27,7 @@ from crcjax.slides.store.features import FeatureReader, feature_attributes
 from crcjax.slides.store.tile_pixels import NO_PIXELS
 from crcjax.slides.store.tile_store import TileStore, open_store, tiled_slides
 from crcjax.slides.tiling.plan import slot_boxes
+from crcjax.slides.tiling.tissue_colour import tissue_colour
 from crcjax.validation.calibration import Calibration, load_calibration
 from crcjax.validation.predictions_table import PredictionRow
 
@@ -111,7 +112,9 @@ def predict_stored(
             # The first slide of a case decides the random part and the threshold of the case's conformal set.
             first = cohort_rows[0]
             finished = predicted_row(row, prediction, classes, fitted, first.slide_id, first.site)
-            finished = replace(finished, reason=slide.info.warning, slide_sha256=slide.info.content_hash)
+            finished = replace(
+                finished, reason=finished.reason or slide.info.warning, slide_sha256=slide.info.content_hash
+            )
             if out:
                 write_evidence(out, finished, slide.info, prediction, classes, attribution, thumbnail, bag.digest)
             rows.append(finished)
@@ -271,6 +274,7 @@ def _predict_stored_bag(
             {},
             slide_attribution,
             slide.qc,
+            None if slide.pixels == NO_PIXELS else tissue_colour(*slide.thumbnail()),
         )
         for slide, (slide_prediction, slide_attribution) in zip(slides, by_slide, strict=True)
     ]

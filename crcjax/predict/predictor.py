@@ -31,6 +31,7 @@ from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles, slot_b
 from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.slides.tiling.quality_control import slide_verdict
 from crcjax.slides.tiling.read import RegionTiles
+from crcjax.slides.tiling.tissue_colour import tissue_colour
 from crcjax.slides.wsi.slide import Slide
 from crcjax.validation.calibration import Calibration
 
@@ -142,6 +143,7 @@ class SlidePrediction:
       seconds: the duration of each stage.
       attribution_maps: the contribution of each tile to every class (nats), or its attention as the only map.
       qc: the slide's QC result.
+      stain: the colour of its tissue (`tissue_colour`); None if it is unknown.
     """
 
     prediction: Prediction
@@ -153,6 +155,7 @@ class SlidePrediction:
     seconds: dict[str, float]
     attribution_maps: Float[np.ndarray, "region slot map"]
     qc: QCResult
+    stain: tuple[float, float, float] | None
 
     @property
     def attribution(self) -> Float[np.ndarray, "region slot"]:
@@ -270,6 +273,7 @@ class Predictor:
                     slide.seconds | seconds,
                     slide_attribution,
                     slide.qc,
+                    tissue_colour(slide.plan.thumbnail, slide.plan.tissue_mask),
                 )
             )
         return predictions

@@ -121,7 +121,7 @@ class Results:
 
     def _is_finished(self, bag: PendingBag, earlier: Mapping[str, PredictionRow]) -> bool:
         rows = [earlier.get(row.slide_id) for row in bag.rows]
-        if not all(row and row.is_ok and _predicted_by(row) == _predicted_by(bag.rows[0]) for row in rows):
+        if not all(row and row.has_prediction and _predicted_by(row) == _predicted_by(bag.rows[0]) for row in rows):
             return False
         digests = {evidence_digest(self._out, row.slide_id) for row in bag.rows}
         return digests == {bag.digest} and bool(bag.digest)

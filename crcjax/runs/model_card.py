@@ -67,9 +67,13 @@ def _synthetic(run: Run) -> list[str]:
 def _calibration(calibration: Calibration | None) -> str:
     if calibration is None:
         return "Probabilities are not calibrated."
+    names = ", ".join(calibration.limits.largest) if calibration.limits else ""
+    limits = (
+        f"Slides beyond limits of {names} are not evaluable." if names else "It has no limits for evaluable slides."
+    )
     return (
         f"Calibrated: temperature {calibration.temperature:.3f}; conformal sets ({calibration.method}) that may miss the true "
-        f"class in {calibration.error:.0%} of cases, fitted on {calibration.cases['']} validation cases."
+        f"class in {calibration.error:.0%} of cases, fitted on {calibration.cases['']} validation cases. {limits}"
     )
 
 

@@ -1,22 +1,24 @@
-"""Temperature scaling and conformal sets, fitted on the validation cases of a run and stored in calibration.json."""
+"""Temperature, conformal sets and limits, fitted on calibration or validation cases and stored in calibration.json."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 
-from crcjax.data.cohort import LABEL, load_cohort
+from crcjax.data.cohort import CALIBRATION, LABEL, load_cohort
 from crcjax.errors import InputError
 from crcjax.validation.conformal import conformal_threshold, nonconformity
+from crcjax.validation.limits import SHARE, Limits, fit_limits
 from crcjax.validation.load_predictions import load_predictions
 from crcjax.validation.predictions_table import probabilities_of
+from crcjax.validation.statistics import entropy
 from crcjax.validation.whole_files import write_whole
 
 # Methods of `crcjax calibrate`.
@@ -37,6 +39,7 @@ class Calibration:
       error: the share of sets that may miss the true class.
       thresholds: by site, the largest nonconformity score of a class in a set; the site "" stands for all other sites.
       cases: the number of cases that each threshold was fitted on.
+      limits: beyond them a slide is not evaluable; None in calibrations of earlier versions, and if there shall be none.
     """
 
     model: str
@@ -46,11 +49,12 @@ class Calibration:
     error: float
     thresholds: dict[str, float]
     cases: dict[str, int]
+    limits: Limits | None = None
 
     @property
     def id(self) -> str:
         """The first 12 hex digits of the SHA-256 of all values."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(_plain(self), sort_keys=True).encode()).hexdigest()[:12]
 
     def probs(self, probs: Float[np.ndarray, "slide class"]) -> Float[np.ndarray, "slide class"]:
         """Returns the probabilities at the temperature."""
@@ -64,20 +68,29 @@ class Calibration:
 
 
 def calibrate(
-    predictions_csv: Path, cohort_csv: Path, out: Path, *, method: str, error: float, by_site: bool
+    predictions_csv: Path,
+    cohort_csv: Path,
+    out: Path,
+    *,
+    method: str,
+    error: float,
+    by_site: bool,
+    reject: float = SHARE,
 ) -> Calibration:
-    """Fits a calibration on the validation cases of the run that predicted, and writes calibration.json.
+    """Fits a calibration on held-out cases and writes calibration.json.
 
-    Only the first slide of each case counts, so that the cases are independent. Other cases are not used: the model was
-    fitted on the training cases, and the test cases will evaluate it.
+    The cases are those of the cohort's split `calibration` that the run did not train on. Without that split they are the
+    run's validation cases. Only the first slide of each case counts, so that the cases are independent. The test cases are not
+    used: they will evaluate the model.
 
     Args:
-      predictions_csv: predictions of the run's validation slides, made without a calibration.
+      predictions_csv: predictions of these slides, made without a calibration.
       cohort_csv: the table with the reference labels, and the sites for `by_site`.
       out: the file, written whole or not at all.
       method: "lac" or "aps" (`nonconformity`).
       error: the share of sets that may miss the true class, between 0 and 1.
       by_site: fits a separate threshold for each site with enough cases.
+      reject: the share of slides like these that each limit may refuse (`fit_limits`), from 0, without limits, to below 1.
 
     Raises:
       InputError: an argument is out of range, or the tables have no validation cases of one uncalibrated model.
@@ -85,11 +98,15 @@ def calibrate(
     """
     if method not in METHODS or not 0 < error < 1:
         raise InputError(f"--method must be lac or aps and --error between 0 and 1, got {method} and {error}")
+    if not 0 <= reject < 1:
+        raise InputError(f"--reject must be at least 0 and below 1, got {reject}; try {SHARE}")
     predictions = load_predictions(predictions_csv)
     cohort = {
         row.slide_id: row for row in load_cohort(cohort_csv, predictions.classes, predictions.target_name or LABEL).rows
     }
-    usable = [row for row in predictions.evaluable if row.split == "val" and row.slide_id in cohort]
+    in_cohort = [row for row in predictions.evaluable if row.slide_id in cohort]
+    usable = [row for row in in_cohort if not row.split and cohort[row.slide_id].split == CALIBRATION]
+    usable = usable or [row for row in in_cohort if row.split == "val"]
     rows = {cohort[row.slide_id].case_id: row for row in reversed(usable) if cohort[row.slide_id].label}
     if any(row.calibration for row in rows.values()):
         raise InputError(f"{predictions_csv}: is calibrated already; predict without --calibration first")
@@ -97,7 +114,7 @@ def calibrate(
     if len(models) != 1:
         raise InputError(
             f"{predictions_csv}: has {'no' if not models else 'several models for the'} validation cases of "
-            f"{cohort_csv}; predict the run's validation slides with one model"
+            f"{cohort_csv}; predict the run's validation slides, or those of the split {CALIBRATION}, with one model"
         )
     slides = [cohort[row.slide_id] for row in rows.values()]
     label = np.array([predictions.classes.index(slide.label or "") for slide in slides])
@@ -113,8 +130,14 @@ def calibrate(
     thresholds = {name: conformal_threshold(values, error) for name, values in groups.items()}
     thresholds = {name: value for name, value in thresholds.items() if math.isfinite(value) or not name}
     cases = {name: len(groups[name]) for name in thresholds}
-    calibration = Calibration(models.pop(), predictions.classes, temperature, method, error, thresholds, cases)
-    write_whole({out: json.dumps(_thresholds_as_text(asdict(calibration)), indent=1) + "\n"})
+    scaled = at_temperature(probs, temperature)
+    at_scale = [
+        replace(row, probs=tuple(values), entropy=entropy(values))
+        for row, values in zip(rows.values(), scaled, strict=True)
+    ]
+    limits = fit_limits(at_scale, reject) if reject else None
+    calibration = Calibration(models.pop(), predictions.classes, temperature, method, error, thresholds, cases, limits)
+    write_whole({out: json.dumps(_thresholds_as_text(_plain(calibration)), indent=1) + "\n"})
     return calibration
 
 
@@ -140,6 +163,9 @@ def read_calibration(path: Path, content: bytes | None = None) -> Calibration:
         values = json.loads(path.read_bytes() if content is None else content)
         thresholds = {name: float(value) for name, value in values["thresholds"].items()}
         values |= {"classes": tuple(values["classes"]), "thresholds": {"": thresholds[""]} | thresholds}
+        if limits := values.get("limits"):
+            largest = {name: float(value) for name, value in limits["largest"].items()}
+            values["limits"] = Limits(float(limits["share"]), limits["slides"], largest, tuple(limits["stain"]))
         return Calibration(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is not a calibration ({error}); make it with crcjax calibrate") from error
@@ -166,6 +192,11 @@ def fit_temperature(probs: Float[np.ndarray, "case class"], label: Int[np.ndarra
 def _uniform(slide_id: str) -> float:
     """A number from 0 to 1 that depends only on the slide's id, so that the slide always gets the same set."""
     return int.from_bytes(hashlib.sha256(slide_id.encode()).digest()[:6]) / 2**48
+
+
+def _plain(calibration: Calibration) -> dict:
+    """All values; without limits, those of earlier versions, so that the id stays the same."""
+    return {name: value for name, value in asdict(calibration).items() if name != "limits" or value is not None}
 
 
 def _thresholds_as_text(values: dict) -> dict:

@@ -22,7 +22,8 @@ OK, NOT_EVALUABLE, FAILED = STATUSES = ("ok", "not_evaluable", "failed")
 STAGES = ("total", "plan", "stain", "read", "encode", "pool", "pictures")
 # The text of an empty conformal set.
 _NO_CLASS = "none"
-_MEASURES = ("entropy", "expected_entropy", "mutual_information", "vacuity")
+_MEASURES = ("entropy", "expected_entropy", "mutual_information", "vacuity", "ood")
+_STAIN = ("stain_red", "stain_green", "stain_blue")
 # Names of columns and statuses in tables of earlier versions.
 _EARLIER_COLUMNS = {"call": "subtype", "conformal_set": "set", "qc_verdict": "qc_status"}
 _EARLIER_REFUSALS = ("no_tissue", "too_coarse", "unsupported", "corrupt", "mpp_missing")
@@ -36,8 +37,9 @@ class PredictionRow:
     Attributes:
       slide_id: names the scan; unique in the table.
       case_id: the patient.
-      status: `ok`; `not_evaluable` for a slide that quality control or tiling refused; `failed`. Without `ok`, `reason` says
-        why, and call, probabilities and uncertainties are empty.
+      status: `ok`; `not_evaluable` for a slide that quality control or tiling refused, or that exceeds a limit of the
+        calibration; `failed`. Without `ok`, `reason` says why, and `call` is empty; only a slide that exceeds a limit has
+        probabilities and uncertainties then.
       site, scanner, target: what the cohort says of the slide; `target` is the reference class.
       target_name: the name of the predicted property, such as subtype; the labels are in the cohort's column of that name.
       call: the predicted class.
@@ -53,6 +55,8 @@ class PredictionRow:
       split, fold: how the model's runs used the case.
       model, calibration: ids of the parameters and of the calibration.
       regions: regions with tissue.
+      ood: the feature density's excess, 0 in-distribution; None for heads without a density.
+      stain: the median optical densities of the tissue in red, green and blue; empty if unknown.
     """
 
     slide_id: str
@@ -84,6 +88,8 @@ class PredictionRow:
     slide_sha256: str = ""
     bundle_id: str = ""
     pipeline_id: str = ""
+    ood: float | None = None
+    stain: tuple[float, ...] = ()
 
     def with_qc(self, result: QCResult) -> PredictionRow:
         """The row with a slide's QC result."""
@@ -92,8 +98,13 @@ class PredictionRow:
 
     @property
     def is_ok(self) -> bool:
-        """Whether the slide has a prediction."""
+        """Whether the slide has a prediction and is evaluable."""
         return self.status == OK
+
+    @property
+    def has_prediction(self) -> bool:
+        """Whether the row has probabilities, also of a slide that exceeds a limit."""
+        return bool(self.probs)
 
     def to_csv(self, classes: Sequence[str]) -> dict[str, str]:
         """Returns the row as texts by column.
@@ -118,6 +129,7 @@ class PredictionRow:
             **dict(zip(probability_columns(classes) if self.probs else (), map(str, self.probs), strict=True)),
             **dict(zip(alpha_columns(classes) if self.alpha else (), map(str, self.alpha), strict=True)),
             **{name: _text(getattr(self, name), ".4f") for name in _MEASURES},
+            **{name: f"{value:.4f}" for name, value in zip(_STAIN, self.stain, strict=False)},
             "conformal_set": "" if self.conformal_set is None else "|".join(self.conformal_set) or _NO_CLASS,
             "regions": _text(self.regions, "d"),
             "qc_coverage": _text(self.qc_coverage, ".4f"),
@@ -146,8 +158,11 @@ class PredictionRow:
 
         status, reason = _status(text("status"), text("reason"), any(numbers(probability_columns(classes))))
         is_ok = status == OK
-        probs = _probabilities(numbers(probability_columns(classes))) if is_ok else ()
-        alpha = numbers(alpha_columns(classes))
+        texts, alpha, stain = (
+            numbers(names) for names in (probability_columns(classes), alpha_columns(classes), _STAIN)
+        )
+        has_prediction = is_ok or (status == NOT_EVALUABLE and all(texts))
+        probs = _probabilities(texts) if has_prediction else ()
         entropy = number("entropy")
         seconds = {name.removeprefix(SECONDS): float(value) for name, value in row.items() if value and _is_stage(name)}
         set_names = tuple(name for name in text("conformal_set").split("|") if name != _NO_CLASS)
@@ -159,7 +174,7 @@ class PredictionRow:
             model=text("model"),
             call=(text("call") or classes[int(np.argmax(probs))]) if is_ok else "",
             probs=probs,
-            alpha=tuple(map(float, alpha)) if is_ok and all(alpha) else (),
+            alpha=tuple(map(float, alpha)) if has_prediction and all(alpha) else (),
             entropy=_entropy(probs) if entropy is None and is_ok else entropy,
             expected_entropy=number("expected_entropy"),
             mutual_information=number("mutual_information"),
@@ -181,6 +196,8 @@ class PredictionRow:
             slide_sha256=text("slide_sha256"),
             bundle_id=text("bundle_id"),
             pipeline_id=text("pipeline_id"),
+            ood=number("ood"),
+            stain=tuple(map(float, stain)) if all(stain) else (),
         )
 
 
@@ -194,6 +211,7 @@ def columns(classes: Sequence[str], *, with_fold: bool = False) -> list[str]:
         *(f"{SECONDS}{stage}" for stage in STAGES),
         *("slide_sha256", "bundle_id", "pipeline_id", "split", "synthetic"),
         *("model", "calibration", "entropy", "expected_entropy", "regions", "target_name"),
+        *("ood", *_STAIN),
         *(("fold",) if with_fold else ()),
     ]
 

@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 
 import crcjax
-from crcjax.data.cohort import LABEL, SlideRow, load_cohort
+from crcjax.data.cohort import CALIBRATION, LABEL, SlideRow, load_cohort
 from crcjax.errors import InputError, writing
 from crcjax.slides.tiling.qc_result import REFUSED
 from crcjax.validation.attention_truth import attention_auroc, slide_truth
@@ -85,7 +85,7 @@ def validate(
         return cohort[row.slide_id].case_id
 
     cross_validated = {case_of(row) for row in in_cohort if row.fold}
-    fitted = {row.case_id for row in cohort.values() if row.split in ("train", "val")} - cross_validated
+    fitted = {row.case_id for row in cohort.values() if row.split in ("train", "val", CALIBRATION)} - cross_validated
     fitted |= {case_of(row) for row in in_cohort if row.split in ("train", "val")}
     held_out = [row for row in in_cohort if case_of(row) not in fitted]
     with_reference = [row for row in held_out if cohort[row.slide_id].label is not None]

@@ -53,7 +53,7 @@ def test_labels_are_read_from_the_column_that_is_named(tmp_path: Path) -> None:
         ("slide,case_id\na,A\n", "no column 'slide_id'; rename 'slide'"),
         ("slide_id,case_id,case_id\na,A,A\n", "'case_id' twice"),
         (HEADER + "a,A,,immun,,,\n", "line 2: subtype 'immun' .* did you mean 'immune'"),
-        (HEADER + "a,A,,,,training,\n", "line 2: split must be one of train, val, test, got 'training'"),
+        (HEADER + "a,A,,,,training,\n", "line 2: split must be one of train, val, calibration, test, got 'training'"),
         ("slide_id,case_id,splt\na,A,test\n", "no column 'split'; rename 'splt'"),
         ("slide_id,case_id,Subtypes\na,A,immune\n", "no column 'subtype'; rename 'Subtypes'"),
         ("slide_id,case_id,split,Split\na,A,test,train\n", "the columns 'split' and 'Split', which are the same"),

@@ -111,6 +111,7 @@ def test_evidence_falls_with_the_excess_and_the_call_stays(density: Density) -> 
     np.testing.assert_allclose(found.probs, expected / expected.sum(axis=1, keepdims=True), rtol=1e-6)
     assert (found.probs.argmax(axis=1) == alpha.argmax(axis=1)).all()
     np.testing.assert_array_equal(found.alpha[excess == 0], alpha[excess == 0])
+    np.testing.assert_allclose(found.density_excess, excess, rtol=1e-6)
     drawn = rng.dirichlet(np.asarray(found.alpha[0], np.float64), 200_000)
     entropy = -(drawn * np.log(np.maximum(drawn, 1e-300))).sum(axis=1)
     assert float(found.expected_entropy[0]) == pytest.approx(entropy.mean(), abs=5 * entropy.std() / len(drawn) ** 0.5)
