@@ -26,7 +26,7 @@ EXCLUDED, TISSUE, STAIN, OOD = "excluded tissue", "little tissue", "stain distan
 ENTROPY, DISAGREEMENT, VACUITY = "entropy", "mutual information", "vacuity"
 # Quality control marks a slide for review from this share on; a stricter limit would refuse slides that it accepts.
 _LEAST_EXCLUDED = 0.1
-# The table states the values to so many digits; a slide of the calibration must not exceed a limit by rounding.
+# The table rounds values to this number of digits; a slide of the calibration must not exceed a limit by rounding.
 _DIGITS = 4
 
 
