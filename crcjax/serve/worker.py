@@ -193,7 +193,7 @@ def bundle_predictor(settings: WorkerSettings) -> Predict:
         rows = predict_slides(
             predictor, jobs, folder, threads=settings.threads, calibration=bundle.calibration, on_row=on_row
         )
-        if not any(row.is_ok for row in rows):
+        if not any(row.has_prediction for row in rows):
             raise CaseFailedError("; ".join(row.reason for row in rows))
         return {
             "target": bundle.target.name,
