@@ -99,7 +99,7 @@ def credible_interval(alpha: Sequence[float], index: int, level: float = _LEVEL)
 
 def uncertainty_sentences(row: PredictionRow, classes: Sequence[str]) -> list[str]:
     """What the numbers of a row say about the model's uncertainty, in words."""
-    if not row.has_prediction:
+    if not row.is_ok:
         return []
     order = np.argsort(row.probs)[::-1]
     first, second = (f"{classes[index]} ({row.probs[index]:.2f})" for index in order[:2])

@@ -150,6 +150,8 @@ def test_uncertainty_is_said_in_words_that_fit_the_numbers() -> None:
     assert "excludes none" in words
     assert "is empty" in " ".join(uncertainty_sentences(replace(row, conformal_set=()), CLASSES))
     assert uncertainty_sentences(PredictionRow("s", "c", "failed"), CLASSES) == []
+    # A slide beyond a limit has probabilities, which are no result.
+    assert uncertainty_sentences(replace(row, status="not_evaluable", call=""), CLASSES) == []
 
 
 def test_a_credible_interval_is_that_of_samples_of_the_dirichlet_distribution() -> None:
