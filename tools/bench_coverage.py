@@ -271,6 +271,9 @@ def main(studies: int, resampled_studies: int) -> None:
         f"* Three classes with shares {', '.join(map(str, SHARES.tolist()))}; logits of a patient's slides correlate with "
         f"{CORRELATION}. The truth is the value in {POPULATION:,} simulated patients; for the bootstrap's rows, {RESAMPLED_POPULATION:,}.\n"
         "* Exact rows sum over all outcomes and simulate nothing; their error is the spread over true proportions.\n"
+        "* Rows with few studies have a large Monte Carlo error; a target that is missed by less is not evidence of a miss.\n"
+        "* Average precision is covered too rarely: most intervals that miss lie above the truth. It depends on the share of the "
+        "class, which its resamples hold fixed, and resamples repeat slides. Prefer the AUROC's interval.\n"
         "* p-values: the share of calibrated studies that the test rightly does not reject at 5 %.\n"
         "* `met` of conformal sets allows three Monte Carlo errors below 90 %."
     )
