@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crcjax.cli_options import STDERR
+from crcjax.cli_options import STDERR, progress_on_terminal
 from crcjax.errors import InputError
 
+if TYPE_CHECKING:
+    from crcjax.predict.predict_slides import PredictJob
+    from crcjax.predict.predictor import Predictor
+    from crcjax.validation.calibration import Calibration
+
 plan = typer.Typer(help="Locks an analysis plan before unblinding, and shows every later change.", no_args_is_help=True)
+# Where --bundle writes its predictions, in the folder of the report, by the plan's field of `data`.
+_FOLDERS = {"predictions": "predictions", "without_normalisation": "predictions-without-normalisation"}
 PlanFile = Annotated[Path, typer.Argument(help="TOML file of the analysis plan (docs/validation.md)")]
 
 
@@ -36,12 +43,29 @@ def validate(
         ),
     ] = "",
     pdf: Annotated[bool, typer.Option("--pdf", help="write report.pdf too (extra pdf); with --plan")] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            help="with --plan: predict the slides with this bundle first, with and without stain normalisation"
+        ),
+    ] = None,
+    slides: Annotated[
+        list[Path] | None,
+        typer.Option(help="with --bundle: slide file or folder, repeatable; by default the cohort's column path"),
+    ] = None,
+    trust: Annotated[
+        list[Path] | None, typer.Option(help="with --bundle: public key that must have signed it, repeatable")
+    ] = None,
 ) -> None:
     """Compares predictions of held-out cases with the reference classes and writes a report.
 
     With --plan: results.json, report.html, tables and figures of a pre-specified analysis. Without: a short report of
     --predictions and --cohort.
     """
+    if bundle is None and (slides or trust):
+        raise InputError("--slides and --trust are for a --bundle; leave them out")
+    if bundle is not None and (plan is None or predictions is not None):
+        raise InputError("--bundle needs --plan, and makes the predictions itself; leave --predictions out")
     if plan is None:
         if predictions is None or cohort is None or pdf:
             raise InputError("give --plan, or both --predictions and --cohort; --pdf needs a plan")
@@ -54,7 +78,14 @@ def validate(
         raise InputError("--truth and --label are for a report without --plan; leave them out")
     from crcjax.validation.study.validator import EPOCValidator
 
-    validator = EPOCValidator(plan, predictions=predictions, cohort=cohort)
+    if bundle is None:
+        validator = EPOCValidator(plan, predictions=predictions, cohort=cohort)
+    else:
+        tables = {name: out / folder / "predictions.csv" for name, folder in _FOLDERS.items()}
+        # A mistake in the plan is found before the slides are predicted.
+        checked = EPOCValidator(plan, cohort=cohort, **tables).plan.plan
+        made = _predict(bundle, slides, checked.data.cohort, tables, trust)
+        validator = EPOCValidator(plan, cohort=cohort, **{name: tables[name] for name in made})
     results = validator.run()
     report = validator.write(out, pdf=pdf)
     STDERR.print(results.state.sentence, markup=False)
@@ -63,6 +94,53 @@ def validate(
     for gate in results.gates:
         STDERR.print(f"{gate.verdict}: {gate.gate.title}: {gate.sentence}", markup=False)
     STDERR.print(f"{report}", markup=False)
+
+
+def _predict(
+    bundle: Path, slides: list[Path] | None, cohort: Path, tables: dict[str, Path], trust: list[Path] | None
+) -> list[str]:
+    """Predicts the slides with a bundle, as it is and without its stain normalisation, if it has one; the tables' names."""
+    from dataclasses import replace
+
+    from crcjax.data.slide_selection import named_slides
+    from crcjax.predict.predict_slides import PredictJob
+    from crcjax.predict.predictor import Predictor
+    from crcjax.runs.bundle import open_bundle
+    from crcjax.validation.calibration import load_calibration
+
+    opened = open_bundle(bundle, trust or ())
+    models = {"predictions": opened.models}
+    if any(model.normaliser or model.tiling.stain for model in opened.models):
+        models["without_normalisation"] = tuple(
+            replace(model, normaliser=None, tiling=replace(model.tiling, stain=None)) for model in opened.models
+        )
+    for name, members in models.items():
+        predictor = Predictor(*members)
+        calibration = opened.calibration and load_calibration(opened.calibration, predictor.model_id, predictor.classes)
+        jobs = [
+            PredictJob(
+                *(slide.slide_id, slide.case_id, slide.path, slide.mpp, slide.site),
+                scanner=slide.scanner,
+                target=slide.label,
+            )
+            for slide in named_slides(slides, cohort, None, predictor.target)
+        ]
+        _predict_table(predictor, jobs, tables[name], calibration, name.replace("_", " "))
+    return list(models)
+
+
+def _predict_table(
+    predictor: Predictor, jobs: list[PredictJob], table: Path, calibration: Calibration | None, title: str
+) -> None:
+    from crcjax.predict.predict_slides import predict_slides
+
+    with progress_on_terminal() as progress:
+        task = progress.add_task(title, total=len(jobs))
+        rows = predict_slides(
+            predictor, jobs, table.parent, calibration=calibration, on_row=lambda row: progress.advance(task)
+        )
+    unusable = [row for row in rows if not row.is_ok]
+    STDERR.print(f"{table}: {len(rows)} slides, {len(unusable)} without a prediction", markup=False)
 
 
 def simulate_trial(

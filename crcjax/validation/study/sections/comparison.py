@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from crcjax.validation.load_predictions import Predictions
 from crcjax.validation.paired import mcnemar, non_inferiority, paired_difference
 from crcjax.validation.proportions import wilson
 from crcjax.validation.ranking import compare_aurocs, macro_auroc_estimate
@@ -17,7 +18,7 @@ def comparison(trial: Trial, cases: Cases, section: Section, stamp: str) -> None
     if trial.comparator is None or plan is None:
         section.missing = "The plan names no comparator (data.comparator and comparison)."
         return
-    other = paired_cases(trial, cases)
+    other = paired_cases(trial.comparator, trial, cases)
     if not len(other):
         section.missing = f"No analysed patient has a prediction of the {plan.name}."
         return
@@ -52,11 +53,10 @@ def comparison(trial: Trial, cases: Cases, section: Section, stamp: str) -> None
         )
 
 
-def paired_cases(trial: Trial, cases: Cases) -> Cases:
-    """The comparator's predictions of the analysed patients, in the same order; patients without one are left out."""
-    assert trial.comparator is not None
-    row_of = {row.slide_id: row for row in trial.comparator.rows if row.is_ok}
-    row_of_case = {row.case_id: row for row in trial.comparator.rows if row.is_ok}
+def paired_cases(predictions: Predictions, trial: Trial, cases: Cases) -> Cases:
+    """Other predictions of the analysed patients, in the same order; patients without one are left out."""
+    row_of = {row.slide_id: row for row in predictions.rows if row.is_ok}
+    row_of_case = {row.case_id: row for row in predictions.rows if row.is_ok}
     patients = []
     for patient in cases.patients:
         scans = tuple(

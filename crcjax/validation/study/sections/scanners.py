@@ -9,7 +9,9 @@ from crcjax.pages.svg import COLOURS, FULL_WIDTH, drawing, to_figure
 from crcjax.validation.agreement import cohen_kappa
 from crcjax.validation.calibration_error import top_label_error
 from crcjax.validation.confusion import confusion_matrix
-from crcjax.validation.proportions import proportion
+from crcjax.validation.load_predictions import Predictions
+from crcjax.validation.paired import paired_difference
+from crcjax.validation.proportions import proportion, wilson
 from crcjax.validation.scanners import (
     bhapkar,
     bland_altman,
@@ -21,6 +23,7 @@ from crcjax.validation.scanners import (
 from crcjax.validation.study.forest import Row, forest_figure
 from crcjax.validation.study.rescans import Rescans, rescans_of
 from crcjax.validation.study.section import Section, p_text, value_and_interval
+from crcjax.validation.study.sections.comparison import paired_cases
 from crcjax.validation.study.trial import Cases, Trial
 
 # A call that should not change with the scanner.
@@ -29,6 +32,8 @@ _CONFIDENT = 0.8
 
 def scanners(trial: Trial, cases: Cases, section: Section, stamp: str) -> None:
     """Fills the section."""
+    if trial.without_normalisation is not None:
+        _effect_of_normalisation(trial.without_normalisation, trial, cases, section)
     plan = trial.plan.scanners
     if plan is None:
         section.missing = "The plan names no scanner study (scanners)."
@@ -63,6 +68,25 @@ def scanners(trial: Trial, cases: Cases, section: Section, stamp: str) -> None:
         )
     )
     section.figures.append(_bland_altman_figure(study, stamp))
+
+
+def _effect_of_normalisation(without: Predictions, trial: Trial, cases: Cases, section: Section) -> None:
+    """The accuracy of all analysed patients with and without stain normalisation."""
+    other = paired_cases(without, trial, cases)
+    own = cases.subset(np.isin(cases.case_ids, other.case_ids))
+    if not len(own):
+        section.add_sentences("No analysed patient has a prediction without stain normalisation.")
+        return
+    correct = own.label == own.call, own.label == other.call
+    discordant = int((correct[0] & ~correct[1]).sum()), int((correct[1] & ~correct[0]).sum())
+    names = "normalisation.with", "normalisation.without", "normalisation.difference"
+    for name, label, estimate in (
+        (names[0], "accuracy with stain normalisation", wilson(int(correct[0].sum()), len(own))),
+        (names[1], "accuracy without stain normalisation", wilson(int(correct[1].sum()), len(own))),
+        (names[2], "difference, with minus without", paired_difference(*discordant, len(own))),
+    ):
+        section.estimate(name, label, estimate)
+    section.estimate_table("normalisation", "Stain normalisation, on all patients with both predictions", names)
 
 
 def _without_normalisation(trial: Trial, section: Section, forest: list[Row]) -> None:

@@ -41,7 +41,7 @@ def subgroups(trial: Trial, cases: Cases, section: Section, stamp: str) -> None:
     parts = {(metric, column): part for column, of_column in by_column.items() for metric, part in of_column.items()}
     tests = holm({f"{metric}.{column}": part.heterogeneity for (metric, column), part in parts.items()})
     for metric, column in parts:
-        label = f"{_words(metric)} is equal in all groups by {_words(column)}"
+        label = f"{_words(metric)}: no difference by {_words(column)}"
         section.test(f"{metric}.{column}", label, tests[f"{metric}.{column}"])
     section.test_table("heterogeneity", "Heterogeneity")
     gaps = [id.removeprefix("subgroups.") for id in section.estimates if id.startswith("subgroups.accuracy_gap.")]
@@ -108,4 +108,9 @@ def _tables(column: str, metrics: dict[str, Subgroups], section: Section) -> Non
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").replace("sensitivity.", "sensitivity for ").replace("macro auroc", "macro AUROC")
+    return (
+        name.replace("_", " ")
+        .replace("sensitivity.", "sensitivity for ")
+        .replace("macro auroc", "macro AUROC")
+        .replace("no calls", "no-calls")
+    )

@@ -68,9 +68,11 @@ def _figure(decision: Decision, curve: DecisionCurve, stamp: str) -> Figure:
             if label == "system":
                 axes.fill_between(curve.threshold, low, high, color=colour, alpha=0.15, lw=0)
         axes.axhline(0, color="#777777", lw=1, label="nobody")
-        shown = [e.value for e in curve.net_benefit] + [e.ci_high for e in curve.net_benefit]
-        axes.set_ylim(min(-0.05, *(e.ci_low for e in curve.net_benefit)), max(shown) + 0.03)
-        axes.set(xlabel=f"probability of {decision.target} from which one acts", ylabel="net benefit")
+        lowest = min(estimate.value for estimate in (*curve.net_benefit, *curve.treat_all))
+        highest = max(estimate.ci_high for estimate in curve.net_benefit)
+        # Acting on everybody soon falls so low that it would flatten the other curves.
+        axes.set_ylim(max(lowest, -0.3) - 0.02, highest + 0.1)
+        axes.set(xlabel=f"threshold probability of {decision.target}", ylabel="net benefit")
         axes.legend()
         title = f"Decision curve, {decision.target}"
         words = f"{title}: net benefit over the threshold, of the system, of acting on everybody and on nobody"
