@@ -66,7 +66,7 @@ def test_the_commands_of_the_page_run_one_after_another_and_give_the_rows_of_its
     # Four mosaics of each class and source: enough for training, validation and test.
     kept = [line for line in lines[1:] if line.split(",")[0][-1] in "0123"]
     table.write_text("\n".join([lines[0], *kept]) + "\n")
-    small = {"--config.train.steps=200": "--config.train.steps=4", "--config.data.folds=5": "--config.data.folds=2"}
+    small = {"--config.train.steps=100": "--config.train.steps=4", "--config.data.folds=5": "--config.data.folds=2"}
     commands = real_mosaics.page_commands(tmp_path)
     assert [command[1] for command in commands] == [
         *("tile", "overview", "train", "predict", "validate"),
