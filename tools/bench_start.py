@@ -50,7 +50,7 @@ def main() -> None:
         Row("nothing compiled before", cold, "s"),
         Row("compiled programs on disk", warm, "s", warm / cold, "nothing compiled before"),
         Row("of these, Python and imports", imports, "s", imports / warm, "compiled programs on disk"),
-        Row("compiled programs on disk", stored / 2**20, "MiB"),
+        Row("size of the compiled programs", stored / 2**20, "MiB"),
     ]
     about = (
         "Time from the start of crcjax predict to the end of one small slide, with and without compiled programs on disk.\n\n"
