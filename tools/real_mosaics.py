@@ -157,7 +157,7 @@ def run_page(out: Path) -> None:
         rows,
         "Mosaics of real tissue through tile, train, predict and validate, adenocarcinoma against benign.\n\n"
         "* The commands are those of docs/example_real_tissue.md, which describes the mosaics. Mosaics are not slides.\n"
-        "* Intervals are 95 %: Wilson for accuracy, DeLong or bootstrap for AUROC as the report states. CPU minutes are those of all processes; the first row includes tiling.",
+        "* Intervals are 95 %: Wilson for accuracy, the influence function (logit) for AUROC. CPU minutes are those of all processes; the first row includes tiling.",
     )
 
 
