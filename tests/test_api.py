@@ -137,6 +137,7 @@ def test_a_store_shows_its_slides_tiles_and_features(
             method()
 
 
+@pytest.mark.slow
 def test_embedded_features_read_by_a_process_train_an_ensemble_whose_members_predict_together(
     painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +217,7 @@ def test_overrides_reach_the_config_and_leave_the_given_one_as_it_is() -> None:
     assert _config(ROOT / "configs" / "demo.py").train.steps == 300
 
 
+@pytest.mark.slow
 def test_the_code_of_the_python_page_runs_in_a_process_without_flags_or_variables(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "python.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)

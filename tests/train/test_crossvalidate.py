@@ -34,6 +34,7 @@ def config(small_config, tmp_path: Path):
     return small_config
 
 
+@pytest.mark.slow
 def test_each_case_is_predicted_by_runs_that_never_saw_it_and_the_table_is_validated(config, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # As launch/slurm/train.sbatch does in an array: such a run is taken as it is.

@@ -118,6 +118,7 @@ def _distance(one: Any, other: Any) -> float:
     return float(np.linalg.norm(np.asarray(one) - np.asarray(other)) / max(np.linalg.norm(other), 1e-9))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_any_layout_has_the_losses_parameters_and_running_statistics_of_one_device(tmp_path: Path) -> None:
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles in half the time

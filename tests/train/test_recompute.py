@@ -125,6 +125,7 @@ def _output(devices: int) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_bit_flipped_on_one_of_three_devices_is_found_and_the_device_is_named() -> None:
     *by_device, transient = _output(3)

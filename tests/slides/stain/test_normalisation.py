@@ -121,6 +121,7 @@ def test_tiles_are_normalised_once_when_tiling_as_they_would_be_on_the_device(
         normaliser.of_store(stained)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_normalised_store_predicts_slides_as_its_tiles_were(
     small_config, painted: Path, tmp_path: Path
 ) -> None:

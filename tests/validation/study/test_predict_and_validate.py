@@ -35,6 +35,7 @@ def normalising_bundle(run: Path, tmp_path: Path) -> Path:
     return export_bundle([copy], tmp_path / "bundle").path
 
 
+@pytest.mark.slow
 def test_a_bundle_and_a_plan_give_predictions_with_and_without_normalisation_and_their_comparison(
     normalising_bundle: Path, painted: Path, tmp_path: Path, crcjax
 ) -> None:

@@ -120,6 +120,7 @@ def test_tables_and_figures_are_files_too(report: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_same_tables_give_the_same_bytes(trial: Path, report: Path, tmp_path: Path) -> None:
     EPOCValidator(trial).write(tmp_path)
     for name in ("results.json", "report.html", "cases.csv"):
