@@ -205,7 +205,7 @@ def disturb(training: Training, generator: random.Random) -> Kill | None:
         with suppress(psutil.Error):
             process.kill()
     resumed: int | None = None
-    for seen, line in training.lines(killed + RECOVERY_TIMEOUT_S):
+    for printed_s, line in training.lines(killed + RECOVERY_TIMEOUT_S):
         if match := re.search(r"resuming from step (\d+)", line):
             resumed = int(match[1])
         elif re.search(r": starting$", line.rstrip()):
@@ -214,10 +214,10 @@ def disturb(training: Training, generator: random.Random) -> Kill | None:
         if match and resumed is None:
             step = max(step, int(match[1]))
         elif match and resumed is not None:
-            return Kill(moment, seen - killed, max(step - resumed, 0))
+            return Kill(moment, printed_s - killed, max(step - resumed, 0))
         elif resumed == STEPS:
             # It was killed after the last step was saved.
-            return Kill(moment, seen - killed, 0)
+            return Kill(moment, printed_s - killed, 0)
     raise SystemExit(f"no step within {RECOVERY_TIMEOUT_S} s of a kill:\n{''.join(training.output[-40:])}")
 
 
