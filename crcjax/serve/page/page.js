@@ -67,10 +67,14 @@ function signedOut() {
   show("sign-in-view");
 }
 
+function siteText(account) {
+  return account.site === "*" ? "every site" : account.site;
+}
+
 async function signedIn(session) {
   csrf = session.csrf;
   const account = session.account;
-  element("account").textContent = `${account.name}, ${account.role}, ${account.site === "*" ? "every site" : account.site}`;
+  element("account").textContent = `${account.name}, ${account.role}, ${siteText(account)}`;
   element("who").hidden = false;
   if (account.role === "administrator") {
     show("account-view");
@@ -108,7 +112,7 @@ function statusText(item) {
     return `queued, ${ahead}${wait}`;
   }
   if (item.status === "running") {
-    return `running, ${item.stage} (${Math.round(100 * item.progress)} %)`;
+    return `running${item.stage && `, ${item.stage}`} (${Math.round(100 * item.progress)} %)`;
   }
   return item.reason ? `${item.status}: ${item.reason}` : item.status;
 }
@@ -201,7 +205,10 @@ async function open(item) {
       }
     });
     fact(list, "Entropy", `${digits(slide.entropy)} nats`);
-    fact(list, "Vacuity", digits(slide.vacuity));
+    // Heads without evidence have none.
+    if (slide.vacuity !== null && slide.vacuity !== undefined) {
+      fact(list, "Vacuity", digits(slide.vacuity));
+    }
     if (slide.conformal_set) {
       fact(list, "Conformal set", slide.conformal_set.join(", ") || "empty");
     }
@@ -223,7 +230,7 @@ async function showAccounts() {
   const accounts = await getJson("/v1/accounts");
   element("accounts").replaceChildren(...accounts.map((account) => {
     const item = document.createElement("li");
-    item.textContent = `${account.name}: ${account.role}, ${account.site}${account.is_disabled ? ", disabled" : ""}`;
+    item.textContent = `${account.name}: ${account.role}, ${siteText(account)}${account.is_disabled ? ", disabled" : ""}`;
     return item;
   }));
 }
