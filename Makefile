@@ -54,5 +54,12 @@ slurm-packages:
 	@{ [ -x /usr/sbin/slurmctld ] && [ -x /usr/sbin/munged ]; } \
 	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes slurm-wlm munge; }
 
+# A browser for the tests that look at pages, and what PDF reports need; Debian and Ubuntu.
+BROWSER_PACKAGES := chromium fonts-dejavu fonts-liberation libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0
+.PHONY: browser-packages
+browser-packages:
+	@dpkg --status $(BROWSER_PACKAGES) >/dev/null 2>&1 \
+	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(BROWSER_PACKAGES); }
+
 clean:
 	rm -rf $(VENV) runs build *.egg-info

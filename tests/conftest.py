@@ -118,7 +118,9 @@ def chromium() -> Iterator:
     with suppress(ImportError):
         from playwright import sync_api as playwright
     if not executable or playwright is None:
-        message = "no browser: pages are looked at in Chromium, with the Python package playwright"
+        message = (
+            "no browser: pages are looked at in Chromium, with the Python package playwright: make browser-packages"
+        )
         if _required("browser"):
             pytest.fail(message)
         pytest.skip(message)
