@@ -30,6 +30,12 @@ PseudonymKey = Annotated[
     Path | None,
     typer.Option(help="file of a secret key: slides and cases appear under pseudonyms, and no path is kept or shown"),
 ]
+TrustedKeys = Annotated[
+    list[Path] | None, typer.Option(help="public key: refuse a bundle that it has not signed; repeatable")
+]
+EncoderWeights = Annotated[
+    Path | None, typer.Option(help="weights of the published encoder that the bundle names by its hash")
+]
 
 
 def progress_on_terminal(*texts: str) -> Progress:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from crcjax.cli_options import STDERR, CohortFile, Mpp, PseudonymKey, Slides, progress_on_terminal
+from crcjax.cli_options import (
+    STDERR,
+    CohortFile,
+    EncoderWeights,
+    Mpp,
+    PseudonymKey,
+    Slides,
+    TrustedKeys,
+    progress_on_terminal,
+)
 from crcjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,12 +38,8 @@ def predict(
         Path | None, typer.Option(help="folder of crcjax checkpoints export, in place of --run (docs/bundles.md)")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of predictions.csv, heatmaps and attention files")] = ...,  # type: ignore[assignment]
-    trust: Annotated[
-        list[Path] | None, typer.Option(help="public key: refuse a bundle that it has not signed; repeatable")
-    ] = None,
-    encoder_weights: Annotated[
-        Path | None, typer.Option(help="weights of the published encoder that the bundle names by its hash")
-    ] = None,
+    trust: TrustedKeys = None,
+    encoder_weights: EncoderWeights = None,
     cohort: CohortFile = None,
     mpp: Mpp = None,
     dropout_samples: Annotated[
@@ -137,12 +142,8 @@ def export_model(
         list[Path] | None, typer.Option("--run", help="the --workdir of a training; repeated, an ensemble")
     ] = None,
     bundle: Annotated[Path | None, typer.Option(help="bundle of crcjax checkpoints export, in place of --run")] = None,
-    trust: Annotated[
-        list[Path] | None, typer.Option(help="public key that must have signed the bundle; repeated, any of them")
-    ] = None,
-    encoder_weights: Annotated[
-        Path | None, typer.Option(help="weights of the published encoder that the bundle names by hash")
-    ] = None,
+    trust: TrustedKeys = None,
+    encoder_weights: EncoderWeights = None,
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="onnx or stablehlo; repeated; both by default")
     ] = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from crcjax.cli_options import STDERR
+from crcjax.cli_options import STDERR, EncoderWeights, TrustedKeys
 from crcjax.environment import require_extra
 
 
@@ -22,12 +22,8 @@ def serve(
     slides: Annotated[
         list[str] | None, typer.Option(metavar="SITE=FOLDER", help="a site may name slides there by path; repeatable")
     ] = None,
-    trust: Annotated[
-        list[Path] | None, typer.Option(help="public key: refuse a bundle that it has not signed; repeatable")
-    ] = None,
-    encoder_weights: Annotated[
-        Path | None, typer.Option(help="weights of the published encoder that the bundle names by its hash")
-    ] = None,
+    trust: TrustedKeys = None,
+    encoder_weights: EncoderWeights = None,
     certificate: Annotated[
         Path | None, typer.Option(help="PEM file of your certificate; by default the service signs one itself")
     ] = None,

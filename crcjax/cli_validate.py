@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crcjax.cli_options import STDERR, progress_on_terminal
+from crcjax.cli_options import STDERR, EncoderWeights, TrustedKeys, progress_on_terminal
 from crcjax.errors import InputError
 
 if TYPE_CHECKING:
     from crcjax.predict.predict_slides import PredictJob
     from crcjax.predict.predictor import Predictor
+    from crcjax.runs.bundle import Bundle
     from crcjax.validation.calibration import Calibration
 
 plan = typer.Typer(help="Locks an analysis plan before unblinding, and shows every later change.", no_args_is_help=True)
@@ -53,17 +54,16 @@ def validate(
         list[Path] | None,
         typer.Option(help="with --bundle: slide file or folder, repeatable; by default the cohort's column path"),
     ] = None,
-    trust: Annotated[
-        list[Path] | None, typer.Option(help="with --bundle: public key that must have signed it, repeatable")
-    ] = None,
+    trust: TrustedKeys = None,
+    encoder_weights: EncoderWeights = None,
 ) -> None:
     """Compares predictions of held-out cases with the reference classes and writes a report.
 
     With --plan: results.json, report.html, tables and figures of a pre-specified analysis. Without: a short report of
     --predictions and --cohort.
     """
-    if bundle is None and (slides or trust):
-        raise InputError("--slides and --trust are for a --bundle; leave them out")
+    if bundle is None and (slides or trust or encoder_weights):
+        raise InputError("--slides, --trust and --encoder-weights are for a --bundle; leave them out")
     if bundle is not None and (plan is None or predictions is not None):
         raise InputError("--bundle needs --plan, and makes the predictions itself; leave --predictions out")
     if plan is None:
@@ -81,10 +81,13 @@ def validate(
     if bundle is None:
         validator = EPOCValidator(plan, predictions=predictions, cohort=cohort)
     else:
+        from crcjax.runs.bundle import open_bundle
+
         tables = {name: out / folder / "predictions.csv" for name, folder in _FOLDERS.items()}
         # A mistake in the plan is found before the slides are predicted.
         checked = EPOCValidator(plan, cohort=cohort, **tables).plan.plan
-        made = _predict(bundle, slides, checked.data.cohort, tables, trust)
+        opened = open_bundle(bundle, trust or (), encoder_weights)
+        made = _predict(opened, slides, checked.data.cohort, tables)
         validator = EPOCValidator(plan, cohort=cohort, **{name: tables[name] for name in made})
     results = validator.run()
     report = validator.write(out, pdf=pdf)
@@ -96,27 +99,26 @@ def validate(
     STDERR.print(f"{report}", markup=False)
 
 
-def _predict(
-    bundle: Path, slides: list[Path] | None, cohort: Path, tables: dict[str, Path], trust: list[Path] | None
-) -> list[str]:
-    """Predicts the slides with a bundle, as it is and without its stain normalisation, if it has one; the tables' names."""
+def _predict(bundle: Bundle, slides: list[Path] | None, cohort: Path, tables: dict[str, Path]) -> list[str]:
+    """Predicts the slides with a bundle as it is, and without its stain normalisation if it has one.
+
+    Returns the names of the tables that it wrote.
+    """
     from dataclasses import replace
 
     from crcjax.data.slide_selection import named_slides
     from crcjax.predict.predict_slides import PredictJob
     from crcjax.predict.predictor import Predictor
-    from crcjax.runs.bundle import open_bundle
     from crcjax.validation.calibration import load_calibration
 
-    opened = open_bundle(bundle, trust or ())
-    models = {"predictions": opened.models}
-    if any(model.normaliser or model.tiling.stain for model in opened.models):
+    models = {"predictions": bundle.models}
+    if any(model.normaliser or model.tiling.stain for model in bundle.models):
         models["without_normalisation"] = tuple(
-            replace(model, normaliser=None, tiling=replace(model.tiling, stain=None)) for model in opened.models
+            replace(model, normaliser=None, tiling=replace(model.tiling, stain=None)) for model in bundle.models
         )
     for name, members in models.items():
         predictor = Predictor(*members)
-        calibration = opened.calibration and load_calibration(opened.calibration, predictor.model_id, predictor.classes)
+        calibration = bundle.calibration and load_calibration(bundle.calibration, predictor.model_id, predictor.classes)
         jobs = [
             PredictJob(
                 *(slide.slide_id, slide.case_id, slide.path, slide.mpp, slide.site),

@@ -231,7 +231,7 @@ def get_config() -> ConfigDict:
     # Label smoothing of cross_entropy and focal. Raise it where the reference labels are less reliable.
     train.label_smoothing = 0.05
 
-    # What is done about steps that go wrong. See docs/recovery.md.
+    # Steps that go wrong: when one is left out, and when the run goes back. See docs/recovery.md.
     config.health = health = Section()
     # Norm of the gradient, before clipping, above which a step is left out. Lower it if the loss jumps after steps with large
     # gradients.

@@ -185,10 +185,10 @@ def main() -> None:
     command = Command(run, table, folder / "whole")
     samples = command.memory_by_rows()
     seconds = time.monotonic() - start
-    whole = rows_of(command.table)
+    undisturbed = rows_of(command.table)
     assert command.process.returncode == 1, command.process.returncode
-    named = {row["slide_id"]: row for row in whole}
-    assert len(named) == len(whole) == SLIDES
+    named = {row["slide_id"]: row for row in undisturbed}
+    assert len(named) == len(undisturbed) == SLIDES
     wrong = [
         name
         for name, row in named.items()
@@ -201,12 +201,12 @@ def main() -> None:
     ]
     on_disk, again = killed(run, table, folder / "killed")
     repeated = rows_of(folder / "killed" / "predictions.csv")
-    assert without_seconds(repeated) == without_seconds(whole)
+    assert without_seconds(repeated) == without_seconds(undisturbed)
     counts = Counter(row["slide_id"] for row in repeated)
     causes = Counter(named[name]["reason"].partition(":")[0] for name in ways)
     rows = [
         Row("slides", SLIDES, "slides"),
-        Row("predicted", sum(row["status"] == "ok" for row in whole), "slides"),
+        Row("predicted", sum(row["status"] == "ok" for row in undisturbed), "slides"),
         Row(f"broken in {len(WAYS)} ways, each named with its reason", len(ways), "slides"),
         Row("speed with start and compiling", 3600 * SLIDES / seconds, "slides/h"),
         Row("peak memory, second quarter of the slides", peak[0], "MiB"),

@@ -24,7 +24,7 @@ _GOOGLE = "http://metadata.google.internal"
 _LINK_LOCAL = "http://169.254.169.254"
 # Events of Azure after which the processes of the machine are gone. A freeze takes seconds.
 _AZURE_ENDINGS = ("Preempt", "Terminate", "Reboot", "Redeploy")
-# What an address answers while there is no notice.
+# Answers of an address while no preemption is announced.
 _NO_NOTICE = ("", "FALSE", "NONE", "NULL")
 
 
@@ -42,7 +42,7 @@ class PreemptionNotice:
         self._unreachable = ""
 
     def read(self) -> str:
-        """What was announced; empty without a notice, and if the source cannot be reached, which the log says once."""
+        """The text of the notice, or "" without one. The log says once if the source cannot be reached."""
         try:
             return self._read()
         except (OSError, HTTPException, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -64,7 +64,7 @@ class PreemptionNotice:
             announced = self.read()
 
     def watch(self, on_notice: Callable[[str], None]) -> None:
-        """Looks every five seconds in a thread, and calls `on_notice` once, with what was announced."""
+        """Starts a thread that reads the source every five seconds, and calls `on_notice` once with the first notice."""
 
         def look() -> None:
             pause = threading.Event()

@@ -98,7 +98,7 @@ def credible_interval(alpha: Sequence[float], index: int, level: float = _LEVEL)
 
 
 def uncertainty_sentences(row: PredictionRow, classes: Sequence[str]) -> list[str]:
-    """What the numbers of a row say about the model's uncertainty, in words."""
+    """Describes the model's uncertainty about a slide in sentences."""
     if not row.is_ok:
         return []
     order = np.argsort(row.probs)[::-1]

@@ -20,7 +20,7 @@ from crcjax.predict.evidence_map import PixelGrid, merged
 from crcjax.slides.wsi.discovery import dicom_files, first_file
 from crcjax.validation.predictions_table import PredictionRow
 
-# What the header of the slide must state, besides what every DICOM file has.
+# Fields of the slide's header that a parametric map copies. Scanners' files may lack them.
 _REQUIRED = (
     "PatientID",
     "StudyInstanceUID",

@@ -156,7 +156,7 @@ def _figures(slide: Slide, evidence: SlideEvidence, layer: TileLayer) -> list[Fi
 
 
 def _meaning(evidence: SlideEvidence) -> str:
-    """What the maps show, as a sentence without its full stop."""
+    """Explains the maps in a sentence without its full stop."""
     if not evidence.is_signed:
         return (
             "The map shows attention: where the model looked, not the evidence for a class. For evidence, predict with "

@@ -153,7 +153,7 @@ class EngineWork:
         self._encoder.start()
 
     def add(self, bag: Sequence[SlideSource]) -> int:
-        """Adds the slides of one bag, which come after those that were added before; returns the bag's number."""
+        """Appends the slides of one bag to the work, and returns the bag's number."""
         with self._adding:
             number = len(self._slides_of)
             slides = [SlideInWork(number, source, self._added + index) for index, source in enumerate(bag)]

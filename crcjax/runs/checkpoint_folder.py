@@ -56,7 +56,7 @@ def damaged_folders(run: Path) -> list[Path]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What checkpoint.json states; empty for a checkpoint of an earlier version and a damaged one."""
+    """The values in checkpoint.json. Empty if an earlier version made the checkpoint, or the file is damaged."""
     try:
         about = json.loads((folder / ABOUT).read_bytes())
     except (OSError, ValueError):

@@ -13,7 +13,7 @@ EVERY_SITE = "*"
 
 
 class Role(StrEnum):
-    """What an account is for."""
+    """The task of an account; the table below lists its permissions."""
 
     ADMINISTRATOR = "administrator"
     PATHOLOGIST = "pathologist"

@@ -70,11 +70,11 @@ class Recomputation:
     def _compare_devices(self, number: int, state: TrainState, batch: Bag) -> None:
         """Raises CorruptionError if a device computes another result than the others for the bags of the first device."""
         local = local_mesh()
-        whole = on_local_mesh(state, self._mesh, local)
+        local_state = on_local_mesh(state, self._mesh, local)
         bags = _bags_of_first_device(batch, self._mesh)
         checksums = []
         for (one, step), device in zip(self._steps_alone, jax.local_devices(), strict=True):
-            after, metrics = step(_on_device(whole, device, one), jax.device_put(bags, replicated(one)))
+            after, metrics = step(_on_device(local_state, device, one), jax.device_put(bags, replicated(one)))
             checksums.append(_checksums_of_device({"loss": metrics["loss"], "state": vars(after)}, device))
         names = sorted(checksums[0])
         by_device = process_allgather(np.array([[sums[name] for name in names] for sums in checksums], np.uint32))

@@ -55,9 +55,9 @@ def read_plan(path: Path, **paths: Path | None) -> PlanFile:
         raise InputError(f"{path}: cannot be read ({reason}); give the TOML file of an analysis plan") from error
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: is not TOML ({error}); correct it") from error
-    given = {name: str(value.absolute()) for name, value in paths.items() if value is not None}
-    if given and isinstance(values.get("data", {}), dict):
-        values["data"] = values.get("data", {}) | given
+    replaced_paths = {name: str(value.absolute()) for name, value in paths.items() if value is not None}
+    if replaced_paths and isinstance(values.get("data", {}), dict):
+        values["data"] = values.get("data", {}) | replaced_paths
     try:
         plan = Plan.model_validate(values)
     except ValidationError as error:

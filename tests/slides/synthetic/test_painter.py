@@ -144,9 +144,9 @@ def test_a_pattern_takes_its_share_and_its_blocks_fit_each_other(name: str, tmp_
     assert 0.1 < here.sum() / (truth.kinds > 0).sum() < 0.7
     np.testing.assert_array_equal(truth.kinds[~here], default.kinds[~here])
     np.testing.assert_array_equal(truth.carriers, default.carriers)
-    whole = paint_block(spec, 0, 0, 1200, 1000)
+    pixels = paint_block(spec, 0, 0, 1200, 1000)
     for x, y in ((301, 277), (611, 155), (455, 498)):
-        np.testing.assert_array_equal(paint_block(spec, x, y, 400, 300), whole[y : y + 300, x : x + 400])
+        np.testing.assert_array_equal(paint_block(spec, x, y, 400, 300), pixels[y : y + 300, x : x + 400])
 
 
 def test_ink_lies_on_the_margin_and_absorbs_light_there_alone(tmp_path: Path) -> None:

@@ -66,7 +66,13 @@ def test_a_bundle_and_a_plan_give_predictions_with_and_without_normalisation_and
     refused = crcjax("validate", "--bundle", normalising_bundle, "--out", tmp_path / "none")
     assert (refused.returncode, "--bundle needs --plan" in refused.stderr) == (2, True)
     refused = crcjax("validate", "--plan", plan, "--slides", painted, "--out", tmp_path / "none")
-    assert (refused.returncode, "--slides and --trust are for a --bundle" in refused.stderr) == (2, True)
+    assert (refused.returncode, "--slides, --trust and --encoder-weights are for a --bundle" in refused.stderr) == (
+        2,
+        True,
+    )
+    weights = ("--encoder-weights", tmp_path / "weights.safetensors")
+    refused = crcjax("validate", "--plan", plan, "--bundle", normalising_bundle, *weights, "--out", tmp_path / "none")
+    assert (refused.returncode, "needs no weights of a published encoder" in refused.stderr) == (2, True)
     plan.write_text(PLAN + 'gate = "x"\n')
     refused = crcjax("validate", "--plan", plan, "--bundle", normalising_bundle, "--out", tmp_path / "none")
     assert (refused.returncode, "data.gate is no field" in refused.stderr) == (2, True)
