@@ -107,8 +107,11 @@ class DistributedInferenceWorker(Generic[B]):
             while True:
                 for number, slides in work.next_finished():
                     with self._starting:
-                        bag, future = self._bags.pop(number)
+                        bag, future = self._bags[number]
                     future.set_result(self._setup.finish(predictor, bag, slides))
+                    # Only now: an error of `finish` must reach this bag too.
+                    with self._starting:
+                        del self._bags[number]
         except BaseException as error:
             with self._starting:
                 self._error = error

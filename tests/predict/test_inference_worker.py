@@ -2,19 +2,21 @@
 
 import csv
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
 
 import numpy as np
 import pytest
 
 from crcjax.data.cohort import load_cohort
-from crcjax.errors import InputError
-from crcjax.predict.inference_worker import WorkerSetup, predict_on_ray, worker_layout
+from crcjax.errors import InputError, OutputError
+from crcjax.predict.inference_worker import DistributedInferenceWorker, WorkerSetup, predict_on_ray, worker_layout
 from crcjax.predict.predict_slides import PredictJob, _finish_on_ray, _sources, predict_slides
 from crcjax.predict.predictor import Predictor
 from crcjax.runs.code_id import code_id
-from crcjax.slides.jobs.worker_pool import JobFailed, JobLimits
+from crcjax.slides.jobs.worker_pool import Answer, JobFailed, JobLimits
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,21 @@ def test_a_worker_is_on_every_gpu_or_on_every_machine_without_gpus() -> None:
     assert worker_layout([gpu], threads=16) == (2, 16, 1)
     with pytest.raises(InputError, match="no machine of the cluster has 64 CPUs; give a smaller --workers"):
         worker_layout([gpu], threads=64)
+
+
+def test_a_bag_whose_files_cannot_be_written_ends_with_that_error_and_so_do_the_ones_after_it(
+    predictor: Predictor, slides: Path
+) -> None:
+    def finish(predictor: Predictor, bag: list[PredictJob], works: list) -> list:
+        raise OutputError("out: cannot be written (No space left on device); free space")
+
+    setup = WorkerSetup(predictor.models, 0, "attention", predictor.model_id, code_id(), _sources, finish)
+    worker = DistributedInferenceWorker(setup, 1)
+    answers: Queue[Answer] = Queue()
+    for job in _jobs(slides)[1:3]:
+        # In a thread: the only bag in work would wait for ever if its error were lost.
+        threading.Thread(target=lambda bag: answers.put(worker.do(bag)), args=([job],), daemon=True).start()
+        assert isinstance(answers.get(timeout=120).result, OutputError)
 
 
 @pytest.mark.ray
