@@ -14,7 +14,11 @@ _STORED_FROM_S = 0.1
 def use_compilation_cache() -> None:
     """Stores compiled programs under ~/.cache/crcjax/xla, unless JAX_COMPILATION_CACHE_DIR names another folder."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "crcjax" / "xla"
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crcjax" / "xla"
+        except RuntimeError:
+            # An account without a home, as in containers, compiles anew.
+            return
         jax.config.update("jax_compilation_cache_dir", str(cache))
         # By default JAX does not store what it compiles in less than a second, and a prediction has many such programs.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _STORED_FROM_S)

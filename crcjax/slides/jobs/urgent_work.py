@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,12 @@ def wait_for_urgent_work(stopped: threading.Event) -> None:
 
 def _lock_path() -> Path:
     """A file of this user and machine; the home directory may be shared by machines."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "crcjax"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"urgent-{socket.gethostname()}.lock"
+    name = f"crcjax-urgent-{os.getuid()}-{socket.gethostname()}.lock"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crcjax"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    except (OSError, RuntimeError):
+        # Accounts of services and containers have no home, or one that is read-only.
+        folder = Path(tempfile.gettempdir())
+    return folder / name

@@ -19,9 +19,14 @@ with urgent_work():
 """
 
 
-@pytest.fixture(autouse=True)
-def _own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.fixture(autouse=True, params=["with a cache folder", "without one"])
+def _own_lock(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", str(tmp_path / ("cache" if request.param == "with a cache folder" else "file"))
+    )
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
 
 
 def _urgent() -> subprocess.Popen:
