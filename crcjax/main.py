@@ -12,11 +12,12 @@ Several processes find each other by the variables of SLURM, Open MPI or Kuberne
 Processes that meet over a network share a secret of at least 16 characters: CRCJAX_RENDEZVOUS_SECRET, or a file named by
 CRCJAX_RENDEZVOUS_SECRET_FILE. The launchers in launch/ set it.
 
-Exit status: 0 trained; 2 the config, cohort, store or run directory is not usable, or the processes differ in them; 3 the output
-cannot be written; 4 a process of the run did not start, failed, was lost or stood still; 5 training diverged; 6 a step that was
-computed again had another result: a device or its memory is faulty; 85 stopped by SIGTERM, SIGUSR1 or Ctrl-C with everything saved, or a device of several processes ran out of memory: the same
-command resumes, in the second case with smaller micro-batches; 130 interrupted by Ctrl-C before the first step, or by a
-second Ctrl-C: the same command resumes from the last checkpoint.
+Exit status: 0 trained; 2 the config, cohort, store or run directory is not usable, or the processes differ in them; 3
+the output cannot be written; 4 a process of the run did not start, failed, was lost or stood still; 5 training
+diverged; 6 a step that was computed again had another result: a device or its memory is faulty; 85 stopped by SIGTERM,
+SIGUSR1 or Ctrl-C with everything saved, or a device of several processes ran out of memory: the same command resumes,
+in the second case with smaller micro-batches; 130 interrupted by Ctrl-C before the first step, or by a second Ctrl-C:
+the same command resumes from the last checkpoint.
 """
 
 # ruff: noqa: E402 - signals and the environment are set before the packages load

@@ -222,10 +222,10 @@ class Checkpointer:
 
     def _busy_saves(self) -> int:
         """The number of unfinished saves, each with a copy of the state in memory; the maximum over all processes."""
-        # All processes must decide alike whether to begin another save.
         # The last one is kept for `close`.
         self._saves = [save for save in self._saves if not save.is_ended or save.is_stuck] or self._saves[-1:]
         busy = sum(not save.is_ended or save.is_stuck for save in self._saves)
+        # All processes must decide alike whether to begin another save.
         return max(map(int, self._exchange(str(busy))))
 
     def _on_save_end(self, save: BackgroundSave) -> None:
