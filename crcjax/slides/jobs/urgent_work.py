@@ -17,20 +17,10 @@ _CHECK_S = 0.2
 @contextmanager
 def urgent_work() -> Iterator[None]:
     """Makes `wait_for_urgent_work` of other processes wait until the block ends, or this process dies."""
-    ended = threading.Event()
-
-    def hold() -> None:
-        # The lock may be held by another urgent command, for which the others wait as well.
-        with open(_lock_path(), "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            ended.wait()
-
-    holder = threading.Thread(target=hold, name="urgent", daemon=True)
-    holder.start()
-    try:
+    with open(_lock_path(), "a") as file:
+        # Urgent commands share the lock, so that it is never free between two that overlap.
+        fcntl.flock(file, fcntl.LOCK_SH)
         yield
-    finally:
-        ended.set()
 
 
 def wait_for_urgent_work(stopped: threading.Event) -> None:
@@ -38,7 +28,7 @@ def wait_for_urgent_work(stopped: threading.Event) -> None:
     with open(_lock_path(), "a") as file:
         while not stopped.is_set():
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 stopped.wait(_CHECK_S)
             else:

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -33,8 +32,6 @@ def _urgent() -> subprocess.Popen:
     process = subprocess.Popen([sys.executable, "-c", URGENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "urgent\n"
-    # The lock is taken by a thread of the process, at once.
-    time.sleep(0.3)
     return process
 
 
@@ -49,18 +46,20 @@ def test_work_waits_until_all_urgent_processes_have_ended_or_died() -> None:
     wait_for_urgent_work(threading.Event())
     first, second = _urgent(), _urgent()
     thread, _ = _waiting()
-    first.communicate("\n")
-    thread.join(timeout=1.0)
-    assert thread.is_alive()
-    second.kill()
-    second.communicate()
+    try:
+        first.communicate("\n")
+        thread.join(timeout=1.0)
+        assert thread.is_alive()
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
     thread.join(timeout=30)
     assert not thread.is_alive()
 
 
 def test_work_that_is_stopped_waits_no_longer() -> None:
     with urgent_work():
-        time.sleep(0.3)
         thread, stopped = _waiting()
         thread.join(timeout=0.5)
         assert thread.is_alive()
