@@ -10,17 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import uvicorn
 
 from crcjax.errors import InputError
 from crcjax.monitor.logs import log
 from crcjax.serve.app import create_app
-from crcjax.serve.queue import Queue, QueueLimits
+from crcjax.serve.config import ServeConfig
+from crcjax.serve.queue import Queue
 from crcjax.serve.service import open_service
 from crcjax.serve.tls import certificate_files
 from crcjax.serve.worker import WorkerSettings
@@ -34,54 +34,19 @@ _SHUTDOWN_S = 5
 _UNUSABLE = 2
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """The options of `crcjax serve`.
-
-    Attributes:
-      state: the folder of everything that the service keeps.
-      bundle: the bundle that predicts.
-      host, port: where it listens.
-      workers: worker processes; each loads the bundle.
-      slides: SITE=FOLDER, in which that site may name slides by reference.
-      trust: public keys, one of which must have signed the bundle.
-      encoder_weights: the file of a published encoder's weights.
-      certificate, key: PEM files of a certificate of your own.
-      threads: threads of each worker that decode tiles.
-      drain_s: seconds that running jobs get when the service stops.
-      limits: the queue's.
-    """
-
-    state: Path
-    bundle: Path
-    host: str = "127.0.0.1"
-    port: int = 8443
-    workers: int = 1
-    slides: tuple[str, ...] = ()
-    trust: tuple[Path, ...] = ()
-    encoder_weights: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    threads: int | None = None
-    drain_s: float = 30.0
-    limits: QueueLimits = field(default_factory=QueueLimits)
-
-
-def run_service(options: ServeOptions, on_line: Callable[[str], None]) -> int:
+def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
     """Serves until SIGTERM or SIGINT, and returns the exit status. `on_line` receives what a person has to know.
 
     Raises:
       InputError: an option or the bundle is not usable.
       OutputError: the state folder cannot be written.
     """
-    if (options.certificate is None) != (options.key is None):
-        raise InputError("--certificate and --key must be given together, or neither")
-    service = open_service(options.state, options.bundle, _folders(options.slides), options.limits)
-    if options.certificate and options.key:
-        certificate, key = options.certificate, options.key
+    service = open_service(config.state, config.bundle, config.slides, config.limits)
+    if config.certificate and config.key:
+        certificate, key = config.certificate, config.key
     else:
-        certificate, key = certificate_files(options.state / "tls", options.host)
-    listener = _listen(options.host, options.port)
+        certificate, key = certificate_files(config.state / "tls", config.host)
+    listener = _listen(config.host, config.port)
     administrator = service.first_administrator()
     server = uvicorn.Server(
         uvicorn.Config(
@@ -93,13 +58,13 @@ def run_service(options: ServeOptions, on_line: Callable[[str], None]) -> int:
             timeout_graceful_shutdown=_SHUTDOWN_S,
         )
     )
-    on_line(f"serving on https://{options.host}:{listener.getsockname()[1]} (certificate: {certificate})")
+    on_line(f"serving on https://{config.host}:{listener.getsockname()[1]} (certificate: {certificate})")
     if administrator:
         on_line("first administrator: name {}, one-time sign-in secret {}".format(*administrator))
     # The server stops on these signals, and sends them to this process again when it has stopped.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
-    workers = Workers(service.queue, worker_settings(options), options.workers, server)
+    workers = Workers(service.queue, worker_settings(config), config.workers, server)
     with workers:
         server.run([listener])
     if workers.failed:
@@ -118,28 +83,18 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _folders(slides: Sequence[str]) -> dict[str, list[Path]]:
-    folders: dict[str, list[Path]] = {}
-    for text in slides:
-        site, equals, folder = text.partition("=")
-        if not (site and equals and folder):
-            raise InputError(f"--slides must be SITE=FOLDER, got {text!r}")
-        folders.setdefault(site, []).append(Path(folder))
-    return folders
-
-
-def worker_settings(options: ServeOptions) -> WorkerSettings:
+def worker_settings(config: ServeConfig) -> WorkerSettings:
     """What the workers are started with; their names are still to be set."""
     return WorkerSettings(
         name="",
-        state=str(options.state.resolve()),
-        bundle=str(options.bundle.resolve()),
-        trust=tuple(str(key.resolve()) for key in options.trust),
-        encoder_weights=str(options.encoder_weights.resolve()) if options.encoder_weights else None,
-        threads=options.threads,
-        drain_s=options.drain_s,
-        lease_s=options.limits.lease_s,
-        max_tries=options.limits.max_tries,
+        state=str(config.state.resolve()),
+        bundle=str(config.bundle.resolve()),
+        trust=tuple(str(key.resolve()) for key in config.trust),
+        encoder_weights=str(config.encoder_weights.resolve()) if config.encoder_weights else None,
+        threads=config.threads,
+        drain_s=config.drain_s,
+        lease_s=config.limits.lease_s,
+        max_tries=config.limits.max_tries,
     )
 
 

@@ -49,7 +49,7 @@ def test_what_cannot_be_served_is_one_line(crcjax: Callable, tmp_path: Path, bun
         (("--bundle", tmp_path, *state), "is not a bundle"),
         (("--bundle", bundle_folder, *state, "--slides", "folder"), "--slides must be SITE=FOLDER"),
         (("--bundle", bundle_folder, *state, "--slides", f"leeds={tmp_path / 'absent'}"), "must be a folder"),
-        (("--bundle", bundle_folder, *state, "--key", "k"), "must be given together"),
+        (("--bundle", bundle_folder, *state, "--key", "k"), "certificate and key must be given together"),
         (("--bundle", bundle_folder, *state, "--host", "192.0.2.1"), "cannot be listened on"),
     ):
         done = crcjax("serve", *arguments)

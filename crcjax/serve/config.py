@@ -1,0 +1,130 @@
+"""The configuration of the service: the options of `crcjax serve`, from its command line and from a TOML file.
+
+Every field states its meaning and unit here. Paths in the file are relative to its folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from crcjax.errors import InputError
+from crcjax.serve.queue import QueueLimits
+
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    """A part of the configuration; unknown fields are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServeConfig(_Part):
+    """The whole configuration.
+
+    Attributes:
+      state: the folder of everything that the service keeps.
+      bundle: the bundle that predicts.
+      host, port: where it listens; port 0 is any free one.
+      workers: worker processes; each loads the bundle.
+      slides: for each site, the folders in which it may name slides by path.
+      trust: public keys, one of which must have signed the bundle.
+      encoder_weights: the file of a published encoder's weights.
+      certificate, key: PEM files of a certificate of your own.
+      threads: threads of each worker that decode tiles; by default one per core.
+      max_queued: cases that may wait; further requests are answered 429.
+      ageing_h: hours after which a waiting case gets every second turn, even before urgent ones.
+      drain_s: seconds that running cases get when the service stops.
+    """
+
+    state: Path
+    bundle: Path
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8443
+    workers: Count = 1
+    slides: dict[SiteName, list[Path]] = {}
+    trust: list[Path] = []
+    encoder_weights: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    threads: Count | None = None
+    max_queued: Count = QueueLimits.max_queued
+    ageing_h: Annotated[float, Field(ge=0)] = QueueLimits.ageing_s / 3600
+    drain_s: Annotated[float, Field(ge=0)] = 30.0
+
+    @model_validator(mode="after")
+    def _has_both_or_neither(self) -> ServeConfig:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key must be given together, or neither")
+        return self
+
+    @property
+    def limits(self) -> QueueLimits:
+        """The limits of the queue."""
+        return QueueLimits(max_queued=self.max_queued, ageing_s=3600 * self.ageing_h)
+
+
+# Fields that hold paths, which are relative to the folder of the file that names them.
+_PATHS = ("state", "bundle", "encoder_weights", "certificate", "key")
+
+
+def read_config(path: Path | None, options: Mapping[str, Any]) -> ServeConfig:
+    """The configuration of a file, of options of the command line, or of both; options replace fields of the file.
+
+    Raises InputError with a line for each mistake.
+    """
+    values = {} if path is None else _located(_read(path), path.absolute().parent)
+    try:
+        return ServeConfig.model_validate(values | dict(options))
+    except ValidationError as error:
+        mistakes = [_mistake(details, set(options), path is not None) for details in error.errors()]
+    place = "" if path is None else f"{path}: "
+    if len(mistakes) == 1:
+        raise InputError(place + mistakes[0])
+    raise InputError(f"{place}{len(mistakes)} mistakes:\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the TOML file of the service") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: is not TOML ({error}); correct it") from error
+
+
+def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The values of a file with whole paths; values of a wrong type stay as they are."""
+
+    def located(value: Any) -> Any:
+        if isinstance(value, list):
+            return [located(item) for item in value]
+        return str(folder / value) if isinstance(value, str) else value
+
+    whole = {name: located(value) if name in (*_PATHS, "trust") else value for name, value in values.items()}
+    if isinstance(values.get("slides"), dict):
+        whole["slides"] = {site: located(folders) for site, folders in values["slides"].items()}
+    return whole
+
+
+def _mistake(details: Any, options: set[str], has_file: bool) -> str:
+    """One line for a mistake that pydantic reports: the option or field, what was expected, and what was given."""
+    place, kind, value = details["loc"], details["type"], details["input"]
+    name = ".".join(map(str, place))
+    field = f"--{name.replace('_', '-')}" if not has_file or (place and place[0] in options) else name
+    if kind == "missing":
+        return f"{field} is missing; {'give it' if field.startswith('--') else 'add it, or give it as an option'}"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(place[-1]), ServeConfig.model_fields, 1)
+        known = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ServeConfig.model_fields)}"
+        return f"{field} is no field of the service; {known}"
+    if kind == "value_error":
+        return f"{field}: {details['ctx']['error']}" if place else str(details["ctx"]["error"])
+    return f"{field} must be {details['msg'].removeprefix('Input should be ')}, got {value!r}"
