@@ -14,6 +14,7 @@ from crcjax import (
     __version__,
     cli_checkpoints,
     cli_launch,
+    cli_models,
     cli_pictures,
     cli_power,
     cli_predict,
@@ -102,6 +103,7 @@ app.add_typer(cli_validate.plan, name="plan")
 app.add_typer(cli_power.app, name="power")
 app.command()(serve)
 app.add_typer(cli_checkpoints.app, name="checkpoints")
+app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_launch.app, name="launch")
 app.command()(cli_slides.deidentify)
 app.command()(cli_slides.pseudonyms)
