@@ -19,6 +19,7 @@ from crcjax.environment import require_extra
 from crcjax.errors import InputError
 from crcjax.validation.concordance import compare_concordance, harrell_c, uno_c
 from crcjax.validation.cox import EVENTS_PER_COEFFICIENT, Covariates, chi_squared, cox, nested_test
+from crcjax.validation.cox_slopes import cox_slopes
 from crcjax.validation.estimate import Estimate, TestResult, undetermined
 from crcjax.validation.ranking import auroc_estimate, compare_aurocs
 from crcjax.validation.survival import FollowUp
@@ -73,22 +74,16 @@ def added_to_survival(
     used, covariates = follow_up.of(complete), {name: values[complete] for name, values in both.items()}
     used_strata = None if strata is None else strata[complete]
     reduced = {name: covariates[name] for name in known}
+    matrices = [np.stack(list(columns.values()), axis=1) for columns in (covariates, reduced)]
 
     def c_difference(rows: Rows, first: np.ndarray, second: np.ndarray) -> float:
         return compare_concordance(used.of(rows), first[rows], second[rows], horizon).value
 
     def risks(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         """The risks of all patients, by the models with and without the added covariates, fitted on some rows."""
-        risk = []
-        for columns in (covariates, reduced):
-            fitted = cox(
-                used.of(rows),
-                {name: values[rows] for name, values in columns.items()},
-                None if used_strata is None else used_strata[rows],
-            )
-            slopes = [coefficient.log_hazard_ratio.value for coefficient in fitted.coefficients.values()]
-            risk.append(np.stack(list(columns.values()), axis=1) @ np.array(slopes))
-        return risk[0], risk[1]
+        of_rows = None if used_strata is None else used_strata[rows]
+        first, second = (matrix @ cox_slopes(used.of(rows), matrix[rows], of_rows) for matrix in matrices)
+        return first, second
 
     full_model, reduced_model = cox(used, covariates, used_strata), cox(used, reduced, used_strata)
     test = nested_test(full_model, reduced_model)

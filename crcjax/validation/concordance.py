@@ -11,6 +11,8 @@ from crcjax.validation.estimate import LEVEL, Estimate, undetermined
 from crcjax.validation.survival import FollowUp, kaplan_meier
 
 _Z = float(stats.norm.ppf((1 + LEVEL) / 2))
+# Patients with an event that are compared with all others at a time.
+_ROWS = 512
 
 
 def harrell_c(follow_up: FollowUp, risk: Float[np.ndarray, " patient"]) -> Estimate:
@@ -66,15 +68,17 @@ def _concordance(
     if len(risk) != len(follow_up) or not np.isfinite(risk).all():
         raise InputError("every patient must have a risk that is a number; leave out patients without one")
     concordant, pairs = np.zeros(len(risk)), np.zeros(len(risk))
-    for i in np.flatnonzero(follow_up.is_event):
+    events = np.flatnonzero(follow_up.is_event)
+    for chunk in np.split(events, range(_ROWS, len(events), _ROWS)):
         # At the same time, a patient without event outlives one with it; of two events none is the first.
-        later = (follow_up.time > follow_up.time[i]) | ((follow_up.time == follow_up.time[i]) & ~follow_up.is_event)
-        own_weight = 1.0 if weight is None else weight[i]
-        wins = own_weight * later * ((risk < risk[i]) + 0.5 * (risk == risk[i]))
-        concordant += wins
-        concordant[i] += wins.sum()
-        pairs += own_weight * later
-        pairs[i] += own_weight * later.sum()
+        time, own_risk = follow_up.time[chunk, None], risk[chunk, None]
+        later = (follow_up.time > time) | ((follow_up.time == time) & ~follow_up.is_event)
+        compared = later * (1.0 if weight is None else weight[chunk, None])
+        wins = compared * ((risk < own_risk) + 0.5 * (risk == own_risk))
+        concordant += wins.sum(axis=0)
+        concordant[chunk] += wins.sum(axis=1)
+        pairs += compared.sum(axis=0)
+        pairs[chunk] += compared.sum(axis=1)
     # Every pair was added to both of its patients.
     total = pairs.sum() / 2
     if total == 0:

@@ -11,8 +11,8 @@ from crcjax.environment import require_extra
 from crcjax.errors import InputError
 from crcjax.pages.render import Figure
 from crcjax.pages.svg import COLOURS, FULL_WIDTH, drawing, to_figure
-from crcjax.validation.concordance import harrell_c
-from crcjax.validation.cox import CoxModel, cox, indicators, nested_test, proportional_hazards_test
+from crcjax.validation.added_value import added_to_survival
+from crcjax.validation.cox import indicators, proportional_hazards_test
 from crcjax.validation.estimate import Estimate, undetermined
 from crcjax.validation.outcome import prognosis, treatment_by_subtype
 from crcjax.validation.study.forest import Row, forest_figure
@@ -31,6 +31,8 @@ from crcjax.validation.survival import (
 )
 
 SOURCES = ("reference", "predicted")
+# Enough for the mean optimism of a difference of C.
+_OPTIMISM_RESAMPLES = 200
 
 
 def survival(trial: Trial, cases: Cases, section: Section, stamp: str) -> None:
@@ -44,7 +46,7 @@ def survival(trial: Trial, cases: Cases, section: Section, stamp: str) -> None:
         "reference's are shown beside them, on the same patients."
     )
     for outcome in trial.plan.survival:
-        _outcome(cases, outcome, section, stamp)
+        _outcome(trial, cases, outcome, section, stamp)
 
 
 def follow_up_of(cases: Cases, outcome: Survival) -> tuple[Cases, FollowUp]:
@@ -73,7 +75,7 @@ def covariates_of(cases: Cases, columns: Sequence[str]) -> dict[str, np.ndarray]
     return covariates
 
 
-def _outcome(cases: Cases, outcome: Survival, section: Section, stamp: str) -> None:
+def _outcome(trial: Trial, cases: Cases, outcome: Survival, section: Section, stamp: str) -> None:
     cases, follow_up = follow_up_of(cases, outcome)
     observed = section.estimate(
         f"{outcome.id}.follow_up", f"{outcome.title}: median follow-up", median_follow_up(follow_up)
@@ -105,7 +107,7 @@ def _outcome(cases: Cases, outcome: Survival, section: Section, stamp: str) -> N
     section.estimate_matrix(f"{outcome.id}_survival", f"{outcome.title} by subtype", "subtype", rows, columns)
     _hazards(cases, follow_up, strata, outcome, section, stamp)
     if outcome.score:
-        _added_value(cases, follow_up, strata, outcome, section)
+        _added_value(trial.plan.seed, cases, follow_up, strata, outcome, section)
     if outcome.arm:
         _treatment(cases, follow_up, strata, outcome, section, stamp)
     prefix = f"{section.id}.{outcome.id}."
@@ -178,26 +180,35 @@ def _hazards(
 
 
 def _added_value(
-    cases: Cases, follow_up: FollowUp, strata: np.ndarray | None, outcome: Survival, section: Section
+    seed: int, cases: Cases, follow_up: FollowUp, strata: np.ndarray | None, outcome: Survival, section: Section
 ) -> None:
-    """What the subtype adds to the clinical score: the likelihood ratio test and Harrell's C with and without."""
+    """What the subtype adds to the clinical score: the likelihood ratio test, and Harrell's C with and without it."""
     assert outcome.score is not None
     score = covariates_of(cases, [outcome.score])
-    alone = cox(follow_up, score, strata)
+    if not score:
+        section.add_sentences(
+            f"{outcome.title}: all patients have the same {outcome.score}, to which nothing is added."
+        )
+        return
     labels: dict[str, str] = {}
 
-    def keep(name: str, label: str, model: CoxModel) -> None:
-        estimate = harrell_c(follow_up.of(model.is_used), model.risk)
-        section.estimate(f"{outcome.id}.c.{name}", f"{outcome.title}: Harrell's C, {label}", estimate)
-        labels[f"{outcome.id}.c.{name}"] = f"Harrell's C, {label}"
+    def keep(name: str, label: str, estimate: Estimate) -> None:
+        section.estimate(f"{outcome.id}.{name}", f"{outcome.title}: {label}", estimate)
+        labels[f"{outcome.id}.{name}"] = label
 
-    keep("score", "clinical score", alone)
     for source, subtype in zip(SOURCES, (cases.label, cases.call), strict=True):
-        both = cox(follow_up, {**score, **indicators(subtype, cases.classes)}, strata)
-        keep(f"score_and_{source}", f"clinical score and {source} subtype", both)
+        subtypes = {f"{source} {name}": of_class for name, of_class in indicators(subtype, cases.classes).items()}
+        added = added_to_survival(follow_up, score, subtypes, seed, strata, replicates=_OPTIMISM_RESAMPLES)
+        keep("c.score", "Harrell's C, clinical score", added.before)
+        keep(f"c.score_and_{source}", f"Harrell's C, clinical score and {source} subtype", added.after)
+        keep(f"c_difference.{source}", f"difference by the {source} subtype", added.difference)
+        keep(f"c_corrected.{source}", f"difference by the {source} subtype, less its optimism", added.corrected)
         title = f"{outcome.title}: {source} subtype adds nothing to the clinical score"
-        section.test(f"{outcome.id}.added_to_score.{source}", title, nested_test(both, alone))
-    footnote = "Judge the addition by the likelihood ratio test; C of a model on its own patients is optimistic."
+        section.test(f"{outcome.id}.added_to_score.{source}", title, added.test)
+    footnote = (
+        "The test of the addition is the likelihood ratio. C of a model on its own patients is optimistic, that of the larger "
+        "model more; the difference less its optimism, by a bootstrap, is what to expect in other patients."
+    )
     section.estimate_table(f"{outcome.id}_added", f"{outcome.title}: added to the clinical score", labels, footnote)
 
 
