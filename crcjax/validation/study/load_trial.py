@@ -10,6 +10,7 @@ from crcjax.data.csv_table import read_table
 from crcjax.errors import InputError
 from crcjax.validation.load_predictions import load_predictions
 from crcjax.validation.predictions_table import PredictionRow
+from crcjax.validation.study.development import load_embeddings, load_training
 from crcjax.validation.study.plan import Plan
 from crcjax.validation.study.readings import load_readings
 from crcjax.validation.study.trial import Scan, Trial
@@ -45,6 +46,8 @@ def load_trial(plan: Plan) -> Trial:
         if (path := getattr(data, name)) is not None
     }
     readings = None if data.readers is None else load_readings(data.readers, classes, plan.columns.readers)
+    training = None if data.training is None else load_training(data.training, plan.columns.training)
+    embeddings = None if data.embeddings is None else load_embeddings(data.embeddings)
     tables = [predictions, *further.values()]
     synthetic = any(row.synthetic for table in tables for row in table.rows)
     return Trial(
@@ -53,6 +56,8 @@ def load_trial(plan: Plan) -> Trial:
         len(row_of) - len(used),
         **further,
         readings=readings,
+        training=training,
+        embeddings=embeddings,
         synthetic=synthetic,
         has_probabilities=predictions.has_probabilities,
     )
@@ -120,6 +125,7 @@ def _named_columns(plan: Plan) -> list[tuple[str, str | None]]:
         named += [(f"survival {outcome.id}", column) for column in columns]
     if plan.scanners:
         named += [("scanners", plan.scanners.glass_slide), ("scanners", plan.scanners.repeat)]
+    named += [("leakage", plan.leakage.block), ("leakage", plan.leakage.date)]
     if plan.subgroups:
         named += [("subgroups", column) for column in plan.subgroups.columns]
     return named

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from crcjax.validation.leakage import SIMILARITY
+
 Share = Annotated[float, Field(ge=0, le=1)]
 InnerShare = Annotated[float, Field(gt=0, lt=1)]
 # A column's values that a population keeps.
@@ -32,6 +34,10 @@ class Data(_Part):
       without_normalisation: predictions of the same scans without stain normalisation.
       calibration: predictions of cases that the study does not evaluate, with their `target`: for temperature and sets.
       readers: one row per reading: case_id, reader, call, and optionally repeat.
+      training: one row per slide that the model was developed on, such as a run's data_manifest.csv: slide_id, case_id, and
+        optionally split (`calibration`; any other is development), slide_sha256 or content_hash, block_id, date, label.
+      embeddings: a .npz of slide_id [slide] and embedding [slide, feature], of evaluated and, for near-duplicates, of training
+        slides.
     """
 
     predictions: Path
@@ -40,10 +46,13 @@ class Data(_Part):
     without_normalisation: Path | None = None
     calibration: Path | None = None
     readers: Path | None = None
+    training: Path | None = None
+    embeddings: Path | None = None
 
 
 class Columns(_Part):
-    """Columns that the tables predictions, cohort, comparator, without_normalisation, calibration and readers call otherwise.
+    """Columns that the tables predictions, cohort, comparator, without_normalisation, calibration, readers and training call
+    otherwise.
 
     For each table, its name of a column by crcjax's name.
     """
@@ -54,6 +63,7 @@ class Columns(_Part):
     without_normalisation: dict[str, str] = {}
     calibration: dict[str, str] = {}
     readers: dict[str, str] = {}
+    training: dict[str, str] = {}
 
 
 class Patients(_Part):
@@ -262,6 +272,22 @@ class Subgroups(_Part):
     columns: Annotated[list[str], Field(min_length=1)]
 
 
+class Leakage(_Part):
+    """What the evaluated slides are compared by with those of `data.training` and `data.calibration`.
+
+    Attributes:
+      block: the cohort's column of the block, specimen or glass slide, which scans of the same tissue share.
+      date: the cohort's column of the date of the scan or of the enrolment, as YYYY-MM-DD.
+      pretraining: what is known of the overlap with the data that the encoder was pre-trained on.
+      similarity: the centred cosine of embeddings from which slides of two patients are near-duplicates.
+    """
+
+    block: str | None = None
+    date: str | None = None
+    pretraining: str = ""
+    similarity: InnerShare = SIMILARITY
+
+
 class Precision(_Part):
     """The precision that the study was planned for.
 
@@ -312,4 +338,5 @@ class Plan(_Part):
     survival: list[Survival] = []
     decisions: list[Decision] = []
     subgroups: Subgroups | None = None
+    leakage: Leakage = Leakage()
     precision: list[Precision] = []

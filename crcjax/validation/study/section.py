@@ -22,6 +22,7 @@ class Section:
       number, title: of its heading.
       classes: the names that replace class indices in warnings.
       sentences: read before the tables.
+      messages: what a reader must know before any number of the report.
       missing: why the section is empty; the plan did not name its data.
       estimates, tests: by id, each with its label.
       tables, figures: of the report, and files of their own.
@@ -32,6 +33,7 @@ class Section:
     title: str
     classes: tuple[str, ...]
     sentences: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     missing: str = ""
     estimates: dict[str, tuple[str, Estimate]] = field(default_factory=dict)
     tests: dict[str, tuple[str, TestResult]] = field(default_factory=dict)
@@ -96,7 +98,7 @@ class Section:
         for label, pattern in rows.items():
             row = [label]
             for part in columns.values():
-                stored = self.estimates.get(f"{self.id}.{pattern.format(part)}")
+                stored = self.estimates.get(f"{self.id}.{pattern.replace('{}', part)}")
                 if stored is None:
                     row.append("")
                     continue
@@ -173,6 +175,11 @@ class _Notes:
     @property
     def text(self) -> str:
         return "; ".join(f"[{each}] {warning}" for warning, each in self._notes.items())
+
+
+def id_part(text: str) -> str:
+    """A name of the data as a part of an id, in which dots are %2E: parts are separated by dots."""
+    return text.replace("%", "%25").replace(".", "%2E")
 
 
 def interval(estimate: Estimate) -> str:

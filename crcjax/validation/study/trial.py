@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from crcjax.data.cohort import SlideRow
 from crcjax.data.csv_table import is_missing, parse_number
 from crcjax.errors import InputError
+from crcjax.validation.leakage import StudySlide
 from crcjax.validation.load_predictions import Predictions
 from crcjax.validation.predictions_table import PredictionRow
 from crcjax.validation.statistics import aggregate_cases
@@ -135,6 +136,8 @@ class Trial:
       not_in_cohort: the number of predicted scans that the cohort lacks.
       comparator, without_normalisation, calibration: further tables of predictions, where the plan names them.
       readings: the reader study.
+      training: the slides that the model was developed on; None if the plan does not name them.
+      embeddings: of slides, by slide id; None if the plan does not name them.
       synthetic: whether any table says that its slides are painted or simulated.
       has_probabilities: False if the system states calls alone.
     """
@@ -146,6 +149,8 @@ class Trial:
     without_normalisation: Predictions | None = None
     calibration: Predictions | None = None
     readings: Readings | None = None
+    training: tuple[StudySlide, ...] | None = None
+    embeddings: Mapping[str, Float[np.ndarray, " feature"]] | None = None
     synthetic: bool = False
     has_probabilities: bool = True
 

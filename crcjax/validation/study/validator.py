@@ -80,7 +80,7 @@ class EPOCValidator:
             tuple(sections),
             tuple(decide_gates(trial.plan, estimates, tests)),
             tuple(compare_hypotheses(trial.plan, estimates)),
-            tuple(messages_of(trial, cases)),
+            (*messages_of(trial, cases), *(message for section in sections for message in section.messages)),
             trial.synthetic,
             _predicted_by(trial),
         )

@@ -1,4 +1,4 @@
-"""Section 2.4: what several scans of a patient are worth, and whether the model could have seen the cases."""
+"""Section 2.4: what several scans of a patient are worth."""
 
 from __future__ import annotations
 

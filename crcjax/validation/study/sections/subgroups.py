@@ -11,7 +11,7 @@ from crcjax.validation.proportions import RARE
 from crcjax.validation.ranking import macro_auroc_estimate
 from crcjax.validation.study.flow import flow_of
 from crcjax.validation.study.forest import Row, forest_figure
-from crcjax.validation.study.section import Section
+from crcjax.validation.study.section import Section, id_part
 from crcjax.validation.study.trial import Cases, Patient, Trial
 from crcjax.validation.subgroups import Subgroups, holm, subgroup_rates, subgroup_statistic
 
@@ -37,12 +37,12 @@ def subgroups(trial: Trial, cases: Cases, section: Section, stamp: str) -> None:
         _tables(column, metrics, section)
         groups = metrics["accuracy"].groups
         rows.append((_words(column), None))
-        rows += [(name, section.estimates[f"subgroups.accuracy.{column}.{name}"][1]) for name in groups]
+        rows += [(name, section.estimates[f"subgroups.{_id('accuracy', column, name)}"][1]) for name in groups]
     parts = {(metric, column): part for column, of_column in by_column.items() for metric, part in of_column.items()}
-    tests = holm({f"{metric}.{column}": part.heterogeneity for (metric, column), part in parts.items()})
+    tests = holm({_id(metric, column): part.heterogeneity for (metric, column), part in parts.items()})
     for metric, column in parts:
         label = f"{_words(metric)}: no difference by {_words(column)}"
-        section.test(f"{metric}.{column}", label, tests[f"{metric}.{column}"])
+        section.test(_id(metric, column), label, tests[_id(metric, column)])
     section.test_table("heterogeneity", "Heterogeneity")
     gaps = [id.removeprefix("subgroups.") for id in section.estimates if id.startswith("subgroups.accuracy_gap.")]
     section.estimate_table("gaps", "Largest differences of accuracy", gaps)
@@ -89,22 +89,35 @@ def _keep(column: str, metrics: dict[str, Subgroups], section: Section) -> None:
     for metric, result in metrics.items():
         for name, part in result.groups.items():
             label = f"{_words(metric)}, {_words(column)} {name}"
-            section.estimate(f"{metric}.{column}.{name}", label, part.estimate)
+            section.estimate(_id(metric, column, name), label, part.estimate)
             if metric == "accuracy":
-                section.estimate(f"accuracy_difference.{column}.{name}", f"{label}, minus the others", part.difference)
+                section.estimate(
+                    _id("accuracy_difference", column, name), f"{label}, minus the others", part.difference
+                )
     accuracy = metrics["accuracy"]
     extremes = f" ({accuracy.highest} minus {accuracy.lowest})" if accuracy.lowest else ""
-    section.estimate(f"accuracy_gap.{column}", f"by {_words(column)}{extremes}", accuracy.gap)
+    section.estimate(_id("accuracy_gap", column), f"by {_words(column)}{extremes}", accuracy.gap)
 
 
 def _tables(column: str, metrics: dict[str, Subgroups], section: Section) -> None:
     """What all patients give, and the sensitivity for each class."""
-    title, rows = _words(column), {name: f"{{}}.{column}.{name}" for name in metrics["accuracy"].groups}
-    by_class = {_words(metric): metric for metric in metrics if metric.startswith("sensitivity.")}
-    overall = {_words(metric): metric for metric in metrics if metric not in by_class.values()}
+    title, rows = _words(column), {name: f"{{}}.{id_part(column)}.{name}" for name in metrics["accuracy"].groups}
+    of_classes = [metric for metric in metrics if metric.startswith("sensitivity.")]
+    by_class = {_words(metric): _metric_id(metric) for metric in of_classes}
+    overall = {_words(metric): metric for metric in metrics if metric not in of_classes}
     overall["accuracy minus the others'"] = "accuracy_difference"
     section.estimate_matrix(f"by_{column}", f"By {title}", title, rows, overall)
     section.estimate_matrix(f"sensitivity_by_{column}", f"Sensitivity by {title}", title, rows, by_class)
+
+
+def _id(metric: str, column: str, group: str | None = None) -> str:
+    """The id of a metric by a column, and of a group: unique, whatever the names of classes and columns hold."""
+    return ".".join((_metric_id(metric), id_part(column), *([] if group is None else [group])))
+
+
+def _metric_id(metric: str) -> str:
+    kind, dot, name = metric.partition(".")
+    return f"{kind}{dot}{id_part(name)}"
 
 
 def _words(name: str) -> str:

@@ -44,11 +44,18 @@ def simulate_trial(out: Path, seed: int = 0, patients: int = PATIENTS, truth: Tr
     texts = {
         "cohort.csv": table_text(tables.cohort),
         "readers.csv": table_text(tables.readers),
+        "training.csv": table_text(tables.training),
         "truth.json": json.dumps(facts, indent=1) + "\n",
         PLAN: resources.files("crcjax.validation.study").joinpath("simulation/plan.toml").read_text(),
     }
     for name in ("predictions", "without_normalisation", "comparator", "calibration"):
         rows = [row.to_csv(CLASSES) for row in getattr(tables, name)]
         texts[f"{name}.csv"] = table_text(rows, columns(CLASSES))
+    with writing(out / "embeddings.npz"):
+        np.savez(
+            out / "embeddings.npz",
+            slide_id=np.array(list(tables.embeddings)),
+            embedding=np.array(list(tables.embeddings.values()), np.float32),
+        )
     write_whole({out / name: text for name, text in texts.items()})
     return out / PLAN

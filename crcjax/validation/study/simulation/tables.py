@@ -26,6 +26,8 @@ from crcjax.validation.study.simulation.truth import (
 READERS = ("reader 1", "reader 2", "reader 3", "reader 4", "reader 5")
 # The scanner that each site uses, by place.
 _SCANNER_OF_SITE = (0, 1, 2, 0)
+# Numbers of an embedding, and slides of the simulated development.
+EMBEDDING, TRAINING = 32, 240
 # Patients who drop out on the way to the analysis.
 PRIMARY_TUMOUR, WITHOUT_SLIDE, REFUSED_SLIDE, FAILED_SLIDE, WITHOUT_REFERENCE = 4, 3, 2, 1, 3
 DROPPED = PRIMARY_TUMOUR + WITHOUT_SLIDE + REFUSED_SLIDE + FAILED_SLIDE + WITHOUT_REFERENCE
@@ -33,7 +35,7 @@ DROPPED = PRIMARY_TUMOUR + WITHOUT_SLIDE + REFUSED_SLIDE + FAILED_SLIDE + WITHOU
 
 @dataclass
 class Tables:
-    """Rows of every table by its name, as texts or as rows of predictions."""
+    """Rows of every table by its name, as texts or as rows of predictions; embeddings by slide id."""
 
     cohort: list[dict[str, str]] = field(default_factory=list)
     predictions: list[PredictionRow] = field(default_factory=list)
@@ -41,6 +43,8 @@ class Tables:
     comparator: list[PredictionRow] = field(default_factory=list)
     calibration: list[PredictionRow] = field(default_factory=list)
     readers: list[dict[str, str]] = field(default_factory=list)
+    training: list[dict[str, str]] = field(default_factory=list)
+    embeddings: dict[str, Float[np.ndarray, " feature"]] = field(default_factory=dict)
 
 
 def simulate_tables(truth: Truth, analysed: int, rng: np.random.Generator) -> Tables:
@@ -55,6 +59,8 @@ def simulate_tables(truth: Truth, analysed: int, rng: np.random.Generator) -> Ta
     _add_comparator(truth, sampled, tables, rng)
     _add_readers(truth, sampled, order[DROPPED : DROPPED + 80].tolist(), tables, rng)
     _add_calibration(truth, tables, rng)
+    training = _add_training(truth, tables, rng)
+    _add_embeddings(truth, tables, [*tables.predictions, *training], rng)
     return tables
 
 
@@ -122,6 +128,7 @@ def _add_patient(
             reference = "" if dropped == "no reference" else CLASSES[sampled.reference[place]]
             row = {"slide_id": slide, "case_id": case, "site": SITES[site], "scanner": SCANNERS[scanner]}
             row |= {"subtype": reference, "glass_slide": f"{case}-{glass + 1}", "repeat": str(repeat)}
+            row |= {"scan_date": _date(2020, place)}
             row |= {"primary_scan": "yes" if (scanner, repeat) == (own, 1) else "no"}
             row |= {"specimen_site": "primary tumour" if dropped == "primary tumour" else "liver metastasis"}
             tables.cohort.append(row | clinical)
@@ -216,6 +223,38 @@ def _add_calibration(truth: Truth, tables: Tables, rng: np.random.Generator, cou
         score = sampled.score[place] + np.array(truth.scanner_shift[scanner]) + noise * rng.normal(size=len(CLASSES))
         row = {"site": SITES[site], "scanner": SCANNERS[scanner], "subtype": CLASSES[sampled.reference[place]]}
         tables.calibration.append(_prediction(slide, slide, truth, score, row, ""))
+
+
+def _add_training(truth: Truth, tables: Tables, rng: np.random.Generator) -> list[PredictionRow]:
+    """Patients whom the model was developed on, a year before the trial; their predictions are for their embeddings."""
+    sampled, rows = sample_patients(truth, TRAINING, rng), []
+    noise = np.hypot(truth.glass_noise, truth.scan_noise)
+    for place in range(TRAINING):
+        slide, site = f"DEV-{place + 1:03d}", int(sampled.site[place])
+        scanner = _SCANNER_OF_SITE[site]
+        score = sampled.score[place] + np.array(truth.scanner_shift[scanner]) + noise * rng.normal(size=len(CLASSES))
+        row = {"site": SITES[site], "scanner": SCANNERS[scanner], "subtype": CLASSES[sampled.reference[place]]}
+        rows.append(_prediction(slide, slide, truth, score, row, ""))
+        facts = {"split": "val" if place % 5 == 4 else "train", "label": row["subtype"], "block_id": f"{slide}-1"}
+        facts |= {"site": row["site"], "scanner": row["scanner"], "date": _date(2018, place)}
+        tables.training.append({"slide_id": slide, "case_id": slide, **facts, "content_hash": _sha256(slide)})
+    return rows
+
+
+def _add_embeddings(truth: Truth, tables: Tables, rows: Sequence[PredictionRow], rng: np.random.Generator) -> None:
+    """Embeddings that hold what the probabilities say, the scanner, and noise."""
+    directions = rng.normal(size=(len(CLASSES), EMBEDDING)) / np.sqrt(len(CLASSES))
+    of_scanner = truth.embedding_scanner_shift * rng.choice([-1, 1], (len(SCANNERS), EMBEDDING))
+    for row in rows:
+        if row.is_ok:
+            logs = np.log(np.maximum(row.probs, 1e-15))
+            embedding = 0.3 * (logs - logs.mean()) @ directions + of_scanner[SCANNERS.index(row.scanner)]
+            tables.embeddings[row.slide_id] = (embedding + rng.normal(size=EMBEDDING)).round(4)
+
+
+def _date(year: int, place: int) -> str:
+    """One of 336 days of a year, by the patient's place."""
+    return f"{year}-{place // 28 % 12 + 1:02d}-{place % 28 + 1:02d}"
 
 
 def _sha256(text: str) -> str:

@@ -31,6 +31,8 @@ class Truth:
       hazard_ratio: of each class against the first, by outcome.
       score_hazard_ratio: of a point of the clinical risk score.
       arm_hazard_ratio: of the second arm; the same in every class.
+      embedding_scanner_shift: the distance of a scanner's slides from others in each direction of the embeddings, in
+        standard deviations of their noise; 0 leaves no signal of the scanner beyond that of the scores.
       median: of the first class with a score of 2, in months, by outcome.
     """
 
@@ -52,6 +54,7 @@ class Truth:
     )
     score_hazard_ratio: float = 1.25
     arm_hazard_ratio: float = 1.2
+    embedding_scanner_shift: float = 0.7
     median: dict[str, float] = field(default_factory=lambda: {"pfs": 18.0, "os": 55.0})
 
     @property

@@ -101,3 +101,17 @@ def test_a_system_without_probabilities_has_subgroups_and_no_decision_curve(smal
     assert sections["usefulness"].missing == "The predictions state calls without probabilities."
     assert "subgroups.accuracy.site.north" in sections["subgroups"].estimates
     assert not [id for id in sections["subgroups"].estimates if "auroc" in id]
+
+
+def test_names_with_dots_and_braces_give_ids_of_their_own(small_trial: Write, tmp_path: Path) -> None:
+    def add(row: dict) -> dict:
+        odd = int(row["slide_id"][1:]) % 2
+        return row | {"stage": ("1.x", "{}")[odd], "stage.1": ("x", "y")[odd]}
+
+    validator = EPOCValidator(small_trial(plan='[subgroups]\ncolumns = ["stage", "stage.1"]\n', cohort=add))
+    estimates = validator.run().estimates
+    assert {"subgroups.accuracy.stage.1.x", "subgroups.accuracy.stage%2E1.x"} <= set(estimates)
+    # By "stage" alone 4 metrics, a difference for 2 groups each, and a gap; by "stage.1" as many.
+    of_subgroups = [id for id in estimates if id.startswith("subgroups.")]
+    assert len(of_subgroups) == len(set(of_subgroups)) == 2 * (2 * (1 + 1 + 1 + 3) + 1)
+    assert "stage.1" in validator.write(tmp_path / "out").read_text()
