@@ -1,4 +1,4 @@
-"""The commands of validation: validate, simulate-trial, plan."""
+"""The commands of validation: validate, drafts, simulate-trial, plan."""
 
 from __future__ import annotations
 
@@ -143,6 +143,33 @@ def _predict_table(
         )
     unusable = [row for row in rows if not row.is_ok]
     STDERR.print(f"{table}: {len(rows)} slides, {len(unusable)} without a prediction", markup=False)
+
+
+def drafts(
+    results: Annotated[Path, typer.Argument(help="results.json of crcjax validate --plan")],
+    plan: Annotated[Path, typer.Option(help="the plan of these results")],
+    out: Annotated[Path, typer.Option(help="folder of the pages, index.html and open_items.toml")],
+    bundle: Annotated[Path | None, typer.Option(help="the bundle that predicted, for its model card")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="what a person wrote for open items; by default OUT/open_items.toml")
+    ] = None,
+    final: Annotated[bool, typer.Option("--final", help="refuse while items are open (status 2)")] = False,
+) -> None:
+    """Drafts for journals and regulators, from a study's results: checklists, model card, datasheet and skeletons of files.
+
+    Every figure is looked up in results.json. What software cannot know is an open item with a name. Nothing states that a
+    requirement is met.
+    """
+    import datetime
+
+    from crcjax.validation.study.drafts.evidence import read_evidence
+    from crcjax.validation.study.drafts.write_drafts import INDEX, write_drafts
+
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    written = write_drafts(read_evidence(results, plan, bundle), out, today, answers=answers, final=final)
+    still_open, items = sum(len(draft.open_items) for draft in written), sum(len(draft.items) for draft in written)
+    STDERR.print(f"{len(written)} documents, {still_open} of {items} items open", markup=False)
+    STDERR.print(f"{out / INDEX}", markup=False)
 
 
 def simulate_trial(

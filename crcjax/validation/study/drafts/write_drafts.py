@@ -1,0 +1,90 @@
+"""Writes the drafts: one self-contained page a document, an index, and the file of open items."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+from crcjax.errors import InputError
+from crcjax.pages.render import render_page
+from crcjax.validation.study.drafts.answers import NAME, answers_text, read_answers
+from crcjax.validation.study.drafts.claims import forbidden_claims
+from crcjax.validation.study.drafts.documents import load_documents
+from crcjax.validation.study.drafts.evidence import Evidence
+from crcjax.validation.study.drafts.fill import Draft, fill
+from crcjax.validation.study.report import SYNTHETIC
+from crcjax.validation.whole_files import write_whole
+
+INDEX = "index.html"
+# Open items that a refusal names.
+_NAMED = 5
+_PACKAGE = "crcjax.validation.study.drafts"
+
+
+def write_drafts(
+    evidence: Evidence, out: Path, date: str, *, answers: Path | None = None, final: bool = False
+) -> tuple[Draft, ...]:
+    """Writes OUT/DOCUMENT.html, OUT/index.html and OUT/open_items.toml.
+
+    Args:
+      evidence: the sources.
+      out: the folder.
+      date: on every page.
+      answers: the file of what a person wrote; by default OUT/open_items.toml, if it exists.
+      final: whether to refuse while items are open, and to leave the word draft out of the stamp.
+
+    Raises:
+      InputError: the file of answers is not usable, a text makes a claim that software cannot support, or items are open and
+        `final` is asked for. Nothing is written then.
+      OutputError: the folder cannot be written.
+    """
+    documents = load_documents()
+    written = read_answers(answers or out / NAME, documents)
+    drafts = tuple(fill(document, evidence, written.get(document.id, {})) for document in documents)
+    _check_claims(drafts)
+    still_open = [(draft, item) for draft in drafts for item in draft.open_items]
+    if final and still_open:
+        named = "; ".join(
+            f"{draft.document.id} {item.item.id} ({item.item.topic})" for draft, item in still_open[:_NAMED]
+        )
+        raise InputError(
+            f"--final: {len(still_open)} items are open, such as {named}; write them into {answers or out / NAME}"
+        )
+    texts = {out / f"{draft.document.id}.html": _page(draft, evidence, date, final) for draft in drafts}
+    texts[out / INDEX] = _index(drafts, evidence, date, final)
+    texts[out / NAME] = answers_text(drafts)
+    write_whole(texts)
+    return drafts
+
+
+def _check_claims(drafts: tuple[Draft, ...]) -> None:
+    for draft in drafts:
+        for each in draft.items:
+            texts = (each.answer, *(fact.text for fact in each.facts), *each.gaps)
+            for text in texts:
+                if claims := forbidden_claims(text):
+                    raise InputError(
+                        f"{draft.document.id}, item {each.item.id!r}: claims {claims[0]!r}, which software cannot support; "
+                        "say what was measured, or what it was designed to support"
+                    )
+
+
+def _page(draft: Draft, evidence: Evidence, date: str, final: bool) -> str:
+    sections = [(name, list(items)) for name, items in groupby(draft.items, key=lambda each: each.item.section)]
+    values = {"draft": draft, "sections": sections} | _common(evidence, date, final)
+    return render_page(_PACKAGE, "draft.html", values, title=draft.document.title, stamp=_stamp(evidence, final))
+
+
+def _index(drafts: tuple[Draft, ...], evidence: Evidence, date: str, final: bool) -> str:
+    values = {"drafts": drafts} | _common(evidence, date, final)
+    title = f"Drafts: {evidence.plan.title}"
+    return render_page(_PACKAGE, "index.html", values, title=title, stamp=_stamp(evidence, final))
+
+
+def _common(evidence: Evidence, date: str, final: bool) -> dict[str, object]:
+    return {"evidence": evidence, "date": date, "final": final}
+
+
+def _stamp(evidence: Evidence, final: bool) -> str:
+    words = ([] if final else ["DRAFT"]) + ([SYNTHETIC] if evidence.results["synthetic"] else [])
+    return ", ".join(words)
