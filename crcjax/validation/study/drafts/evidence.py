@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crcjax.errors import InputError
+from crcjax.validation.study.drafts.software_list import Package, installed_packages
 from crcjax.validation.study.plan import Plan
 from crcjax.validation.study.plan_lock import sha256_of
 from crcjax.validation.study.read_plan import read_plan
@@ -27,6 +28,7 @@ class Evidence:
       plan_name: the plan's file name.
       card: the bundle's model card as Markdown; empty without a bundle.
       bundle_id: the SHA-256 of the bundle's bundle.json; empty without a bundle.
+      packages: the installed crcjax and what it needs.
     """
 
     results: dict[str, Any]
@@ -34,6 +36,7 @@ class Evidence:
     plan_name: str
     card: str = ""
     bundle_id: str = ""
+    packages: tuple[Package, ...] = ()
 
     @property
     def data_sha256(self) -> str:
@@ -66,7 +69,7 @@ def read_evidence(results: Path, plan: Path, bundle: Path | None = None) -> Evid
             f"{content['plan']['sha256']}; give that plan, or validate again"
         )
     card, bundle_id = ("", "") if bundle is None else _read_card(bundle, content["predicted_by"]["bundle_id"])
-    return Evidence(content, plan_file.plan, plan.name, card, bundle_id)
+    return Evidence(content, plan_file.plan, plan.name, card, bundle_id, installed_packages())
 
 
 def _read_card(bundle: Path, predicted_by: list[str]) -> tuple[str, str]:

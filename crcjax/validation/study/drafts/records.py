@@ -154,6 +154,16 @@ def _software(evidence: Evidence) -> Iterator[Fact]:
             yield Fact(f"{words} of the predictions: {', '.join(ids)}", "report.html, Plan and provenance")
 
 
+def _packages(evidence: Evidence) -> Iterator[Fact]:
+    if len(evidence.packages) > 1:
+        unstated = sum(not package.licence for package in evidence.packages[1:])
+        yield Fact(
+            f"The installed {evidence.packages[0].name} {evidence.packages[0].version} needs {len(evidence.packages) - 1} "
+            f"packages, listed with version and licence; {unstated} state no licence.",
+            "soup.csv, sbom.cdx.json",
+        )
+
+
 def _inputs(evidence: Evidence) -> Iterator[Fact]:
     for name, file in evidence.results["inputs"].items():
         text = f"{name.replace('_', ' ')}: {file['file']}, SHA-256 {file['sha256']}"
@@ -208,6 +218,12 @@ RECORDS: dict[str, Callable[[Evidence], Iterator[Fact]]] = {
         *(("classes", _classes), ("reference", _reference), ("aggregation", _aggregation), ("gates", _gates)),
         *(("primary", _primary), ("multiplicity", _multiplicity), ("hypotheses", _hypotheses), ("software", _software)),
         *(("inputs", _inputs), ("seeds", _seeds), ("messages", _messages), ("subgroups", _subgroup_columns)),
-        *(("outcomes", _outcomes), ("precision", _planned_precision), ("margin", _margin), ("synthetic", _synthetic)),
+        *(
+            ("outcomes", _outcomes),
+            ("packages", _packages),
+            ("precision", _planned_precision),
+            ("margin", _margin),
+            ("synthetic", _synthetic),
+        ),
     )
 }

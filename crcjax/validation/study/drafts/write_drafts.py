@@ -1,4 +1,4 @@
-"""Writes the drafts: one self-contained page a document, an index, and the file of open items."""
+"""Writes the drafts: one self-contained page a document, an index, the file of open items, and the lists of software."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from pathlib import Path
 
 from crcjax.errors import InputError
 from crcjax.pages.render import render_page
+from crcjax.validation.predictions_table import table_text
 from crcjax.validation.study.drafts.answers import NAME, answers_text, read_answers
 from crcjax.validation.study.drafts.claims import forbidden_claims
 from crcjax.validation.study.drafts.documents import load_documents
 from crcjax.validation.study.drafts.evidence import Evidence
 from crcjax.validation.study.drafts.fill import Draft, fill
+from crcjax.validation.study.drafts.software_list import sbom, soup_rows
 from crcjax.validation.study.report import SYNTHETIC
 from crcjax.validation.whole_files import write_whole
 
-INDEX = "index.html"
+INDEX, SBOM, SOUP = "index.html", "sbom.cdx.json", "soup.csv"
 # Open items that a refusal names.
 _NAMED = 5
 _PACKAGE = "crcjax.validation.study.drafts"
@@ -24,7 +26,7 @@ _PACKAGE = "crcjax.validation.study.drafts"
 def write_drafts(
     evidence: Evidence, out: Path, date: str, *, answers: Path | None = None, final: bool = False
 ) -> tuple[Draft, ...]:
-    """Writes OUT/DOCUMENT.html, OUT/index.html and OUT/open_items.toml.
+    """Writes OUT/DOCUMENT.html, OUT/index.html, OUT/open_items.toml, OUT/sbom.cdx.json and OUT/soup.csv.
 
     Args:
       evidence: the sources.
@@ -53,6 +55,9 @@ def write_drafts(
     texts = {out / f"{draft.document.id}.html": _page(draft, evidence, date, final) for draft in drafts}
     texts[out / INDEX] = _index(drafts, evidence, date, final)
     texts[out / NAME] = answers_text(drafts)
+    if evidence.packages:
+        texts[out / SBOM] = sbom(evidence.packages, date)
+        texts[out / SOUP] = table_text(soup_rows(evidence.packages))
     write_whole(texts)
     return drafts
 
