@@ -151,7 +151,11 @@ def drafts(
     out: Annotated[Path, typer.Option(help="folder of the pages, index.html and open_items.toml")],
     bundle: Annotated[Path | None, typer.Option(help="the bundle that predicted, for its model card")] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="what a person wrote for open items; by default OUT/open_items.toml")
+        Path | None, typer.Option(help="what a person wrote for open items, beside what OUT/open_items.toml has")
+    ] = None,
+    test_report: Annotated[
+        Path | None,
+        typer.Option(help="report of this version's tests (pytest --junitxml), for the matrix of requirements"),
     ] = None,
     final: Annotated[bool, typer.Option("--final", help="refuse while items are open (status 2)")] = False,
 ) -> None:
@@ -166,7 +170,9 @@ def drafts(
     from crcjax.validation.study.drafts.write_drafts import INDEX, write_drafts
 
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    written = write_drafts(read_evidence(results, plan, bundle), out, today, answers=answers, final=final)
+    written = write_drafts(
+        read_evidence(results, plan, bundle), out, today, answers=answers, tests=test_report, final=final
+    )
     still_open, items = sum(len(draft.open_items) for draft in written), sum(len(draft.items) for draft in written)
     STDERR.print(f"{len(written)} documents, {still_open} of {items} items open", markup=False)
     STDERR.print(f"{out / INDEX}", markup=False)

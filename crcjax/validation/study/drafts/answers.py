@@ -19,13 +19,24 @@ _HEAD = (
 Answers = Mapping[str, Mapping[str, str]]
 
 
-def read_answers(path: Path, documents: Sequence[Document]) -> dict[str, dict[str, str]]:
-    """Reads what a person wrote, by document and item; nothing if the file does not exist.
+def read_answers(path: Path, further: Path | None, documents: Sequence[Document]) -> dict[str, dict[str, str]]:
+    """Reads what a person wrote, by document and item.
 
-    Raises InputError: the file is not TOML, or names a document or item that does not exist.
+    Args:
+      path: the file of an earlier start; it may be absent.
+      further: a file whose texts replace those of the first one.
+      documents: with the items that the files may name.
+
+    Raises:
+      InputError: a file is not TOML, or names a document or item that does not exist.
     """
-    if not path.exists():
-        return {}
+    answers = _read(path, documents) if path.exists() else {}
+    for name, texts in (_read(further, documents) if further else {}).items():
+        answers[name] = answers.get(name, {}) | {item: text for item, text in texts.items() if text.strip()}
+    return answers
+
+
+def _read(path: Path, documents: Sequence[Document]) -> dict[str, dict[str, str]]:
     try:
         content = tomllib.loads(path.read_bytes().decode())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

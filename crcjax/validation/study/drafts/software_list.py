@@ -118,7 +118,7 @@ def _component(package: Package) -> dict[str, Any]:
 
 
 def soup_rows(packages: Sequence[Package]) -> list[dict[str, str]]:
-    """The packages as rows of a table; purpose and known anomalies are for a person."""
+    """The packages as rows of a table. Their purpose and known anomalies are an open item of software_lifecycle."""
     required_by: dict[str, list[str]] = {}
     for package in packages:
         for name in package.requires:
@@ -129,8 +129,6 @@ def soup_rows(packages: Sequence[Package]) -> list[dict[str, str]]:
             "version": package.version,
             "licence": package.licence or "not stated",
             "required_by": " ".join(required_by.get(package.name, ())),
-            "purpose": "OPEN",
-            "known_anomalies": "OPEN",
         }
         for package in packages[1:]
     ]

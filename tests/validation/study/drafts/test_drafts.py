@@ -15,6 +15,7 @@ from crcjax.validation.study.drafts.documents import load_documents
 from crcjax.validation.study.drafts.evidence import read_evidence
 from crcjax.validation.study.drafts.fill import fill
 from crcjax.validation.study.drafts.records import RECORDS, facts
+from crcjax.validation.study.drafts.traceability import load_traceability
 from crcjax.validation.study.drafts.write_drafts import write_drafts
 from crcjax.validation.study.simulation.simulate_trial import simulate_trial
 from crcjax.validation.study.validator import EPOCValidator
@@ -48,6 +49,13 @@ def sources(trial: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _report_of_passed_tests(path: Path) -> Path:
+    names = [test.split(".py::") for each in load_traceability().requirements for test in each.tests]
+    cases = "".join(f'<testcase classname="{file.replace("/", ".")}" name="{name}"/>' for file, name in names)
+    path.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    return path
 
 
 def _text(page: Path) -> str:
@@ -92,7 +100,11 @@ def test_documents_state_no_result_of_their_own() -> None:
 def test_every_page_carries_what_a_reviewer_must_know(sources, tmp_path: Path) -> None:
     evidence = read_evidence(*sources)
     drafts = write_drafts(evidence, tmp_path / "out", DATE)
-    assert {path.stem for path in (tmp_path / "out").glob("*.html")} == {d.document.id for d in drafts} | {"index"}
+    assert {path.stem for path in (tmp_path / "out").glob("*.html")} == {
+        "index",
+        "traceability",
+        *(d.document.id for d in drafts),
+    }
     for draft in drafts:
         text = _text(tmp_path / "out" / f"{draft.document.id}.html")
         for words in (
@@ -124,11 +136,24 @@ def test_answers_are_kept_and_close_items_and_final_refuses_until_all_are_closed
     assert 'A "text"\nof two <b>lines</b>.' in tomllib.loads((out / NAME).read_text())["tripod_ai"]["25"]
     assert "&lt;b&gt;lines" in (out / "tripod_ai.html").read_text()
     (out / NAME).write_text(re.sub(r'= ""$', '= "Answered."', (out / NAME).read_text(), flags=re.M))
-    write_drafts(evidence, out, DATE, final=True)
+    with pytest.raises(InputError, match=r"--final: \d+ of \d+ tests of requirements are not known to have passed"):
+        write_drafts(evidence, out, DATE, final=True)
+    write_drafts(evidence, out, DATE, tests=_report_of_passed_tests(tmp_path / "report.xml"), final=True)
     page = _text(out / "tripod_ai.html")
     assert "DRAFT" not in page
     assert "SYNTHETIC DATA" in page
     assert "Not a regulatory determination" in page
+
+
+def test_a_further_file_of_answers_loses_none_of_the_earlier_ones(sources, tmp_path: Path) -> None:
+    evidence, out, further = read_evidence(*sources), tmp_path / "out", tmp_path / "a.toml"
+    for item, text in (("1", "First."), ("2", "Second.")):
+        further.write_text(f'[tripod_ai]\n"{item}" = "{text}"\n"3" = ""\n')
+        write_drafts(evidence, out, DATE, answers=further)
+    answers = tomllib.loads((out / NAME).read_text())["tripod_ai"]
+    assert (answers["1"], answers["2"], answers["3"]) == ("First.", "Second.", "")
+    with pytest.raises(InputError, match="cannot be read as TOML"):
+        write_drafts(evidence, out, DATE, answers=tmp_path / "absent.toml")
 
 
 def test_what_a_study_did_not_do_is_a_gap_with_its_reason(small_trial, tmp_path: Path) -> None:
@@ -210,7 +235,7 @@ def test_the_command_writes_pages_that_open_without_an_error(sources, crcjax, br
     assert re.search(r"13 documents, \d+ of \d+ items open", done.stderr)
     refused = crcjax("drafts", results, "--plan", plan, "--out", tmp_path / "out", "--final")
     assert (refused.returncode, "items are open" in refused.stderr) == (2, True)
-    for name in ("index", "tripod_ai", "model_card"):
+    for name in ("index", "tripod_ai", "model_card", "traceability"):
         with browser(tmp_path / "out" / f"{name}.html") as opened:
             assert opened.errors == []
             assert opened.overflow() == 0
