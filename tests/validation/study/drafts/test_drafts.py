@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from crcjax.errors import InputError
+from crcjax.runs import model_card
 from crcjax.validation.study.drafts.answers import NAME
 from crcjax.validation.study.drafts.claims import forbidden_claims
 from crcjax.validation.study.drafts.documents import load_documents
@@ -74,6 +75,12 @@ def test_every_fact_of_every_document_exists_in_a_full_study(sources) -> None:
             assert each.item.person or each.facts, "an item without sources must ask a person"
     assert not facts(evidence, "messages"), "the only facts that a study without problems lacks"
     assert [name for name in RECORDS if name != "messages" and not facts(evidence, name)] == []
+
+
+def test_the_headings_that_documents_take_from_a_model_card_are_those_of_bundles() -> None:
+    headings = set(re.findall(r'"## (.+?)"', Path(model_card.__file__).read_text()))
+    records = {name for document in load_documents() for item in document.items for name in item.records}
+    assert {name.removeprefix("card ") for name in records if name.startswith("card ")} <= headings
 
 
 def test_figures_are_those_of_the_results_and_change_with_them(sources, tmp_path: Path) -> None:
