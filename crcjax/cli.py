@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from crcjax import (
-    __version__,
     cli_checkpoints,
     cli_launch,
     cli_models,
@@ -21,11 +19,9 @@ from crcjax import (
     cli_slides,
     cli_validate,
 )
-from crcjax.cli_options import STDERR
+from crcjax.cli_options import STDERR, run_app, show_version
 from crcjax.cli_serve import serve
 from crcjax.cli_supervise import health, supervise
-from crcjax.environment import check_platform
-from crcjax.errors import CrcjaxError, InputError, OutputError
 
 HELP = """Predicts the molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
 
@@ -38,37 +34,18 @@ the output cannot be written; finished results are kept. crcjax train --help lis
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-def _show_version(wanted: bool | None) -> None:
-    if wanted:
-        print(f"crcjax {__version__}")
-        raise typer.Exit()
-
-
 @app.callback()
 def _options(
     version: Annotated[
-        bool | None, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+        bool | None, typer.Option("--version", callback=show_version, is_eager=True, help="print the version and exit")
     ] = None,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """Runs the command; errors that a user can act on are one line."""
-    try:
-        check_platform()
-        app()
-    except InputError as error:
-        _stop(error, 2)
-    except OutputError as error:
-        _stop(error, 3)
-    except CrcjaxError as error:
-        _stop(error, 1)
-
-
-def _stop(error: CrcjaxError, status: int) -> None:
-    print(f"crcjax: {error}", file=sys.stderr)
-    sys.exit(status)
+    """Runs the command."""
+    run_app(app)
 
 
 app.command()(cli_slides.tile)

@@ -1,7 +1,8 @@
-"""What the commands share: options, the console of messages, and the progress bar."""
+"""What the commands share: options, the console of messages, the progress bar, and how a command ends."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from crcjax import __version__
+from crcjax.environment import check_platform
+from crcjax.errors import CrcjaxError, InputError, OutputError
 from crcjax.progress import progress_bar
 
 STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -41,3 +45,28 @@ EncoderWeights = Annotated[
 def progress_on_terminal(*texts: str) -> Progress:
     """A progress bar on the console of messages; `texts` are further columns."""
     return progress_bar(STDERR, *texts)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Runs a command line; errors that a user can act on are one line."""
+    try:
+        check_platform()
+        app()
+    except InputError as error:
+        _stop(error, 2)
+    except OutputError as error:
+        _stop(error, 3)
+    except CrcjaxError as error:
+        _stop(error, 1)
+
+
+def show_version(wanted: bool | None) -> None:
+    """The callback of --version."""
+    if wanted:
+        print(f"crcjax {__version__}")
+        raise typer.Exit()
+
+
+def _stop(error: CrcjaxError, status: int) -> None:
+    print(f"crcjax: {error}", file=sys.stderr)
+    sys.exit(status)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -22,7 +23,8 @@ from crcjax.cli_options import (
 from crcjax.errors import InputError
 
 if TYPE_CHECKING:
-    from crcjax.predict.attribution import Method
+    from crcjax.predict.attribution_method import Method
+    from crcjax.predict.onnx_ensemble import OnnxModel
     from crcjax.runs.trained_model import TrainedModel
     from crcjax.validation.calibration import Calibration
     from crcjax.validation.predictions_table import PredictionRow
@@ -36,6 +38,10 @@ def predict(
     ] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="folder of crcjax checkpoints export, in place of --run (docs/bundles.md)")
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(help="folder of crcjax export-model, in place of --run; needs no JAX (docs/export.md)"),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of predictions.csv, heatmaps and attention files")] = ...,  # type: ignore[assignment]
     trust: TrustedKeys = None,
@@ -79,7 +85,7 @@ def predict(
         typer.Option(help="folder of crcjax tile or import: predict its tiles or features, without the slide files"),
     ] = None,
 ) -> None:
-    """Predicts the subtype of slides with a trained run, an ensemble of runs, or a bundle.
+    """Predicts the subtype of slides with a trained run, an ensemble of runs, a bundle, or an exported model.
 
     The same command resumes an interrupted run.
     """
@@ -99,11 +105,26 @@ def predict(
             "--shard": shard,
             "--pseudonym-key": pseudonym_key,
         }
-        if conflicting := [name for name, value in file_options.items() if value]:
-            raise InputError(f"--store cannot be combined with {' and '.join(conflicting)}; leave out one or the other")
-    models, fitted = _models(run, bundle, trust, encoder_weights, calibration)
-    if store:
-        _predict_stored(models, store, out, cohort, fitted, dropout_samples, attribution)
+        _refuse_with("--store", file_options)
+    models: Sequence[Path | TrainedModel | OnnxModel]
+    if onnx:
+        _refuse_with(
+            "--onnx",
+            {
+                "--run": run,
+                "--bundle": bundle,
+                "--trust": trust,
+                "--encoder-weights": encoder_weights,
+                "--store": store,
+                "--executor": executor != "threads",
+            },
+        )
+        models, fitted = _exported_model(onnx, calibration)
+    else:
+        trained, fitted = _models(run, bundle, trust, encoder_weights, calibration)
+        if store:
+            _predict_stored(trained, store, out, cohort, fitted, dropout_samples, attribution)
+        models = trained
     predictor = Predictor(*models, dropout_samples=dropout_samples, attribution=attribution)
     checked = None if fitted is None else load_calibration(fitted, predictor.model_id, predictor.classes)
     jobs = [
@@ -147,6 +168,10 @@ def export_model(
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="onnx or stablehlo; repeated; both by default")
     ] = None,
+    weights: Annotated[
+        Literal["float32", "float16", "int8"],
+        typer.Option(help="how ONNX graphs store their weights; all but float32 make ONNX alone"),
+    ] = "float32",
 ) -> None:
     """Writes a model's encoder and aggregator as ONNX and StableHLO graphs for other runtimes (see docs/export.md).
 
@@ -156,7 +181,7 @@ def export_model(
     from crcjax.predict.export_model import export_model as export
 
     models, _ = _models(run, bundle, trust, encoder_weights, None)
-    for graph in export(models, out, formats or FORMATS):
+    for graph in export(models, out, formats or (FORMATS if weights == "float32" else ("onnx",)), weights):
         size, difference = f"{graph.size_bytes / 2**20:.2f} MiB", f"{graph.largest_difference:.1e}"
         STDERR.print(f"{graph.file}: {size}, at most {difference} from the model", markup=False)
 
@@ -239,6 +264,23 @@ def calibrate(
         STDERR.print(f"warning: too few cases for an error of {error}; every set contains all subtypes", markup=False)
 
 
+def _refuse_with(option: str, others: Mapping[str, object]) -> None:
+    """Raises InputError for options that are given and cannot be combined with `option`."""
+    if conflicting := [name for name, value in others.items() if value]:
+        raise InputError(f"{option} cannot be combined with {' and '.join(conflicting)}; leave out one or the other")
+
+
+def _exported_model(folder: Path, calibration: Path | None) -> tuple[list[OnnxModel], Path | Calibration | None]:
+    """The exported model to predict with, and its calibration."""
+    from crcjax.predict.onnx_ensemble import open_onnx
+
+    model = open_onnx(folder)
+    own_calibration = model.calibration()
+    if own_calibration and calibration:
+        raise InputError(f"{folder}: has a calibration of its own; leave --calibration out")
+    return [model], own_calibration or calibration
+
+
 def _models(
     runs: list[Path] | None,
     bundle: Path | None,
@@ -247,11 +289,13 @@ def _models(
     calibration: Path | None,
 ) -> tuple[Sequence[Path | TrainedModel], Path | Calibration | None]:
     """The models to predict with, and their calibration. Raises InputError for options that exclude each other."""
+    if bool(runs) == bool(bundle):
+        raise InputError("give either --run, once or several times, or --bundle, or for crcjax predict --onnx")
+    if find_spec("jax") is None:
+        raise InputError("--run and --bundle need JAX, which crcjax-edge leaves out; install crcjax, or give --onnx")
     from crcjax.runs.bundle import open_bundle
     from crcjax.runs.run_directory import member_runs
 
-    if bool(runs) == bool(bundle):
-        raise InputError("give either --run, once or several times, or --bundle")
     if bundle is None:
         if trust or encoder_weights:
             raise InputError("--trust and --encoder-weights are for a --bundle; leave them out")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -133,7 +133,6 @@ def chromium() -> Iterator:
 @pytest.fixture
 def browser(chromium) -> Callable:
     """browser(path, width=1280): a context manager that opens a page in the system's headless Chromium, offline."""
-    from contextlib import contextmanager
 
     @contextmanager
     def open_page(path: Path, width: int = 1280, height: int = 900) -> Iterator[_OpenedPage]:
@@ -261,3 +260,32 @@ def run(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
     train(_small_config(painted), path)
     return path
+
+
+@contextmanager
+def _symbolic_shapes() -> Iterator[None]:
+    """Without jaxtyping's checks: beartype takes an axis of unknown length for none."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def symbolic_shapes() -> Iterator[None]:
+    """For tests that export models, which have axes of unknown length."""
+    with _symbolic_shapes():
+        yield
+
+
+@pytest.fixture(scope="session")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small trained run as ONNX and StableHLO graphs."""
+    pytest.importorskip("jax2onnx", reason="needs jax2onnx (docs/export.md)")
+    from crcjax.predict.export_model import export_model
+
+    out = tmp_path_factory.mktemp("exported") / "model"
+    with _symbolic_shapes():
+        export_model([run], out)
+    return out

@@ -127,6 +127,11 @@ def test_the_slides_floor_does_not_load_jax() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_the_prediction_of_exported_models_does_not_load_jax() -> None:
+    code = "import sys, crcjax.predict.predict_slides, crcjax.predict.onnx_ensemble; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_the_benchmark_page_holds_what_the_results_hold() -> None:
     spec = importlib.util.spec_from_file_location("record", ROOT / "tools" / "record.py")
     record = importlib.util.module_from_spec(spec)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Key, Num
 from ml_collections import ConfigDict
@@ -23,6 +21,7 @@ from crcjax.models.encoders.convnets import Batch, use_batch_statistics
 from crcjax.models.encoders.registry import StoredEncoder, build_encoder
 from crcjax.models.feature_scaling import drop_columns
 from crcjax.models.heads import HEADS, TaskHeads
+from crcjax.models.prediction import Prediction
 from crcjax.models.random_keys import Purpose, run_key
 
 # A nested dictionary of arrays, as optax and Orbax accept it; nnx.merge restores the model.
@@ -50,42 +49,8 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Prediction:
-    """The model's output for each bag.
-
-    Attention sums to one over a bag and is zero where the mask is False. `class_attention` has one map per branch of the
-    aggregator (one branch, or one per class); the other maps are means over the branches. `alpha` and `vacuity` (0 to 1)
-    describe the Dirichlet distribution of an evidential head, and are None with another head. `expected_entropy` (nats) is
-    the aleatoric uncertainty: the mean entropy over the Dirichlet distribution, the ensemble members or the dropout samples;
-    for a single softmax, its entropy. `instance_loss` comes from the aggregator and is zero without labels. `density_excess` is
-    the out-of-distribution score of a run with a feature density, and None for all others.
-    """
-
-    logits: Float32[Array | np.ndarray, "batch class"]
-    probs: Float32[Array | np.ndarray, "batch class"]
-    embedding: Float32[Array | np.ndarray, "batch feature"]
-    region_attention: Float32[Array | np.ndarray, "batch region"]
-    slot_attention: Float32[Array | np.ndarray, "batch region slot"]
-    class_attention: Float32[Array | np.ndarray, "batch region slot branch"]
-    alpha: Float32[Array | np.ndarray, "batch class"] | None
-    vacuity: Float32[Array | np.ndarray, " batch"] | None
-    expected_entropy: Float32[Array | np.ndarray, " batch"]
-    instance_loss: Float32[Array | np.ndarray, " batch"]
-    density_excess: Float32[Array | np.ndarray, " batch"] | None = None
-
-
-def combine(members: Sequence[Prediction]) -> Prediction:
-    """Averages the predictions of the same bags by ensemble members or dropout samples, on the host.
-
-    The logits of the result are the logarithms of the mean probabilities. The entropy of the mean minus the mean entropy is
-    the mutual information of class and member, the epistemic uncertainty (Lakshminarayanan et al. 2017, Depeweg et al. 2018).
-    """
-    if len(members) == 1:
-        return members[0]
-    mean = jax.tree.map(lambda *values: np.mean(np.stack(values), axis=0), *members)
-    return replace(mean, logits=np.log(np.maximum(mean.probs, np.finfo(np.float32).tiny)))
+# Jitted functions return predictions.
+jax.tree_util.register_dataclass(Prediction)
 
 
 class MILModel(nnx.Module):

@@ -7,36 +7,21 @@ instance that is not the evidence (Jain and Wallace 2019). Gradients and occlusi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float32, Int
 
-from crcjax.models.mil import MILModel, Params, Prediction
+from crcjax.models.mil import MILModel, Params
+from crcjax.predict.attribution_method import Method
 
-Method = Literal["attention", "gradient", "occlusion", "region_occlusion"]
-METHODS: tuple[str, ...] = get_args(Method)
 # Points on the path of integrated gradients.
 _PATH_POINTS = 32
 
 Features = Float32[Array, "region slot feature"]
 Mask = Bool[Array, "region slot"]
 Score = Callable[[Features, Mask], Float32[Array, "*class"]]
-
-
-def attention_for(prediction: Prediction, target: int) -> Float[np.ndarray, "region slot"]:
-    """Attention for a class: that of the class's branch if the aggregator has one per class, otherwise the mean over branches.
-
-    Args:
-      prediction: the prediction of a single bag.
-      target: the index of the class.
-    """
-    maps = np.asarray(prediction.class_attention[0])
-    classes = prediction.logits.shape[-1]
-    return maps[..., target] if maps.shape[-1] == classes else maps.mean(axis=-1)
 
 
 def attributor(model: MILModel, method: Method) -> Callable[..., Float32[Array, "region slot class"]]:

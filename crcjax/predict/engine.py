@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import psutil
 from jaxtyping import UInt8
 
 from crcjax.errors import SlideError
+from crcjax.predict.ensemble import memory_errors
 from crcjax.predict.heatmap import LONGEST_PX
 from crcjax.predict.predictor import EncodedSlide, Predictor, SlideEncoding
 from crcjax.predict.region_encoder import Shard, encode_regions
@@ -338,5 +338,7 @@ def _recording_error(slide: SlideInWork) -> Iterator[None]:
     """Records an error of the slide, or of memory, as the slide's."""
     try:
         yield
-    except (SlideError, MemoryError, jax.errors.JaxRuntimeError) as error:
+    except SlideError as error:
+        slide.error = slide.error or error
+    except memory_errors() as error:
         slide.error = slide.error or error

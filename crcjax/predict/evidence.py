@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from crcjax.errors import InputError, writing
-from crcjax.predict.attribution import Method
+from crcjax.predict.attribution_method import Method
 from crcjax.predict.evidence_map import TileLayer, merged, tile_layers
 from crcjax.predict.heatmap import heatmap_png, overlay, to_heatmap_size
 from crcjax.predict.predictor import SlidePrediction

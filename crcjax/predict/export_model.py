@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Num
+from jaxtyping import Array, Float, Float32, Num
 
 import crcjax
 from crcjax.errors import InputError, writing
 from crcjax.models.mil import MILModel, abstract_model
+from crcjax.predict.graph_weights import WEIGHTS, with_weights
 from crcjax.predict.member import opened_models
+from crcjax.predict.onnx_ensemble import CALIBRATION, DESCRIPTION, FORMAT_VERSION, open_session
 from crcjax.runs.trained_model import TrainedModel, check_ensemble, model_id_of
 
 FORMATS = ("onnx", "stablehlo")
 ONNX_OPSET = 17
-FORMAT_VERSION = 1
 # The sizes at which a graph is compared with the model: tiles for the encoder, regions for the aggregator.
 CHECKED_TILES, CHECKED_REGIONS = (1, 7, 32), (1, 7, 1000, 20_000)
 TOLERANCE = {"onnx": 1e-4, "stablehlo": 1e-5}
+# With smaller weights, the class may differ only where the two largest probabilities of the model are closer than this.
+MARGIN = 0.02
 _SEED = 0
 # jax2onnx requires an older orbax-checkpoint than crcjax, without using what has changed.
 _INSTALL = "pip install 'crcjax[onnx]' && pip install --no-deps jax2onnx==0.17.1"
@@ -67,19 +72,24 @@ class ExportedGraph:
 
 
 def export_model(
-    models: Sequence[str | Path | TrainedModel], out: Path, formats: Sequence[str] = FORMATS
+    models: Sequence[str | Path | TrainedModel],
+    out: Path,
+    formats: Sequence[str] = FORMATS,
+    weights: str = "float32",
 ) -> list[ExportedGraph]:
     """Writes OUT/encoder-K.FORMAT and OUT/aggregator-K.FORMAT for each ensemble member K, and OUT/model.json.
 
     The encoder maps `tiles` (8-bit RGB, of any number) to `features`. The aggregator maps `features`, `mask` (1 for a valid tile)
     and `position` (x and y of each region, in sides of a region), of any number of regions, to probabilities, attention and
     uncertainties of one bag; the members' probabilities are to be averaged. model.json has the classes, the tiling, the inputs
-    and outputs, and the SHA-256 of every file. Every graph is run and compared with the model before it is written.
+    and outputs, and the SHA-256 of every file. Every graph is run and compared with the model before it is written. The
+    calibration of a bundle is copied to OUT/calibration.json.
 
     Args:
       models: run directories or models of a bundle, as for `Predictor`.
       out: a folder, new or empty.
       formats: "onnx" or "stablehlo", or both.
+      weights: how ONNX graphs store their weights: "float32", "float16" or "int8".
 
     Raises:
       InputError: `out` has files; the model needs what a graph cannot hold (stain normalisation by the slide, a feature density,
@@ -88,6 +98,8 @@ def export_model(
     """
     if unknown := set(formats) - set(FORMATS):
         raise InputError(f"--format {sorted(unknown)[0]!r}: choose {' or '.join(FORMATS)}")
+    if weights not in WEIGHTS or (weights != "float32" and tuple(formats) != ("onnx",)):
+        raise InputError(f"--weights {weights}: choose {', '.join(WEIGHTS)}, all but float32 with --format onnx alone")
     opened = opened_models(models)
     check_ensemble(opened)
     for trained in opened:
@@ -100,8 +112,8 @@ def export_model(
         model_ids.append(model_id)
         for graph in _graphs(model, trained, number):
             for name in formats:
-                exported.append(_export(graph, name, out))
-    _write_description(opened[0], model_ids, exported, out)
+                exported.append(_export(graph, name, out, weights))
+    _write_description(opened[0], model_ids, exported, out, weights)
     return exported
 
 
@@ -157,9 +169,9 @@ def _graphs(model: MILModel, trained: TrainedModel, number: int) -> list[Graph]:
     ]
 
 
-def _export(graph: Graph, format_name: str, out: Path) -> ExportedGraph:
+def _export(graph: Graph, format_name: str, out: Path, weights: str) -> ExportedGraph:
     """Converts a graph, compares it with the model, and writes it."""
-    convert = _to_onnx if format_name == "onnx" else _to_stablehlo
+    convert = partial(_to_onnx, weights=weights) if format_name == "onnx" else _to_stablehlo
     file = out / f"{graph.name}.{format_name}"
     try:
         content, runner, operators = convert(graph)
@@ -170,23 +182,31 @@ def _export(graph: Graph, format_name: str, out: Path) -> ExportedGraph:
             f"{file}: the graph cannot be made for any number of {'tiles' if len(graph.inputs) == 1 else 'regions'} ({reason}); "
             "choose another config.model.mil or encoder, or predict with crcjax predict"
         ) from error
-    difference = max(_difference(graph, runner, length) for length in graph.sizes)
-    if not difference <= TOLERANCE[format_name]:
+    differences, has_same_classes = [], True
+    for length in graph.sizes:
+        expected, actual = _outputs(graph, runner, length)
+        differences += [np.abs(actual[name] - expected[name]).max() for name in expected]
+        has_same_classes &= "probs" not in expected or same_class(expected["probs"], actual["probs"])
+    # Unlike Python's, NumPy's maximum is NaN if one value is.
+    difference = float(np.max(differences))
+    limit = TOLERANCE[format_name] if weights == "float32" else float(np.finfo(np.float32).max)
+    if not difference <= limit:
         raise InputError(
-            f"{file}: the graph's results differ from the model's by {difference:.2g}, more than {TOLERANCE[format_name]:.0e}"
+            f"{file}: the graph's results differ from the model's by {difference:.2g}, more than {limit:.0e}"
         )
+    if not has_same_classes:
+        raise InputError(f"{file}: with {weights} weights it predicts another class than the model; try float32")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     return ExportedGraph(file, len(content), operators, difference)
 
 
-def _to_onnx(graph: Graph) -> tuple[bytes, Runner, tuple[str, ...]]:
+def _to_onnx(graph: Graph, weights: str = "float32") -> tuple[bytes, Runner, tuple[str, ...]]:
     # They warn of values without a type, which are optional, and of examples that need further packages.
     for noisy in ("onnx_ir.serde", "jax2onnx.plugins.plugin_system"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        import onnxruntime
         from jax2onnx import to_onnx
     except ImportError as error:
         raise InputError(f"ONNX needs {error.name}; {_INSTALL}") from error
@@ -201,8 +221,9 @@ def _to_onnx(graph: Graph) -> tuple[bytes, Runner, tuple[str, ...]]:
             input_names=[name for name, *_ in graph.inputs],
             output_names=list(graph.outputs),
         )
+    model = with_weights(model, weights)
     content = model.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = open_session(content)
     operators = sorted(
         {node.op_type for node in model.graph.node} | {node.op_type for f in model.functions for node in f.node}
     )
@@ -230,8 +251,8 @@ def _abstract_inputs(graph: Graph) -> list[jax.ShapeDtypeStruct]:
     ]
 
 
-def _difference(graph: Graph, runner: Runner, length: int) -> float:
-    """The largest difference between a graph and its function, on random inputs of a length; one tile in eight is masked."""
+def _outputs(graph: Graph, runner: Runner, length: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The outputs of a function and of its graph, on random inputs of a length; one tile in eight is masked."""
     rng = np.random.default_rng(_SEED + length)
     arrays = []
     for name, dtype, shape in graph.inputs:
@@ -242,14 +263,22 @@ def _difference(graph: Graph, runner: Runner, length: int) -> float:
             arrays.append(rng.integers(0, 256, sizes, np.uint8))
         else:
             arrays.append(rng.normal(size=sizes).astype(np.float32))
-    expected = jax.jit(graph.function)(*arrays)
-    return max(
-        float(np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).max())
-        for one, other in zip(runner(*arrays), expected, strict=True)
+    expected, actual = (
+        {name: np.asarray(array, np.float64) for name, array in zip(graph.outputs, outputs, strict=True)}
+        for outputs in (jax.jit(graph.function)(*arrays), runner(*arrays))
     )
+    return expected, actual
 
 
-def _write_description(first: TrainedModel, ids: Sequence[str], exported: Sequence[ExportedGraph], out: Path) -> None:
+def same_class(expected: Float[np.ndarray, " class"], actual: Float[np.ndarray, " class"]) -> bool:
+    """Whether the most probable class is the same, or the expected probabilities leave it open by MARGIN."""
+    second, first = np.sort(expected)[-2:]
+    return bool(first - second <= MARGIN or expected.argmax() == actual.argmax())
+
+
+def _write_description(
+    first: TrainedModel, ids: Sequence[str], exported: Sequence[ExportedGraph], out: Path, weights: str
+) -> None:
     config = first.config
     graphs = {
         graph.file.name: {
@@ -265,12 +294,16 @@ def _write_description(first: TrainedModel, ids: Sequence[str], exported: Sequen
         "model_ids": ids,
         "bundle_id": first.bundle_id,
         "classes": list(config.data.classes),
+        "target": config.data.label,
         "unit": config.data.unit,
         "tiling": first.tiling.to_json(),
         "magnifications": list(config.data.magnifications or first.tiling.magnifications),
         "onnx_opset": ONNX_OPSET,
+        "weights": weights,
         "graphs": graphs,
         "use": "research use only",
     }
     with writing(out):
-        (out / "model.json").write_text(json.dumps(description, indent=1) + "\n")
+        if first.bundle_id and (first.path / CALIBRATION).exists():
+            shutil.copyfile(first.path / CALIBRATION, out / CALIBRATION)
+        (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from crcjax.errors import InputError, writing
 from crcjax.models.heads import BY_DENSITY, dirichlet
-from crcjax.models.mil import Prediction
+from crcjax.models.prediction import Prediction
 from crcjax.runs.trained_model import DENSITY_FILE, Arrays, read_density
 
 Summaries = Float[np.ndarray, "bag moment feature"]

@@ -13,15 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Key, Num
 
-from crcjax.models.mil import MILModel, Params, Prediction
+from crcjax.models.mil import MILModel, Params
+from crcjax.models.prediction import Prediction
 from crcjax.parallel.mesh import over_data, replicated
 from crcjax.slides.stain.methods import StainEstimate
 from crcjax.slides.stain.normalisation import StainNormaliser
-
-# The features, mask and positions (x, y in sides of a region) of one bag.
-EncodedBag = tuple[
-    Float32[np.ndarray, "region slot feature"], Bool[np.ndarray, "region slot"], Float32[np.ndarray, "region 2"]
-]
 
 
 class Forward:

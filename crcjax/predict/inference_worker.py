@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from crcjax.errors import CrcjaxError, InputError
-from crcjax.predict.attribution import Method
+from crcjax.predict.attribution_method import Method
 from crcjax.predict.engine import Engine, EngineWork, SlideInWork, SlideSource, default_memory_bytes
 from crcjax.predict.predictor import Predictor
 from crcjax.runs.code_id import code_id

@@ -1,24 +1,31 @@
-"""One trained model of an ensemble on the devices, and what the members of an ensemble predict together."""
+"""One trained model of an ensemble on the devices, and the loading of an ensemble that JAX runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32, UInt8
 
 from crcjax.errors import InputError
 from crcjax.models.encoders.registry import has_published_encoder
-from crcjax.models.mil import Prediction, abstract_model, combine
+from crcjax.models.mil import abstract_model
+from crcjax.models.prediction import Prediction
 from crcjax.parallel.compilation_cache import use_compilation_cache
 from crcjax.parallel.mesh import local_mesh, replicated
-from crcjax.predict.attribution import Method, attention_for, attributor
+from crcjax.predict.attribution import attributor
+from crcjax.predict.attribution_method import Method
+from crcjax.predict.ensemble import EncodedBag, Ensemble
 from crcjax.predict.feature_density import density_of, summary
-from crcjax.predict.forward import EncodedBag, Forward
-from crcjax.runs.trained_model import TrainedModel, model_id_of, model_of_run
+from crcjax.predict.forward import Forward, by_region
+from crcjax.runs.ensemble_id import ensemble_id
+from crcjax.runs.trained_model import TrainedModel, check_ensemble, model_id_of, model_of_run, split_by
+from crcjax.slides.stain.methods import StainEstimate
+from crcjax.slides.tiling.plan import TilePlan
+from crcjax.slides.wsi.slide import Slide
 
 
 def opened_models(models: Sequence[str | Path | TrainedModel]) -> list[TrainedModel]:
@@ -65,6 +72,32 @@ class Member:
         """The number of features of a tile."""
         return self.params["norm"]["bias"].size
 
+    @property
+    def chunk(self) -> int:
+        """Regions that are encoded at a time."""
+        return self.forward.chunk
+
+    def halve(self, chunk: int) -> bool:
+        """As `Forward.halve`."""
+        return self.forward.halve(chunk)
+
+    def compile_ahead(self, regions: int, tile_shape: tuple[int, ...], stain: StainEstimate | None) -> None:
+        """As `Forward.compile_ahead`."""
+        self.forward.compile_ahead(self.params, regions, tile_shape, self.feature_size, stain)
+
+    def stain_of(self, slide: Slide, plan: TilePlan) -> StainEstimate | None:
+        """The slide's stain estimate; None without stain normalisation. Raises SlideError."""
+        return self.forward.normaliser.of_slide(slide, plan) if self.forward.normaliser else None
+
+    def encode(
+        self,
+        pixels: UInt8[np.ndarray, "region slot y x 3"],
+        stains: Sequence[StainEstimate | None],
+        counts: Sequence[int],
+    ) -> Array:
+        """Starts the encoding of at most `chunk` regions; arguments as for `EnsembleMember.encode`."""
+        return self.forward.encode(self.params, pixels, by_region(stains, counts))
+
     def pool(self, bag: EncodedBag, key: Array | None = None) -> Prediction:
         """Predicts one bag, its evidence scaled if the run has a feature density. With a key, dropout is active."""
         prediction = self.forward.pool(self.params, *bag, key)
@@ -77,48 +110,45 @@ class Member:
         return np.asarray(self.attribute(self.params, *padded))[: len(bag[0])]
 
 
-def pool_bag(
-    members: Sequence[Member], bags: Sequence[EncodedBag], method: Method, keys: Sequence[Array | None] = (None,)
-) -> tuple[Prediction, Float[np.ndarray, "region slot map"]]:
-    """Predicts one bag with an ensemble, and attributes the classes to its instances.
+def load_ensemble(models: Sequence[str | Path | TrainedModel], dropout_samples: int, attribution: Method) -> Ensemble:
+    """Loads the models that are to predict slide files together; arguments and errors as for `Predictor`."""
+    opened = opened_models(models)
+    for model in opened:
+        if model.config.model.imported_features:
+            raise InputError(
+                f"{model.path}: was trained on imported features, and the weights of {model.config.model.encoder} are unknown; "
+                "import the features of the slides into a store, and predict that with --store"
+            )
+    check_ensemble(opened)
+    keys = dropout_keys(opened, dropout_samples)
+    members = [Member(model, attribution) for model in opened]
+    data = opened[0].config.data
+    return Ensemble(
+        opened,
+        members,
+        keys,
+        ensemble_id((member.model_id for member in members), dropout_samples),
+        opened[0].bundle_id,
+        opened[0].tiling,
+        data.magnifications and tuple(data.magnifications),
+        tuple(data.classes),
+        data.label,
+        data.unit,
+        split_by(opened),
+        settings_of(opened, dropout_samples),
+    )
 
-    Args:
-      members: the ensemble members.
-      bags: the bag as encoded by each member.
-      method: the method of the attribution.
-      keys: every member predicts once per key with dropout; the key None predicts without.
 
-    Returns:
-      The combined prediction, and the attribution averaged over the members: one map for each class, or with the method
-      "attention" a single map, the attention for the predicted class.
-    """
-    member_bags = list(zip(members, bags, strict=True))
-    combined = combine([member.pool(bag, key) for member, bag in member_bags for key in keys])
-    if method == "attention":
-        return combined, attention_for(combined, int(np.argmax(combined.probs[0])))[..., None]
-    return combined, np.mean([member.attribution(bag) for member, bag in member_bags], axis=0)
-
-
-def split_by_slide(
-    prediction: Prediction, attribution: Float[np.ndarray, "region slot map"], regions: Sequence[int]
-) -> Iterator[tuple[Prediction, Float[np.ndarray, "_ slot map"]]]:
-    """Splits the attention and attribution of a bag by slide; everything else of the prediction is shared.
-
-    Args:
-      prediction: the prediction of one bag.
-      attribution: the attribution of the bag.
-      regions: the number of regions of each slide.
-    """
-    ends = np.cumsum(regions)
-    for count, end in zip(regions, ends, strict=True):
-        rows = slice(end - count, end)
-        slide_prediction = replace(
-            prediction,
-            region_attention=prediction.region_attention[:, rows],
-            slot_attention=prediction.slot_attention[:, rows],
-            class_attention=prediction.class_attention[:, rows],
-        )
-        yield slide_prediction, attribution[rows]
+def settings_of(models: Sequence[TrainedModel], dropout_samples: int) -> dict[str, Any]:
+    """What decides a prediction besides parameters, code, calibration and slide, as JSON values (see `pipeline_id`)."""
+    data = models[0].config.data
+    return {
+        "tiling": models[0].tiling.to_json(),
+        "magnifications": list(data.magnifications or ()),
+        "unit": data.unit,
+        "stain": [model.normaliser.to_json() if model.normaliser else None for model in models],
+        "dropout samples": dropout_samples,
+    }
 
 
 def dropout_keys(models: Sequence[TrainedModel], samples: int) -> list[Array | None]:

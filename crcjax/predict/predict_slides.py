@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from crcjax.errors import InputError, SlideError
-from crcjax.models.mil import Prediction
+from crcjax.models.prediction import Prediction
 from crcjax.predict.engine import Engine, SlideInWork, SlideSource
+from crcjax.predict.ensemble import memory_errors
 from crcjax.predict.evidence import write_evidence
 from crcjax.predict.predictor import Predictor, SlidePrediction
 from crcjax.predict.provenance import PredictedBy, result_key, row_without_prediction
@@ -341,7 +341,7 @@ def _recording_failure(*slides: _Slide) -> Iterator[None]:
         yield
     except SlideError as error:
         cause, sentences = error.status, [error.reason, error.remedy]
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    except memory_errors() as error:
         reason = (str(error).splitlines() or ["out of memory"])[0]
         cause, sentences = "memory", [reason, "free memory, or predict it on a larger machine"]
     else:

@@ -13,15 +13,17 @@ from jaxtyping import Array, UInt8
 from crcjax.data.bags import StoredSlides, check_features
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError
-from crcjax.predict.attribution import Method
+from crcjax.predict.attribution_method import Method
+from crcjax.predict.ensemble import pool_bag, split_by_slide
 from crcjax.predict.evidence import write_evidence
-from crcjax.predict.member import Member, dropout_keys, opened_models, pool_bag, split_by_slide
+from crcjax.predict.member import Member, dropout_keys, opened_models, settings_of
 from crcjax.predict.predict_slides import predicted_row
 from crcjax.predict.predictor import SlidePrediction
 from crcjax.predict.provenance import PredictedBy, pipeline_id, result_key, row_without_prediction
 from crcjax.predict.results import PendingBag, Results
 from crcjax.predict.stored_bags import Evaluation
-from crcjax.runs.trained_model import TrainedModel, check_ensemble, ensemble_id, split_by
+from crcjax.runs.ensemble_id import ensemble_id
+from crcjax.runs.trained_model import TrainedModel, check_ensemble, split_by
 from crcjax.slides.preprocess.manifest import refused_slides
 from crcjax.slides.store.features import FeatureReader, feature_attributes
 from crcjax.slides.store.tile_pixels import NO_PIXELS
@@ -120,7 +122,7 @@ def predict_stored(
             rows.append(finished)
         return rows
 
-    pipeline, target = pipeline_id(trained, dropout_samples, fitted), trained[0].config.data.label
+    pipeline, target = pipeline_id(settings_of(trained, dropout_samples), fitted), trained[0].config.data.label
     by = PredictedBy(model, trained[0].bundle_id, pipeline, split_by(trained), target)
     work = []
     for index, cohort_rows in _rows_by_bag(cohort, dict(zip(slides, evaluations[0].bag_of, strict=True))):

@@ -7,33 +7,29 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from crcjax.data.case_bags import separate_slides
-from crcjax.errors import InputError
-from crcjax.models.mil import Prediction
-from crcjax.predict.attribution import Method
-from crcjax.predict.member import Member, dropout_keys, opened_models, pool_bag, split_by_slide
+from crcjax.models.prediction import Prediction
+from crcjax.predict.attribution_method import Method
+from crcjax.predict.ensemble import Ensemble, SlideStains, pool_bag, split_by_slide
+from crcjax.predict.onnx_ensemble import OnnxModel, load_onnx_ensemble
 from crcjax.predict.provenance import PredictedBy, pipeline_id
-from crcjax.predict.region_encoder import S, Shard, SlideStains, encode_regions
-from crcjax.runs.trained_model import (
-    TrainedModel,
-    check_ensemble,
-    ensemble_id,
-    split_by,
-)
+from crcjax.predict.region_encoder import S, Shard, encode_regions
 from crcjax.slides.preprocess.tile_slides import read_shards
-from crcjax.slides.stain.normalisation import SlideStain, slide_stain
-from crcjax.slides.tiling.plan import TilePlan, TilingParams, plan_tiles, slot_boxes
+from crcjax.slides.tiling.plan import TilePlan, Transform, plan_tiles, slot_boxes
 from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.slides.tiling.quality_control import slide_verdict
 from crcjax.slides.tiling.read import RegionTiles
 from crcjax.slides.tiling.tissue_colour import tissue_colour
 from crcjax.slides.wsi.slide import Slide
 from crcjax.validation.calibration import Calibration
+
+if TYPE_CHECKING:
+    from crcjax.runs.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class SlideEncoding:
         plan: TilePlan,
         synthetic: bool,
         stains: SlideStains,
-        transform: SlideStain | None,
+        transform: Transform | None,
         visible_slots: Bool[np.ndarray, " slot"],
         feature_sizes: Sequence[int],
         seconds: dict[str, float],
@@ -173,7 +169,8 @@ class Predictor:
     """Predicts with one trained model, or with several as a deep ensemble, by the tiling of their training.
 
     Args:
-      models: run directories, whose best checkpoints predict, or models of a bundle; they differ only by their seed.
+      models: run directories, whose best checkpoints predict, or models of a bundle; they differ only by their seed. Or one
+        exported model, which ONNX Runtime runs.
       dropout_samples: predictions with dropout by each model; 0 predicts once without dropout.
       attribution: the method by which evidence is attributed to instances.
 
@@ -186,32 +183,24 @@ class Predictor:
       InputError: a model is not usable, or differs from the first in more than its seed.
     """
 
-    def __init__(self, *models: str | Path | TrainedModel, dropout_samples: int = 0, attribution: Method = "attention"):
-        opened = opened_models(models)
-        first = opened[0]
-        for model in opened:
-            if model.config.model.imported_features:
-                raise InputError(
-                    f"{model.path}: was trained on imported features, and the weights of {model.config.model.encoder} are unknown; "
-                    "import the features of the slides into a store, and predict that with --store"
-                )
-        self.tiling: TilingParams = first.tiling
-        self.classes: tuple[str, ...] = tuple(first.config.data.classes)
-        self.target: str = first.config.data.label
-        self.unit: str = first.config.data.unit
-        self._visible_slots = self.tiling.slots_of(first.config.data.magnifications)
-        check_ensemble(opened)
-        self._keys = dropout_keys(opened, dropout_samples)
-        self.split_of = split_by(opened)
-        self.attribution = attribution
-        self.members = [Member(model, attribution) for model in opened]
-        self.model_id = ensemble_id((member.model_id for member in self.members), dropout_samples)
-        self.models, self.dropout_samples = opened, dropout_samples
+    def __init__(
+        self,
+        *models: str | Path | TrainedModel | OnnxModel,
+        dropout_samples: int = 0,
+        attribution: Method = "attention",
+    ):
+        ensemble = _load(models, dropout_samples, attribution)
+        self.models, self.dropout_samples, self.attribution = ensemble.models, dropout_samples, attribution
+        self.tiling, self.classes, self.target = ensemble.tiling, ensemble.classes, ensemble.target
+        self.unit, self.split_of, self.model_id = ensemble.unit, ensemble.split_of, ensemble.model_id
+        self.members = ensemble.members
+        self._bundle_id, self._keys, self._settings = ensemble.bundle_id, ensemble.keys, ensemble.settings
+        self._visible_slots = self.tiling.slots_of(ensemble.magnifications or ())
 
     def predicted_by(self, calibration: Calibration | None = None) -> PredictedBy:
         """The ids of what predicts."""
-        pipeline = pipeline_id(self.models, self.dropout_samples, calibration)
-        return PredictedBy(self.model_id, self.models[0].bundle_id, pipeline, self.split_of, self.target)
+        pipeline = pipeline_id(self._settings, calibration)
+        return PredictedBy(self.model_id, self._bundle_id, pipeline, self.split_of, self.target)
 
     def predict(self, slide: Slide, threads: int) -> SlidePrediction:
         """Predicts one open slide; `threads` decode its tiles. Raises SlideError."""
@@ -231,9 +220,8 @@ class Predictor:
         start = time.monotonic()
         plan = plan_tiles(slide, self.tiling)
         planned = time.monotonic()
-        normalisers = [member.forward.normaliser for member in self.members]
-        stains = [normaliser.of_slide(slide, plan) if normaliser else None for normaliser in normalisers]
-        transform = slide_stain(slide, plan)
+        stains = [member.stain_of(slide, plan) for member in self.members]
+        transform = _transform(slide, plan)
         seconds = {"plan": planned - start, "stain": time.monotonic() - planned}
         sizes = [member.feature_size for member in self.members]
         return SlideEncoding(plan, slide.info.synthetic, stains, transform, self._visible_slots, sizes, seconds)
@@ -243,8 +231,7 @@ class Predictor:
         params = encoding.plan.params
         tile_shape = (params.slots, params.tile_px, params.tile_px, 3)
         for member, stain in zip(self.members, encoding.stains, strict=True):
-            regions = len(encoding.plan.origin)
-            member.forward.compile_ahead(member.params, regions, tile_shape, member.feature_size, stain)
+            member.compile_ahead(len(encoding.plan.origin), tile_shape, stain)
 
     @property
     def feature_bytes(self) -> int:
@@ -287,3 +274,24 @@ class Predictor:
         """Predicts one bag from each member's features, and attributes the classes to its instances (`pool_bag`)."""
         bags = [(of_member, mask, position) for of_member in features]
         return pool_bag(self.members, bags, self.attribution, self._keys)
+
+
+def _load(
+    models: Sequence[str | Path | TrainedModel | OnnxModel], dropout_samples: int, attribution: Method
+) -> Ensemble:
+    trained = [model for model in models if not isinstance(model, OnnxModel)]
+    exported = [model for model in models if isinstance(model, OnnxModel)]
+    if exported:
+        return load_onnx_ensemble(exported, dropout_samples, attribution)
+    from crcjax.predict.member import load_ensemble  # loads JAX
+
+    return load_ensemble(trained, dropout_samples, attribution)
+
+
+def _transform(slide: Slide, plan: TilePlan) -> Transform | None:
+    """The stain normalisation of a slide's tiles before they are encoded; None without one. Raises SlideError."""
+    if plan.params.stain is None:
+        return None
+    from crcjax.slides.stain.normalisation import slide_stain  # loads JAX
+
+    return slide_stain(slide, plan)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from crcjax.predict.attribution import Method
+from crcjax.predict.attribution_method import Method
 from crcjax.runs.code_id import code_id
-from crcjax.runs.trained_model import TrainedModel
 from crcjax.slides.preprocess.manifest import REFUSALS
 from crcjax.slides.tiling.qc_result import QCResult
 from crcjax.validation.calibration import Calibration
@@ -66,18 +66,14 @@ def result_key(by: PredictedBy, attribution: Method, content: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def pipeline_id(models: Sequence[TrainedModel], dropout_samples: int, calibration: Calibration | None) -> str:
-    """The first 12 hex digits of the SHA-256 of the code, tiling, stains, bag, dropout and calibration of predictions."""
-    data = models[0].config.data
-    values = {
-        "code": code_id(),
-        "tiling": models[0].tiling.to_json(),
-        "magnifications": list(data.magnifications or ()),
-        "unit": data.unit,
-        "stain": [model.normaliser.to_json() if model.normaliser else None for model in models],
-        "dropout samples": dropout_samples,
-        "calibration": calibration.id if calibration else None,
-    }
+def pipeline_id(settings: Mapping[str, Any], calibration: Calibration | None) -> str:
+    """The first 12 hex digits of the SHA-256 of the code, the settings and the calibration of predictions.
+
+    Args:
+      settings: the tiling, stains, bag and dropout as JSON values (`Ensemble.settings`).
+      calibration: the calibration, if there is one.
+    """
+    values = {"code": code_id(), **settings, "calibration": calibration.id if calibration else None}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

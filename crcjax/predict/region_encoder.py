@@ -6,22 +6,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float32, Int, UInt8
+from jaxtyping import Float32, Int, UInt8
 
-from crcjax.predict.forward import by_region
-from crcjax.predict.member import Member
-from crcjax.slides.stain.methods import StainEstimate
+from crcjax.predict.ensemble import EnsembleMember, SlideStains, memory_errors
 
 # Chunks that the device may hold besides the one that is being filled: while it encodes one, the next is transferred.
 _IN_FLIGHT = 2
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 S = TypeVar("S")
-SlideStains = Sequence[StainEstimate | None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class EncodedRegions(Generic[S]):
 
 
 def encode_regions(
-    members: Sequence[Member], shards: Iterable[Shard[S] | None]
+    members: Sequence[EnsembleMember], shards: Iterable[Shard[S] | None]
 ) -> Iterator[EncodedRegions[S] | tuple[list[S], Exception]]:
     """Encodes shards of any slides, in any order, and yields the features of their regions as they are finished.
 
@@ -66,7 +62,7 @@ def encode_regions(
       Features, a run of regions of one slide at a time; in place of them, for a chunk that the device cannot encode at all,
       its slides and the error.
     """
-    running: deque[tuple[_Chunk[S], list[Array] | Exception]] = deque()
+    running: deque[tuple[_Chunk[S], list[Any] | Exception]] = deque()
     begun: _Chunk[S] = _Chunk(members)
     for shard in chain(shards, [None]):
         if shard is None:
@@ -88,12 +84,12 @@ def encode_regions(
 
 @dataclass
 class _Chunk(Generic[S]):
-    members: Sequence[Member]
+    members: Sequence[EnsembleMember]
     parts: list[Shard[S]] = field(default_factory=list)
     filled: int = 0
 
     def __post_init__(self) -> None:
-        self.size = self.members[0].forward.chunk
+        self.size = self.members[0].chunk
 
     @property
     def is_full(self) -> bool:
@@ -106,20 +102,18 @@ class _Chunk(Generic[S]):
         self.filled += end - first
         return end
 
-    def start(self) -> list[Array] | Exception:
+    def start(self) -> list[Any] | Exception:
         """Starts the encoding by every member; an error of the device is returned, to be treated in the chunk's turn."""
-        if self.filled > self.members[0].forward.chunk:
+        if self.filled > self.members[0].chunk:
             return MemoryError("the chunk was begun before an earlier one did not fit")
         counts = [len(part.regions) for part in self.parts]
         pixels = np.concatenate([part.pixels for part in self.parts]) if len(counts) > 1 else self.parts[0].pixels
         try:
             return [
-                member.forward.encode(
-                    member.params, pixels, by_region([part.stains[number] for part in self.parts], counts)
-                )
+                member.encode(pixels, [part.stains[number] for part in self.parts], counts)
                 for number, member in enumerate(self.members)
             ]
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        except memory_errors() as error:
             return error
 
     def halves(self) -> list[_Chunk[S]]:
@@ -135,7 +129,7 @@ class _Chunk(Generic[S]):
 
 
 def _finish(
-    chunk: _Chunk[S], started: list[Array] | Exception
+    chunk: _Chunk[S], started: list[Any] | Exception
 ) -> Iterator[EncodedRegions[S] | tuple[list[S], Exception]]:
     """Waits for a chunk's features and hands them out by slide."""
     error = started if isinstance(started, Exception) else None
@@ -143,10 +137,10 @@ def _finish(
     if not isinstance(started, Exception):
         try:
             features = [np.asarray(array) for array in started]
-        except (jax.errors.JaxRuntimeError, MemoryError) as raised:
+        except memory_errors() as raised:
             error = raised
     if error is not None:
-        if _is_out_of_memory(error) and all(member.forward.halve(chunk.size) for member in chunk.members):
+        if _is_out_of_memory(error) and all(member.halve(chunk.size) for member in chunk.members):
             for half in chunk.halves():
                 yield from _finish(half, half.start())
         else:

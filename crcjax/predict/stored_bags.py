@@ -14,10 +14,12 @@ from jaxtyping import Float32, Int, Num
 
 from crcjax.data.bags import StoredSlides, label_of
 from crcjax.data.case_bags import CaseStore, by_unit
-from crcjax.models.mil import Params, Prediction
+from crcjax.models.mil import Params
+from crcjax.models.prediction import Prediction
+from crcjax.predict.ensemble import EncodedBag
 from crcjax.predict.evaluation_metrics import validation_metrics
 from crcjax.predict.feature_density import Summaries, summary
-from crcjax.predict.forward import EncodedBag, Forward
+from crcjax.predict.forward import Forward
 from crcjax.slides.jobs.read_ahead import read_ahead
 from crcjax.slides.store.tile_store import TileStore
 

@@ -32,10 +32,11 @@ from safetensors.numpy import load as load_tensors
 
 from crcjax.errors import InputError
 from crcjax.models.mil import MILModel, Params, params_of
+from crcjax.runs.ensemble_id import ensemble_id
 from crcjax.runs.pretrained_weights import published_encoder
 from crcjax.runs.run_directory import config_from_json
 from crcjax.runs.signature import is_signed_by
-from crcjax.runs.trained_model import Arrays, TrainedModel, ensemble_id
+from crcjax.runs.trained_model import Arrays, TrainedModel
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.slides.tiling.plan import TilingParams
 from crcjax.validation.calibration import Calibration, read_calibration

@@ -39,6 +39,7 @@ from crcjax.runs.bundle import (
     tensor_name,
 )
 from crcjax.runs.checkpoint import best_metrics, metrics_of_steps
+from crcjax.runs.ensemble_id import ensemble_id
 from crcjax.runs.model_card import model_card
 from crcjax.runs.pretrained_weights import published_encoder
 from crcjax.runs.run_directory import DATA_MANIFEST, PATHS, Run, commit, member_runs, open_run
@@ -47,7 +48,6 @@ from crcjax.runs.trained_model import (
     Arrays,
     TrainedModel,
     check_ensemble,
-    ensemble_id,
     model_id_of,
     model_of_run,
 )

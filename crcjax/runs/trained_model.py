@@ -116,11 +116,6 @@ def model_id_of(params: Params, density: Mapping[str, np.ndarray] | None = None)
     return digest.hexdigest()[:12]
 
 
-def ensemble_id(model_ids: Iterable[str], dropout_samples: int = 0) -> str:
-    """The id of an ensemble in predictions.csv and calibration.json."""
-    return "+".join(model_ids) + (f" dropout {dropout_samples}" if dropout_samples else "")
-
-
 def read_density(run: Path) -> Arrays:
     """Reads the arrays of a run's feature density. Raises InputError if the file is missing or damaged."""
     try:

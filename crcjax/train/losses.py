@@ -9,7 +9,7 @@ from jax.scipy.special import digamma, gammaln
 from jaxtyping import Array, Float, Float32, Int
 from ml_collections import ConfigDict
 
-from crcjax.models.mil import Prediction
+from crcjax.models.prediction import Prediction
 
 
 def bag_losses(

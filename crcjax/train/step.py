@@ -22,7 +22,8 @@ from crcjax.data.augment import Augmentation, sample_augmentation
 from crcjax.data.bags import Bag, bag_spec
 from crcjax.data.hard_mining import Mining, after_step
 from crcjax.errors import InputError
-from crcjax.models.mil import MILModel, Params, Prediction, Statistics, params_of
+from crcjax.models.mil import MILModel, Params, Statistics, params_of
+from crcjax.models.prediction import Prediction
 from crcjax.models.random_keys import Purpose, run_key
 from crcjax.parallel.mesh import replicated
 from crcjax.parallel.sharding import state_shardings

@@ -10,13 +10,13 @@ from flax import nnx
 from crcjax.config import get_config
 from crcjax.models.mil import AGGREGATORS, MILModel, build_model, params_of
 from crcjax.predict.attribution import (
-    attention_for,
     attributor,
     integrated_gradients,
     log_odds,
     occlusion,
     region_occlusion,
 )
+from crcjax.predict.attribution_method import attention_for
 
 PLANTED = (7, 3)  # region, slot
 

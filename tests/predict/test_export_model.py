@@ -6,31 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 
 from crcjax.errors import InputError
-from crcjax.predict.export_model import TOLERANCE, export_model
+from crcjax.predict import export_model as export
+from crcjax.predict.export_model import TOLERANCE, export_model, same_class
 from crcjax.predict.predictor import Predictor
 from crcjax.runs.trained_model import model_of_run
 from crcjax.slides.stain.methods import METHODS
 from crcjax.slides.stain.normalisation import StainNormaliser
 from crcjax.slides.wsi.slide import open_slide
-
-pytest.importorskip("jax2onnx", reason="needs jax2onnx (docs/export.md)")
-
-
-@pytest.fixture(scope="module")
-def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("exported") / "model"
-    # beartype takes an axis of unknown length for none.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        export_model([run], out)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return out
 
 
 def _onnx(file: Path, *arrays: np.ndarray) -> dict[str, np.ndarray]:
@@ -40,6 +26,24 @@ def _onnx(file: Path, *arrays: np.ndarray) -> dict[str, np.ndarray]:
     outputs = [output.name for output in session.get_outputs()]
     fed = {given.name: array for given, array in zip(session.get_inputs(), arrays, strict=True)}
     return dict(zip(outputs, session.run(outputs, fed), strict=True))
+
+
+def _weight_bytes(file: Path) -> int:
+    """The bytes of all stored arrays other than indices and shapes."""
+    import onnx
+
+    arrays = (onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer)
+    return sum(array.nbytes for array in arrays if array.dtype != np.int64)
+
+
+def _with_infinite_weights(model, weights: str):
+    import onnx
+
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.ndim == 2 and values.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.full_like(values, np.inf), tensor.name))
+    return model
 
 
 def _stablehlo(file: Path, *arrays: np.ndarray) -> list[np.ndarray]:
@@ -78,6 +82,7 @@ def test_a_slide_gets_the_same_probabilities_and_attention_from_both_graphs(
 def test_the_description_names_classes_tiling_operators_and_the_hash_of_every_graph(exported: Path, run: Path) -> None:
     description = json.loads((exported / "model.json").read_text())
     assert description["classes"] == ["canonical", "immune", "stromal"]
+    assert (description["target"], description["weights"]) == ("subtype", "float32")
     assert description["model_ids"] == [Predictor(run).model_id]
     assert description["tiling"]["tile_px"] == 64
     graphs = description["graphs"]
@@ -88,6 +93,35 @@ def test_the_description_names_classes_tiling_operators_and_the_hash_of_every_gr
         assert bool(graph["operators"]) == name.endswith("onnx")
     with pytest.raises(InputError, match="has files; choose a new folder"):
         export_model([run], exported)
+
+
+@pytest.mark.parametrize(("weights", "share"), [("float16", 0.55), ("int8", 0.4)])
+def test_smaller_weights_make_smaller_graphs_whose_results_are_close(
+    exported: Path, run: Path, tmp_path: Path, symbolic_shapes: None, weights: str, share: float
+) -> None:
+    export_model([run], tmp_path / "model", ("onnx",), weights)
+    description = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert description["weights"] == weights
+    for graph in description["graphs"].values():
+        assert TOLERANCE["onnx"] * 1e-4 < graph["largest_difference"] < 0.1
+    smaller, whole = (_weight_bytes(folder / "encoder-0.onnx") for folder in (tmp_path / "model", exported))
+    assert smaller < share * whole
+
+
+def test_a_graph_that_overflows_is_refused(
+    run: Path, tmp_path: Path, symbolic_shapes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "with_weights", _with_infinite_weights)
+    for weights in ("float32", "float16"):
+        with pytest.raises(InputError, match=r"encoder-0\.onnx: the graph's results differ from the model's by nan"):
+            export_model([run], tmp_path / "model", ("onnx",), weights)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_class_may_differ_only_where_the_model_is_undecided() -> None:
+    assert same_class(np.array([0.5, 0.4, 0.1]), np.array([0.41, 0.39, 0.2]))
+    assert not same_class(np.array([0.5, 0.4, 0.1]), np.array([0.44, 0.46, 0.1]))
+    assert same_class(np.array([0.451, 0.449, 0.1]), np.array([0.449, 0.451, 0.1]))
 
 
 def test_what_a_graph_cannot_hold_is_named_before_anything_is_written(run: Path, tmp_path: Path) -> None:
@@ -101,4 +135,6 @@ def test_what_a_graph_cannot_hold_is_named_before_anything_is_written(run: Path,
             export_model([obstacle], out)
     with pytest.raises(InputError, match="choose onnx or stablehlo"):
         export_model([model], out, ("tensorrt",))
+    with pytest.raises(InputError, match="all but float32 with --format onnx alone"):
+        export_model([model], out, weights="int8")
     assert not out.exists()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from crcjax.errors import InputError, OutputError
-from crcjax.models.mil import Prediction
+from crcjax.models.prediction import Prediction
 from crcjax.predict.feature_density import Density, fit_density, is_fitted, load_density, summary
 from crcjax.validation.ranking import auroc
 

@@ -16,7 +16,7 @@ import tifffile
 
 from crcjax.data.cohort import Cohort, SlideRow
 from crcjax.errors import InputError, OutputError
-from crcjax.models.mil import Prediction
+from crcjax.models.prediction import Prediction
 from crcjax.predict.predict_slides import PredictJob, predict_slides, prediction_fields
 from crcjax.predict.predict_store import predict_stored
 from crcjax.predict.predictor import Predictor, SlidePrediction

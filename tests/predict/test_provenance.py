@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from crcjax.predict import provenance
+from crcjax.predict.member import settings_of
 from crcjax.predict.provenance import PredictedBy, pipeline_id, result_key
 from crcjax.runs import code_id as code
 from crcjax.runs.trained_model import TrainedModel, model_of_run
@@ -17,7 +18,7 @@ def model(run: Path) -> TrainedModel:
 
 
 def _key(trained: TrainedModel, content: object = ("a", "hash"), **changes: str) -> str:
-    by = PredictedBy("model", "bundle", pipeline_id([trained], 0, None), lambda name: "", "subtype")
+    by = PredictedBy("model", "bundle", pipeline_id(settings_of([trained], 0), None), lambda name: "", "subtype")
     return result_key(dataclasses.replace(by, **changes), "attention", content)
 
 
