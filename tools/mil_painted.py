@@ -30,7 +30,8 @@ from record import earlier_rows, record
 from crcjax.data.cohort import load_cohort
 from crcjax.demo import demo_config
 from crcjax.models.heads import BY_DENSITY
-from crcjax.models.mil import Prediction, build_model, params_of
+from crcjax.models.mil import build_model, params_of
+from crcjax.models.prediction import Prediction
 from crcjax.predict.feature_density import fit_density, summary
 from crcjax.predict.predictor import Predictor
 from crcjax.slides.preprocess.tile_slides import TileJob, tile_slides
