@@ -54,6 +54,12 @@ slurm-packages:
 	@{ [ -x /usr/sbin/slurmctld ] && [ -x /usr/sbin/munged ]; } \
 	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes slurm-wlm munge; }
 
+# A Redis server for tests/serve; Debian and Ubuntu.
+.PHONY: redis-packages
+redis-packages:
+	@command -v redis-server >/dev/null \
+	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends redis-server; }
+
 # A browser for the tests that look at pages, and what PDF reports need; Debian and Ubuntu.
 BROWSER_PACKAGES := chromium fonts-dejavu fonts-liberation libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0
 .PHONY: browser-packages

@@ -55,6 +55,10 @@ def serve(
     drain_s: Annotated[
         float | None, typer.Option(help="seconds that running cases get when the service stops", show_default="30")
     ] = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Redis server that holds the queue; by default a file in --state does"),
+    ] = None,
 ) -> None:
     """Serves predictions over HTTPS: API, page and queue, without another server (docs/service.md).
 

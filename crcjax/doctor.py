@@ -36,6 +36,7 @@ EXTRAS = {
     "onnx": ("onnx-ir", "crcjax export-model"),
     "parquet": ("pyarrow", "tables as Parquet"),
     "pdf": ("weasyprint", "crcjax validate --pdf"),
+    "redis": ("redis", "crcjax serve --redis"),
     "serve": ("fastapi", "crcjax serve"),
     "stats": ("statsmodels", "survival in validation"),
 }

@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Markers and fixtures of the tests that `make test-system` runs and `make test` leaves out.
-_SYSTEM_MARKERS = {"slow", "slurm", "ray", "torch"}
+_SYSTEM_MARKERS = {"slow", "slurm", "ray", "redis", "torch"}
 _TORCH_FIXTURES = {"twins", "torch"}
 
 

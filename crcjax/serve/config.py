@@ -42,6 +42,7 @@ class ServeConfig(_Part):
       max_queued: cases that may wait; further requests are answered 429.
       ageing_h: hours after which a waiting case gets every second turn, even before urgent ones.
       drain_s: seconds that running cases get when the service stops.
+      redis: the URL of the Redis server that holds the queue, such as redis://HOST:6379/0; by default a file in `state` does.
     """
 
     state: Path
@@ -58,6 +59,7 @@ class ServeConfig(_Part):
     max_queued: Count = QueueLimits.max_queued
     ageing_h: Annotated[float, Field(ge=0)] = QueueLimits.ageing_s / 3600
     drain_s: Annotated[float, Field(ge=0)] = 30.0
+    redis: str | None = None
 
     @model_validator(mode="after")
     def _has_both_or_neither(self) -> ServeConfig:

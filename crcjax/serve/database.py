@@ -76,9 +76,9 @@ class Database:
                 connection.execute("ROLLBACK")
             raise
 
-    def rows(self, statement: str, *values: Any) -> list[sqlite3.Row]:
+    def rows(self, statement: str, *values: Any, **named: Any) -> list[sqlite3.Row]:
         """The rows of one statement, which is a transaction of its own."""
-        return self._connection.execute(statement, values).fetchall()
+        return self._connection.execute(statement, named or values).fetchall()
 
     def row(self, statement: str, *values: Any) -> sqlite3.Row | None:
         """The first row of one statement."""

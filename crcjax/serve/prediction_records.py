@@ -107,7 +107,7 @@ class PredictionRecords:
                 {"content": slide.content, "path": str(slide.path), "mpp": slide.mpp, "site": site} for slide in slides
             ]
         }
-        return JobRequest(hashlib.sha256(key.encode()).hexdigest(), f"{site}/{owner}", payload, priority)
+        return JobRequest(hashlib.sha256(key.encode()).hexdigest(), owner, payload, priority, site)
 
     def _add(
         self, owner: str, slides: Sequence[SlideRecord], job: Job, idempotency_key: str | None, request: str

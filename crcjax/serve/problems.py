@@ -16,7 +16,7 @@ from crcjax.errors import OutputError
 from crcjax.monitor.logs import log
 from crcjax.serve.accounts import AccountError, BlockedError, SignInError
 from crcjax.serve.prediction_records import KeyReusedError, RequestRefusedError
-from crcjax.serve.queue import QueueFullError
+from crcjax.serve.queue import QueueFullError, QueueUnavailableError
 from crcjax.serve.slide_records import SlideRefusedError
 from crcjax.serve.uploads import NoRoomError, OffsetError
 
@@ -50,6 +50,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(OutputError, _cannot_write)
     app.add_exception_handler(sqlite3.OperationalError, _cannot_write)
+    app.add_exception_handler(QueueUnavailableError, _cannot_write)
     app.add_exception_handler(Exception, _unexpected)
 
 

@@ -1,11 +1,11 @@
 """The contract of the service's queue: jobs, leases, and what every back end promises.
 
 * An accepted job is durable, and ends in exactly one of `done`, `failed`, `cancelled` or `quarantined`, whatever dies.
-* Urgent jobs come first, and users take turns within a priority. Of the jobs that have waited longer than `ageing_s`, the
-  oldest gets every second claim, so that none starves.
+* Urgent jobs come first. Within a priority, sites take turns, and at a site its users. Of the jobs that have waited longer
+  than `ageing_s`, the oldest gets every second claim, so that none starves.
 * A worker holds a job by a lease, which it renews. When the lease expires, another worker may claim the job under a higher
   fencing token; whatever the first one still reports is refused.
-* A job with the result key of one that is queued, running or done is that job.
+* A job with the result key of one that is queued, running, or among the last `max_shared` that were done, is that job.
 * A job that was claimed `max_tries` times without an end is quarantined.
 
 `tests/serve/test_queue.py` is the test of this contract for every back end.
@@ -19,6 +19,9 @@ from enum import IntEnum, StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 from crcjax.errors import CrcjaxError
+
+# Seconds that a job is expected to take before any was done.
+DEFAULT_JOB_S = 60.0
 
 
 class Priority(IntEnum):
@@ -52,6 +55,10 @@ class QueueFullError(CrcjaxError):
         self.retry_after_s = retry_after_s
 
 
+class QueueUnavailableError(CrcjaxError):
+    """The queue's server cannot be reached or cannot write; nothing was accepted, and the same call may succeed later."""
+
+
 class LeaseLostError(CrcjaxError):
     """The job was cancelled, or its lease expired and it belongs to another attempt; nothing was written."""
 
@@ -65,12 +72,15 @@ class QueueLimits:
       max_tries: claims of a job without an end after which it is quarantined.
       lease_s: seconds for which a lease lasts unless it is renewed.
       ageing_s: seconds of waiting after which a job takes part in every second claim.
+      max_shared: jobs that were done whose results answer further requests with their result keys; the oldest are no longer
+        shared, but keep their results.
     """
 
     max_queued: int = 10_000
     max_tries: int = 3
     lease_s: float = 30.0
     ageing_s: float = 4 * 3600.0
+    max_shared: int = 100_000
 
     def longest_wait_s(self, job_s: float, workers: int) -> float:
         """The longest time for which an accepted job waits, if jobs take at most `job_s` and `workers` are alive."""
@@ -83,15 +93,17 @@ class JobRequest:
 
     Attributes:
       result_key: identifies everything that decides the result.
-      owner: who takes turns with others, such as a site and a user.
+      owner: the user, who takes turns with the others of the site.
       payload: what the worker needs, as JSON values.
       priority: urgent or routine.
+      site: the site, which takes turns with the others.
     """
 
     result_key: str
     owner: str
     payload: Mapping[str, Any]
     priority: Priority = Priority.ROUTINE
+    site: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,9 @@ class Queue(Protocol):
 
     def release(self, lease: Lease) -> None:
         """Gives the job back untried, since the worker stops. Raises LeaseLostError."""
+
+    def forget_results(self) -> None:
+        """Shares no result of a job that is done with later requests; the jobs keep their results."""
 
     def worker_died(self, worker: str) -> None:
         """Expires the leases of a worker that is known to be dead, and forgets the worker."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
 import socket
@@ -20,6 +21,7 @@ from crcjax.errors import InputError
 from crcjax.monitor.logs import log
 from crcjax.serve.app import create_app
 from crcjax.serve.config import ServeConfig
+from crcjax.serve.open_queue import REDIS_VARIABLE
 from crcjax.serve.queue import Queue
 from crcjax.serve.service import open_service
 from crcjax.serve.tls import certificate_files
@@ -41,7 +43,7 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
       InputError: an option or the bundle is not usable.
       OutputError: the state folder cannot be written.
     """
-    service = open_service(config.state, config.bundle, config.slides, config.limits)
+    service = open_service(config.state, config.bundle, config.slides, config.limits, config.redis)
     if config.certificate and config.key:
         certificate, key = config.certificate, config.key
     else:
@@ -64,7 +66,7 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
     # The server stops on these signals, and sends them to this process again when it has stopped.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
-    workers = Workers(service.queue, worker_settings(config), config.workers, server)
+    workers = Workers(service.queue, config, server)
     with workers:
         server.run([listener])
     if workers.failed:
@@ -105,9 +107,10 @@ class Workers:
       failed: whether a worker could not use the bundle; the server is stopped then.
     """
 
-    def __init__(self, queue: Queue, settings: WorkerSettings, count: int, server: uvicorn.Server):
-        self._queue, self._settings, self._server = queue, settings, server
-        self._slots = [_Slot(f"worker-{number}") for number in range(1, count + 1)]
+    def __init__(self, queue: Queue, config: ServeConfig, server: uvicorn.Server):
+        self._queue, self._settings, self._server = queue, worker_settings(config), server
+        self._redis = config.redis
+        self._slots = [_Slot(f"worker-{number}") for number in range(1, config.workers + 1)]
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="workers", daemon=True)
         self.failed = False
@@ -140,7 +143,7 @@ class Workers:
     def _look_after(self, slot: _Slot) -> None:
         if slot.process is None:
             if time.monotonic() >= slot.start_at:
-                slot.start(self._settings)
+                slot.start(self._settings, self._redis)
             return
         status = slot.process.poll()
         if status is None:
@@ -162,14 +165,18 @@ class _Slot:
         self.process: subprocess.Popen | None = None
         self.start_at, self.delay_s, self._started = 0.0, _FIRST_DELAY_S, 0.0
 
-    def start(self, settings: WorkerSettings) -> None:
+    def start(self, settings: WorkerSettings, redis: str | None) -> None:
         """Starts the process; its standard input stays open as long as this process lives."""
         # A name of its own: the one before may not have ended yet.
         self.name = f"{self._place}-{secrets.token_hex(3)}"
         values = json.dumps(asdict(replace(settings, name=self.name)))
+        environment = os.environ | ({} if redis is None else {REDIS_VARIABLE: redis})
         # A session of its own: Ctrl-C on the terminal is for the service, which then drains the workers.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "crcjax.serve.worker", values], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-m", "crcjax.serve.worker", values],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            env=environment,
         )
         self._started = time.monotonic()
 

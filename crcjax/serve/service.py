@@ -1,7 +1,7 @@
 """The parts of the service over one state folder.
 
 STATE/state.db    accounts, slides, uploads, predictions      STATE/uploads/   unfinished uploads
-STATE/queue.db    jobs                                        STATE/slides/    uploaded slides
+STATE/queue.db    jobs, unless they are in Redis                                        STATE/slides/    uploaded slides
 STATE/log.jsonl   the hash-chained log                        STATE/results/   heatmaps and attention
 STATE/tls/        certificate and key
 """
@@ -21,11 +21,11 @@ from crcjax.monitor.event_log import EventLog
 from crcjax.serve import accounts, prediction_records, slide_records
 from crcjax.serve.accounts import Accounts
 from crcjax.serve.database import Database
+from crcjax.serve.open_queue import open_queue
 from crcjax.serve.permissions import EVERY_SITE, Role
 from crcjax.serve.prediction_records import PredictionRecords
 from crcjax.serve.queue import Queue, QueueLimits, QueueStats
 from crcjax.serve.slide_records import SlideRecords
-from crcjax.serve.sqlite_queue import SqliteQueue
 from crcjax.serve.uploads import Uploads
 
 LOG = "log.jsonl"
@@ -85,7 +85,11 @@ class Service:
 
 
 def open_service(
-    state: Path, bundle: Path, folders: Mapping[str, Sequence[Path]], limits: QueueLimits | None = None
+    state: Path,
+    bundle: Path,
+    folders: Mapping[str, Sequence[Path]],
+    limits: QueueLimits | None = None,
+    redis: str | None = None,
 ) -> Service:
     """Opens or creates a state folder.
 
@@ -94,9 +98,10 @@ def open_service(
       bundle: the bundle that predicts.
       folders: the folders of each site in which slides may be named by reference.
       limits: the queue's.
+      redis: the URL of the Redis server that holds the queue, in place of STATE/queue.db.
 
     Raises:
-      InputError: the bundle is none, a folder does not exist, or a newer release wrote the state folder.
+      InputError: the bundle is none, a folder does not exist, Redis is not usable, or a newer release wrote the state folder.
       OutputError: the state folder cannot be written.
     """
     facts = _bundle_facts(bundle)
@@ -108,7 +113,7 @@ def open_service(
         state.chmod(0o700)
         (state / "results").mkdir(exist_ok=True)
     database = Database(state / "state.db", _MIGRATIONS)
-    queue = SqliteQueue(state / "queue.db", limits)
+    queue = open_queue(state, limits, redis)
     slides = SlideRecords(database, folders)
     return Service(
         folder=state,

@@ -14,6 +14,7 @@ from typing import Any
 
 from crcjax.serve.database import Database
 from crcjax.serve.queue import (
+    DEFAULT_JOB_S,
     Job,
     JobRequest,
     Lease,
@@ -26,7 +27,7 @@ from crcjax.serve.queue import (
     WorkerState,
 )
 
-_MIGRATIONS = (
+MIGRATIONS = (
     (
         """CREATE TABLE jobs (
           sequence INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -60,10 +61,30 @@ _MIGRATIONS = (
         "INSERT INTO facts VALUES ('token', '0'), ('last_claim', ''), ('boot', '')",
         "CREATE TABLE workers (name TEXT PRIMARY KEY, state TEXT NOT NULL, reported_s REAL NOT NULL)",
     ),
+    (
+        # Sites take turns, and at each site its users. An owner was a site and a user before.
+        "ALTER TABLE jobs ADD COLUMN site TEXT NOT NULL DEFAULT ''",
+        "UPDATE jobs SET site = substr(owner, 1, instr(owner, '/') - 1), owner = substr(owner, instr(owner, '/') + 1) WHERE instr(owner, '/')",
+        "DROP INDEX jobs_in_turn",
+        "CREATE INDEX jobs_in_turn ON jobs (status, priority, site, turn, sequence)",
+        # The next turn of every site.
+        "CREATE TABLE sites (site TEXT, priority INTEGER, turn INTEGER NOT NULL, PRIMARY KEY (site, priority))",
+        "INSERT INTO sites SELECT DISTINCT site, priority, 0 FROM jobs",
+        # In `turns`, the owner SITE/USER has the user's last turn, and SITE/ the turn that was claimed last at the site.
+        "INSERT INTO turns SELECT site || '/', priority, turns.turn FROM sites JOIN turns USING (priority) WHERE owner = ''",
+        "DELETE FROM turns WHERE owner = ''",
+        "INSERT INTO facts VALUES ('round 0', '0'), ('round 1', '0')",
+        # Jobs whose results are no longer shared have the result key ''.
+        "DROP INDEX jobs_by_key",
+        """CREATE UNIQUE INDEX jobs_by_key ON jobs (result_key)
+        WHERE status IN ('queued', 'running', 'done') AND result_key != ''""",
+        "CREATE INDEX jobs_shared ON jobs (ended_s) WHERE status = 'done' AND result_key != ''",
+    ),
 )
 # The jobs whose mean duration predicts those of others.
 _RECENT_JOBS = 50
-_DEFAULT_JOB_S = 60.0
+# The results that stop being shared are looked for once in this many claims.
+_TRIM_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,7 @@ class SqliteQueue:
     def __init__(self, path: Path, limits: QueueLimits | None = None, clock: Clock | None = None):
         self.limits = limits or QueueLimits()
         self._clock = clock or Clock()
-        self._database = Database(path, _MIGRATIONS)
+        self._database = Database(path, MIGRATIONS)
         self._expire_leases_of_another_boot()
 
     def _expire_leases_of_another_boot(self) -> None:
@@ -104,13 +125,15 @@ class SqliteQueue:
                 self._check_room(connection)
                 job_id = str(uuid.uuid4())
                 connection.execute(
-                    "INSERT INTO jobs (id, result_key, owner, priority, turn, payload, submitted_s) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    """INSERT INTO jobs (id, result_key, site, owner, priority, turn, payload, submitted_s)
+                    VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
                     (
                         job_id,
                         request.result_key,
+                        request.site,
                         request.owner,
                         int(request.priority),
-                        _next_turn(connection, request.owner, request.priority),
+                        _next_turn(connection, request.site, request.owner, request.priority),
                         json.dumps(request.payload),
                         self._clock.now(),
                     ),
@@ -123,26 +146,23 @@ class SqliteQueue:
         if row["status"] == Status.QUEUED and request.priority < row["priority"]:
             connection.execute(
                 "UPDATE jobs SET priority = ?, turn = ?, revision = revision + 1 WHERE id = ?",
-                (int(request.priority), _next_turn(connection, row["owner"], request.priority), row["id"]),
+                (
+                    int(request.priority),
+                    _next_turn(connection, row["site"], row["owner"], request.priority),
+                    row["id"],
+                ),
             )
 
     def _check_room(self, connection: sqlite3.Connection) -> None:
         queued = connection.execute("SELECT count(*) FROM jobs WHERE status = 'queued'").fetchone()[0]
         if queued >= self.limits.max_queued:
-            raise QueueFullError(queued, max(1, math.ceil(_mean_job_s(connection) or _DEFAULT_JOB_S)))
+            raise QueueFullError(queued, max(1, math.ceil(_mean_job_s(connection) or DEFAULT_JOB_S)))
 
     def job(self, job_id: str) -> Job | None:
         row = self._database.row("SELECT * FROM jobs WHERE id = ?", job_id)
         if row is None:
             return None
-        position = None
-        if row["status"] == Status.QUEUED:
-            ahead = self._database.row(
-                """SELECT count(*) FROM jobs WHERE status = 'queued' AND (priority, turn, sequence) < (?, ?, ?)""",
-                *(row["priority"], row["turn"], row["sequence"]),
-            )
-            assert ahead is not None
-            position = ahead[0]
+        position = self._position(row) if row["status"] == Status.QUEUED else None
         return Job(
             id=row["id"],
             priority=Priority(row["priority"]),
@@ -159,6 +179,25 @@ class SqliteQueue:
             reason=row["reason"],
             revision=row["revision"],
         )
+
+    def _position(self, row: sqlite3.Row) -> int:
+        """The jobs that would be claimed before a queued one: the site's own, and those whose sites have earlier turns."""
+        queued = self._database.rows(
+            """SELECT site, priority, count(*) AS jobs, total(site = :site AND (turn, sequence) < (:turn, :sequence)) AS earlier
+            FROM jobs WHERE status = 'queued' AND priority <= :priority GROUP BY site, priority""",
+            **{name: row[name] for name in ("site", "turn", "sequence", "priority")},
+        )
+        statement = "SELECT site, turn FROM sites WHERE priority = ?"
+        turns = {site["site"]: site["turn"] for site in self._database.rows(statement, row["priority"])}
+        ahead = sum(site["jobs"] for site in queued if site["priority"] < row["priority"])
+        of_priority = [site for site in queued if site["priority"] == row["priority"]]
+        earlier = int(sum(site["earlier"] for site in of_priority))
+        its_turn = turns.get(row["site"], 0) + earlier
+        for site in of_priority:
+            if site["site"] != row["site"]:
+                turns_before = its_turn - turns[site["site"]] + (site["site"] < row["site"])
+                ahead += max(0, min(turns_before, site["jobs"]))
+        return ahead + earlier
 
     def cancel(self, job_id: str) -> Job | None:
         with self._database.transaction() as connection:
@@ -178,11 +217,9 @@ class SqliteQueue:
             token = int(_fact(connection, "token")) + 1
             _set_fact(connection, "token", str(token))
             _set_fact(connection, "last_claim", kind)
-            # An old job's turn may be behind the others'.
-            connection.execute(
-                "INSERT INTO turns VALUES ('', ?, ?) ON CONFLICT DO UPDATE SET turn = max(turn, excluded.turn)",
-                (row["priority"], row["turn"]),
-            )
+            _count_turn(connection, row, kind)
+            if token % min(_TRIM_EVERY, self.limits.max_shared) == 0:
+                self._trim(connection)
             connection.execute(
                 """UPDATE jobs SET status = 'running', token = ?, worker = ?, lease_until_s = ?, tries = tries + 1,
                 started_s = ?, progress = 0, stage = '', revision = revision + 1 WHERE id = ?""",
@@ -193,20 +230,28 @@ class SqliteQueue:
     def _next(self, connection: sqlite3.Connection) -> tuple[sqlite3.Row | None, str]:
         """The job to be claimed next, and why: it is `urgent`, it is `aged`, or it is its `turn`."""
 
-        def first(condition: str, order: str, *values: float) -> sqlite3.Row | None:
-            statement = f"SELECT * FROM jobs WHERE status = 'queued' AND {condition} ORDER BY {order} LIMIT 1"
-            return connection.execute(statement, values).fetchone()
-
         last = _fact(connection, "last_claim")
         # The oldest job first, so that its age decides whether there is an aged one.
-        oldest = first("1", "sequence")
+        oldest = connection.execute("SELECT * FROM jobs WHERE status = 'queued' ORDER BY sequence LIMIT 1").fetchone()
         aged = oldest if oldest and oldest["submitted_s"] <= self._clock.now() - self.limits.ageing_s else None
-        urgent = first("priority = 0", "turn, sequence")
+        urgent = _first(connection, Priority.URGENT)
         if urgent:
             return (aged, "aged") if aged and last == "urgent" else (urgent, "urgent")
         if aged and last != "aged":
             return aged, "aged"
-        return first("priority = 1", "turn, sequence"), "turn"
+        return _first(connection, Priority.ROUTINE), "turn"
+
+    def _trim(self, connection: sqlite3.Connection) -> None:
+        """Stops sharing the oldest results."""
+        connection.execute(
+            """UPDATE jobs SET result_key = '' WHERE id IN (SELECT id FROM jobs WHERE status = 'done' AND result_key != ''
+            ORDER BY ended_s DESC LIMIT -1 OFFSET ?)""",
+            (self.limits.max_shared,),
+        )
+
+    def forget_results(self) -> None:
+        with self._database.transaction() as connection:
+            connection.execute("UPDATE jobs SET result_key = '' WHERE status = 'done' AND result_key != ''")
 
     def _requeue_expired(self, connection: sqlite3.Connection) -> None:
         expired = connection.execute(
@@ -304,15 +349,54 @@ def _check_lease(connection: sqlite3.Connection, lease: Lease) -> sqlite3.Row:
     return row
 
 
-def _next_turn(connection: sqlite3.Connection, owner: str, priority: Priority) -> int:
-    """The turn of an owner's next job: one after its last one, and not before the turn that is being claimed."""
-    turns = connection.execute(
-        "SELECT owner, turn FROM turns WHERE owner IN ('', ?) AND priority = ?", (owner, int(priority))
-    ).fetchall()
-    last = {row["owner"]: row["turn"] for row in turns}
-    turn = max(last.get("", 0), last.get(owner, -1) + 1)
-    connection.execute("INSERT OR REPLACE INTO turns VALUES (?, ?, ?)", (owner, int(priority), turn))
+def _first(connection: sqlite3.Connection, priority: Priority) -> sqlite3.Row | None:
+    """The first job of the site whose turn it is."""
+    for (site,) in connection.execute("SELECT site FROM sites WHERE priority = ? ORDER BY turn, site", (priority,)):
+        row = connection.execute(
+            """SELECT * FROM jobs WHERE status = 'queued' AND priority = ? AND site = ? ORDER BY turn, sequence LIMIT 1""",
+            (priority, site),
+        ).fetchone()
+        if row is not None:
+            return row
+    return None
+
+
+def _next_turn(connection: sqlite3.Connection, site: str, owner: str, priority: Priority) -> int:
+    """The turn of a user's next job: one after the last one, and not before the turn that is being claimed at the site."""
+    claimed, last = (_turn(connection, f"{site}/{name}", priority) for name in ("", owner))
+    turn = max(claimed or 0, 0 if last is None else last + 1)
+    _set_turn(connection, f"{site}/{owner}", priority, turn)
+    # A site that had no jobs joins the round of the others.
+    connection.execute(
+        "INSERT INTO sites VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET turn = max(turn, excluded.turn)",
+        (site, int(priority), int(_fact(connection, f"round {int(priority)}"))),
+    )
     return turn
+
+
+def _count_turn(connection: sqlite3.Connection, row: sqlite3.Row, kind: str) -> None:
+    """Records that the site and the user of a job had their turns."""
+    site, priority = row["site"], row["priority"]
+    # An old job's turn may be behind the others'.
+    claimed = max(_turn(connection, f"{site}/", priority) or 0, row["turn"])
+    _set_turn(connection, f"{site}/", priority, claimed)
+    statement = "SELECT turn FROM sites WHERE site = ? AND priority = ?"
+    turn = connection.execute(statement, (site, priority)).fetchone()[0]
+    if kind != "aged":
+        turn = max(turn, int(_fact(connection, f"round {priority}")))
+        _set_fact(connection, f"round {priority}", str(turn))
+    connection.execute("UPDATE sites SET turn = ? WHERE site = ? AND priority = ?", (turn + 1, site, priority))
+
+
+def _turn(connection: sqlite3.Connection, owner: str, priority: int) -> int | None:
+    row = connection.execute(
+        "SELECT turn FROM turns WHERE owner = ? AND priority = ?", (owner, int(priority))
+    ).fetchone()
+    return None if row is None else row[0]
+
+
+def _set_turn(connection: sqlite3.Connection, owner: str, priority: int, turn: int) -> None:
+    connection.execute("INSERT OR REPLACE INTO turns VALUES (?, ?, ?)", (owner, int(priority), turn))
 
 
 def _mean_job_s(connection: sqlite3.Connection) -> float | None:

@@ -23,13 +23,15 @@ from typing import Any
 
 from crcjax.errors import CrcjaxError, InputError, OutputError
 from crcjax.monitor.logs import log
-from crcjax.serve.queue import Lease, LeaseLostError, Queue, QueueLimits
+from crcjax.serve.open_queue import REDIS_VARIABLE, open_queue
+from crcjax.serve.queue import Lease, LeaseLostError, Queue, QueueLimits, QueueUnavailableError
 from crcjax.serve.results import attempt_folder, remove_other_attempts, slide_id, sync
-from crcjax.serve.sqlite_queue import SqliteQueue
 
 _POLL_S = 0.2
 # A worker reports and renews its lease this many times within the lease's duration.
 _RENEWALS = 6
+# Times that a worker tries to reach the queue again, up to a second apart, before it leaves its job to another.
+_PATIENCE = 30
 
 # (payload, folder, progress) → result. `progress` takes a fraction and what is done now.
 Progress = Callable[[float, str], None]
@@ -87,7 +89,7 @@ class Worker:
         while not self._stopping.is_set():
             try:
                 lease = self._queue.claim(self._name)
-            except sqlite3.OperationalError as error:
+            except (sqlite3.OperationalError, QueueUnavailableError) as error:
                 # Such as a full disk. The models stay loaded for the time after it.
                 log.error(f"{self._name}: cannot claim ({error})")
                 self._stopping.wait(1.0)
@@ -97,7 +99,8 @@ class Worker:
                 continue
             try:
                 self._work(lease)
-            except LeaseLostError as error:
+            except (LeaseLostError, QueueUnavailableError) as error:
+                # The job is another's, or will be once the lease has expired.
                 log.info(f"{self._name}: {error}")
         self._queue.worker_died(self._name)
 
@@ -128,7 +131,7 @@ class Worker:
         except CaseFailedError as error:
             self._lease = None
             self._queue.fail(lease, str(error))
-        except LeaseLostError:
+        except (LeaseLostError, QueueUnavailableError):
             raise
         except Exception as error:
             # Another try may succeed, such as after an error of the disk; a job that always fails is quarantined.
@@ -223,7 +226,7 @@ def main(arguments: list[str]) -> int:
     settings = WorkerSettings(**values | {"trust": tuple(values["trust"])})
     try:
         limits = QueueLimits(lease_s=settings.lease_s, max_tries=settings.max_tries)
-        queue = SqliteQueue(Path(settings.state) / "queue.db", limits)
+        queue = open_queue(Path(settings.state), limits, os.environ.get(REDIS_VARIABLE), _PATIENCE)
         queue.report_worker(settings.name, "loading")
         predict = bundle_predictor(settings)
         _end_with_the_service()

@@ -1,10 +1,12 @@
 """A service over a new state folder, answering HTTPS in this process; workers are started by the tests that need them."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,6 +84,60 @@ class Server:
             return self.client(accounts.add_service(name, site))
         accounts.redeem(accounts.invite(name, role, site), PASSWORD)
         return self.client(accounts.sign_in(name, PASSWORD)[0])
+
+
+class Redis:
+    """A Redis server with its data in a folder; `start` starts it again after `kill`."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port = listener.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        settings = {"port": self.port, "bind": "127.0.0.1", "dir": self._folder, "save": ""}
+        settings |= {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+        words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+        self.process = subprocess.Popen(["redis-server", *words], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def start_redis(required: Callable[[str], bool]) -> Iterator[Callable[[Path], Redis]]:
+    """start_redis(folder): a Redis server of its own, with the settings that the queue asks for."""
+    if shutil.which("redis-server") is None:
+        message = "no redis-server: make redis-packages"
+        if required("redis"):
+            pytest.fail(message)
+        pytest.skip(message)
+    servers: list[Redis] = []
+
+    def start(folder: Path) -> Redis:
+        servers.append(Redis(folder))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory, start_redis: Callable[[Path], Redis]) -> Redis:
+    """A Redis server that tests share."""
+    return start_redis(tmp_path_factory.mktemp("redis"))
 
 
 @pytest.fixture(scope="session")

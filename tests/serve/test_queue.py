@@ -1,4 +1,4 @@
-"""The contract of `crcjax.serve.queue`, for every back end in BACK_ENDS."""
+"""The contract of `crcjax.serve.queue`, for every back end."""
 
 import os
 import random
@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from crcjax.serve.database import Database
+from crcjax.serve.open_queue import open_queue as open_back_end
 from crcjax.serve.queue import (
     JobRequest,
     LeaseLostError,
@@ -23,12 +25,12 @@ from crcjax.serve.queue import (
     QueueLimits,
     Status,
 )
-from crcjax.serve.sqlite_queue import Clock, SqliteQueue
+from crcjax.serve.redis_queue import RedisQueue
+from crcjax.serve.sqlite_queue import MIGRATIONS, Clock, SqliteQueue
 
-# How a back end is opened: a folder of the test, limits, and the clock.
-BACK_ENDS: dict[str, Callable[[Path, QueueLimits, Clock], Queue]] = {
-    "sqlite": lambda folder, limits, clock: SqliteQueue(folder / "queue.db", limits, clock),
-}
+BACK_ENDS = ["sqlite", pytest.param("redis", marks=pytest.mark.redis)]
+# Opens the queue of a folder with limits and a clock.
+Open = Callable[[Path, QueueLimits, Clock], Queue]
 LIMITS = QueueLimits(max_queued=2000, max_tries=3, lease_s=10.0, ageing_s=100.0)
 
 
@@ -49,9 +51,27 @@ def time_() -> FakeClock:
 
 
 @pytest.fixture(params=BACK_ENDS)
-def open_queue(request: pytest.FixtureRequest, tmp_path: Path, time_: FakeClock) -> Callable[..., Queue]:
+def open_(request: pytest.FixtureRequest) -> Iterator[Open]:
+    """open_(folder, limits, clock): the queue of a folder."""
+    if request.param == "sqlite":
+        yield lambda folder, limits, clock: SqliteQueue(folder / "queue.db", limits, clock)
+        return
+    url = request.getfixturevalue("redis_server").url
+    queues: list[RedisQueue] = []
+
+    def open_redis(folder: Path, limits: QueueLimits, clock: Clock) -> RedisQueue:
+        queues.append(RedisQueue(url, limits, now=clock.now, prefix=f"{folder}:"))
+        return queues[-1]
+
+    yield open_redis
+    for queue in queues:
+        queue.close()
+
+
+@pytest.fixture
+def open_queue(open_: Open, tmp_path: Path, time_: FakeClock) -> Callable[..., Queue]:
     """open_queue(): the queue of this test; each call opens it once more."""
-    return lambda limits=LIMITS: BACK_ENDS[request.param](tmp_path, limits, time_.clock)
+    return lambda limits=LIMITS: open_(tmp_path, limits, time_.clock)
 
 
 @pytest.fixture
@@ -59,8 +79,8 @@ def queue(open_queue: Callable[..., Queue]) -> Queue:
     return open_queue()
 
 
-def _request(key: str, owner: str = "a", priority: Priority = Priority.ROUTINE) -> JobRequest:
-    return JobRequest(key, owner, {"key": key}, priority)
+def _request(key: str, owner: str = "a", priority: Priority = Priority.ROUTINE, site: str = "") -> JobRequest:
+    return JobRequest(key, owner, {"key": key}, priority, site)
 
 
 def _claimed(queue: Queue, worker: str = "w") -> str:
@@ -129,6 +149,48 @@ def test_users_take_turns(queue: Queue) -> None:
     assert [_claimed(queue) for _ in range(6)] == ["b0", "a1", "b1", "a2", "a3", "a4"]
 
 
+def test_sites_take_turns_and_the_users_of_each_site_among_themselves(queue: Queue) -> None:
+    for number in range(4):
+        queue.submit(_request(f"la{number}", "a", site="leeds"))
+    assert [_claimed(queue) for _ in range(2)] == ["la0", "la1"]
+    queue.submit(_request("lb0", "b", site="leeds"))
+    for number in range(2):
+        queue.submit(_request(f"ya{number}", "a", site="york"))
+    jobs = [queue.submit(_request(key, site="other")) for key in ("la2", "la3", "lb0", "ya0", "ya1")]
+    order = ["ya0", "lb0", "ya1", "la2", "la3"]
+    assert {job.payload["key"]: job.position for job in jobs} == {key: place for place, key in enumerate(order)}
+    assert [_claimed(queue) for _ in range(5)] == order
+
+
+def test_positions_are_the_order_of_the_claims(queue: Queue) -> None:
+    choose = random.Random(0)
+    for number in range(60):
+        priority = Priority.URGENT if choose.random() < 0.3 else Priority.ROUTINE
+        queue.submit(_request(str(number), choose.choice("abc"), priority, choose.choice(["leeds", "york", "hull"])))
+        if choose.random() < 0.3:
+            _claimed(queue)
+    waiting = [queue.submit(_request(str(number))) for number in range(60)]
+    positions = {job.payload["key"]: job.position for job in waiting if job.status == Status.QUEUED}
+    claims = [_claimed(queue) for _ in positions]
+    assert claims == sorted(positions, key=lambda key: positions[key] or 0)
+
+
+def test_only_the_newest_results_are_shared_and_none_once_they_are_forgotten(open_queue: Callable[..., Queue]) -> None:
+    queue, jobs = open_queue(QueueLimits(max_shared=3)), {}
+    for number in range(9):
+        jobs[number] = queue.submit(_request(f"x{number}")).id
+        lease = queue.claim("w")
+        assert lease is not None
+        queue.commit(lease, {"number": number})
+    assert queue.submit(_request("x8")).id == jobs[8]
+    assert queue.submit(_request("x0")).id != jobs[0]
+    first = queue.job(jobs[0])
+    assert first is not None
+    assert first.result == {"number": 0}, "the result itself stays"
+    queue.forget_results()
+    assert queue.submit(_request("x8")).id != jobs[8]
+
+
 def test_an_aged_job_gets_every_second_claim_whatever_urgent_jobs_arrive(queue: Queue, time_: FakeClock) -> None:
     for number in range(3):
         queue.submit(_request(f"r{number}"))
@@ -142,29 +204,30 @@ def test_an_aged_job_gets_every_second_claim_whatever_urgent_jobs_arrive(queue: 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32 - 1))
-def test_no_job_waits_longer_than_the_stated_bound(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_job_waits_longer_than_the_stated_bound(
+    seed: int, open_: Open, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """One worker, jobs of a second, and users who submit whenever there is room, mostly urgent jobs."""
     choose, time_ = random.Random(seed), FakeClock()
     limits = QueueLimits(max_queued=8, ageing_s=20.0)
-    for open_ in BACK_ENDS.values():
-        queue = open_(tmp_path_factory.mktemp("queue"), limits, time_.clock)
-        waits, submitted = [], 0
-        for _ in range(60):
-            while choose.random() < 0.8:
-                priority = Priority.URGENT if choose.random() < 0.9 else Priority.ROUTINE
-                try:
-                    queue.submit(_request(str(submitted), choose.choice("abc"), priority))
-                except QueueFullError:
-                    break
-                submitted += 1
-            lease = queue.claim("w")
-            if lease is not None:
-                job = queue.job(lease.job_id)
-                assert job is not None
-                waits.append(time_.time_s - job.submitted_s)
-                queue.commit(lease, {})
-            time_.time_s += 1
-        assert max(waits) <= limits.longest_wait_s(1.0, 1)
+    queue = open_(tmp_path_factory.mktemp("queue"), limits, time_.clock)
+    waits, submitted = [], 0
+    for _ in range(60):
+        while choose.random() < 0.8:
+            priority = Priority.URGENT if choose.random() < 0.9 else Priority.ROUTINE
+            try:
+                queue.submit(_request(str(submitted), choose.choice("abc"), priority, choose.choice(["s", "t"])))
+            except QueueFullError:
+                break
+            submitted += 1
+        lease = queue.claim("w")
+        if lease is not None:
+            job = queue.job(lease.job_id)
+            assert job is not None
+            waits.append(time_.time_s - job.submitted_s)
+            queue.commit(lease, {})
+        time_.time_s += 1
+    assert max(waits) <= limits.longest_wait_s(1.0, 1)
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back_and_loses_nothing(open_queue: Callable[..., Queue]) -> None:
@@ -274,15 +337,31 @@ def test_it_knows_its_workers_and_counts(queue: Queue, time_: FakeClock) -> None
     assert stats.oldest_queued_s == 3
 
 
+def test_the_first_releases_file_opens_and_its_jobs_keep_their_order(tmp_path: Path, time_: FakeClock) -> None:
+    database = Database(tmp_path / "queue.db", MIGRATIONS[:1])
+    with database.transaction() as connection:
+        connection.execute("INSERT INTO turns VALUES ('', 1, 5), ('leeds/a', 1, 7), ('york/b', 1, 6)")
+        for key, owner, turn in (("x", "leeds/a", 6), ("y", "leeds/a", 7), ("z", "york/b", 6)):
+            connection.execute(
+                "INSERT INTO jobs (id, result_key, owner, priority, turn, payload, submitted_s) VALUES (?, ?, ?, 1, ?, ?, 1000)",
+                (key, key, owner, turn, f'{{"key": "{key}"}}'),
+            )
+    database.close()
+    queue = SqliteQueue(tmp_path / "queue.db", LIMITS, time_.clock)
+    assert queue.submit(_request("x")).id == "x"
+    queue.submit(_request("new", "c", site="york"))
+    assert [_claimed(queue) for _ in range(4)] == ["x", "new", "y", "z"]
+
+
 # A worker that writes the token of each attempt to a file before it commits, and again when the commit was accepted.
 WORKER = """
 import os, sys, time
 from pathlib import Path
+from crcjax.serve.open_queue import open_queue
 from crcjax.serve.queue import LeaseLostError, QueueLimits
-from crcjax.serve.sqlite_queue import SqliteQueue
 
-folder, name = Path(sys.argv[1]), sys.argv[2]
-queue = SqliteQueue(folder / "queue.db", QueueLimits(max_tries=1000, lease_s=0.5))
+folder, name, url = Path(sys.argv[1]), sys.argv[2], sys.argv[3] or None
+queue = open_queue(folder, QueueLimits(max_tries=1000, lease_s=0.5), url, patience=20)
 while not (folder / "stop").exists():
     lease = queue.claim(name)
     if lease is None:
@@ -304,12 +383,19 @@ while not (folder / "stop").exists():
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("kills", [8, pytest.param(500, marks=pytest.mark.slow)])
-def test_every_accepted_job_has_one_result_whatever_workers_are_killed(kills: int, tmp_path: Path) -> None:
-    queue = SqliteQueue(tmp_path / "queue.db", QueueLimits(max_tries=1000, lease_s=0.5))
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_every_accepted_job_has_one_result_whatever_is_killed(
+    back_end: str, kills: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Kills workers, and every fourth time also Redis, which is started again."""
+    redis = request.getfixturevalue("start_redis")(tmp_path) if back_end == "redis" else None
+    url = redis.url if redis else None
+    queue = open_back_end(tmp_path, QueueLimits(max_tries=1000, lease_s=0.5), url, patience=20)
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
 
     def start(number: int) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), f"w{number}"], env=environment)
+        command = [sys.executable, "-c", WORKER, str(tmp_path), f"w{number}", url or ""]
+        return subprocess.Popen(command, env=environment)
 
     jobs = [queue.submit(_request(f"j{number}")).id for number in range(10 * kills)]
     choose = random.Random(kills)
@@ -325,6 +411,9 @@ def test_every_accepted_job_has_one_result_whatever_workers_are_killed(kills: in
             if choose.random() < 0.5:
                 queue.worker_died(f"w{number}")
             killed += 1
+            if redis is not None and killed % 4 == 0:
+                redis.kill()
+                redis.start()
             workers[number] = start(number)
         deadline = time.monotonic() + 60 + kills
         while set(queue.stats().counts) != {Status.DONE}:
