@@ -60,6 +60,14 @@ redis-packages:
 	@command -v redis-server >/dev/null \
 	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends redis-server; }
 
+# The clouds' own descriptions of their jobs, for tests/launching/test_clouds.py, in an environment of their own.
+.PHONY: cloud-packages
+cloud-packages: .venv-clouds/.ready
+.venv-clouds/.ready: tests/launching/clouds.txt | $(READY)
+	$(PYTHON) -m venv .venv-clouds
+	$(BIN)/uv pip install --quiet --python .venv-clouds/bin/python --requirement tests/launching/clouds.txt
+	@touch $@
+
 # A browser for the tests that look at pages, and what PDF reports need; Debian and Ubuntu.
 BROWSER_PACKAGES := chromium fonts-dejavu fonts-liberation libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0
 .PHONY: browser-packages
@@ -68,4 +76,4 @@ browser-packages:
 	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(BROWSER_PACKAGES); }
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-clouds runs build *.egg-info

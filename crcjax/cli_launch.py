@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from crcjax.cli_options import STDERR
 from crcjax.launching.job import read_job
-from crcjax.launching.render import SUBMIT, TARGETS
+from crcjax.launching.render import TARGETS, grace_warning, submit_commands
 from crcjax.launching.render import render as render_job
+from crcjax.launching.render import submit as submit_job
 
-app = typer.Typer(help="Files that start one training job on any scheduler (docs/launch.md).", no_args_is_help=True)
+app = typer.Typer(help="Files that start one training job on any platform (docs/launch.md).", no_args_is_help=True)
+
+JobFile = Annotated[Path, typer.Argument(metavar="[JOB.toml]", help="the description of the job")]
+_EXAMPLE = Path("launch/job.toml")
 
 
 @app.callback()
@@ -21,13 +27,19 @@ def _group() -> None:
 
 @app.command()
 def render(
-    target: Annotated[str, typer.Option(help=f"the scheduler: {' or '.join(TARGETS)}")],
+    target: Annotated[str, typer.Option(help=f"the platform: {', '.join(TARGETS)}")],
     out: Annotated[Path, typer.Option(help="folder of the files; those of an earlier call are replaced")],
-    job: Annotated[Path, typer.Argument(metavar="[JOB.toml]", help="the description of the job")] = Path(
-        "launch/job.toml"
-    ),
+    job: JobFile = _EXAMPLE,
+    submit: Annotated[bool, typer.Option(help="also submit the job, by the platform's own client")] = False,
 ) -> None:
-    """Renders the description of a training job to the files of a scheduler, and says how to submit them."""
-    for path in render_job(read_job(job), target, out):
+    """Renders the description of a training job to the files of a platform, and says how to submit them."""
+    description = read_job(job)
+    for path in render_job(description, target, out):
         print(path)
-    print(f"submit: {SUBMIT[target].format(folder=out)}")
+    if warning := grace_warning(description, target):
+        STDERR.print(f"crcjax: {warning}", markup=False, highlight=False, soft_wrap=True)
+    commands = submit_commands(description, target, out)
+    if submit:
+        submit_job(commands, TARGETS[target].client)
+    else:
+        print(f"submit: {' && '.join(shlex.join(command) for command in commands)}")

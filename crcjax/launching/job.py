@@ -19,12 +19,55 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class Volume:
     """Storage that all nodes see: the persistent volume claim `claim` of Kubernetes, mounted at `path`.
 
-    With SLURM, `path` is a folder of the cluster's shared file system.
+    With SLURM, `path` is a folder of the cluster's shared file system. The clouds have their own names for it: `efs` is an
+    Elastic File System of AWS (fs-…), `azure` a folder of an Azure ML datastore (azureml://datastores/NAME/paths/…), `gcp`
+    an NFS share such as Filestore's (SERVER:/SHARE).
     """
 
     claim: str
     path: str
     read_only: bool = False
+    efs: str = ""
+    azure: str = ""
+    gcp: str = ""
+
+
+@dataclass(frozen=True)
+class AwsBatch:
+    """The job queue of AWS Batch, the role of the containers, and the secret in Secrets Manager that the processes share."""
+
+    queue: str
+    role_arn: str = ""
+    secret_arn: str = ""
+
+
+@dataclass(frozen=True)
+class SageMaker:
+    """What SageMaker needs beside the job: the machines, its role, an S3 address for outputs, and the network of the volumes."""
+
+    instance_type: str
+    role_arn: str
+    output: str
+    subnets: tuple[str, ...]
+    security_groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AzureMl:
+    """The compute cluster of an Azure ML workspace. Whether its machines are spot capacity is set there."""
+
+    compute: str
+
+
+@dataclass(frozen=True)
+class Vertex:
+    """What Vertex AI needs beside the job: region, machines, and the network that reaches the volumes' servers."""
+
+    region: str
+    machine_type: str
+    accelerator: str = ""
+    network: str = ""
+    service_account: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,7 +76,8 @@ class TrainingJob:
 
     `arguments` are those of crcjax.main. `grace_s` is the time in seconds between the signal to stop and the end of the
     processes; a checkpoint must be saved in it. `restarts` bounds how often the job starts again after it lost a process;
-    preemptions are not counted. `shared_memory_gib` is the size of /dev/shm. `image` is a container image.
+    preemptions are not counted. `shared_memory_gib` is the size of /dev/shm. `image` is a container image. `spot` asks for
+    capacity that a cloud may take back, where the job and not its queue decides that.
     """
 
     name: str
@@ -51,6 +95,15 @@ class TrainingJob:
     priority: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     volumes: tuple[Volume, ...] = ()
+    spot: bool = False
+    aws_batch: AwsBatch | None = None
+    sagemaker: SageMaker | None = None
+    azure_ml: AzureMl | None = None
+    vertex: Vertex | None = None
+
+
+# The tables of a job's file that are dataclasses of their own.
+_CLOUDS: dict[str, type] = {"aws_batch": AwsBatch, "sagemaker": SageMaker, "azure_ml": AzureMl, "vertex": Vertex}
 
 
 def read_job(path: Path) -> TrainingJob:
@@ -65,14 +118,21 @@ def read_job(path: Path) -> TrainingJob:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise InputError(f"{path}: volumes must be tables, each headed [[volumes]], got {tables!r}")
     volumes = tuple(Volume(**_checked(Volume, table, f"{path}: a volume's ")) for table in tables)
-    job = TrainingJob(**_checked(TrainingJob, values, f"{path}: "), volumes=volumes)
+    clouds = {}
+    for name, kind in _CLOUDS.items():
+        if name in values:
+            table = values.pop(name)
+            if not isinstance(table, dict):
+                raise InputError(f"{path}: {name} must be a table headed [{name}], got {table!r}")
+            clouds[name] = kind(**_checked(kind, table, f"{path}: {name}'s "))
+    job = TrainingJob(**_checked(TrainingJob, values, f"{path}: "), volumes=volumes, **clouds)
     _check(job, path)
     return job
 
 
 def _checked(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     """The values of a table, if they are the fields of `kind` and have their types."""
-    types = {name: type_ for name, type_ in get_type_hints(kind).items() if name != "volumes"}
+    types = {name: type_ for name, type_ in get_type_hints(kind).items() if name not in ("volumes", *_CLOUDS)}
     if unknown := sorted(values.keys() - types.keys()):
         raise InputError(f"{where}field {unknown[0]!r} is not known; the fields are {', '.join(types)}")
     needed = [known.name for known in fields(kind) if known.default is MISSING and known.default_factory is MISSING]

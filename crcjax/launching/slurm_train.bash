@@ -50,7 +50,7 @@ while :; do
   wait "$child"
   status=$?
   # A status above 128 may mean that a signal interrupted the wait, and that the processes are still running.
-  [ "$status" -gt 128 ] && kill -0 "$child" 2>/dev/null || break
+  if [ "$status" -le 128 ] || ! kill -0 "$child" 2>/dev/null; then break; fi
 done
 # The processes may have ended just after that wait; the shell still has their status.
 wait "$child" 2>/dev/null

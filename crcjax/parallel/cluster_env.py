@@ -1,4 +1,4 @@
-"""Detects a run's processes from flags and from the environment variables of SLURM, Open MPI and Kubernetes."""
+"""Detects a run's processes from flags and from the environment variables of SLURM, Open MPI, Kubernetes and the clouds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from crcjax.errors import InputError
+from crcjax.parallel.cloud_env import cloud_place
 
 # The port follows from the job's number, so that jobs whose first node is the same rarely share it.
 _FIRST_PORT = 61440
@@ -38,12 +39,15 @@ def detect_cluster(
 ) -> ClusterEnvironment | None:
     """The cluster that the arguments describe, completed from the environment; None for a single process.
 
-    Supported are SLURM's srun, Open MPI's mpirun, and Kubernetes' indexed Jobs and JobSets. Kubernetes does not tell a pod
-    how many pods there are, so that `process_count` must be given. Raises InputError: a value is missing or impossible.
+    Supported are SLURM's srun, Open MPI's mpirun, Kubernetes' indexed Jobs and JobSets, and the jobs of AWS Batch, SageMaker,
+    Azure ML and Vertex AI. Kubernetes does not tell a pod how many pods there are, so that `process_count` must be given.
+    Raises InputError: a value is missing or impossible.
     """
     if process_count == 1:
         return None
-    detected = _slurm(environment) or _open_mpi(environment) or _kubernetes(environment) or {}
+    detected = (
+        _slurm(environment) or _open_mpi(environment) or _kubernetes(environment) or cloud_place(environment) or {}
+    )
     arguments = (coordinator, process_count, process_index)
     coordinator = coordinator or detected.get("coordinator")
     process_count = detected.get("process_count") if process_count is None else process_count

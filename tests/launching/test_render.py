@@ -24,7 +24,7 @@ def job() -> TrainingJob:
 
 
 def _manifests(job: TrainingJob) -> dict[str, dict]:
-    return {name: yaml.safe_load(text) for name, text in TARGETS["kubernetes"](job).items()}
+    return {name: yaml.safe_load(text) for name, text in TARGETS["kubernetes"].files(job).items()}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -34,41 +34,17 @@ def test_the_files_in_launch_are_those_of_its_job(target: str, job: TrainingJob,
 
 
 def test_a_target_that_is_not_known_and_a_job_without_an_image_are_named(job: TrainingJob, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="target must be one of slurm, kubernetes, got 'pbs'"):
+    with pytest.raises(InputError, match=r"target must be one of slurm, kubernetes, .*, got 'pbs'"):
         render(job, "pbs", tmp_path)
     with pytest.raises(InputError, match="image must name a container image"):
         render(replace(job, image=""), "kubernetes", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_target_asks_for_the_same_resources_and_gives_the_same_command(job: TrainingJob) -> None:
-    job = replace(job, environment={"TZ": "UTC"}, queue="gpu", priority="high")
-    script = TARGETS["slurm"](job)["train.sbatch"]
-    options = dict(
-        line.split("--")[1].split("=") for line in script.splitlines() if line.startswith("#SBATCH") and "=" in line
-    )
-    template = _manifests(job)["jobset.yaml"]["spec"]["replicatedJobs"][0]["template"]["spec"]
-    pod = template["template"]["spec"]
-    (container,) = pod["containers"]
-    assert template["completions"] == template["parallelism"] == int(options["nodes"])
-    assert container["resources"]["limits"] == {
-        "cpu": options["cpus-per-task"],
-        "memory": options["mem"].replace("G", "Gi"),
-        "nvidia.com/gpu": options["gpus-per-node"],
-    }
-    assert container["resources"]["requests"] == container["resources"]["limits"]
-    assert options["signal"] == f"USR1@{pod['terminationGracePeriodSeconds']}"
-    assert (options["partition"], options["qos"]) == ("gpu", "high")
-    assert {"name": "TZ", "value": "UTC"} in container["env"]
-    assert "export TZ=UTC" in script
-    assert container["command"] + container["args"][:2] == ["python", "-m", "crcjax.main", *job.arguments]
-    assert f"[ $# -gt 0 ] || set -- {' '.join(job.arguments)}\n" in script
-
-
 def test_arguments_and_variables_reach_the_program_as_they_are(job: TrainingJob, tmp_path: Path) -> None:
     hostile = ("--config=$(touch owned)", "--workdir=a b", "--config.x='\"\\", "--config.y=;touch owned", "${HOME}")
     job = replace(job, arguments=hostile, environment={"A": "$(touch owned) 'b'"})
-    script = TARGETS["slurm"](job)["train.sbatch"]
+    script = TARGETS["slurm"].files(job)["train.sbatch"]
     settings = script[script.index("export A=") : script.index("# The exit status")]
     show = "import sys, os\nprint([*sys.argv[1:], os.environ['A']])"
     (tmp_path / "show.py").write_text(show)
@@ -114,6 +90,39 @@ def test_the_schema_of_jobset_accepts_the_manifest(job: TrainingJob, real_data: 
     assert any("Fail" in error.message for error in check.iter_errors(manifest))
 
 
+def _ray_job(job: TrainingJob) -> dict:
+    return yaml.safe_load(TARGETS["kuberay"].files(job)["rayjob.yaml"])
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_the_schemas_of_kuberay_and_of_pods_accept_the_ray_job(gpus: int, job: TrainingJob, real_data: Path) -> None:
+    definition = json.loads(gzip.decompress((real_data / "kubernetes" / "ray.io_rayjobs.json.gz").read_bytes()))
+    versions = {version["name"]: version["schema"]["openAPIV3Schema"] for version in definition["spec"]["versions"]}
+    check = Draft202012Validator(versions["v1"])
+    manifest = _ray_job(replace(job, gpus_per_node=gpus, queue="gpu", priority="high"))
+    assert [error.message for error in check.iter_errors(manifest)] == []
+    cluster = manifest["spec"]["rayClusterSpec"]
+    for template in (cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]["template"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {"name": "pod", **template["metadata"]}}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        (container,) = template["spec"]["containers"]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in template["spec"]["volumes"]}
+    policy = yaml.safe_load(TARGETS["kuberay"].files(job)["network-policy.yaml"])
+    kubernetes_validate.validate(policy, KUBERNETES, strict=True)
+    cluster["workerGroupSpecs"][0].pop("groupName")
+    assert any("groupName" in error.message for error in check.iter_errors(manifest))
+
+
+def test_a_worker_of_the_ray_job_saves_before_kubernetes_ends_it(job: TrainingJob) -> None:
+    from crcjax.launching import ray_nodes
+
+    (workers,) = _ray_job(job)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    assert container["lifecycle"]["preStop"]["exec"]["command"] == ["python", "-m", ray_nodes.__name__, "--stop"]
+
+
 def test_kubectl_builds_the_kustomization(job: TrainingJob, tmp_path: Path) -> None:
     render(job, "kubernetes", tmp_path)
     kubectl = Path(sys.executable).with_name("kubectl")
@@ -144,6 +153,12 @@ def test_a_pod_finds_its_place_by_the_environment_of_the_manifest(job: TrainingJ
     assert place is not None
     assert (place.process_index, place.process_count) == (2, 4)
     assert place.coordinator == f"crcjax-train-0-0.crcjax:{container['ports'][0]['containerPort']}"
+
+
+def test_shellcheck_passes_the_batch_script() -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, ROOT / "launch" / "slurm" / "train.sbatch"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_command_renders_and_says_how_to_submit(crcjax, tmp_path: Path) -> None:
