@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crcjax import (
+    cli_audit,
     cli_checkpoints,
     cli_launch,
     cli_models,
@@ -80,6 +81,7 @@ app.command()(cli_validate.simulate_trial)
 app.add_typer(cli_validate.plan, name="plan")
 app.add_typer(cli_power.app, name="power")
 app.command()(serve)
+app.add_typer(cli_audit.app, name="audit")
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_launch.app, name="launch")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from crcjax.audit.commands import audited, record_details
 from crcjax.cli_options import STDERR
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def prune(
 
 
 @app.command()
+@audited("export")
 def export(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="the --workdir of a training; several: an ensemble")
@@ -167,6 +169,7 @@ def export(
     from crcjax.runs.bundle_export import export_bundle
 
     bundle = export_bundle(runs, out, step=step, calibration=calibration, key=key, encoder_weights=encoder_weights)
+    record_details(bundle_id=bundle.id, is_signed=bundle.is_signed)
     for member in bundle.members:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in sorted((member.metrics or {}).items()))
         STDERR.print(f"model {member.model_id}: step {member.step}{', ' * bool(metrics)}{metrics}", markup=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from crcjax.audit.commands import audited, digest_of, record_details
 from crcjax.cli_options import (
     STDERR,
     CohortFile,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from crcjax.validation.predictions_table import PredictionRow
 
 
+@audited("predict")
 def predict(
     slides: Slides = None,
     run: Annotated[
@@ -157,6 +159,7 @@ def predict(
     _print_predictions(rows, names, out)
 
 
+@audited("export-model")
 def export_model(
     out: Annotated[Path, typer.Option(help="folder of the graphs and model.json, new")],
     run: Annotated[
@@ -348,6 +351,12 @@ def _print_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out
     Exits with status 1 if a slide has no prediction; one that exceeds a limit has one.
     """
     failed = [row for row in rows if not row.has_prediction]
+    record_details(
+        slides=len(rows),
+        failed=len(failed),
+        bundles=sorted({row.bundle_id for row in rows}),
+        predictions_sha256=digest_of(out / "predictions.csv"),
+    )
     for row in rows:
         if not row.is_ok:
             STDERR.print(f"{row.status}: {names[row.slide_id]}: {row.reason}", markup=False)

@@ -40,6 +40,12 @@ def serve(
         Path | None, typer.Option(help="PEM file of your certificate; by default the service signs one itself")
     ] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's private key")] = None,
+    audit_key: Annotated[
+        Path | None, typer.Option(help="private key that signs the log's checkpoints; by default STATE/audit.pem")
+    ] = None,
+    audit_anchor: Annotated[
+        list[Path] | None, typer.Option(help="file on another system that gets a copy of every checkpoint; repeatable")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="threads of each worker that decode tiles; by default one per core")
     ] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from crcjax.audit.commands import audited, digest_of, record_details
 from crcjax.cli_options import STDERR, CohortFile, Mpp, PseudonymKey, Slides, progress_on_terminal
 from crcjax.errors import InputError, SlideError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from crcjax.slides.preprocess.manifest import Outcome
 
 
+@audited("tile")
 def tile(
     slides: Slides = None,
     out: Annotated[Path, typer.Option(help="folder of the tile stores")] = ...,  # type: ignore[assignment]
@@ -242,6 +244,7 @@ def import_(
     _say_outcomes(outcomes, "imported", out)
 
 
+@audited("export")
 def export(
     store: Annotated[Path, typer.Argument(help="the --out of crcjax tile or crcjax import")],
     out: Annotated[Path, typer.Option(help="folder of the files, one a slide")],
@@ -309,6 +312,7 @@ def embed(
     raise typer.Exit(1 if failed else 0)
 
 
+@audited("deidentify")
 def deidentify(
     slides: Annotated[list[Path], typer.Argument(metavar="SLIDE_OR_FOLDER...", help="Aperio, tiled TIFF or DICOM")],
     out: Annotated[Path, typer.Option(help="the copy of one slide; with --pseudonym-key, the folder of all copies")],
@@ -331,16 +335,18 @@ def deidentify(
     copies = list(zip(paths, named_copies(paths, out, pseudonym_key), strict=True))
     # A file under a slide's pseudonym is a copy of that slide.
     jobs = [(path, copy) for path, copy in copies if not (pseudonym_key and copy.exists())]
-    refused = 0
+    refused, streams = 0, []
     for path, copy, result in deidentify_slides(jobs, workers or usable_cores()):
         if not isinstance(result, Report):
             refused += 1
             STDERR.print(f"refused: {result if isinstance(result, SlideError) else f'{path}: {result}'}", markup=False)
             continue
+        streams.append(result.streams)
         STDERR.print(f"{path}: copied to {copy}, report {report_path(copy).name}", markup=False)
         for removed in result.removed:
             STDERR.print(f"  removed: {removed}", markup=False)
         STDERR.print(f"  remains: {result.remains}", markup=False)
+    record_details(slides=len(paths), copied=len(jobs) - refused, refused=refused, streams=streams)
     existing = f", {len(paths) - len(jobs)} copied before" if len(jobs) < len(paths) else ""
     STDERR.print(f"{len(jobs) - refused} of {len(paths)} slides copied{existing}", markup=False)
     raise typer.Exit(1 if refused else 0)
@@ -371,6 +377,7 @@ def _say_outcomes(outcomes: Sequence[Outcome], done: str, out: Path) -> NoReturn
             said = ", ".join(filter(None, (outcome.status, outcome.verdict)))
             STDERR.print(f"{said}: {outcome.path}: {outcome.reason}", markup=False)
     succeeded, tiles = sum(outcome.succeeded for outcome in outcomes), sum(outcome.tiles for outcome in outcomes)
+    record_details(slides=len(outcomes), succeeded=succeeded, manifest_sha256=digest_of(out / "manifest.jsonl"))
     STDERR.print(f"{succeeded} of {len(outcomes)} slides {done}, {tiles} tiles in {out}", markup=False)
     if verdicts := Counter(outcome.verdict for outcome in outcomes if outcome.verdict):
         counts = ", ".join(f"{name} {verdicts[name]}" for name in ("accept", "review", "reject"))

@@ -31,6 +31,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 _INTERRUPTED = (
@@ -73,10 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
         config, workdir, cluster_flags, wait_s = _read(arguments)
         check_config(config)
         # These import JAX, which takes seconds; the errors above are reported before.
+        from crcjax.audit.commands import audited_command, record_details
         from crcjax.monitor.goodput import process_age_s
         from crcjax.parallel.cluster_env import detect_cluster
         from crcjax.parallel.process_group import process_group
-        from crcjax.runs.run_directory import common_facts
+        from crcjax.runs.run_directory import common_facts, training_facts
         from crcjax.train.loop import train
 
         if signal.getsignal(signal.SIGINT) is _end_while_loading:
@@ -85,8 +87,14 @@ def main(arguments: list[str] | None = None) -> int:
         is_distributed = cluster is not None
         facts = common_facts(config, workdir) if cluster else {}
         timeouts_s = config.train.stall_timeout_s, config.train.peer_timeout_s
-        with process_group(cluster, facts, wait_s, *timeouts_s, config.train.preemption_notice) as group:
+        # One entry for a run, not one for each of its processes.
+        is_first = cluster is None or cluster.process_index == 0
+        with (
+            audited_command("train") if is_first else nullcontext(),
+            process_group(cluster, facts, wait_s, *timeouts_s, config.train.preemption_notice) as group,
+        ):
             train(config, workdir, group, process_age_s())
+            record_details(**training_facts(config, workdir))
         status = 0
     except CrcjaxError as error:
         log.error(f"crcjax: {error}")

@@ -17,7 +17,7 @@ ROOMS = (
     "slides.wsi", "slides.jobs", "slides.tiling", "slides.deidentify", "slides.synthetic", "slides.store", "slides.stain",
     "slides.preprocess", "slides.interchange",
     "models", "models.encoders", "models.aggregators", "models.mil",
-    "monitor", "data", "parallel", "validation", "validation.study", "runs", "predict", "pictures", "train", "lifecycle", "launching", "serve",
+    "monitor", "data", "parallel", "validation", "validation.study", "runs", "audit", "predict", "pictures", "train", "lifecycle", "launching", "serve",
     "demo", "doctor", "main", "api", "cli",
 )  # fmt: skip
 # Rooms that could be used without the ones before them, and stay so.

@@ -15,6 +15,7 @@ from crcjax.api.bundles import Bundle, open_bundle
 from crcjax.api.display import Picture, Table, heading
 from crcjax.api.runs import Run
 from crcjax.api.stores import Store
+from crcjax.audit.commands import audited
 from crcjax.data.cohort import Cohort, SlideRow, load_cohort
 from crcjax.data.slide_selection import named_slides
 from crcjax.errors import InputError
@@ -37,6 +38,7 @@ AnyPath = str | PathLike[str]
 _NUMBERS = ("entropy", "expected_entropy", "mutual_information", "vacuity", "qc_coverage")
 
 
+@audited("predict")
 def predict(
     run: Run | Bundle | AnyPath | Iterable[Run | AnyPath],
     slides_or_store: Store | AnyPath | Iterable[AnyPath],

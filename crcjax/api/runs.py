@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from crcjax.api.display import Picture, Table, heading
+from crcjax.audit.commands import audited
 from crcjax.config import get_config
 from crcjax.config_check import check_config
 from crcjax.errors import InputError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 AnyPath = str | PathLike[str]
 
 
+@audited("train")
 def train(
     store: Store | AnyPath,
     cohort: AnyPath,

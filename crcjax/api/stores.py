@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, UInt8
 
 from crcjax.api.display import Picture, Table, heading
+from crcjax.audit.commands import audited
 from crcjax.data.slide_selection import named_slides
 from crcjax.environment import require_extra
 from crcjax.errors import InputError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 AnyPath = str | PathLike[str]
 
 
+@audited("tile")
 def tile(
     slides: AnyPath | Iterable[AnyPath],
     store: AnyPath,

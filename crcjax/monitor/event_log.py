@@ -15,7 +15,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -65,15 +65,37 @@ class BrokenLine:
     is_unfinished: bool = False
 
 
+@dataclass(frozen=True)
+class CheckedEvent:
+    """An entry that follows from the ones before it, with its line, counted from 1, and the bytes of the log before and after it."""
+
+    line: int
+    event: Event
+    begin: int
+    end: int
+
+
+@dataclass
+class _Waiting:
+    """An entry that an `append` waits for; `facts` is JSON."""
+
+    kind: str
+    facts: str
+    event: Event | None = None
+    error: Exception | None = None
+
+
 class EventLog:
     """Appends to the log at `path`, which is created at the first append.
 
     Several processes and threads may append to one file at the same time. The file must be on a file system with locks.
+    Entries that threads append while another one waits for the disk are written together, with one fsync.
     """
 
     def __init__(self, path: str | Path):
         self._path = Path(path)
-        self._lock = threading.Lock()
+        self._lock, self._waiting_lock = threading.Lock(), threading.Lock()
+        self._waiting: list[_Waiting] = []
         # The file's size after this object's last append, and the last line's hash: the file need not be read if no other
         # process appended since.
         self._size, self._hash = 0, START
@@ -84,20 +106,75 @@ class EventLog:
         `facts` are JSON values or paths. Numbers that are not finite are written as text, since JSON has none. Raises
         OutputError if the file cannot be written; it then ends with the entry before.
         """
+        entry = _Waiting(kind, json.dumps(_plain(facts), allow_nan=False))
+        with self._waiting_lock:
+            self._waiting.append(entry)
+        with self._lock:
+            # The thread that held the lock before may have written this entry with its own.
+            if entry.event is None and entry.error is None:
+                self._write_waiting()
+        if entry.error is not None:
+            raise entry.error
+        assert entry.event is not None
+        return entry.event
+
+    def append_all(self, entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Event]:
+        """Appends entries, each its kind and its facts, with one fsync; all of them or none. Raises OutputError."""
+        texts = [(kind, json.dumps(_plain(facts), allow_nan=False)) for kind, facts in entries]
         with self._lock, writing(self._path, "write to another place"):
-            is_new = not self._path.exists()
-            if is_new:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            file = self._open()
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if is_new:
-                    _sync_folder(self._path.parent)
-                self._repair(file)
-                return self._write(file, kind, facts)
+                return self._write(file, texts)
             finally:
                 # Closing releases the lock.
                 os.close(file)
+
+    def append_at_end(self, kind: str, facts_at: Callable[[int, str], Mapping[str, Any]]) -> Event | None:
+        """Appends an entry about the log itself: `facts_at` receives the log's size in bytes and the hash of its last line.
+
+        No process appends meanwhile. Nothing is appended to an empty log. Raises OutputError.
+        """
+        with self._lock, writing(self._path, "write to another place"):
+            file = self._open()
+            try:
+                if not self._size:
+                    return None
+                facts = json.dumps(_plain(facts_at(self._size, self._hash)), allow_nan=False)
+                return self._write(file, [(kind, facts)])[0]
+            finally:
+                os.close(file)
+
+    def _write_waiting(self) -> None:
+        with self._waiting_lock:
+            entries, self._waiting = self._waiting, []
+        try:
+            with writing(self._path, "write to another place"):
+                file = self._open()
+                try:
+                    events = self._write(file, [(entry.kind, entry.facts) for entry in entries])
+                finally:
+                    os.close(file)
+            for entry, event in zip(entries, events, strict=True):
+                entry.event = event
+        except Exception as error:
+            for entry in entries:
+                entry.error = error
+
+    def _open(self) -> int:
+        """The locked file, whose last line is whole."""
+        is_new = not self._path.exists()
+        if is_new:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if is_new:
+                _sync_folder(self._path.parent)
+            self._repair(file)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
 
     def _repair(self, file: int) -> None:
         """Finds the end of the chain; cuts an unfinished last line off, and appends an entry that says so."""
@@ -108,22 +185,32 @@ class EventLog:
         self._size, self._hash = size - len(unfinished), _hash_of(last_line)
         if unfinished:
             os.ftruncate(file, self._size)
-            self._write(file, REPAIRED, {"bytes": len(unfinished), "sha256": sha256(unfinished).hexdigest()})
+            facts = {"bytes": len(unfinished), "sha256": sha256(unfinished).hexdigest()}
+            self._write(file, [(REPAIRED, json.dumps(facts))])
 
-    def _write(self, file: int, kind: str, facts: Mapping[str, Any]) -> Event:
-        event = _sealed(datetime.now(UTC).isoformat(timespec="microseconds"), kind, facts, self._hash)
-        line = _line(event)
+    def _write(self, file: int, entries: Sequence[tuple[str, str]]) -> list[Event]:
+        """Appends entries, each its kind and its facts as JSON."""
+        events, lines, previous = [], b"", self._hash
+        for kind, facts in entries:
+            time = datetime.now(UTC).isoformat(timespec="microseconds")
+            body = (
+                f'{{"time": "{time}", "kind": {json.dumps(kind)}, "facts": {facts}, "previous": "{previous}"'.encode()
+            )
+            digest = sha256(body).hexdigest()
+            lines += body + _suffix(digest)
+            events.append(Event(time, kind, json.loads(facts), previous, digest))
+            previous = digest
         try:
             written = 0
-            while written < len(line):
-                written += os.write(file, line[written:])
+            while written < len(lines):
+                written += os.write(file, lines[written:])
             os.fsync(file)
         except OSError:
-            # A full disk takes a part of the line.
+            # A full disk takes a part of a line.
             os.ftruncate(file, self._size)
             raise
-        self._size, self._hash = self._size + len(line), event.hash
-        return event
+        self._size, self._hash = self._size + len(lines), previous
+        return events
 
 
 def read_events(path: str | Path) -> list[Event]:
@@ -143,36 +230,49 @@ def head(path: str | Path) -> Head:
     return Head(lines, _hash_of(last))
 
 
+def first_hash(path: str | Path) -> str:
+    """The hash of a log's first line, which tells logs apart; START without one."""
+    for line in _lines(Path(path)) if Path(path).exists() else ():
+        return _hash_of(line)
+    return START
+
+
 def verify(path: str | Path, trusted: Head | None = None) -> BrokenLine | None:
     """The first line that was edited, inserted, exchanged, removed or not finished; None if the log is whole.
 
     With a `trusted` head, a log that was shortened or rewritten since is found too. Changes nothing.
     """
-    previous, number = START, 0
-    for number, line in enumerate(_lines(Path(path)) if Path(path).exists() else (), 1):
-        if not line.endswith(b"\n"):
-            return BrokenLine(number, "is unfinished: a crash or a full disk interrupted its writing", True)
-        event = _parsed(line)
-        if event is None or line != _body(line) + _suffix(sha256(_body(line)).hexdigest()):
-            return BrokenLine(number, "was changed: its hash is not that of its text")
-        if event.previous != previous:
-            return BrokenLine(number, "does not follow the line before: lines were removed, inserted or exchanged")
-        previous = event.hash
-        if trusted and number == trusted.lines and event.hash != trusted.hash:
+    number = 0
+    for checked in checked_events(path):
+        if isinstance(checked, BrokenLine):
+            return checked
+        number = checked.line
+        if trusted and number == trusted.lines and checked.event.hash != trusted.hash:
             return BrokenLine(number, "is not the line of the trusted head: the log was rewritten")
     if trusted and number < trusted.lines:
         return BrokenLine(number + 1, f"is missing: the log had {trusted.lines} lines")
     return None
 
 
-def _sealed(time: str, kind: str, facts: Mapping[str, Any], previous: str) -> Event:
-    event = Event(time, kind, _plain(facts), previous, "")
-    return Event(time, kind, event.facts, previous, sha256(_body(_line(event))).hexdigest())
+def checked_events(path: str | Path) -> Iterator[CheckedEvent | BrokenLine]:
+    """Yields the entries of a log as long as each is what was written and follows from the one before.
 
-
-def _line(event: Event) -> bytes:
-    # The order of the dataclass's fields: the hash, which is last, covers all text before it.
-    return (json.dumps(vars(event), allow_nan=False) + "\n").encode()
+    The last item is a BrokenLine if one is not. A log without a file has no entries.
+    """
+    previous, begin = START, 0
+    for number, line in enumerate(_lines(Path(path)) if Path(path).exists() else (), 1):
+        if not line.endswith(b"\n"):
+            yield BrokenLine(number, "is unfinished: a crash or a full disk interrupted its writing", True)
+            return
+        event, body = _parsed(line), _body(line)
+        if event is None or line != body + _suffix(sha256(body).hexdigest()):
+            yield BrokenLine(number, "was changed: its hash is not that of its text")
+            return
+        if event.previous != previous:
+            yield BrokenLine(number, "does not follow the line before: lines were removed, inserted or exchanged")
+            return
+        yield CheckedEvent(number, event, begin, begin + len(line))
+        previous, begin = event.hash, begin + len(line)
 
 
 def _body(line: bytes) -> bytes:

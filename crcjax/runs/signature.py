@@ -6,13 +6,21 @@ openssl pkey -in KEY.pem -pubout -out KEY.pub
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
 
-from crcjax.errors import InputError
+from crcjax.errors import InputError, writing
 
 _PRIVATE = "openssl genpkey -algorithm ed25519 -out KEY.pem"
 _PUBLIC = "openssl pkey -in KEY.pem -pubout -out KEY.pub"
@@ -27,6 +35,22 @@ def sign(key: Path, content: bytes) -> bytes:
     return _private_key(key).sign(content)
 
 
+def make_key_pair(path: Path) -> Path:
+    """Makes a private key at `path`, which its owner alone can read, and its public key beside it with the suffix .pub.
+
+    Keeps a key that exists. Returns `path`. Raises OutputError.
+    """
+    with writing(path, "choose another place for the key"):
+        if not path.exists():
+            key = Ed25519PrivateKey.generate()
+            private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+            public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+            path.with_suffix(".pub").write_bytes(public)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(private)
+    return path
+
+
 def is_signed_by(public_key: Path, content: bytes, signature: bytes) -> bool:
     """Whether a signature of a content is by the private key that belongs to a public key, a PEM file.
 
@@ -38,6 +62,11 @@ def is_signed_by(public_key: Path, content: bytes, signature: bytes) -> bool:
 def public_key_of(key: Path) -> str:
     """The public key (32 bytes as hexadecimal digits) of a private key. Raises InputError like `sign`."""
     return _private_key(key).public_key().public_bytes_raw().hex()
+
+
+def public_key_digits(public_key: Path) -> str:
+    """A public key, a PEM file, as hexadecimal digits. Raises InputError like `is_signed_by`."""
+    return _public_key(public_key).public_bytes_raw().hex()
 
 
 def is_signed_by_hex(public_key: str, content: bytes, signature: bytes) -> bool:

@@ -63,6 +63,11 @@ def not_found() -> HTTPException:
     return HTTPException(404, "there is no such object, or it is not within reach of this account")
 
 
+def record_details(request: Request, **facts: str) -> None:
+    """Adds facts to the request's entry in the log. They must name no patient."""
+    request.state.details = facts
+
+
 def service_of(request: Request) -> Service:
     """The service that the application belongs to."""
     return request.app.state.service

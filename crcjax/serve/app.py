@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -33,6 +34,8 @@ ROUTERS = (
     routes_operation.public,
 )
 _MAX_BODY_BYTES = 1 << 20
+# The ids that this service gives out.
+_IDENTIFIER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Answers to these are logged only if they are errors: pages and clients ask for them every second.
 _POLLED = (
     "/v1/predictions",
@@ -130,11 +133,12 @@ class _Recorded:
         facts: dict[str, Any] = {
             "method": scope["method"],
             "endpoint": endpoint,
-            "objects": scope.get("path_params", {}),
+            "objects": {name: _identifier(value) for name, value in scope.get("path_params", {}).items()},
             "status": status,
             "account": account.name if account else "",
             "role": account.role if account else "",
             "site": account.site if account else "",
+            **scope["state"].get("details", {}),
         }
         await anyio.to_thread.run_sync(lambda: self._service.log.append("request", **facts))
 
@@ -152,6 +156,11 @@ def _limited(receive: Receive) -> Receive:
         return message
 
     return limited_receive
+
+
+def _identifier(value: str) -> str:
+    """A value of a path as the log may hold it: anybody can send a path that names a patient."""
+    return value if _IDENTIFIER.fullmatch(value) else "?"
 
 
 def _endpoint(scope: Scope) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from crcjax.audit.audit_log import AuditOptions
 from crcjax.errors import InputError
 from crcjax.serve.queue import QueueLimits
 
@@ -43,6 +44,8 @@ class ServeConfig(_Part):
       ageing_h: hours after which a waiting case gets every second turn, even before urgent ones.
       drain_s: seconds that running cases get when the service stops.
       redis: the URL of the Redis server that holds the queue, such as redis://HOST:6379/0; by default a file in `state` does.
+      audit_key: the private key that signs the log's checkpoints, a PEM file; by default STATE/audit.pem.
+      audit_anchor: files on other systems that get a copy of every checkpoint.
     """
 
     state: Path
@@ -60,6 +63,8 @@ class ServeConfig(_Part):
     ageing_h: Annotated[float, Field(ge=0)] = QueueLimits.ageing_s / 3600
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     redis: str | None = None
+    audit_key: Path | None = None
+    audit_anchor: list[Path] = []
 
     @model_validator(mode="after")
     def _has_both_or_neither(self) -> ServeConfig:
@@ -72,9 +77,14 @@ class ServeConfig(_Part):
         """The limits of the queue."""
         return QueueLimits(max_queued=self.max_queued, ageing_s=3600 * self.ageing_h)
 
+    @property
+    def audit(self) -> AuditOptions:
+        """The key and the anchors of the log."""
+        return AuditOptions(self.audit_key, tuple(self.audit_anchor))
+
 
 # Fields that hold paths, which are relative to the folder of the file that names them.
-_PATHS = ("state", "bundle", "encoder_weights", "certificate", "key")
+_PATHS = ("state", "bundle", "encoder_weights", "certificate", "key", "audit_key", "audit_anchor")
 
 
 def read_config(path: Path | None, options: Mapping[str, Any]) -> ServeConfig:

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from crcjax.serve.access import COOKIE, Caller, Requires, not_found, service_of
+from crcjax.serve.access import COOKIE, Caller, Requires, not_found, record_details, service_of
 from crcjax.serve.accounts import Account, AccountError
 from crcjax.serve.permissions import EVERY_SITE, Action, Role
 
@@ -91,6 +91,9 @@ def redeem(body: Redemption, request: Request) -> AccountView:
 @public.post("/sign-in")
 def sign_in(body: SignIn, request: Request, response: Response) -> SessionView:
     """Opens a session of twelve hours."""
+    if service_of(request).accounts.account(body.name) is not None:
+        # A name without an account may be a password in the wrong field.
+        record_details(request, subject=body.name)
     token, session = service_of(request).accounts.sign_in(body.name, body.password, body.code)
     request.state.account = session.account
     if body.cookie:
@@ -148,6 +151,7 @@ def add_account(
     if caller.site not in (body.site, EVERY_SITE):
         raise AccountError(f"site must be the administrator's own, {caller.site}, got {body.site!r}")
     known = service_of(request).accounts
+    record_details(request, subject=body.name, subject_role=body.role, subject_site=body.site)
     if body.role == Role.SERVICE:
         return SecretView(token=known.add_service(body.name, body.site))
     return SecretView(secret=known.invite(body.name, body.role, body.site))
@@ -160,4 +164,5 @@ def disable(name: str, request: Request, caller: Annotated[Caller, Depends(Requi
     if account is None:
         raise not_found()
     caller.check(account.site)
+    record_details(request, subject=account.name, subject_role=account.role, subject_site=account.site)
     service_of(request).accounts.disable(name)

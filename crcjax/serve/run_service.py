@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 
 import uvicorn
 
+from crcjax import __version__
 from crcjax.errors import InputError
 from crcjax.monitor.logs import log
 from crcjax.serve.app import create_app
@@ -43,7 +44,7 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
       InputError: an option or the bundle is not usable.
       OutputError: the state folder cannot be written.
     """
-    service = open_service(config.state, config.bundle, config.slides, config.limits, config.redis)
+    service = open_service(config.state, config.bundle, config.slides, config.limits, config.redis, config.audit)
     if config.certificate and config.key:
         certificate, key = config.certificate, config.key
     else:
@@ -67,8 +68,11 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
     workers = Workers(service.queue, config, server)
-    with workers:
+    service.log.append("service_started", bundle_id=service.bundle.id, crcjax=__version__, workers=config.workers)
+    with service.log.timed_checkpoints(), workers:
         server.run([listener])
+    service.log.append("service_stopped")
+    service.log.checkpoint()
     if workers.failed:
         return 2
     return 0 if server.started else 1

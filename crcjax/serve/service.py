@@ -3,7 +3,7 @@
 STATE/state.db    accounts, slides, uploads, predictions      STATE/uploads/   unfinished uploads
 STATE/queue.db    jobs, unless they are in Redis                                        STATE/slides/    uploaded slides
 STATE/log.jsonl   the hash-chained log                        STATE/results/   heatmaps and attention
-STATE/tls/        certificate and key
+STATE/tls/        certificate and key                     STATE/audit.pem  the key of the log's checkpoints; audit.pub
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 
+from crcjax.audit.audit_log import AuditLog, AuditOptions
 from crcjax.errors import InputError, writing
-from crcjax.monitor.event_log import EventLog
+from crcjax.runs.signature import make_key_pair
 from crcjax.serve import accounts, prediction_records, slide_records
 from crcjax.serve.accounts import Accounts
 from crcjax.serve.database import Database
@@ -56,7 +57,7 @@ class Service:
     uploads: Uploads
     predictions: PredictionRecords
     queue: Queue
-    log: EventLog
+    log: AuditLog
     _stats: list[tuple[float, QueueStats]] = field(default_factory=list)
 
     @property
@@ -90,6 +91,7 @@ def open_service(
     folders: Mapping[str, Sequence[Path]],
     limits: QueueLimits | None = None,
     redis: str | None = None,
+    audit: AuditOptions | None = None,
 ) -> Service:
     """Opens or creates a state folder.
 
@@ -99,12 +101,13 @@ def open_service(
       folders: the folders of each site in which slides may be named by reference.
       limits: the queue's.
       redis: the URL of the Redis server that holds the queue, in place of STATE/queue.db.
+      audit: what signs the log's checkpoints, and where they are anchored.
 
     Raises:
       InputError: the bundle is none, a folder does not exist, Redis is not usable, or a newer release wrote the state folder.
       OutputError: the state folder cannot be written.
     """
-    facts = _bundle_facts(bundle)
+    facts, audit = _bundle_facts(bundle), audit or AuditOptions()
     for folder in (folder for of_site in folders.values() for folder in of_site):
         if not folder.is_dir():
             raise InputError(f"--slides {folder}: must be a folder; check the path")
@@ -123,7 +126,7 @@ def open_service(
         uploads=Uploads(database, slides, state / "uploads", state / "slides"),
         predictions=PredictionRecords(database, queue, facts.id),
         queue=queue,
-        log=EventLog(state / LOG),
+        log=AuditLog(state / LOG, audit.key or make_key_pair(state / "audit.pem"), audit.anchors),
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from crcjax.errors import OutputError
-from crcjax.monitor.event_log import verify
+from crcjax.monitor.event_log import read_events, verify
 from crcjax.serve import routes_accounts
 from crcjax.serve.access import COOKIE, CSRF_HEADER, Requires
 from crcjax.serve.app import ROUTERS
@@ -391,8 +391,16 @@ def test_each_request_is_in_the_log_before_its_answer_and_without_the_log_nothin
     assert last["objects"] == {"upload_id": upload["id"]}
     assert {item["facts"]["site"] for item in page["items"]} == {"leeds"}
     assert all(item["facts"]["site"] == "york" for item in york.request("GET", "/v1/log").json()["items"])
+    new = {"name": "dr.new", "role": "researcher", "site": "leeds"}
+    administrator.request("POST", "/v1/accounts", json=new)
+    _refused(404, pathologist.request, "GET", "/v1/slides/PATIENT-NAME")
+    _refused(404, pathologist.request, "GET", "/v1/PATIENT-NAME")
+    added = [event.facts for event in read_events(server.service.folder / LOG) if "subject_role" in event.facts]
+    assert [added[-1][f"subject{name}"] for name in ("", "_role", "_site")] == ["dr.new", "researcher", "leeds"]
     assert verify(server.service.folder / LOG) is None
     text = (server.service.folder / LOG).read_text()
+    assert '"subject": "dr.frost"' in text, "whose password was wrong"
+    assert "PATIENT" not in text
     assert "wrong" not in text
     assert PASSWORD not in text
 
