@@ -12,6 +12,7 @@ from rich.table import Table
 from crcjax import (
     cli_audit,
     cli_checkpoints,
+    cli_keys,
     cli_launch,
     cli_models,
     cli_pictures,
@@ -82,6 +83,7 @@ app.add_typer(cli_validate.plan, name="plan")
 app.add_typer(cli_power.app, name="power")
 app.command()(serve)
 app.add_typer(cli_audit.app, name="audit")
+app.add_typer(cli_keys.app, name="keys")
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_launch.app, name="launch")

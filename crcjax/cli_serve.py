@@ -46,6 +46,14 @@ def serve(
     audit_anchor: Annotated[
         list[Path] | None, typer.Option(help="file on another system that gets a copy of every checkpoint; repeatable")
     ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="keys that encrypt slides and results: file:PATH, env:NAME or command:PROGRAM"),
+    ] = None,
+    encrypted_volume: Annotated[
+        bool | None,
+        typer.Option("--encrypted-volume", help="state that the disk of --state is encrypted below this machine"),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="threads of each worker that decode tiles; by default one per core")
     ] = None,

@@ -17,11 +17,11 @@ ROOMS = (
     "slides.wsi", "slides.jobs", "slides.tiling", "slides.deidentify", "slides.synthetic", "slides.store", "slides.stain",
     "slides.preprocess", "slides.interchange",
     "models", "models.encoders", "models.aggregators", "models.mil",
-    "monitor", "data", "parallel", "validation", "validation.study", "runs", "audit", "predict", "pictures", "train", "lifecycle", "launching", "serve",
+    "monitor", "encryption", "data", "parallel", "validation", "validation.study", "runs", "audit", "predict", "pictures", "train", "lifecycle", "launching", "serve",
     "demo", "doctor", "main", "api", "cli",
 )  # fmt: skip
 # Rooms that could be used without the ones before them, and stay so.
-IMPORTS_ERRORS_ALONE = ("config_names", "launching", "models", "monitor", "slides.jobs", "slides.wsi")
+IMPORTS_ERRORS_ALONE = ("config_names", "encryption", "launching", "models", "monitor", "slides.jobs", "slides.wsi")
 # Validation reads tables of predictions from any system.
 NEVER_IMPORTED_BY = {"validation": ("models", "parallel", "monitor"), "validation.study": ("models", "parallel")}
 

@@ -46,6 +46,8 @@ class ServeConfig(_Part):
       redis: the URL of the Redis server that holds the queue, such as redis://HOST:6379/0; by default a file in `state` does.
       audit_key: the private key that signs the log's checkpoints, a PEM file; by default STATE/audit.pem.
       audit_anchor: files on other systems that get a copy of every checkpoint.
+      keys: where the keys are that encrypt slides and results: file:PATH, env:NAME or command:PROGRAM.
+      encrypted_volume: states that the disk of `state`, and swap, are encrypted below this machine, where it cannot be seen.
     """
 
     state: Path
@@ -65,6 +67,8 @@ class ServeConfig(_Part):
     redis: str | None = None
     audit_key: Path | None = None
     audit_anchor: list[Path] = []
+    keys: str | None = None
+    encrypted_volume: bool = False
 
     @model_validator(mode="after")
     def _has_both_or_neither(self) -> ServeConfig:

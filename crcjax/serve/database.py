@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crcjax.errors import InputError, writing
+from crcjax.errors import InputError, OutputError, writing
 
 # Seconds for which a statement waits while another process writes.
 _BUSY_S = 30.0
@@ -59,6 +60,8 @@ class Database:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
+            # Deleted content is overwritten, so that what was erased is not in the file any more.
+            connection.execute("PRAGMA secure_delete = ON")
             self._local.connection = connection
         return connection
 
@@ -83,6 +86,19 @@ class Database:
     def row(self, statement: str, *values: Any) -> sqlite3.Row | None:
         """The first row of one statement."""
         return self._connection.execute(statement, values).fetchone()
+
+    def forget_deleted(self) -> None:
+        """Moves everything out of the write-ahead log, and empties it: it may still hold what was deleted or replaced.
+
+        Raises OutputError if readers keep it in use.
+        """
+        deadline = time.monotonic() + _BUSY_S
+        while self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            if time.monotonic() > deadline:
+                raise OutputError(
+                    f"{self._path}: its write-ahead log stays in use, and may hold what was erased; try again"
+                )
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Closes the connection of this thread."""

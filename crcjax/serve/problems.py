@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from crcjax.encryption.frames import DecryptionError
 from crcjax.errors import OutputError
 from crcjax.monitor.logs import log
 from crcjax.serve.accounts import AccountError, BlockedError, SignInError
@@ -31,6 +32,7 @@ _STATUS: Mapping[type[Exception], int] = {
     RequestRefusedError: 422,
     KeyReusedError: 422,
     OffsetError: 409,
+    DecryptionError: 503,
     NoRoomError: 507,
     QueueFullError: 429,
 }

@@ -5,6 +5,7 @@ STATE/results/JOB_ID/TOKEN/heatmaps/CONTENT.png, attention/CONTENT.npz
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from crcjax.serve.queue import Lease
+from crcjax.serve.vault import Vault
 
 # Digits of the content hash that name a slide within a job: the result depends on no name that a user gave.
 _ID_DIGITS = 16
@@ -45,18 +47,36 @@ def sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def heatmap(results: Path, job_id: str, token: int, content: str) -> bytes | None:
+def result_object(lease: Lease) -> str:
+    """How the objects of an attempt begin: a file's object is its path below the results."""
+    return f"{lease.job_id}/{lease.token}/"
+
+
+def job_key(site: str, job_id: str) -> str:
+    """The name of the key of a job's results."""
+    return f"{site}/job/{job_id}"
+
+
+def open_result(vault: Vault, results: Path, path: Path) -> io.BufferedReader:
+    """Opens a file of a result, encrypted or plain. Raises DecryptionError."""
+    return vault.open(path, str(path.relative_to(results)))
+
+
+def heatmap(vault: Vault, results: Path, job_id: str, token: int, content: str) -> bytes | None:
     """The heatmap of a slide as PNG; None without one."""
     path = results / job_id / str(token) / "heatmaps" / f"{slide_id(content)}.png"
-    return path.read_bytes() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with open_result(vault, results, path) as file:
+        return file.read()
 
 
-def regions_geojson(results: Path, job_id: str, token: int, content: str) -> dict[str, Any] | None:
+def regions_geojson(vault: Vault, results: Path, job_id: str, token: int, content: str) -> dict[str, Any] | None:
     """The predicted regions of a slide with their attention and attribution as GeoJSON in level-0 px; None without a prediction."""
     path = results / job_id / str(token) / "attention" / f"{slide_id(content)}.npz"
     if not path.is_file():
         return None
-    with np.load(path) as saved:
+    with open_result(vault, results, path) as file, np.load(file) as saved:
         side = float(saved["region_px"])
         attribution = saved["attribution"].sum(axis=1)
         features = [

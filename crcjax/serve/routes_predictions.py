@@ -251,7 +251,8 @@ def heatmap_png(
     """The slide beside its copy coloured by attention."""
     record, committed = _done(request, caller, prediction_id)
     slide = _slide_of(request, record, slide_id)
-    png = heatmap(service_of(request).results, record.job_id, committed["token"], slide.content)
+    service = service_of(request)
+    png = heatmap(service.vault, service.results, record.job_id, committed["token"], slide.content)
     if png is None:
         raise HTTPException(404, "the slide has no prediction, so there is no heatmap; the result says why")
     return _cached(request, png, "image/png")
@@ -267,7 +268,8 @@ def regions(
     """The slide's regions with attention and attribution, in level-0 px, for QuPath and others."""
     record, committed = _done(request, caller, prediction_id)
     slide = _slide_of(request, record, slide_id)
-    collection = regions_geojson(service_of(request).results, record.job_id, committed["token"], slide.content)
+    service = service_of(request)
+    collection = regions_geojson(service.vault, service.results, record.job_id, committed["token"], slide.content)
     if collection is None:
         raise HTTPException(404, "the slide has no prediction, so it has no regions; the result says why")
     return _cached(request, json.dumps(collection).encode(), "application/geo+json")

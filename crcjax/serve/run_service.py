@@ -21,6 +21,7 @@ from crcjax import __version__
 from crcjax.errors import InputError
 from crcjax.monitor.logs import log
 from crcjax.serve.app import create_app
+from crcjax.serve.at_rest import keys_at_rest
 from crcjax.serve.config import ServeConfig
 from crcjax.serve.open_queue import REDIS_VARIABLE
 from crcjax.serve.queue import Queue
@@ -44,7 +45,8 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
       InputError: an option or the bundle is not usable.
       OutputError: the state folder cannot be written.
     """
-    service = open_service(config.state, config.bundle, config.slides, config.limits, config.redis, config.audit)
+    keys, notice = keys_at_rest(config.state, config.host, config.keys, config.encrypted_volume)
+    service = open_service(config.state, config.bundle, config.slides, config.limits, config.redis, config.audit, keys)
     if config.certificate and config.key:
         certificate, key = config.certificate, config.key
     else:
@@ -64,6 +66,8 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
     on_line(f"serving on https://{config.host}:{listener.getsockname()[1]} (certificate: {certificate})")
     if administrator:
         on_line("first administrator: name {}, one-time sign-in secret {}".format(*administrator))
+    if notice:
+        on_line(notice)
     # The server stops on these signals, and sends them to this process again when it has stopped.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
@@ -101,6 +105,7 @@ def worker_settings(config: ServeConfig) -> WorkerSettings:
         drain_s=config.drain_s,
         lease_s=config.limits.lease_s,
         max_tries=config.limits.max_tries,
+        keys=config.keys,
     )
 
 

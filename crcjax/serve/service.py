@@ -17,6 +17,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from crcjax.audit.audit_log import AuditLog, AuditOptions
+from crcjax.encryption.keys import Keys
 from crcjax.errors import InputError, writing
 from crcjax.runs.signature import make_key_pair
 from crcjax.serve import accounts, prediction_records, slide_records
@@ -28,6 +29,7 @@ from crcjax.serve.prediction_records import PredictionRecords
 from crcjax.serve.queue import Queue, QueueLimits, QueueStats
 from crcjax.serve.slide_records import SlideRecords
 from crcjax.serve.uploads import Uploads
+from crcjax.serve.vault import KEYS, Vault
 
 LOG = "log.jsonl"
 FIRST_ADMINISTRATOR = "admin"
@@ -55,6 +57,7 @@ class Service:
     accounts: Accounts
     slides: SlideRecords
     uploads: Uploads
+    vault: Vault
     predictions: PredictionRecords
     queue: Queue
     log: AuditLog
@@ -92,6 +95,7 @@ def open_service(
     limits: QueueLimits | None = None,
     redis: str | None = None,
     audit: AuditOptions | None = None,
+    keys: Keys | None = None,
 ) -> Service:
     """Opens or creates a state folder.
 
@@ -102,6 +106,7 @@ def open_service(
       limits: the queue's.
       redis: the URL of the Redis server that holds the queue, in place of STATE/queue.db.
       audit: what signs the log's checkpoints, and where they are anchored.
+      keys: the site's keys, which encrypt uploads, slides and results; None: they are plain.
 
     Raises:
       InputError: the bundle is none, a folder does not exist, Redis is not usable, or a newer release wrote the state folder.
@@ -118,12 +123,14 @@ def open_service(
     database = Database(state / "state.db", _MIGRATIONS)
     queue = open_queue(state, limits, redis)
     slides = SlideRecords(database, folders)
+    vault = Vault(state / KEYS, keys)
     return Service(
         folder=state,
         bundle=facts,
         accounts=Accounts(database),
         slides=slides,
-        uploads=Uploads(database, slides, state / "uploads", state / "slides"),
+        uploads=Uploads(database, slides, vault, state / "uploads", state / "slides"),
+        vault=vault,
         predictions=PredictionRecords(database, queue, facts.id),
         queue=queue,
         log=AuditLog(state / LOG, audit.key or make_key_pair(state / "audit.pem"), audit.anchors),

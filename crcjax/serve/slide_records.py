@@ -99,16 +99,21 @@ class SlideRecords:
             raise SlideRefusedError(f"path must lie in a folder that the service offers to {new.site}, got {path!r}")
         return self.add(new, resolved)
 
-    def add(self, new: NewSlide, path: Path, slide_id: str | None = None) -> SlideRecord:
-        """Adds a slide file or DICOM folder. Raises SlideRefusedError."""
+    def add(
+        self, new: NewSlide, path: Path, slide_id: str | None = None, content: str = "", size: int = 0
+    ) -> SlideRecord:
+        """Adds a slide file or DICOM folder. Raises SlideRefusedError.
+
+        `content` and `size` are given for a file that is encrypted: those of the slide in it.
+        """
         try:
             first_file(path)
-            content = content_hash(path)
+            content = content or content_hash(path)
         except SlideError as error:
             raise SlideRefusedError(f"{new.name}: {error.reason}; {error.remedy}") from error
         except OSError as error:
             raise SlideRefusedError(f"{new.name}: cannot be read ({error.strerror}); check the file") from error
-        size = os.path.getsize(path) if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
+        size = size or _bytes_of(path)
         record = SlideRecord(
             id=slide_id or str(uuid.uuid4()),
             path=path,
@@ -130,6 +135,10 @@ class SlideRecords:
         """The slide of an id."""
         row = self._database.row("SELECT * FROM slides WHERE id = ?", slide_id)
         return None if row is None else _record(row)
+
+
+def _bytes_of(path: Path) -> int:
+    return os.path.getsize(path) if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
 
 
 def _record(row: sqlite3.Row) -> SlideRecord:

@@ -22,6 +22,8 @@ import anyio.to_thread
 from crcjax.errors import CrcjaxError
 from crcjax.serve.database import Database
 from crcjax.serve.slide_records import NewSlide, SlideRecord, SlideRecords, SlideRefusedError
+from crcjax.serve.vault import Vault
+from crcjax.slides.wsi.discovery import content_hash_of
 
 # Formats of one file, by the suffix of the uploaded name; others are given by reference.
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".scn", ".svslide", ".bif", ".czi")
@@ -60,8 +62,8 @@ class Upload:
 class Uploads:
     """The unfinished uploads, in `folder`/ID.part; finished slides are `slides_folder`/ID.SUFFIX."""
 
-    def __init__(self, database: Database, slides: SlideRecords, folder: Path, slides_folder: Path):
-        self._database, self._slides = database, slides
+    def __init__(self, database: Database, slides: SlideRecords, vault: Vault, folder: Path, slides_folder: Path):
+        self._database, self._slides, self._vault = database, slides, vault
         self._folder, self._slides_folder = folder, slides_folder
         for path in (folder, slides_folder):
             path.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ class Uploads:
         for row in self._database.rows("SELECT * FROM uploads WHERE offset = bytes"):
             upload = _upload(row)
             if self._slide_path(upload).exists():
-                self._slides.add(upload.new, self._slide_path(upload), upload.id)
+                self._add(upload, self._slide_path(upload))
                 self._forget(upload.id)
 
     def _slide_path(self, upload: Upload) -> Path:
@@ -149,10 +151,9 @@ class Uploads:
         path = self._folder / f"{upload.id}.part"
         digest = await anyio.to_thread.run_sync(self._hash_so_far, upload.id, path, offset)
         end = offset
-        with open(path, "r+b", buffering=0) as file:
-            # What a broken connection left beyond the recorded end is written again.
-            file.truncate(offset)
-            file.seek(offset)
+        key_name = self._vault.case_key(upload.new.site, upload.new.case_id)
+        # What a broken connection left beyond the recorded end is written again.
+        with self._vault.writer(path, upload.id, upload.new.site, key_name, offset) as file:
 
             def write(block: bytes) -> None:
                 file.write(block)
@@ -165,9 +166,9 @@ class Uploads:
                 if end > upload.bytes:
                     raise SlideRefusedError(f"{upload.new.name}: must have {upload.bytes} bytes as announced, got more")
                 await anyio.to_thread.run_sync(write, block)
-            await anyio.to_thread.run_sync(os.fsync, file.fileno())
+            await anyio.to_thread.run_sync(file.finish if end == upload.bytes else file.end_sitting)
         if offset == 0:
-            _check_start(upload.new.name, path)
+            self._check_start(upload, path)
         return end, digest
 
     def _hash_so_far(self, upload_id: str, path: Path, offset: int) -> hashlib._Hash:
@@ -176,7 +177,7 @@ class Uploads:
             return digest.copy()
         # The service was restarted, or the last chunk broke.
         digest = hashlib.sha256()
-        with open(path, "rb") as file:
+        with self._vault.open(path, upload_id, is_finished=False) as file:
             remaining = offset
             while remaining:
                 block = file.read(min(_READ_BYTES, remaining))
@@ -192,15 +193,29 @@ class Uploads:
                 f"{upload.new.name}: the SHA-256 must be {upload.sha256} as announced, got {sha256}; upload it again"
             )
         part, path = self._folder / f"{upload.id}.part", self._slide_path(upload)
-        _check_start(upload.new.name, part)
+        self._check_start(upload, part)
         os.replace(part, path)
         try:
-            record = self._slides.add(upload.new, path, upload.id)
+            record = self._add(upload, path)
         except SlideRefusedError:
             path.unlink()
             raise
         self._forget(upload.id)
         return record
+
+    def _add(self, upload: Upload, path: Path) -> SlideRecord:
+        with self._vault.open(path, upload.id, upload.new.site) as file:
+            content = content_hash_of(file, upload.bytes)
+        return self._slides.add(upload.new, path, upload.id, content, upload.bytes)
+
+    def _check_start(self, upload: Upload, path: Path) -> None:
+        """Raises SlideRefusedError if a file does not begin as its format does."""
+        with self._vault.open(path, upload.id, upload.new.site, is_finished=False) as file:
+            start = file.read(len(_CZI_START))
+        name = upload.new.name
+        is_czi = Path(name).suffix.lower() == ".czi"
+        if not start.startswith(_CZI_START if is_czi else _TIFF_STARTS):
+            raise SlideRefusedError(f"{name}: does not begin as a {'CZI' if is_czi else 'TIFF'} file; check the file")
 
     def discard(self, upload_id: str) -> None:
         """Ends an upload without a slide."""
@@ -211,15 +226,6 @@ class Uploads:
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM uploads WHERE id = ?", (upload_id,))
         self._hashes.pop(upload_id, None)
-
-
-def _check_start(name: str, path: Path) -> None:
-    """Raises SlideRefusedError if a file does not begin as its format does."""
-    with open(path, "rb") as file:
-        start = file.read(len(_CZI_START))
-    is_czi = Path(name).suffix.lower() == ".czi"
-    if not start.startswith(_CZI_START if is_czi else _TIFF_STARTS):
-        raise SlideRefusedError(f"{name}: does not begin as a {'CZI' if is_czi else 'TIFF'} file; check the file")
 
 
 def _upload(row: sqlite3.Row) -> Upload:

@@ -21,11 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from crcjax.encryption.keys import open_keys
+from crcjax.encryption.memory import memory_folder
 from crcjax.errors import CrcjaxError, InputError, OutputError
 from crcjax.monitor.logs import log
 from crcjax.serve.open_queue import REDIS_VARIABLE, open_queue
 from crcjax.serve.queue import Lease, LeaseLostError, Queue, QueueLimits, QueueUnavailableError
-from crcjax.serve.results import attempt_folder, remove_other_attempts, slide_id, sync
+from crcjax.serve.results import attempt_folder, job_key, remove_other_attempts, result_object, slide_id, sync
+from crcjax.serve.vault import KEYS, Vault
 
 _POLL_S = 0.2
 # A worker reports and renews its lease this many times within the lease's duration.
@@ -59,6 +62,7 @@ class WorkerSettings:
     drain_s: float = 30.0
     lease_s: float = QueueLimits.lease_s
     max_tries: int = QueueLimits.max_tries
+    keys: str | None = None
 
 
 class Worker:
@@ -70,10 +74,14 @@ class Worker:
       predict: computes a job's result; it runs in the main thread, where it can be interrupted.
       results: the folder of all results.
       drain_s: seconds that the current job gets after SIGTERM.
+      vault: decrypts slides and encrypts results; None, or one without keys: both are plain.
     """
 
-    def __init__(self, name: str, queue: Queue, predict: Predict, results: Path, drain_s: float):
+    def __init__(
+        self, name: str, queue: Queue, predict: Predict, results: Path, drain_s: float, vault: Vault | None = None
+    ):
         self._name, self._queue, self._predict = name, queue, predict
+        self._vault = vault if vault and vault.is_encrypting else None
         self._results, self._drain_s = results, drain_s
         self._stopping = threading.Event()
         self._stop_at = math.inf
@@ -120,7 +128,7 @@ class Worker:
         try:
             self._progress, self._lease = (0.0, "starting"), lease
             folder.mkdir(parents=True)
-            result = self._predict(lease.payload, folder, self._set_progress)
+            result = self._predicted(lease, folder)
             sync(folder)
             self._lease = None
             self._queue.commit(lease, result | {"token": lease.token})
@@ -140,6 +148,17 @@ class Worker:
             self._queue.abandon(lease, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         finally:
             self._lease = None
+
+    def _predicted(self, lease: Lease, folder: Path) -> dict[str, Any]:
+        """The result of a job, whose files are then in `folder`. What is decrypted stays in memory."""
+        vault = self._vault
+        if vault is None:
+            return self._predict(lease.payload, folder, self._set_progress)
+        with vault.readable_slides(lease.payload) as payload, memory_folder() as plain:
+            result = self._predict(payload, plain, self._set_progress)
+            site = payload["slides"][0]["site"]
+            vault.encrypt_folder(plain, folder, result_object(lease), site, job_key(site, lease.job_id))
+        return result
 
     def _set_progress(self, fraction: float, stage: str) -> None:
         self._progress = fraction, stage
@@ -230,7 +249,8 @@ def main(arguments: list[str]) -> int:
         queue.report_worker(settings.name, "loading")
         predict = bundle_predictor(settings)
         _end_with_the_service()
-        Worker(settings.name, queue, predict, Path(settings.state) / "results", settings.drain_s).run()
+        vault = Vault(Path(settings.state) / KEYS, open_keys(settings.keys) if settings.keys else None)
+        Worker(settings.name, queue, predict, Path(settings.state) / "results", settings.drain_s, vault).run()
     except (InputError, OutputError) as error:
         print(f"crcjax serve: {error}", file=sys.stderr)
         return 2

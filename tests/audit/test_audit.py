@@ -253,7 +253,8 @@ def test_copies_tiles_predictions_and_trainings_are_in_the_log_with_counts_and_d
     assert crcjax("tile", broken, "--out", tmp_path / "store", "--workers", "1").returncode == 1
     slide = next(painted.rglob("*.svs"))
     assert crcjax("predict", slide, "--run", run, "--out", tmp_path / "out").returncode == 0
-    assert main(["--config", "configs/demo.py", "--workdir", str(tmp_path / "run")]) == 2
+    options = [f"--config.data.store={tmp_path / 'absent'}", f"--config.data.cohort={painted / 'cohort.csv'}"]
+    assert main(["--config", "configs/demo.py", "--workdir", str(tmp_path / "run"), *options]) == 2
     copied, tiled, predicted, trained = _ended(named_log)
     assert (copied["status"], copied["slides"], copied["copied"], copied["refused"]) == (1, 1, 0, 1)
     assert (tiled["status"], len(tiled["manifest_sha256"])) == (1, 64)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from crcjax.encryption.keys import Keys
 from crcjax.serve.client import Client
 from crcjax.serve.permissions import EVERY_SITE, Role
 from crcjax.serve.queue import QueueLimits
@@ -30,6 +31,8 @@ from PIL import Image
 from crcjax.serve.queue import QueueLimits
 from crcjax.serve.results import slide_id
 from crcjax.serve.sqlite_queue import SqliteQueue
+from crcjax.encryption.keys import open_keys
+from crcjax.serve.vault import KEYS, Vault
 from crcjax.serve.worker import CaseFailedError, Worker
 
 state, name, drain_s = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
@@ -54,7 +57,8 @@ def predict(payload, folder, progress):
     return {"target": "subtype", "classes": ["canonical", "immune"], "bundle_id": "b", "slides": rows}
 
 queue = SqliteQueue(state / "queue.db", QueueLimits(lease_s=1.0))
-Worker(name, queue, predict, state / "results", drain_s).run()
+vault = Vault(state / KEYS, open_keys(sys.argv[4]) if sys.argv[4] else None)
+Worker(name, queue, predict, state / "results", drain_s, vault).run()
 """
 
 
@@ -182,12 +186,18 @@ def open_state(tmp_path: Path, bundle_folder: Path) -> Callable[..., Service]:
     folders = {site: [tmp_path / "folders" / site] for site in ("leeds", "york")}
     for of_site in folders.values():
         of_site[0].mkdir(parents=True)
-    return lambda limits=None: open_service(tmp_path / "state", bundle_folder, folders, limits)
+    return lambda limits=None, **options: open_service(tmp_path / "state", bundle_folder, folders, limits, **options)
 
 
 @pytest.fixture
-def server(open_state: Callable[..., Service]) -> Iterator[Server]:
-    with served(open_state(QueueLimits(lease_s=1.0, max_queued=20))) as running:
+def site_keys() -> Keys | None:
+    """The keys that encrypt the service's files; None: they are plain."""
+    return None
+
+
+@pytest.fixture
+def server(open_state: Callable[..., Service], site_keys: Keys | None) -> Iterator[Server]:
+    with served(open_state(QueueLimits(lease_s=1.0, max_queued=20), keys=site_keys)) as running:
         yield running
 
 
@@ -206,8 +216,8 @@ def start_worker(server: Server) -> Iterator[Callable[..., subprocess.Popen]]:
     """start_worker(name): a worker process of the service (see WORKER)."""
     processes = []
 
-    def start(name: str = "w", drain_s: float = 5.0) -> subprocess.Popen:
-        command = [sys.executable, "-c", WORKER, str(server.service.folder), name, str(drain_s)]
+    def start(name: str = "w", drain_s: float = 5.0, keys: str = "") -> subprocess.Popen:
+        command = [sys.executable, "-c", WORKER, str(server.service.folder), name, str(drain_s), keys]
         processes.append(subprocess.Popen(command))
         return processes[-1]
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from crcjax.data.cohort import load_cohort
+from crcjax.encryption.frames import is_encrypted
+from crcjax.encryption.keys import create_key
 from crcjax.runs.bundle_export import export_bundle
 from crcjax.serve.client import Client, PredictionFailedError
 
@@ -50,7 +52,13 @@ def test_what_cannot_be_served_is_one_line(crcjax: Callable, tmp_path: Path, bun
         (("--bundle", bundle_folder, *state, "--slides", "folder"), "--slides must be SITE=FOLDER"),
         (("--bundle", bundle_folder, *state, "--slides", f"leeds={tmp_path / 'absent'}"), "must be a folder"),
         (("--bundle", bundle_folder, *state, "--key", "k"), "certificate and key must be given together"),
-        (("--bundle", bundle_folder, *state, "--host", "192.0.2.1"), "cannot be listened on"),
+        (("--bundle", bundle_folder, *state, "--host", "192.0.2.1"), "would lie unencrypted"),
+        (("--bundle", bundle_folder, *state, "--keys", "disk:k"), "must lie on an encrypted volume"),
+        (("--bundle", bundle_folder, *state, "--keys", "disk:k", "--encrypted-volume"), "keys must be file:PATH"),
+        (
+            ("--bundle", bundle_folder, *state, "--host", "192.0.2.1", "--encrypted-volume"),
+            "cannot be listened on",
+        ),
     ):
         done = crcjax("serve", *arguments)
         assert done.returncode == 2
@@ -63,7 +71,10 @@ class Started:
 
     def __init__(self, bundle: Path, state: Path, port: int = 0):
         command = [sys.executable, "-m", "crcjax.cli", "serve", "--bundle", str(bundle), "--state", str(state)]
-        options = ["--port", str(port), "--drain-s", "5"]
+        keys = state.with_name("site.keys")
+        if not keys.exists():
+            create_key(keys)
+        options = ["--port", str(port), "--drain-s", "5", "--keys", f"file:{keys}", "--encrypted-volume"]
         self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
@@ -136,6 +147,10 @@ def test_a_slide_is_predicted_by_the_real_engine_through_a_killed_worker_and_a_k
         results = {path: frost.wait(ids[path], 240.0) for path in slides}
         with pytest.raises(PredictionFailedError, match=r"failed: (corrupt|unsupported)"):
             frost.wait(ids[broken], 240.0)
+        # OpenSlide read them from memory: on the disk, all files of slides and results are encrypted.
+        stored = [path for name in ("slides", "results") for path in (tmp_path / "state" / name).rglob("*.*")]
+        assert len(stored) >= 3 * len(slides)
+        assert all(is_encrypted(path) for path in stored)
         # The command predicts the same, to the digit.
         done = crcjax("predict", "--bundle", bundle, *slides, "--out", tmp_path / "out")
         assert done.returncode == 0

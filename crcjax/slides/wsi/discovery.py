@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -208,16 +209,27 @@ def content_hash(path: Path) -> str:
     """
     digest = hashlib.sha256()
     for file in slide_files(path):
-        size = file.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
         with open(file, "rb") as opened:
-            digest.update(opened.read(_HASHED_BYTES))
-            for i in range(16):
-                opened.seek(size * (i + 1) // 17)
-                digest.update(opened.read(1 << 16))
-            opened.seek(max(0, size - _HASHED_BYTES))
-            digest.update(opened.read(_HASHED_BYTES))
+            _add_content(digest, opened, file.stat().st_size)
     return digest.hexdigest()
+
+
+def content_hash_of(file: io.BufferedReader, size: int) -> str:
+    """The `content_hash` of a slide of one file that is open for reading."""
+    digest = hashlib.sha256()
+    _add_content(digest, file, size)
+    return digest.hexdigest()
+
+
+def _add_content(digest: hashlib._Hash, file: io.BufferedReader, size: int) -> None:
+    digest.update(size.to_bytes(8, "little"))
+    file.seek(0)
+    digest.update(file.read(_HASHED_BYTES))
+    for i in range(16):
+        file.seek(size * (i + 1) // 17)
+        digest.update(file.read(1 << 16))
+    file.seek(max(0, size - _HASHED_BYTES))
+    digest.update(file.read(_HASHED_BYTES))
 
 
 def dicom_files(folder: Path) -> list[Path]:
