@@ -33,6 +33,24 @@ class Volume:
 
 
 @dataclass(frozen=True)
+class Cohort:
+    """Tiling and prediction of a cohort by the tasks of two arrays of SLURM, each task with a shard of the slides.
+
+    `tile` and `predict` are arguments of crcjax tile and crcjax predict, with --out. One task has the given CPUs, memory and
+    GPUs; tiling uses no GPU. `restarts` bounds how often a task starts again after its process was killed.
+    """
+
+    tile: tuple[str, ...]
+    predict: tuple[str, ...]
+    shards: int
+    cpus: int
+    memory_gib: int
+    time_limit_h: int
+    gpus: int = 1
+    restarts: int = 3
+
+
+@dataclass(frozen=True)
 class AwsBatch:
     """The job queue of AWS Batch, the role of the containers, and the secret in Secrets Manager that the processes share."""
 
@@ -77,7 +95,8 @@ class TrainingJob:
     `arguments` are those of crcjax.main. `grace_s` is the time in seconds between the signal to stop and the end of the
     processes; a checkpoint must be saved in it. `restarts` bounds how often the job starts again after it lost a process;
     preemptions are not counted. `shared_memory_gib` is the size of /dev/shm. `image` is a container image. `spot` asks for
-    capacity that a cloud may take back, where the job and not its queue decides that.
+    capacity that a cloud may take back, where the job and not its queue decides that. `modules` and `apptainer` are the
+    environment modules and the image file that SLURM's nodes load.
     """
 
     name: str
@@ -96,6 +115,9 @@ class TrainingJob:
     environment: dict[str, str] = field(default_factory=dict)
     volumes: tuple[Volume, ...] = ()
     spot: bool = False
+    modules: tuple[str, ...] = ()
+    apptainer: str = ""
+    cohort: Cohort | None = None
     aws_batch: AwsBatch | None = None
     sagemaker: SageMaker | None = None
     azure_ml: AzureMl | None = None
@@ -103,7 +125,13 @@ class TrainingJob:
 
 
 # The tables of a job's file that are dataclasses of their own.
-_CLOUDS: dict[str, type] = {"aws_batch": AwsBatch, "sagemaker": SageMaker, "azure_ml": AzureMl, "vertex": Vertex}
+_TABLES: dict[str, type] = {
+    "cohort": Cohort,
+    "aws_batch": AwsBatch,
+    "sagemaker": SageMaker,
+    "azure_ml": AzureMl,
+    "vertex": Vertex,
+}
 
 
 def read_job(path: Path) -> TrainingJob:
@@ -118,21 +146,21 @@ def read_job(path: Path) -> TrainingJob:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise InputError(f"{path}: volumes must be tables, each headed [[volumes]], got {tables!r}")
     volumes = tuple(Volume(**_checked(Volume, table, f"{path}: a volume's ")) for table in tables)
-    clouds = {}
-    for name, kind in _CLOUDS.items():
+    described = {}
+    for name, kind in _TABLES.items():
         if name in values:
             table = values.pop(name)
             if not isinstance(table, dict):
                 raise InputError(f"{path}: {name} must be a table headed [{name}], got {table!r}")
-            clouds[name] = kind(**_checked(kind, table, f"{path}: {name}'s "))
-    job = TrainingJob(**_checked(TrainingJob, values, f"{path}: "), volumes=volumes, **clouds)
+            described[name] = kind(**_checked(kind, table, f"{path}: {name}'s "))
+    job = TrainingJob(**_checked(TrainingJob, values, f"{path}: "), volumes=volumes, **described)
     _check(job, path)
     return job
 
 
 def _checked(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     """The values of a table, if they are the fields of `kind` and have their types."""
-    types = {name: type_ for name, type_ in get_type_hints(kind).items() if name not in ("volumes", *_CLOUDS)}
+    types = {name: type_ for name, type_ in get_type_hints(kind).items() if name not in ("volumes", *_TABLES)}
     if unknown := sorted(values.keys() - types.keys()):
         raise InputError(f"{where}field {unknown[0]!r} is not known; the fields are {', '.join(types)}")
     needed = [known.name for known in fields(kind) if known.default is MISSING and known.default_factory is MISSING]
@@ -182,6 +210,7 @@ def _check(job: TrainingJob, path: Path) -> None:
     for name in ("gpus_per_node", "restarts", "shared_memory_gib"):
         if getattr(job, name) < 0:
             raise InputError(f"{path}: {name} must not be negative, got {getattr(job, name)}")
+    _check_cohort(job, path)
     if job.grace_s >= job.time_limit_h * 3600:
         raise InputError(
             f"{path}: grace_s must be shorter than time_limit_h, got {job.grace_s} s of {job.time_limit_h} h"
@@ -202,3 +231,20 @@ def _check(job: TrainingJob, path: Path) -> None:
             )
     if len({volume.path for volume in job.volumes}) < len(job.volumes):
         raise InputError(f"{path}: two volumes have the same path; give each its own")
+
+
+def _check_cohort(job: TrainingJob, path: Path) -> None:
+    if job.cohort is None:
+        return
+    for name in ("shards", "cpus", "memory_gib", "time_limit_h"):
+        if getattr(job.cohort, name) < 1:
+            raise InputError(f"{path}: cohort's {name} must be at least 1, got {getattr(job.cohort, name)}")
+    for name in ("gpus", "restarts"):
+        if getattr(job.cohort, name) < 0:
+            raise InputError(f"{path}: cohort's {name} must not be negative, got {getattr(job.cohort, name)}")
+    for name in ("tile", "predict"):
+        arguments = getattr(job.cohort, name)
+        if not any(argument.startswith("--out=") for argument in arguments):
+            raise InputError(f"{path}: cohort's {name} must contain --out=FOLDER, got {list(arguments)}")
+        if any(argument.startswith("--shard") for argument in arguments):
+            raise InputError(f"{path}: cohort's {name} must not contain --shard, which the tasks of the array add")

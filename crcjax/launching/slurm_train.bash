@@ -2,20 +2,10 @@
 AGAIN=85
 again=""
 arguments=("$@")
-python="${CRCJAX_PYTHON:-python}"
 array="${SLURM_ARRAY_TASK_ID:-}"
-workdir=""
-
-# Posts a small JSON to $CRCJAX_WEBHOOK, if it is set. A webhook that does not answer does not stop the training.
-notify() {
-  [ -n "${CRCJAX_WEBHOOK:-}" ] || return 0
-  curl --silent --show-error --max-time 10 --header 'Content-Type: application/json' --data \
-    "{\"event\": \"$1\", \"job\": \"$SLURM_JOB_ID\", \"name\": \"$SLURM_JOB_NAME\", \"nodes\": \"$SLURM_JOB_NODELIST\", \"restarts\": ${SLURM_RESTART_COUNT:-0}, \"workdir\": \"${workdir//\"/}\", \"status\": $2}" \
-    "$CRCJAX_WEBHOOK" >/dev/null || echo "train.sbatch: the webhook did not accept '$1'" >&2
-}
 
 # The run's directory. A wrong config, or an array without folds, ends the job here, before any node computes.
-if ! workdir=$("$python" - "$array" "$@" <<'END'
+if ! workdir=$("${python[@]}" - "$array" "$@" <<'END'
 import sys
 from crcjax.errors import InputError
 from crcjax.main import read_config
@@ -37,14 +27,14 @@ fi
 [ -z "$array" ] || arguments+=("--config.data.fold=$array" "--workdir=$workdir")
 
 # One secret per job, by which the processes recognise each other. srun passes the environment on to them.
-CRCJAX_RENDEZVOUS_SECRET=$("$python" -c 'import secrets; print(secrets.token_hex(32))')
+CRCJAX_RENDEZVOUS_SECRET=$("${python[@]}" -c 'import secrets; print(secrets.token_hex(32))')
 export CRCJAX_RENDEZVOUS_SECRET
 
 # scontrol requeue, called by another program, sends TERM to this shell too, which must wait until the processes have saved.
 outside=0
 trap 'outside=1' TERM
 notify start null
-srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" "$python" -m crcjax.main "${arguments[@]}" &
+srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" "${python[@]}" -m crcjax.main "${arguments[@]}" &
 child=$!
 while :; do
   wait "$child"

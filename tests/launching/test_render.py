@@ -155,9 +155,11 @@ def test_a_pod_finds_its_place_by_the_environment_of_the_manifest(job: TrainingJ
     assert place.coordinator == f"crcjax-train-0-0.crcjax:{container['ports'][0]['containerPort']}"
 
 
-def test_shellcheck_passes_the_batch_script() -> None:
+def test_shellcheck_passes_the_batch_scripts() -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([shellcheck, ROOT / "launch" / "slurm" / "train.sbatch"], capture_output=True, text=True)
+    scripts = sorted((ROOT / "launch" / "slurm").iterdir())
+    assert len(scripts) == 4
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

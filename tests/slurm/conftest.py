@@ -7,7 +7,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,13 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 
 
 @pytest.fixture(scope="session")
-def slurm(required) -> Iterator[Path]:
+def daemons() -> list[subprocess.Popen]:
+    """The daemons of the cluster, which are stopped at its end; a test that restarts one adds it."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def slurm(required, daemons: list[subprocess.Popen]) -> Iterator[Path]:
     """The folder of a running cluster; SLURM's commands find it by the environment variable SLURM_CONF."""
     os.environ["PATH"] += ":/usr/sbin"
     absent = [name for name in (*DAEMONS, "sbatch") if not shutil.which(name)]
@@ -30,12 +36,11 @@ def slurm(required) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: it holds a socket
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-        started: list[subprocess.Popen] = []
         try:
-            _start(folder, started)
+            _start(folder, daemons)
             yield folder
         finally:
-            _stop(folder, started)
+            _stop(folder, daemons)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -62,12 +67,50 @@ def _start(folder: Path, started: list[subprocess.Popen]) -> None:
     _await(lambda: (folder / "munge.sock").exists(), folder)
     start("slurmctld", "-D", "-f", str(conf))
     for node in ("n0", "n1"):
-        # Within its own view of /etc/hosts, where the nodes' names stand for this machine.
-        inner = f"mount --bind {folder}/hosts /etc/hosts && exec slurmd -D -f {conf} -N {node}"
-        start("unshare", "--mount", "bash", "-c", inner)
+        started.append(start_node(folder, node))
     _await(
         lambda: subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout == "idle\n", folder
     )
+
+
+def start_node(folder: Path, node: str) -> subprocess.Popen:
+    """Starts the daemon of a node, within its own view of /etc/hosts, where the nodes' names stand for this machine."""
+    inner = f"mount --bind {folder}/hosts /etc/hosts && exec slurmd -D -f {folder}/slurm.conf -N {node}"
+    with open(folder / "daemons.log", "a") as log:
+        command = ["unshare", "--mount", "bash", "-c", inner]
+        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def lose_node(slurm: Path, daemons: list[subprocess.Popen]) -> Iterator[Callable[[str], None]]:
+    """lose_node(name): kills a node's daemon and all that runs there, as a loss of power does. It comes back after the test."""
+    lost = []
+
+    def lose(node: str) -> None:
+        lost.append(node)
+        processes = list(psutil.process_iter())
+        for process in processes:
+            with suppress(psutil.Error):
+                is_daemon = process.name() == "slurmd" and process.cmdline()[-2:] == ["-N", node]
+                if is_daemon:
+                    process.kill()
+        for process in processes:
+            with suppress(psutil.Error):
+                if _is_job(process, slurm) and process.environ().get("SLURMD_NODENAME") == node:
+                    parent = process.parent()
+                    if parent is not None and parent.name() == "slurmstepd":
+                        parent.kill()
+                    process.kill()
+
+    yield lose
+    for node in lost:
+        daemons.append(start_node(slurm, node))
+        _await(
+            lambda node=node: (
+                "idle" in subprocess.run(["sinfo", "-h", "-n", node, "-o", "%T"], capture_output=True, text=True).stdout
+            ),
+            slurm,
+        )
 
 
 def _await(ready, folder: Path) -> None:
