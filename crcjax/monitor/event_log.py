@@ -220,6 +220,24 @@ def read_events(path: str | Path) -> list[Event]:
     return [event for line in _lines(Path(path)) if line.endswith(b"\n") and (event := _parsed(line))]
 
 
+def events_from(path: str | Path, start: int) -> Iterator[tuple[Event, int]]:
+    """The entries that begin at the byte `start` or behind it, each with the byte at which the next one begins.
+
+    Lines that cannot be read are left out, and one that is not finished ends the entries.
+    """
+    if not Path(path).exists():
+        return
+    with open(path, "rb") as file:
+        if start:
+            # The rest of a line that began before.
+            file.seek(start - 1)
+            file.readline()
+        while (line := file.readline()).endswith(b"\n"):
+            event = _parsed(line)
+            if event is not None:
+                yield event, file.tell()
+
+
 def head(path: str | Path) -> Head:
     """The current head of a log, to be kept where its writers cannot change it."""
     lines, last = 0, b""

@@ -53,6 +53,9 @@ class Requires:
         """Answers 401 without a valid token, 403 without the permission."""
         session, token = signed_in(request)
         request.state.account = session.account
+        rates = service_of(request).rates
+        if rates is not None:
+            rates.count_account(session.account.name)
         if reach(session.account.role, self.action) is None:
             raise HTTPException(403, f"the role {session.account.role} may not do this ({self.action})")
         return Caller(session.account, self.action, token)
@@ -73,8 +76,23 @@ def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
+def count_address(request: Request) -> None:
+    """Counts a request of an address that is not signed in. Raises TooManyRequestsError."""
+    rates = service_of(request).rates
+    if rates is not None and request.client is not None:
+        rates.count_address(request.client.host)
+
+
 def signed_in(request: Request) -> tuple[Session, str]:
-    """The session of the request's bearer token or cookie, and the token. Raises SignInError."""
+    """The session of the request's bearer token or cookie, and the token. Raises SignInError, TooManyRequestsError."""
+    try:
+        return _session(request)
+    except SignInError:
+        count_address(request)
+        raise
+
+
+def _session(request: Request) -> tuple[Session, str]:
     accounts = service_of(request).accounts
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token:

@@ -48,6 +48,15 @@ MIGRATIONS = (
           csrf TEXT NOT NULL
         )""",
     ),
+    (
+        # By name, whether or not there is such an account: a blocked name does not tell.
+        """CREATE TABLE sign_in_failures (
+          name TEXT PRIMARY KEY, failures INTEGER NOT NULL, blocked_until_s REAL NOT NULL, last_s REAL NOT NULL
+        )""",
+        """INSERT INTO sign_in_failures SELECT name, failures, blocked_until_s, blocked_until_s FROM accounts WHERE failures > 0""",
+        "ALTER TABLE accounts DROP COLUMN failures",
+        "ALTER TABLE accounts DROP COLUMN blocked_until_s",
+    ),
 )
 MIN_PASSWORD = 12
 _NAME = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")
@@ -57,6 +66,8 @@ _SERVICE_TOKEN_S = 90 * 24 * 3600.0
 _INVITATION_S = 72 * 3600.0
 # Wrong passwords after which an account waits; the wait doubles with each further one, up to the last figure.
 _FREE_FAILURES, _FIRST_BLOCK_S, _LONGEST_BLOCK_S = 5, 30.0, 3600.0
+# Failures of a name that was not tried again for so long are forgotten.
+_FORGET_FAILURES_S = 24 * 3600.0
 _TOTP_STEP_S = 30
 # Passwords that are hashed at a time: each takes 64 MiB.
 _HASHED_AT_ONCE = 4
@@ -191,16 +202,16 @@ class Accounts:
 
     def sign_in(self, name: str, password: str, code: str = "") -> tuple[str, Session]:
         """Opens a session, and returns its token. Raises SignInError, BlockedError."""
+        blocked = self._database.row("SELECT blocked_until_s FROM sign_in_failures WHERE name = ?", name)
+        if blocked is not None and blocked["blocked_until_s"] > self._now():
+            raise BlockedError(int(blocked["blocked_until_s"] - self._now()) + 1)
         row = self._database.row("SELECT * FROM accounts WHERE name = ? AND NOT disabled AND password != ''", name)
-        if row is not None and row["blocked_until_s"] > self._now():
-            raise BlockedError(int(row["blocked_until_s"] - self._now()) + 1)
         is_right = self._is_password(row["password"] if row is not None else self._nobody, password)
         if row is None or not is_right or not self._accepts_code(name, code):
-            if row is not None:
-                self._count_failure(name)
+            self._count_failure(name)
             raise SignInError("name, password or one-time code is wrong")
         with self._database.transaction() as connection:
-            connection.execute("UPDATE accounts SET failures = 0 WHERE name = ?", (name,))
+            connection.execute("DELETE FROM sign_in_failures WHERE name = ?", (name,))
         return self._open_session(name, _SESSION_S)
 
     def _is_password(self, password_hash: str, password: str) -> bool:
@@ -211,14 +222,18 @@ class Accounts:
                 return False
 
     def _count_failure(self, name: str) -> None:
+        now = self._now()
         with self._database.transaction() as connection:
+            connection.execute("DELETE FROM sign_in_failures WHERE last_s < ?", (now - _FORGET_FAILURES_S,))
             failures = connection.execute(
-                "UPDATE accounts SET failures = failures + 1 WHERE name = ? RETURNING failures", (name,)
+                """INSERT INTO sign_in_failures VALUES (?, 1, 0, ?)
+                ON CONFLICT DO UPDATE SET failures = failures + 1, last_s = excluded.last_s RETURNING failures""",
+                (name, now),
             ).fetchone()[0]
             if failures >= _FREE_FAILURES:
-                block_s = min(_LONGEST_BLOCK_S, _FIRST_BLOCK_S * 2.0 ** (failures - _FREE_FAILURES))
+                block_s = min(_LONGEST_BLOCK_S, _FIRST_BLOCK_S * 2.0 ** min(failures - _FREE_FAILURES, 20))
                 connection.execute(
-                    "UPDATE accounts SET blocked_until_s = ? WHERE name = ?", (self._now() + block_s, name)
+                    "UPDATE sign_in_failures SET blocked_until_s = ? WHERE name = ?", (now + block_s, name)
                 )
 
     def begin_totp(self, name: str) -> str:

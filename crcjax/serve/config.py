@@ -16,15 +16,31 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from crcjax.audit.audit_log import AuditOptions
 from crcjax.errors import InputError
 from crcjax.serve.queue import QueueLimits
+from crcjax.serve.rate_limits import Rate
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class _Part(BaseModel):
     """A part of the configuration; unknown fields are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RateLimitConfig(_Part):
+    """How often the service is asked before it answers 429.
+
+    Attributes:
+      account_per_s, account_burst: requests a second of an account, and how many may come at once.
+      address_per_s, address_burst: the same of an address with a wrong password or token, or without one.
+    """
+
+    account_per_s: Positive = 200.0
+    account_burst: Count = 1000
+    address_per_s: Positive = 5.0
+    address_burst: Count = 50
 
 
 class ServeConfig(_Part):
@@ -48,6 +64,7 @@ class ServeConfig(_Part):
       audit_anchor: files on other systems that get a copy of every checkpoint.
       keys: where the keys are that encrypt slides and results: file:PATH, env:NAME or command:PROGRAM.
       encrypted_volume: states that the disk of `state`, and swap, are encrypted below this machine, where it cannot be seen.
+      rate_limit: how often the service is asked before it answers 429; only in the file.
     """
 
     state: Path
@@ -69,6 +86,7 @@ class ServeConfig(_Part):
     audit_anchor: list[Path] = []
     keys: str | None = None
     encrypted_volume: bool = False
+    rate_limit: RateLimitConfig = RateLimitConfig()
 
     @model_validator(mode="after")
     def _has_both_or_neither(self) -> ServeConfig:
@@ -85,6 +103,12 @@ class ServeConfig(_Part):
     def audit(self) -> AuditOptions:
         """The key and the anchors of the log."""
         return AuditOptions(self.audit_key, tuple(self.audit_anchor))
+
+    @property
+    def rates(self) -> tuple[Rate, Rate]:
+        """The rates of requests of an account, and of an address that is not signed in."""
+        limit = self.rate_limit
+        return Rate(limit.account_per_s, limit.account_burst), Rate(limit.address_per_s, limit.address_burst)
 
 
 # Fields that hold paths, which are relative to the folder of the file that names them.

@@ -24,14 +24,15 @@ class Database:
     Args:
       path: the file, created if it does not exist.
       migrations: the statements of every schema version, oldest first. An older file is brought up to date.
+      synchronous: OFF for a file that may be lost with the machine.
 
     Raises:
       InputError: a newer release wrote the file.
       OutputError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, migrations: Sequence[Sequence[str]]):
-        self._path, self._local = path, threading.local()
+    def __init__(self, path: Path, migrations: Sequence[Sequence[str]], synchronous: str = "FULL"):
+        self._path, self._synchronous, self._local = path, synchronous, threading.local()
         with writing(path, "choose another --state", catch=(OSError, sqlite3.OperationalError)):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._migrate(migrations)
@@ -58,7 +59,7 @@ class Database:
             connection = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
             connection.execute("PRAGMA foreign_keys = ON")
             # Deleted content is overwritten, so that what was erased is not in the file any more.
             connection.execute("PRAGMA secure_delete = ON")
@@ -83,9 +84,10 @@ class Database:
         """The rows of one statement, which is a transaction of its own."""
         return self._connection.execute(statement, named or values).fetchall()
 
-    def row(self, statement: str, *values: Any) -> sqlite3.Row | None:
-        """The first row of one statement."""
-        return self._connection.execute(statement, values).fetchone()
+    def row(self, statement: str, *values: Any, **named: Any) -> sqlite3.Row | None:
+        """The first row of one statement, which is a transaction of its own."""
+        rows = self._connection.execute(statement, named or values).fetchall()
+        return rows[0] if rows else None
 
     def forget_deleted(self) -> None:
         """Moves everything out of the write-ahead log, and empties it: it may still hold what was deleted or replaced.

@@ -18,6 +18,7 @@ from crcjax.monitor.logs import log
 from crcjax.serve.accounts import AccountError, BlockedError, SignInError
 from crcjax.serve.prediction_records import KeyReusedError, RequestRefusedError
 from crcjax.serve.queue import QueueFullError, QueueUnavailableError
+from crcjax.serve.rate_limits import TooManyRequestsError
 from crcjax.serve.slide_records import SlideRefusedError
 from crcjax.serve.uploads import NoRoomError, OffsetError
 
@@ -35,6 +36,7 @@ _STATUS: Mapping[type[Exception], int] = {
     DecryptionError: 503,
     NoRoomError: 507,
     QueueFullError: 429,
+    TooManyRequestsError: 429,
 }
 
 
@@ -60,7 +62,7 @@ def _known(request: Request, error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, SignInError):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, QueueFullError | BlockedError):
+    if isinstance(error, QueueFullError | BlockedError | TooManyRequestsError):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, OffsetError):
         headers["Upload-Offset"] = str(error.offset)

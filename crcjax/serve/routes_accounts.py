@@ -7,12 +7,12 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from crcjax.serve.access import COOKIE, Caller, Requires, not_found, record_details, service_of
+from crcjax.serve.access import COOKIE, Caller, Requires, count_address, not_found, record_details, service_of
 from crcjax.serve.accounts import Account, AccountError
 from crcjax.serve.permissions import EVERY_SITE, Action, Role
 
 # Endpoints that anybody may call: they check a secret of their own.
-public = APIRouter(prefix="/v1", tags=["accounts"])
+public = APIRouter(prefix="/v1", tags=["accounts"], dependencies=[Depends(count_address)])
 router = APIRouter(prefix="/v1", tags=["accounts"])
 
 Text = Annotated[str, Field(min_length=1, max_length=256)]

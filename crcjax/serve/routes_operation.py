@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from itertools import islice
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -12,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from crcjax import __version__
-from crcjax.monitor.event_log import read_events
+from crcjax.monitor.event_log import events_from
 from crcjax.serve.access import Caller, Requires, not_found, service_of
 from crcjax.serve.permissions import EVERY_SITE, Action
 from crcjax.serve.queue import Status
@@ -21,6 +20,8 @@ from crcjax.serve.service import LOG
 router = APIRouter(prefix="/v1", tags=["operation"])
 public = APIRouter(tags=["operation"])
 
+# A request reads at most so much of the log: the entries of a small site may lie far apart.
+_LOG_BYTES = 8 << 20
 _PAGE_FILES = {"": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
 
 
@@ -35,7 +36,7 @@ class ModelView(BaseModel):
 
 
 class LogPage(BaseModel):
-    """Entries of the log, oldest first; `next` is the `after` of the following page."""
+    """Entries of the log, oldest first; `next` is the `after` of the following page, which may be empty before the end."""
 
     items: list[dict[str, Any]]
     next: int | None
@@ -60,18 +61,18 @@ def models(request: Request, caller: Annotated[Caller, Depends(Requires(Action.M
 def log(
     request: Request,
     caller: Annotated[Caller, Depends(Requires(Action.LOG_READ))],
-    after: Annotated[int, Query(ge=0)] = 0,
+    after: Annotated[int, Query(ge=0, le=2**62, description="`next` of the page before")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
 ) -> LogPage:
     """The hash-chained log of the caller's site: who asked for what, and how it was answered."""
-    entries = enumerate(read_events(service_of(request).folder / LOG), 1)
-    of_site = (
-        {"number": number, **vars(event)}
-        for number, event in entries
-        if number > after and caller.site in (event.facts.get("site"), EVERY_SITE)
-    )
-    items = list(islice(of_site, limit))
-    return LogPage(items=items, next=items[-1]["number"] if len(items) == limit else None)
+    items: list[dict[str, Any]] = []
+    end = after
+    for event, end in events_from(service_of(request).folder / LOG, after):
+        if caller.site in (event.facts.get("site"), EVERY_SITE):
+            items.append(vars(event))
+        if len(items) == limit or end - after > _LOG_BYTES:
+            return LogPage(items=items, next=end)
+    return LogPage(items=items, next=None)
 
 
 @router.api_route("/{rest:path}", methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)

@@ -46,7 +46,9 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
       OutputError: the state folder cannot be written.
     """
     keys, notice = keys_at_rest(config.state, config.host, config.keys, config.encrypted_volume)
-    service = open_service(config.state, config.bundle, config.slides, config.limits, config.redis, config.audit, keys)
+    service = open_service(
+        config.state, config.bundle, config.slides, config.limits, config.redis, config.audit, keys, config.rates
+    )
     if config.certificate and config.key:
         certificate, key = config.certificate, config.key
     else:

@@ -27,6 +27,7 @@ from crcjax.serve.open_queue import open_queue
 from crcjax.serve.permissions import EVERY_SITE, Role
 from crcjax.serve.prediction_records import PredictionRecords
 from crcjax.serve.queue import Queue, QueueLimits, QueueStats
+from crcjax.serve.rate_limits import Rate, RateLimits
 from crcjax.serve.slide_records import SlideRecords
 from crcjax.serve.uploads import Uploads
 from crcjax.serve.vault import KEYS, Vault
@@ -61,6 +62,7 @@ class Service:
     predictions: PredictionRecords
     queue: Queue
     log: AuditLog
+    rates: RateLimits | None = None
     _stats: list[tuple[float, QueueStats]] = field(default_factory=list)
 
     @property
@@ -96,6 +98,7 @@ def open_service(
     redis: str | None = None,
     audit: AuditOptions | None = None,
     keys: Keys | None = None,
+    rates: tuple[Rate, Rate] | None = None,
 ) -> Service:
     """Opens or creates a state folder.
 
@@ -107,6 +110,7 @@ def open_service(
       redis: the URL of the Redis server that holds the queue, in place of STATE/queue.db.
       audit: what signs the log's checkpoints, and where they are anchored.
       keys: the site's keys, which encrypt uploads, slides and results; None: they are plain.
+      rates: of requests, for every account and for every address that is not signed in; None does not limit them.
 
     Raises:
       InputError: the bundle is none, a folder does not exist, Redis is not usable, or a newer release wrote the state folder.
@@ -134,11 +138,15 @@ def open_service(
         predictions=PredictionRecords(database, queue, facts.id),
         queue=queue,
         log=AuditLog(state / LOG, audit.key or make_key_pair(state / "audit.pem"), audit.anchors),
+        rates=RateLimits(state / "rates.db", *rates) if rates else None,
     )
 
 
 # Version N of the file has the statements of the first N entries; a change of the schema adds an entry.
-_MIGRATIONS = ((*accounts.MIGRATIONS[0], *slide_records.MIGRATIONS[0], *prediction_records.MIGRATIONS[0]),)
+_MIGRATIONS = (
+    (*accounts.MIGRATIONS[0], *slide_records.MIGRATIONS[0], *prediction_records.MIGRATIONS[0]),
+    accounts.MIGRATIONS[1],
+)
 
 
 def _bundle_facts(path: Path) -> BundleFacts:

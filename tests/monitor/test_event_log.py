@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crcjax.errors import OutputError
-from crcjax.monitor.event_log import REPAIRED, EventLog, head, read_events, verify
+from crcjax.monitor.event_log import REPAIRED, EventLog, events_from, head, read_events, verify
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -26,6 +26,19 @@ def written(tmp_path: Path) -> Path:
     for step in range(5):
         log.append("saved", step=step, note="Zürich")
     return tmp_path / "events.jsonl"
+
+
+def test_entries_are_read_from_any_byte_on(written: Path) -> None:
+    events = read_events(written)
+    ends = [0, *(end for _, end in events_from(written, 0))]
+    assert ends[-1] == written.stat().st_size
+    for start in range(written.stat().st_size + 2):
+        first = next((number for number, begin in enumerate(ends) if begin >= start), 5)
+        assert [event for event, _ in events_from(written, start)] == events[first:]
+    with open(written, "ab") as file:
+        file.write(b'not a line\n{"time": "unfin')
+    assert [event for event, _ in events_from(written, 0)] == events
+    assert list(events_from(written.with_name("absent"), 0)) == []
 
 
 def test_entries_come_back_in_order_with_their_facts_and_the_chain_is_whole(written: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,6 +178,12 @@ def served(service: Service) -> Iterator[Server]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+@pytest.fixture
+def serve() -> Callable[[Service], AbstractContextManager[Server]]:
+    """serve(service): a context manager within which the service answers HTTPS."""
+    return served
 
 
 @pytest.fixture

@@ -106,6 +106,35 @@ def test_wrong_passwords_have_the_next_ones_wait_longer_and_longer(accounts: Acc
         accounts.sign_in("nobody", PASSWORD)
 
 
+def test_a_name_without_an_account_answers_as_one_with_an_account_does(accounts: Accounts, time_: Time) -> None:
+    _add(accounts)
+    answers: dict[str, list[str]] = {}
+    for name in ("dr.frost", "nobody"):
+        answers[name] = []
+        for _ in range(8):
+            with pytest.raises((SignInError, BlockedError)) as caught:
+                accounts.sign_in(name, "wrong")
+            answers[name].append(str(caught.value))
+    assert answers["dr.frost"] == answers["nobody"]
+    assert "too many wrong passwords" in answers["nobody"][-1]
+
+
+def test_the_first_releases_accounts_open_and_blocked_ones_stay_blocked(tmp_path: Path, time_: Time) -> None:
+    database = Database(tmp_path / "state.db", MIGRATIONS[:1])
+    hasher = PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
+    with database.transaction() as connection:
+        for name, failures, blocked_until_s in (("dr.frost", 5, time_.now_s + 30), ("dr.snow", 0, 0)):
+            connection.execute(
+                "INSERT INTO accounts (name, role, site, password, failures, blocked_until_s) VALUES (?, ?, ?, ?, ?, ?)",
+                (name, "pathologist", "leeds", hasher.hash(PASSWORD), failures, blocked_until_s),
+            )
+    database.close()
+    accounts = Accounts(Database(tmp_path / "state.db", MIGRATIONS), hasher, time_)
+    accounts.sign_in("dr.snow", PASSWORD)
+    with pytest.raises(BlockedError):
+        accounts.sign_in("dr.frost", PASSWORD)
+
+
 def test_a_code_counts_once_and_a_new_secret_does_not_weaken_the_old_one(accounts: Accounts, time_: Time) -> None:
     _add(accounts)
     totp = pyotp.parse_uri(accounts.begin_totp("dr.frost"))
