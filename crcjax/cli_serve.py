@@ -80,7 +80,7 @@ def serve(
     Needs the extra `serve`: pip install 'crcjax[serve]'.
     """
     given = {name: value for name, value in locals().items() if value is not None and name not in ("config", "slides")}
-    for module in ("fastapi", "uvicorn", "argon2", "pyotp", "prometheus_client"):
+    for module in ("fastapi", "uvicorn", "argon2", "jwt", "pyotp", "prometheus_client"):
         require_extra(module, "serve", "crcjax serve")
     from crcjax.serve.config import read_config
     from crcjax.serve.run_service import run_service

@@ -93,14 +93,14 @@ def signed_in(request: Request) -> tuple[Session, str]:
 
 
 def _session(request: Request) -> tuple[Session, str]:
-    accounts = service_of(request).accounts
+    service = service_of(request)
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token:
-        return accounts.session(token.strip()), token.strip()
+        return service.session(token.strip()), token.strip()
     cookie = request.cookies.get(COOKIE)
     if not cookie:
         raise SignInError("sign in first: POST /v1/sign-in, then Authorization: Bearer TOKEN")
-    session = accounts.session(cookie)
+    session = service.accounts.session(cookie)
     # Another site's page can have the browser send the cookie, but cannot read the session's second secret.
     csrf = request.headers.get(CSRF_HEADER.lower(), "")
     if request.method not in _CHANGES_NOTHING and not hmac.compare_digest(csrf.encode(), session.csrf.encode()):

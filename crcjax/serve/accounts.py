@@ -237,8 +237,13 @@ class Accounts:
                 )
 
     def begin_totp(self, name: str) -> str:
-        """Returns the otpauth URI of a new secret, which counts once `confirm_totp` was given one of its codes."""
+        """Returns the otpauth URI of a new secret, which counts once `confirm_totp` was given one of its codes.
+
+        Raises AccountError for an account of an identity provider.
+        """
         secret = pyotp.random_base32()
+        if self.account(name) is None:
+            raise AccountError("the identity provider manages the second factor of this account")
         with self._database.transaction() as connection:
             connection.execute("UPDATE accounts SET totp_pending = ? WHERE name = ?", (secret, name))
         return pyotp.TOTP(secret).provisioning_uri(name=name, issuer_name="crcjax")
@@ -247,7 +252,7 @@ class Accounts:
         """Requires a code of the new secret at every sign-in from now on. Raises SignInError."""
         with self._database.transaction() as connection:
             row = connection.execute("SELECT totp_pending FROM accounts WHERE name = ?", (name,)).fetchone()
-            step = self._step_of(row["totp_pending"], code, 0) if row["totp_pending"] else None
+            step = self._step_of(row["totp_pending"], code, 0) if row and row["totp_pending"] else None
             if step is None:
                 raise SignInError("the code is not of the secret that was given out; check the time of the device")
             connection.execute(

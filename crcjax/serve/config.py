@@ -9,18 +9,23 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crcjax.audit.audit_log import AuditOptions
 from crcjax.errors import InputError
+from crcjax.serve.permissions import EVERY_SITE, Role
 from crcjax.serve.queue import QueueLimits
 from crcjax.serve.rate_limits import Rate
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+# Asymmetric ones alone: with a symmetric one, whoever can verify a token can also make one.
+Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+# Keys that come over plain HTTP could be exchanged on the way.
+SecureUrl = Annotated[str, Field(pattern=r"^(https://|http://(localhost|127\.0\.0\.1)(:|/|$))")]
 
 
 class _Part(BaseModel):
@@ -41,6 +46,44 @@ class RateLimitConfig(_Part):
     account_burst: Count = 1000
     address_per_s: Positive = 5.0
     address_burst: Count = 50
+
+
+class RoleRule(_Part):
+    """Gives tokens whose role claim is, or contains, `value` a role at a site; `site` "*" is every site."""
+
+    value: str
+    role: Role
+    site: Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,63})$")]
+
+    @model_validator(mode="after")
+    def _is_bound_to_a_site(self) -> RoleRule:
+        if self.site == EVERY_SITE and self.role not in (Role.ADMINISTRATOR, Role.AUDITOR):
+            raise ValueError(f"site must be one site for a {self.role}, got {EVERY_SITE}")
+        return self
+
+
+class OidcConfig(_Part):
+    """An OpenID Connect provider whose tokens sign in.
+
+    Attributes:
+      issuer: the `iss` of its tokens; its keys are found through ISSUER/.well-known/openid-configuration.
+      audience: the `aud` of tokens for this service.
+      jwks_url: where its keys are, in place of discovery.
+      algorithms: signature algorithms that are accepted.
+      types: values of the header `typ` that are accepted, in lower case.
+      name_claim: the claim that names the account for good.
+      role_claim: the claim that the rules look at.
+      roles: the rules; the first that applies counts, and without one there is no access.
+    """
+
+    issuer: SecureUrl
+    audience: Annotated[str, Field(min_length=1)]
+    jwks_url: SecureUrl | None = None
+    algorithms: Annotated[list[Algorithm], Field(min_length=1)] = ["RS256", "ES256"]
+    types: list[str] = ["jwt", "at+jwt"]
+    name_claim: str = "sub"
+    role_claim: str = "groups"
+    roles: Annotated[list[RoleRule], Field(min_length=1)]
 
 
 class ServeConfig(_Part):
@@ -65,6 +108,7 @@ class ServeConfig(_Part):
       keys: where the keys are that encrypt slides and results: file:PATH, env:NAME or command:PROGRAM.
       encrypted_volume: states that the disk of `state`, and swap, are encrypted below this machine, where it cannot be seen.
       rate_limit: how often the service is asked before it answers 429; only in the file.
+      oidc: an OpenID Connect provider whose tokens sign in; only in the file.
     """
 
     state: Path
@@ -87,6 +131,7 @@ class ServeConfig(_Part):
     keys: str | None = None
     encrypted_volume: bool = False
     rate_limit: RateLimitConfig = RateLimitConfig()
+    oidc: OidcConfig | None = None
 
     @model_validator(mode="after")
     def _has_both_or_neither(self) -> ServeConfig:

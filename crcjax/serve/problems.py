@@ -16,6 +16,7 @@ from crcjax.encryption.frames import DecryptionError
 from crcjax.errors import OutputError
 from crcjax.monitor.logs import log
 from crcjax.serve.accounts import AccountError, BlockedError, SignInError
+from crcjax.serve.oidc import NoRoleError, ProviderUnavailableError
 from crcjax.serve.prediction_records import KeyReusedError, RequestRefusedError
 from crcjax.serve.queue import QueueFullError, QueueUnavailableError
 from crcjax.serve.rate_limits import TooManyRequestsError
@@ -28,6 +29,8 @@ _RETRY_S = 10
 _STATUS: Mapping[type[Exception], int] = {
     SignInError: 401,
     BlockedError: 429,
+    NoRoleError: 403,
+    ProviderUnavailableError: 503,
     AccountError: 422,
     SlideRefusedError: 422,
     RequestRefusedError: 422,
@@ -64,6 +67,8 @@ def _known(request: Request, error: Exception) -> JSONResponse:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, QueueFullError | BlockedError | TooManyRequestsError):
         headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, ProviderUnavailableError):
+        headers["Retry-After"] = str(_RETRY_S)
     if isinstance(error, OffsetError):
         headers["Upload-Offset"] = str(error.offset)
     return problem(_STATUS[type(error)], str(error), headers)

@@ -114,7 +114,7 @@ def sign_out(
 @router.get("/me")
 def me(caller: Annotated[Caller, Depends(Requires(Action.OWN_ACCOUNT))], request: Request) -> SessionView:
     """The caller's account, and the session's second secret for a page that was loaded again."""
-    session = service_of(request).accounts.session(caller.token)
+    session = service_of(request).session(caller.token)
     return SessionView(token="", csrf=session.csrf, expires_s=session.expires_s, account=_view(session.account))
 
 

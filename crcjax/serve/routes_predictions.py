@@ -14,8 +14,8 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, R
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
+from crcjax.errors import CrcjaxError
 from crcjax.serve.access import Caller, Requires, not_found, service_of
-from crcjax.serve.accounts import SignInError
 from crcjax.serve.permissions import Action, reach
 from crcjax.serve.prediction_records import PredictionRecord
 from crcjax.serve.queue import Job, Priority, Status
@@ -180,8 +180,8 @@ async def _events(service: Service, record: PredictionRecord, token: str) -> Asy
 
     def current() -> PredictionView | None:
         try:
-            service.accounts.session(token)
-        except SignInError:
+            service.session(token)
+        except CrcjaxError:
             return None
         return _view(service, service.predictions.prediction(record.id) or record)
 

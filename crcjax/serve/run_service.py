@@ -47,7 +47,8 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
     """
     keys, notice = keys_at_rest(config.state, config.host, config.keys, config.encrypted_volume)
     service = open_service(
-        config.state, config.bundle, config.slides, config.limits, config.redis, config.audit, keys, config.rates
+        *(config.state, config.bundle, config.slides, config.limits, config.redis, config.audit, keys, config.rates),
+        config.oidc,
     )
     if config.certificate and config.key:
         certificate, key = config.certificate, config.key

@@ -21,8 +21,10 @@ from crcjax.encryption.keys import Keys
 from crcjax.errors import InputError, writing
 from crcjax.runs.signature import make_key_pair
 from crcjax.serve import accounts, prediction_records, slide_records
-from crcjax.serve.accounts import Accounts
+from crcjax.serve.accounts import Accounts, Session
+from crcjax.serve.config import OidcConfig
 from crcjax.serve.database import Database
+from crcjax.serve.oidc import OidcTokens
 from crcjax.serve.open_queue import open_queue
 from crcjax.serve.permissions import EVERY_SITE, Role
 from crcjax.serve.prediction_records import PredictionRecords
@@ -63,12 +65,20 @@ class Service:
     queue: Queue
     log: AuditLog
     rates: RateLimits | None = None
+    oidc: OidcTokens | None = None
     _stats: list[tuple[float, QueueStats]] = field(default_factory=list)
 
     @property
     def results(self) -> Path:
         """The folder of the results."""
         return self.folder / "results"
+
+    def session(self, token: str) -> Session:
+        """The session of a token of this service, or of the identity provider. Raises SignInError and those of oidc.py."""
+        # Tokens of this service have no dot, and JSON Web Tokens two.
+        if self.oidc is not None and "." in token:
+            return self.oidc.session(token)
+        return self.accounts.session(token)
 
     def stats(self) -> QueueStats:
         """The queue's counts, at most a second old."""
@@ -99,6 +109,7 @@ def open_service(
     audit: AuditOptions | None = None,
     keys: Keys | None = None,
     rates: tuple[Rate, Rate] | None = None,
+    oidc: OidcConfig | None = None,
 ) -> Service:
     """Opens or creates a state folder.
 
@@ -111,6 +122,7 @@ def open_service(
       audit: what signs the log's checkpoints, and where they are anchored.
       keys: the site's keys, which encrypt uploads, slides and results; None: they are plain.
       rates: of requests, for every account and for every address that is not signed in; None does not limit them.
+      oidc: an identity provider whose tokens sign in.
 
     Raises:
       InputError: the bundle is none, a folder does not exist, Redis is not usable, or a newer release wrote the state folder.
@@ -139,6 +151,7 @@ def open_service(
         queue=queue,
         log=AuditLog(state / LOG, audit.key or make_key_pair(state / "audit.pem"), audit.anchors),
         rates=RateLimits(state / "rates.db", *rates) if rates else None,
+        oidc=OidcTokens(oidc) if oidc else None,
     )
 
 
