@@ -21,6 +21,7 @@ from crcjax import (
     cli_slides,
     cli_validate,
 )
+from crcjax.cli_monitor import monitor
 from crcjax.cli_options import STDERR, run_app, show_version
 from crcjax.cli_serve import serve
 from crcjax.cli_supervise import health, supervise
@@ -71,6 +72,7 @@ def train(context: typer.Context) -> None:
 
 app.command()(supervise)
 app.command()(health)
+app.command()(monitor)
 app.command()(cli_predict.predict)
 app.command(context_settings={"ignore_unknown_options": True})(cli_predict.crossvalidate)
 app.command()(cli_pictures.pictures)

@@ -248,6 +248,16 @@ def get_config() -> ConfigDict:
     # devices that compute wrongly. 0 never; 1000 costs a thousandth of the time, and memory for two more states.
     health.recompute_every = 0
 
+    # Readings of every process and its machine while it trains. See docs/monitoring.md.
+    config.monitor = monitor = Section()
+    # Seconds between samples. 0 takes none. Raise it where a shared file system is slow.
+    monitor.interval_s = 1.0
+    # Port on which process 0 of each machine answers Prometheus at /metrics; the machine's next process takes the next port. 0
+    # answers on none.
+    monitor.metrics_port = 0
+    # Address of this machine on which /metrics is answered, without a password. "0.0.0.0" answers every network.
+    monitor.metrics_address = "127.0.0.1"
+
     # Auxiliary tasks: predictions for every tile beside the bag's subtype. See docs/tasks.md.
     config.tasks = tasks = Section()
     # Weight of the loss of predicting a tile's tissue class, where tasks.labels states it. 0 leaves a task out.

@@ -111,6 +111,8 @@ RANGES: dict[str, Range] = {
     "health.max_rollbacks": _FROM_ZERO,
     "health.stuck_reports": _FROM_ZERO,
     "health.recompute_every": _FROM_ZERO,
+    "monitor.interval_s": _FROM_ZERO,
+    "monitor.metrics_port": Range(0, 65000),
     "tasks.tissue": _FROM_ZERO,
     "tasks.stain": _FROM_ZERO,
     "tasks.artefact": _FROM_ZERO,

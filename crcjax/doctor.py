@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from crcjax.monitor.gpu_sensors import GpuSensors
 from crcjax.slides.jobs.usable_cores import usable_cores
 
 PACKAGES = [
@@ -32,6 +33,7 @@ PACKAGES = [
 EXTRAS = {
     "dicom": ("highdicom", "crcjax pictures --dicom"),
     "h5": ("h5py", "crcjax import and export of HDF5 files"),
+    "monitor": ("nvidia-ml-py", "readings of GPUs"),
     "notebook": ("anndata", "to_pandas() and to_anndata()"),
     "onnx": ("onnx-ir", "crcjax export-model"),
     "parquet": ("pyarrow", "tables as Parquet"),
@@ -67,7 +69,7 @@ def examine(folder: Path) -> list[Finding]:
         except importlib.metadata.PackageNotFoundError:
             findings.append(Finding(name, "missing", "install crcjax again: pip install ."))
     findings += [_extra(name) for name in EXTRAS]
-    findings += [_devices(), _openslide(), *_machine(folder)]
+    findings += [_devices(), _gpu_readings(), _openslide(), *_machine(folder)]
     return findings
 
 
@@ -94,6 +96,15 @@ def _devices() -> Finding:
             "devices", f"{description} despite an NVIDIA driver", "install jax for GPUs: pip install '.[cuda12]'"
         )
     return Finding("devices", description)
+
+
+def _gpu_readings() -> Finding:
+    """What NVML says; no GPU is no fault."""
+    sensors = GpuSensors()
+    gpus = sensors.read()
+    sensors.close()
+    described = [f"{gpu.name}{f' {gpu.temperature_c} °C' if gpu.temperature_c is not None else ''}" for gpu in gpus]
+    return Finding("GPU readings", sensors.absent or ", ".join(described) or "no GPU is visible")
 
 
 def _openslide() -> Finding:

@@ -75,6 +75,19 @@ class Heartbeat:
     ending: str
 
 
+@dataclass(frozen=True)
+class StepTotals:
+    """A number of steps, their seconds, and the seconds of these in which they waited for their bags."""
+
+    steps: int = 0
+    step_s: float = 0.0
+    reading_s: float = 0.0
+
+    def plus(self, step_s: float, reading_s: float) -> StepTotals:
+        """The totals with one more step."""
+        return StepTotals(self.steps + 1, self.step_s + step_s, self.reading_s + reading_s)
+
+
 class HeartbeatWriter:
     """Writes the heartbeats of this process; a context manager, which ends with a last one that says how the block ended.
 
@@ -88,6 +101,7 @@ class HeartbeatWriter:
         # The seconds of the running step by phase, and those of the last steps.
         self._seconds = {READING: 0.0, COMPUTING: 0.0}
         self._steps: deque[tuple[float, float]] = deque(maxlen=_STEPS)
+        self._totals = StepTotals()
         self._probes: deque[float] = deque(maxlen=_PROBES)
         self._began_s = time.time()
         self._thread: threading.Thread | None = None
@@ -112,9 +126,16 @@ class HeartbeatWriter:
             if self.phase in self._seconds:
                 self._seconds[self.phase] += now - self._phase_time
             if phase == READING and self._seconds[COMPUTING]:
-                self._steps.append((self._seconds[READING] + self._seconds[COMPUTING], self._seconds[READING]))
+                step_s, reading_s = self._seconds[READING] + self._seconds[COMPUTING], self._seconds[READING]
+                self._steps.append((step_s, reading_s))
+                self._totals = self._totals.plus(step_s, reading_s)
                 self._seconds = dict.fromkeys(self._seconds, 0.0)
             self.step, self.phase, self._phase_time = step, phase, now
+
+    @property
+    def totals(self) -> StepTotals:
+        """The steps that were finished since this object was made."""
+        return self._totals
 
     def forgive(self, seconds: float) -> None:
         """The process was stopped from outside for that long: its phase took no longer for that."""

@@ -86,6 +86,11 @@ class ProcessGroup:
         self._run = paths[0]
         self.heartbeat.open(paths)
 
+    @property
+    def local_rank(self) -> int:
+        """The number of processes of the run on this machine before this one."""
+        return self._hosts[: self.process_index].count(self._hosts[self.process_index])
+
     def report_progress(self, step: int, phase: str) -> None:
         """Records what this process is doing; the run ends if a process reports nothing for `stall_timeout_s`."""
         self.heartbeat.report(step, phase)

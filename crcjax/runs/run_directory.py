@@ -50,6 +50,9 @@ _FREE = {
     "train.mtbf_hours",
     "health.recompute_every",
     "health.stuck_reports",
+    "monitor.interval_s",
+    "monitor.metrics_port",
+    "monitor.metrics_address",
 }
 # Fields that hold paths.
 PATHS = ("data.store", "data.cohort", "model.weights", "tasks.labels")

@@ -30,6 +30,7 @@ from crcjax.parallel.mesh import replicated
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.runs.checkpoint import newest_step
 from crcjax.runs.train_state import TrainState
+from crcjax.train.cluster_monitoring import cluster_monitor
 from crcjax.train.memory_budget import fitting_step, retry_with_smaller_micro_batches, step_memory_errors
 from crcjax.train.metrics import IntervalMetrics
 from crcjax.train.record import Progress, Record, Validation, checked, due_after, log_plan, start_directory
@@ -99,7 +100,9 @@ def _train_ensemble(config: ConfigDict, runs: Mapping[int, Path], group: Process
     start = int(np.max(state.step))
     batches, progress = plan.data.feed.batches(start), Progress(start, config)
     metrics = IntervalMetrics(joined([record.memory.get("metrics", {}) for record in records]))
+    monitor = cluster_monitor(config.monitor, run, group, budget)
     with step_memory_errors(micro_batches), ExitStack() as stack:
+        stack.enter_context(monitor)
         for record in records:
             stack.enter_context(record.logged())
             stack.enter_context(record.opened(start))

@@ -14,6 +14,7 @@ from crcjax.errors import StoppedError
 from crcjax.monitor.goodput import COMPILE, STEPS, Ledger
 from crcjax.monitor.heartbeat import COMPUTING, READING
 from crcjax.parallel.process_group import ProcessGroup
+from crcjax.train.cluster_monitoring import cluster_monitor
 from crcjax.train.ensemble import train_members
 from crcjax.train.health import WentWrongError
 from crcjax.train.memory_budget import retry_with_smaller_micro_batches, step_memory_errors
@@ -61,10 +62,11 @@ def _train(config: ConfigDict, run: Path, group: ProcessGroup, ledger: Ledger) -
     start_directory(run, plan, plan.config, micro_batches, group)
     ledger.open([run])
     group.start_heartbeats([run])
-    record = Record(plan, run, group, ledger, save_timer(plan.config.train, ledger))
+    monitor = cluster_monitor(plan.config.monitor, run, group, budget)
+    record = Record(plan, run, group, ledger, save_timer(plan.config.train, ledger), cluster_scalars=monitor.scalars)
     every, build = plan.config.health.recompute_every, partial(build_for_mesh, plan, micro_batches)
     take_step = Recomputation(step, build, plan.mesh, every, record.on_event)
-    with step_memory_errors(micro_batches), record.logged():
+    with step_memory_errors(micro_batches), record.logged(), monitor:
         log_plan(plan, budget, micro_batches)
         while True:
             try:

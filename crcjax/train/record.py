@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -142,6 +142,7 @@ class Record:
     """The log, metrics, goodput and checkpoints of one run; add each step's metrics to `metrics`.
 
     The members of an ensemble share one `timer` and one `validation`, and their log lines contain their `name`.
+    `cluster_scalars` gives the readings of all processes, for TensorBoard.
     """
 
     def __init__(
@@ -153,9 +154,10 @@ class Record:
         timer: SaveTimer,
         validation: Validation | None = None,
         name: str = "",
+        cluster_scalars: Callable[[], dict[str, float]] = dict,
     ):
         self._plan, self.run, self._group, self.ledger, self._name = plan, run, group, ledger, name
-        self.timer = timer
+        self.timer, self._cluster_scalars = timer, cluster_scalars
         self.health = Health(run, plan.config, len(plan.data.cohort.classes), self.on_event)
         self._validation = validation or Validation(plan, group)
         config = plan.config
@@ -221,7 +223,8 @@ class Record:
         """Writes training metrics, with the learning rate and the speed."""
         prefixed = {f"train/{name}": value for name, value in scalars.items()}
         rate = {"train/learning_rate": self._progress.learning_rate(step)}
-        self._writer.write(step, prefixed | rate | dict(speed), self.ledger.goodput().scalars)
+        for_tensorboard = self.ledger.goodput().scalars | (self._cluster_scalars() if self._group.is_main else {})
+        self._writer.write(step, prefixed | rate | dict(speed), for_tensorboard)
 
     def save(self, step: int, state: TrainState, due: Due, interval: Mapping[str, Any] | None = None) -> None:
         """Saves a checkpoint, with validation metrics if an evaluation is due.

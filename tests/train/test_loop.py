@@ -17,6 +17,7 @@ from crcjax.errors import DivergedError, InputError, StoppedError
 from crcjax.models.mil import build_model
 from crcjax.monitor.goodput import read_goodput
 from crcjax.monitor.heartbeat import COMPUTING
+from crcjax.monitor.samples import read_samples
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.predict.feature_density import load_density, summary
 from crcjax.predict.predict_store import predict_stored
@@ -63,6 +64,16 @@ def test_a_run_directory_has_config_versions_tiling_metrics_and_checkpoints(smal
     assert all(0 <= event.value <= 1 for event in events.Scalars("goodput/steps_kept"))
     assert not any("goodput/share" in line for line in lines)
     assert 6 in {int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit()}
+
+
+def test_a_run_is_monitored_and_tensorboard_shows_its_memory_beside_the_estimate(run: Path) -> None:
+    (sample,) = read_samples(run)
+    assert (sample.run, sample.step, sample.ending) == (run.name, 6, "finished")
+    assert sample.device_estimate_bytes > 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    name = "monitor/process_peak_memory_bytes/max"
+    assert {"monitor/step/median", name} <= set(events.Tags()["scalars"])
+    assert 2**26 < events.Scalars(name)[-1].value < sample.host_reading.memory_total_bytes
 
 
 def test_the_goodput_of_a_run_adds_up_to_its_wall_time_also_over_a_stop_and_a_pause(
