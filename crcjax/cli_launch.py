@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -43,3 +44,38 @@ def render(
         submit_job(commands, TARGETS[target].client)
     else:
         print(f"submit: {' && '.join(shlex.join(command) for command in commands)}")
+
+
+@app.command()
+def check(
+    manifests: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="folders with a kustomization, or YAML files, applied together"),
+    ],
+    run: Annotated[
+        Path | None, typer.Option(help="the --workdir of a training: its longest save is the least grace period")
+    ] = None,
+    least_grace_s: Annotated[int, typer.Option(min=0, help="the least grace period of a training in seconds")] = 60,
+) -> None:
+    """Checks manifests of Kubernetes before they are applied: schemas, references, probes, security, time to save.
+
+    Prints one line for each fault. Exit status 1 if there is one. Schemas need the extra `launch`.
+    """
+    from crcjax.launching.check_manifests import manifest_faults
+    from crcjax.launching.read_manifests import longest_save_s, read_manifests, schema_faults
+
+    if run is not None:
+        # A save begins only after the current step.
+        least_grace_s = max(least_grace_s, math.ceil(2 * longest_save_s(run)))
+    objects = [manifest for path in manifests for manifest in read_manifests(path)]
+    try:
+        faults = schema_faults(objects)
+    except ImportError:
+        faults = []
+        STDERR.print("crcjax: schemas were not checked; they need pip install 'crcjax[launch]'", markup=False)
+    faults += [fault for fault in manifest_faults(objects, least_grace_s) if fault not in faults]
+    for fault in faults:
+        print(fault)
+    if not faults:
+        print(f"no fault in {len(objects)} objects")
+    raise typer.Exit(1 if faults else 0)

@@ -33,6 +33,7 @@ PACKAGES = [
 EXTRAS = {
     "dicom": ("highdicom", "crcjax pictures --dicom"),
     "h5": ("h5py", "crcjax import and export of HDF5 files"),
+    "launch": ("kubernetes-validate", "schemas in crcjax launch check"),
     "monitor": ("nvidia-ml-py", "readings of GPUs"),
     "notebook": ("anndata", "to_pandas() and to_anndata()"),
     "onnx": ("onnx-ir", "crcjax export-model"),
