@@ -13,6 +13,9 @@ import typer
 from crcjax.errors import InputError
 from crcjax.monitor.quantities import Spread, Value
 
+# The newest findings that are shown.
+_FINDINGS = 10
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -50,11 +53,15 @@ def _view(run_or_hosts: str) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
+    from crcjax.monitor.fault_watch import read_findings
     from crcjax.monitor.quantities import imbalances, spreads
 
     values, title = _values(run_or_hosts)
     all_spreads = spreads(values)
     sentences = [Text(sentence, style="yellow") for sentence in imbalances(all_spreads)]
+    sentences += [
+        Text(f"{finding.kind}: {finding}", style="red") for finding in read_findings(run_or_hosts)[-_FINDINGS:]
+    ]
     return Group(Text(title, style="bold"), _spread_table(all_spreads), _process_table(values), *sentences)
 
 

@@ -258,6 +258,10 @@ def get_config() -> ConfigDict:
     # Address of this machine on which /metrics is answered, without a password. "0.0.0.0" answers every network.
     monitor.metrics_address = "127.0.0.1"
 
+    # TOML file with the receivers of notifications about faulty machines: webhooks, e-mail, a file. Empty: they are in the log
+    # and in RUN/monitor/findings.jsonl alone.
+    monitor.notifications = ""
+
     # Auxiliary tasks: predictions for every tile beside the bag's subtype. See docs/tasks.md.
     config.tasks = tasks = Section()
     # Weight of the loss of predicting a tile's tissue class, where tasks.labels states it. 0 leaves a task out.

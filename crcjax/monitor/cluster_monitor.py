@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from crcjax.monitor.fault_watch import FaultWatch
 from crcjax.monitor.gpu_sensors import GpuSensors
 from crcjax.monitor.heartbeat import HeartbeatWriter, StepTotals
 from crcjax.monitor.host_sensors import HostSensors
@@ -59,7 +60,7 @@ class ClusterMonitor:
       settings: how often, and the endpoint.
       device_memory: asks the backend for the devices' memory; called in the thread.
       local_rank: the number of processes of this run on this machine before this one.
-      on_samples: called after each sample with the newest samples of all processes; meant for process 0.
+      on_samples: called after each sample with the newest samples of all processes, and closed at the end; process 0 has one.
       clock: the seconds since 1970.
       echo_host: the name or address by which the others reach this machine; by default that of the heartbeat.
     """
@@ -71,7 +72,7 @@ class ClusterMonitor:
         settings: MonitorSettings | None = None,
         device_memory: Callable[[], DeviceMemory] = DeviceMemory,
         local_rank: int = 0,
-        on_samples: Callable[[list[Sample]], None] | None = None,
+        on_samples: FaultWatch | None = None,
         clock: Callable[[], float] = time.time,
         echo_host: str = "",
     ):
@@ -110,6 +111,8 @@ class ClusterMonitor:
         self._ended.set()
         if self._thread:
             self._thread.join(_LAST_WAIT_S)
+        if self._on_samples:
+            self._on_samples.close()
         if self._echo:
             self._echo.close()
         if self._endpoint:

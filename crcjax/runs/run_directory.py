@@ -53,6 +53,7 @@ _FREE = {
     "monitor.interval_s",
     "monitor.metrics_port",
     "monitor.metrics_address",
+    "monitor.notifications",
 }
 # Fields that hold paths.
 PATHS = ("data.store", "data.cohort", "model.weights", "tasks.labels")

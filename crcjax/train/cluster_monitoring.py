@@ -8,6 +8,8 @@ import jax
 from ml_collections import ConfigDict
 
 from crcjax.monitor.cluster_monitor import ClusterMonitor, DeviceMemory, MonitorSettings
+from crcjax.monitor.fault_watch import FaultWatch
+from crcjax.monitor.notifier import Notifier, load_settings
 from crcjax.parallel.process_group import ProcessGroup
 from crcjax.train.memory_budget import Budget
 
@@ -21,4 +23,6 @@ def cluster_monitor(config: ConfigDict, run: Path, group: ProcessGroup, budget: 
         return DeviceMemory(max(peaks, default=None), budget.total)
 
     settings = MonitorSettings(config.interval_s, config.metrics_port, config.metrics_address)
-    return ClusterMonitor(run, group.heartbeat, settings, device_memory, group.local_rank)
+    notifier = Notifier(run.name, load_settings(config.notifications)) if config.notifications else None
+    watch = FaultWatch(run, notifier) if group.is_main else None
+    return ClusterMonitor(run, group.heartbeat, settings, device_memory, group.local_rank, watch)
