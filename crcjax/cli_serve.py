@@ -31,6 +31,7 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(help="worker processes; each loads the bundle", show_default="1")
     ] = None,
+    replicas: Annotated[int | None, typer.Option(help="processes that answer HTTP", show_default="1")] = None,
     slides: Annotated[
         list[str] | None, typer.Option(metavar="SITE=FOLDER", help="a site may name slides there by path; repeatable")
     ] = None,

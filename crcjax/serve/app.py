@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI, HTTPException
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crcjax import __version__
@@ -34,6 +36,8 @@ ROUTERS = (
     routes_operation.public,
 )
 _MAX_BODY_BYTES = 1 << 20
+# prometheus_client looks for this variable when it is imported, and then counts in files of that folder.
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 # The ids that this service gives out.
 _IDENTIFIER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Answers to these are logged only if they are errors: pages and clients ask for them every second.
@@ -48,18 +52,26 @@ _POLLED = (
 
 
 class Metrics:
-    """The metrics of this process."""
+    """The metrics of this process; `text` adds those of the other replicas."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         labels = ("method", "endpoint")
         self.requests = Counter("crcjax_requests", "Requests", (*labels, "status"), registry=self.registry)
         self.seconds = Histogram("crcjax_request_seconds", "Time to the first byte", labels, registry=self.registry)
-        self.jobs = Gauge("crcjax_jobs", "Jobs in the queue", ("status",), registry=self.registry)
-        self.oldest_queued_s = Gauge(
-            "crcjax_oldest_queued_seconds", "Age of the oldest queued job", registry=self.registry
-        )
-        self.workers = Gauge("crcjax_workers", "Workers that are alive", registry=self.registry)
+        # Each process sets these for all, just before they are read.
+        newest: Any = {"registry": self.registry, "multiprocess_mode": "mostrecent"}
+        self.jobs = Gauge("crcjax_jobs", "Jobs in the queue", ("status",), **newest)
+        self.oldest_queued_s = Gauge("crcjax_oldest_queued_seconds", "Age of the oldest queued job", **newest)
+        self.workers = Gauge("crcjax_workers", "Workers that are alive", **newest)
+
+    def text(self) -> bytes:
+        """The metrics in Prometheus' format."""
+        if METRICS_VARIABLE not in os.environ:
+            return generate_latest(self.registry)
+        shared = CollectorRegistry()
+        MultiProcessCollector(shared)
+        return generate_latest(shared)
 
 
 def create_app(service: Service) -> FastAPI:

@@ -94,6 +94,7 @@ class ServeConfig(_Part):
       bundle: the bundle that predicts.
       host, port: where it listens; port 0 is any free one.
       workers: worker processes; each loads the bundle.
+      replicas: processes that answer HTTP.
       slides: for each site, the folders in which it may name slides by path.
       trust: public keys, one of which must have signed the bundle.
       encoder_weights: the file of a published encoder's weights.
@@ -116,6 +117,7 @@ class ServeConfig(_Part):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8443
     workers: Count = 1
+    replicas: Count = 1
     slides: dict[SiteName, list[Path]] = {}
     trust: list[Path] = []
     encoder_weights: Path | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from crcjax import __version__
@@ -103,7 +103,7 @@ def metrics(request: Request) -> Response:
         gauges.jobs.labels(status).set(stats.counts.get(status, 0))
     gauges.oldest_queued_s.set(stats.oldest_queued_s)
     gauges.workers.set(service.live_workers())
-    return Response(generate_latest(gauges.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(gauges.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @public.get("/", include_in_schema=False)

@@ -6,14 +6,15 @@ offset and goes on from there.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import sqlite3
-import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +70,6 @@ class Uploads:
             path.mkdir(parents=True, exist_ok=True)
         # The hash of what has arrived, with its length, of uploads in progress.
         self._hashes: dict[str, tuple[int, hashlib._Hash]] = {}
-        self._in_use: set[str] = set()
-        self._lock = threading.Lock()
         self._finish_interrupted()
 
     def _finish_interrupted(self) -> None:
@@ -124,28 +123,46 @@ class Uploads:
         Raises OffsetError; SlideRefusedError if the file is longer than announced, is no slide, or has another SHA-256, after
         which the upload is gone.
         """
-        self._enter(upload, offset)
-        try:
-            end, digest = await self._write(upload, offset, chunk)
-            with self._database.transaction() as connection:
-                connection.execute("UPDATE uploads SET offset = ? WHERE id = ?", (end, upload.id))
-            self._hashes[upload.id] = (end, digest)
-            if end < upload.bytes:
-                return Upload(upload.id, upload.new, upload.bytes, upload.sha256, end)
-            return await anyio.to_thread.run_sync(self._finish, upload, digest.hexdigest())
-        except SlideRefusedError:
-            self.discard(upload.id)
-            raise
-        finally:
-            self._in_use.discard(upload.id)
+        with self._locked(upload, offset):
+            if not (self._folder / f"{upload.id}.part").exists():
+                return await anyio.to_thread.run_sync(self._finish_killed, upload)
+            try:
+                end, digest = await self._write(upload, offset, chunk)
+                with self._database.transaction() as connection:
+                    connection.execute("UPDATE uploads SET offset = ? WHERE id = ?", (end, upload.id))
+                self._hashes[upload.id] = (end, digest)
+                if end < upload.bytes:
+                    return Upload(upload.id, upload.new, upload.bytes, upload.sha256, end)
+                return await anyio.to_thread.run_sync(self._finish, upload, digest.hexdigest())
+            except SlideRefusedError:
+                self.discard(upload.id)
+                raise
 
-    def _enter(self, upload: Upload, offset: int) -> None:
-        with self._lock:
+    @contextmanager
+    def _locked(self, upload: Upload, offset: int) -> Iterator[None]:
+        """Excludes requests of all API processes that would write into this one's chunk. Raises OffsetError."""
+        part = self._folder / f"{upload.id}.part"
+        try:
+            file = open(part if part.exists() else self._slide_path(upload), "rb")  # noqa: SIM115
+        except FileNotFoundError:
+            raise OffsetError(upload.bytes) from None
+        with file:
+            try:
+                # The lock ends with the process.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_free = True
+            except BlockingIOError:
+                is_free = False
             current = self.upload(upload.id)
-            # A second request for the same upload would write into the first one's chunk.
-            if current is None or current.offset != offset or upload.id in self._in_use:
+            if current is None or current.offset != offset or not is_free:
                 raise OffsetError(current.offset if current else upload.bytes)
-            self._in_use.add(upload.id)
+            yield
+
+    def _finish_killed(self, upload: Upload) -> SlideRecord:
+        """Adds the slide of an upload that was complete when its API process was killed."""
+        record = self._add(upload, self._slide_path(upload))
+        self._forget(upload.id)
+        return record
 
     async def _write(self, upload: Upload, offset: int, chunk: AsyncIterator[bytes]) -> tuple[int, hashlib._Hash]:
         path = self._folder / f"{upload.id}.part"
@@ -175,10 +192,11 @@ class Uploads:
         end, digest = self._hashes.pop(upload_id, (0, hashlib.sha256()))
         if end == offset:
             return digest.copy()
-        # The service was restarted, or the last chunk broke.
-        digest = hashlib.sha256()
+        # Another API process received the chunks in between, the service was restarted, or the last chunk broke.
+        end, digest = (end, digest.copy()) if end < offset else (0, hashlib.sha256())
         with self._vault.open(path, upload_id, is_finished=False) as file:
-            remaining = offset
+            file.seek(end)
+            remaining = offset - end
             while remaining:
                 block = file.read(min(_READ_BYTES, remaining))
                 if not block:

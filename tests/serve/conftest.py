@@ -180,6 +180,12 @@ def served(service: Service) -> Iterator[Server]:
         listener.close()
 
 
+@pytest.fixture(scope="session")
+def worker_code() -> str:
+    """The program of a worker whose predictions take no time; its arguments are state folder, name, seconds to drain, keys."""
+    return WORKER
+
+
 @pytest.fixture
 def serve() -> Callable[[Service], AbstractContextManager[Server]]:
     """serve(service): a context manager within which the service answers HTTPS."""
