@@ -23,7 +23,7 @@ from crcjax import (
 )
 from crcjax.cli_monitor import monitor
 from crcjax.cli_options import STDERR, run_app, show_version
-from crcjax.cli_serve import serve
+from crcjax.cli_serve import loadtest, serve
 from crcjax.cli_supervise import health, supervise
 
 HELP = """Predicts the molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
@@ -84,6 +84,7 @@ app.command()(cli_validate.simulate_trial)
 app.add_typer(cli_validate.plan, name="plan")
 app.add_typer(cli_power.app, name="power")
 app.command()(serve)
+app.command()(loadtest)
 app.add_typer(cli_audit.app, name="audit")
 app.add_typer(cli_keys.app, name="keys")
 app.add_typer(cli_checkpoints.app, name="checkpoints")

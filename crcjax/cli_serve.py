@@ -1,15 +1,19 @@
-"""The command `crcjax serve`."""
+"""The commands `crcjax serve` and `crcjax loadtest`."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from crcjax.cli_options import STDERR, EncoderWeights, TrustedKeys
 from crcjax.environment import require_extra
-from crcjax.errors import InputError
+from crcjax.errors import InputError, writing
 
 
 def serve(
@@ -100,3 +104,58 @@ def _folders(slides: list[str]) -> dict[str, list[str]]:
             raise InputError(f"--slides must be SITE=FOLDER, got {text!r}")
         folders.setdefault(site, []).append(folder)
     return folders
+
+
+def loadtest(
+    url: Annotated[str, typer.Argument(metavar="URL", help="the service, such as https://127.0.0.1:8443")],
+    slides: Annotated[list[Path], typer.Argument(metavar="SLIDES...", help="slide files; folders are searched")],
+    token: Annotated[
+        Path, typer.Option(help="file with the token of an account that may add slides, such as a service account's")
+    ],
+    certificate: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of the certificate that the service must show, such as STATE/tls/certificate.pem"),
+    ] = None,
+    users: Annotated[int, typer.Option(min=1, help="users who each make a request a second")] = 10,
+    duration_s: Annotated[float, typer.Option(min=1, help="seconds for which they do")] = 30.0,
+    out: Annotated[Path | None, typer.Option(help="also write the table to this JSON file")] = None,
+) -> None:
+    """Measures a running service with your slides: latency, throughput and errors of uploads, predictions and views.
+
+    The slides and predictions stay in the service. Slides that it has predicted before are answered at once: for the speed of new
+    predictions, give new slides. Exits with 1 if a request failed.
+    """
+    require_extra("httpx", "serve", "crcjax loadtest")
+    from crcjax.serve.client import Client, ServiceError
+    from crcjax.serve.load_test import load_test
+    from crcjax.slides.wsi.discovery import find_slides
+
+    try:
+        secret = token.read_text().strip()
+    except OSError as error:
+        raise InputError(
+            f"--token {token}: cannot be read ({error.strerror}); write the account's token into a file"
+        ) from error
+    files = find_slides(slides)
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{path}: is no file; give slides of one file each")
+    try:
+        rows = load_test(
+            lambda: Client(url, secret, verify=certificate),
+            files,
+            users,
+            duration_s,
+            lambda text: STDERR.print(text, markup=False),
+        )
+    except ServiceError as error:
+        raise InputError(f"{url}: {error}; check the address, the certificate and the token") from error
+    table = Table("request", "answered", "errors", "per second", "median ms", "p99 ms", box=None)
+    for row in rows:
+        figures = (f"{row.per_s:.1f}", f"{1e3 * row.median_s:.1f}", f"{1e3 * row.p99_s:.1f}")
+        table.add_row(row.name, str(row.requests), str(row.errors), *figures)
+    Console().print(table)
+    if out is not None:
+        with writing(out):
+            out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    raise typer.Exit(1 if any(row.errors for row in rows) else 0)

@@ -102,6 +102,10 @@ class Client:
             raise ServiceError(response.status_code, _detail(response))
         return response
 
+    def get_once(self, path: str) -> httpx.Response:
+        """One GET request that is not tried again, whatever is answered. Raises httpx.TransportError."""
+        return self._http.get(path)
+
     def upload(
         self,
         path: str | PathLike[str],

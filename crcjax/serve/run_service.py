@@ -20,7 +20,7 @@ from crcjax.serve.config import ServeConfig
 from crcjax.serve.open_queue import REDIS_VARIABLE
 from crcjax.serve.processes import UNUSABLE, Processes, Slot
 from crcjax.serve.replica import CONFIG_VARIABLE, certificate_of, http_server, open_configured
-from crcjax.serve.service import Service
+from crcjax.serve.service import Service, forget_results_of_other_bundles
 from crcjax.serve.worker import WorkerSettings
 
 
@@ -33,6 +33,7 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
     """
     keys, notice = keys_at_rest(config.state, config.host, config.keys, config.encrypted_volume)
     service = open_configured(config, keys)
+    forget_results_of_other_bundles(service)
     certificate, _ = certificate_of(config)
     listener = _listen(config.host, config.port)
     administrator = service.first_administrator()

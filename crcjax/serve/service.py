@@ -100,6 +100,16 @@ class Service:
         return name, self.accounts.invite(name, Role.ADMINISTRATOR, EVERY_SITE)
 
 
+def forget_results_of_other_bundles(service: Service) -> None:
+    """Stops sharing results with later requests when another bundle predicts than at the last start."""
+    path = service.folder / "bundle_id"
+    if path.exists() and path.read_text() == service.bundle.id:
+        return
+    service.queue.forget_results()
+    with writing(path, "choose another --state"):
+        path.write_text(service.bundle.id)
+
+
 def open_service(
     state: Path,
     bundle: Path,

@@ -19,7 +19,7 @@ from crcjax.serve.access import COOKIE, CSRF_HEADER, Requires
 from crcjax.serve.app import ROUTERS
 from crcjax.serve.client import Client, PredictionFailedError, ServiceError
 from crcjax.serve.permissions import PERMISSIONS, Action, Reach, Role
-from crcjax.serve.service import LOG
+from crcjax.serve.service import LOG, forget_results_of_other_bundles
 
 PASSWORD = "correct horse battery"
 StartWorker = Callable[..., subprocess.Popen]
@@ -59,6 +59,29 @@ def test_a_slide_goes_from_upload_over_the_queue_to_result_and_heatmap(
     # The same slide once more is answered by the result that there is.
     again = pathologist.predict([pathologist.upload(path, "A-017")["id"]])
     assert (again["status"], again["id"] == queued["id"]) == ("done", False)
+
+
+def test_results_are_shared_within_a_site_until_another_bundle_predicts(
+    server, pathologist: Client, start_worker: StartWorker, write_slide: WriteSlide
+) -> None:
+    other_site = server.account("dr.york", Role.PATHOLOGIST, "york")
+    path = write_slide()
+    first = pathologist.predict([pathologist.upload(path, "A")["id"]])["id"]
+    start_worker()
+    pathologist.wait(first, 30.0)
+    colleague = server.account("dr.snow", Role.RESEARCHER, "leeds")
+    hit = colleague.predict([colleague.upload(path, "A")["id"]])
+    assert hit["status"] == "done"
+    # The hit is the researcher's own prediction; the one that computed it is still another's.
+    assert colleague.result(hit["id"])["slides"][0]["call"] == "immune"
+    _refused(404, colleague.result, first)
+    _refused(404, other_site.result, hit["id"])
+    asked = other_site.predict([other_site.upload(path, "A")["id"]])
+    assert asked["status"] != "done", "sites share no results"
+    other_site.wait(asked["id"], 30.0)
+    forget_results_of_other_bundles(server.service)
+    assert colleague.predict([colleague.upload(path, "A")["id"]])["status"] != "done"
+    assert colleague.result(hit["id"])["slides"][0]["call"] == "immune", "results themselves stay"
 
 
 def test_events_tell_every_change_to_the_end(
