@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -26,9 +27,13 @@ from crcjax.errors import InputError
 if TYPE_CHECKING:
     from crcjax.predict.attribution_method import Method
     from crcjax.predict.onnx_ensemble import OnnxModel
+    from crcjax.predict.slide_cost import SlideSize
     from crcjax.runs.trained_model import TrainedModel
     from crcjax.validation.calibration import Calibration
     from crcjax.validation.predictions_table import PredictionRow
+
+
+_NO_EXPECTATION = "the time is unknown until this model has predicted slides on this machine"
 
 
 @audited("predict")
@@ -151,6 +156,7 @@ def predict(
             is_urgent=priority == "urgent",
             calibration=checked,
             on_start=lambda slides: progress.update(task, total=slides),
+            on_plan=_print_expected,
             on_row=lambda row: progress.advance(task),
         )
     if shard and not (out / "predictions.csv").exists():
@@ -343,6 +349,14 @@ def _predict_stored(
             on_row=lambda row: progress.advance(task),
         )
     _print_predictions(rows, {row.slide_id: row.slide_id for row in rows}, out)
+
+
+def _print_expected(size: SlideSize, seconds: float | None) -> None:
+    """Prints how long the slides are expected to take."""
+    if not size.slides:
+        return
+    expected = f"about {timedelta(seconds=round(seconds))} expected" if seconds is not None else _NO_EXPECTATION
+    STDERR.print(f"{size.slides} slides with about {size.tiles:,} tiles: {expected}", markup=False)
 
 
 def _print_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out: Path) -> NoReturn:

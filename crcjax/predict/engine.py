@@ -64,6 +64,8 @@ class SlideInWork:
       begun: the time (monotonic, s) at which it was opened.
       encoding: its features so far; None before it was planned and after it was finished.
       was_read: whether its last region was decoded, or it failed.
+      read_s: the seconds in which the encoder waited for its tiles.
+      encode_s: the seconds in which the encoder waited for the device with its tiles.
     """
 
     bag: int
@@ -76,6 +78,8 @@ class SlideInWork:
     encoded: EncodedSlide | None = None
     encoding: SlideEncoding | None = None
     was_read: bool = False
+    read_s: float = 0.0
+    encode_s: float = 0.0
 
 
 class Engine:
@@ -104,10 +108,7 @@ class Engine:
         """
         work = self.begin()
         try:
-            for bag in bags:
-                work.add(bag)
-            for _ in bags:
-                yield from work.next_finished()
+            yield from work.bags(bags)
         finally:
             work.stop()
 
@@ -144,6 +145,8 @@ class EngineWork:
         self._stopped = threading.Event()
         self._memory = _Memory(memory_bytes, self._stopped)
         self._finished_bags: set[int] = set()
+        # The seconds in which the encoder waited for tiles, of any slide.
+        self._read_s = 0.0
         self._decoders = RankedThreads(threads)
         self._decoders.__enter__()
         self._readers = ThreadPoolExecutor(threads + 1, "slide")
@@ -162,6 +165,13 @@ class EngineWork:
             for slide in slides:
                 self._readers.submit(self._read_to_end, slide)
             return number
+
+    def bags(self, bags: Sequence[Sequence[SlideSource]]) -> Generator[tuple[int, list[SlideInWork]]]:
+        """As `Engine.bags`, while the threads go on; not if others have added bags that are not finished."""
+        numbers = {self.add(bag): number for number, bag in enumerate(bags)}
+        for _ in bags:
+            for number, slides in self.next_finished():
+                yield numbers[number], slides
 
     def next_finished(self) -> Iterator[tuple[int, list[SlideInWork]]]:
         """Waits for a bag whose slides are encoded or have failed, and yields its number and slides.
@@ -229,14 +239,18 @@ class EngineWork:
 
     def _encode(self) -> None:
         """Encodes until the engine is stopped."""
+        begun, read_s = time.monotonic(), self._read_s
         try:
             for result in encode_regions(self._predictor.members, self._queued()):
+                waited_s = time.monotonic() - begun - (self._read_s - read_s)
+                begun, read_s = time.monotonic(), self._read_s
                 if isinstance(result, tuple):
                     slides, error = result
                     for slide in slides:
                         slide.error = slide.error or error
                         self._finish_if_complete(slide)
                     continue
+                result.slide.encode_s += waited_s
                 # A failed slide's last regions may come after its end.
                 if result.slide.encoding is not None:
                     result.slide.encoding.add(result.regions, result.features)
@@ -250,14 +264,22 @@ class EngineWork:
         """Yields the shards of the queue, and None if no others are to come, or regions have waited for them long enough."""
         has_waiting = False
         while True:
+            begun = time.monotonic()
             try:
                 if has_waiting and self._was_read == self._added:
                     raise queue.Empty
                 item = self._shards.get(timeout=_IDLE_S if has_waiting else None)
             except queue.Empty:
                 has_waiting = False
+                self._read_s += time.monotonic() - begun
                 yield None
                 continue
+            waited_s = time.monotonic() - begun
+            self._read_s += waited_s
+            if item is not None:
+                slide = item if isinstance(item, SlideInWork) else item.slide
+                # Before a slide was begun, there was nothing to do.
+                slide.read_s += min(waited_s, time.monotonic() - slide.begun)
             if self._stopped.is_set():
                 raise _Stopped
             if isinstance(item, SlideInWork):

@@ -15,12 +15,13 @@ import numpy as np
 
 from crcjax.errors import InputError, SlideError
 from crcjax.models.prediction import Prediction
-from crcjax.predict.engine import Engine, SlideInWork, SlideSource
+from crcjax.predict.engine import Engine, EngineWork, SlideInWork, SlideSource
 from crcjax.predict.ensemble import memory_errors
 from crcjax.predict.evidence import write_evidence
 from crcjax.predict.predictor import Predictor, SlidePrediction
 from crcjax.predict.provenance import PredictedBy, result_key, row_without_prediction
 from crcjax.predict.results import PendingBag, Results, join_shards
+from crcjax.predict.slide_cost import NOTHING, CostHistory, CostModel, MeasuredSlide, SlideSize, sizes_of_bags
 from crcjax.runs.code_id import code_id
 from crcjax.slides.jobs.shards import largest_first, names_of_shard, shard_numbers
 from crcjax.slides.jobs.urgent_work import urgent_work
@@ -76,8 +77,10 @@ def predict_slides(
     shard: str | None = None,
     executor: str = "threads",
     is_urgent: bool = False,
+    work: EngineWork | None = None,
     calibration: Calibration | None = None,
     on_start: Callable[[int], None] = lambda slides: None,
+    on_plan: Callable[[SlideSize, float | None], None] | None = None,
     on_row: Callable[[PredictionRow], None] = lambda row: None,
 ) -> list[PredictionRow]:
     """Predicts slides and writes OUT/predictions.csv, OUT/heatmaps/SLIDE_ID.png and OUT/attention/SLIDE_ID.npz.
@@ -97,9 +100,13 @@ def predict_slides(
       executor: `threads` of this process, or `ray`: the workers of a running Ray cluster (see `predict_on_ray`), which need the
         slides, the models and `out` under the same paths.
       is_urgent: other predictions of the same user on this machine begin no slide until this one ends; not with `ray`.
+      work: a running engine of the predictor that this call is to use, with the threads and the memory limit of that engine, in
+        place of one of its own. After an error of this call, stop it: it may still have slides in work.
       calibration: its temperature changes the probabilities and `entropy`, and its thresholds give `conformal_set`;
         `expected_entropy` and `mutual_information` remain those of the model.
       on_start: called with the number of slides that are to have a row.
+      on_plan: called before the first slide is read with the estimated size of all slides that are to be predicted, and the
+        estimated seconds; None if this model has not predicted several slides on this machine with these threads, or with `ray`.
       on_row: called with each row once it is written, and at the start with the rows of an earlier run.
 
     Returns:
@@ -124,15 +131,40 @@ def predict_slides(
     mine_bags = [bag for bag in bags if bag.rows[0].slide_id in mine]
     on_start(sum(len(bag.rows) for bag in mine_bags))
     with Results(out, predictor.classes, mine_bags, on_row, shard) as results:
-        work = {slides[0].slide_id: (slides, bag) for slides, bag in zip(jobs_by_bag, bags, strict=True)}
-        pending = [work[name] for name in largest_first(sizes) if name in mine and not results.has(work[name][1])]
-        run = _predict_on_ray if executor == "ray" else partial(_predict_here, is_urgent=is_urgent)
+        bag_of = {slides[0].slide_id: (slides, bag) for slides, bag in zip(jobs_by_bag, bags, strict=True)}
+        pending: Sequence[_Pending] = [
+            bag_of[name] for name in largest_first(sizes) if name in mine and not results.has(bag_of[name][1])
+        ]
+        decoders = threads or len(os.sched_getaffinity(0))
+        history = CostHistory(by.model, predictor.attribution, executor, decoders)
+        bag_sizes: list[SlideSize] = []
+        if len(pending) > 1 or on_plan:
+            pending, bag_sizes = _longest_first(predictor, pending, CostModel(history.measured()), decoders, on_plan)
+        run = _predict_on_ray
+        if executor == "threads":
+            run = partial(_predict_here, is_urgent=is_urgent, work=work, bag_sizes=bag_sizes, history=history)
         with closing(run(predictor, pending, out, threads, memory_bytes, calibration)) as finished:
             for rows in finished:
                 results.add(rows)
     if shard:
         join_shards(out, predictor.classes, bags, shard_numbers(shard)[1])
     return [results.rows[job.slide_id] for job in jobs if job.slide_id in results.rows]
+
+
+def _longest_first(
+    predictor: Predictor,
+    pending: Sequence[_Pending],
+    costs: CostModel,
+    threads: int,
+    on_plan: Callable[[SlideSize, float | None], None] | None,
+) -> tuple[list[_Pending], list[SlideSize]]:
+    """Orders bags by the estimated seconds, and returns their sizes too; bags of equal seconds stay in their order."""
+    sizes = sizes_of_bags([_sources(jobs) for jobs, _ in pending], predictor.tiling, threads)
+    if on_plan:
+        size = sum(sizes, start=NOTHING)
+        on_plan(size, costs.seconds_of_command(size) if costs.has_seconds else None)
+    order = sorted(range(len(pending)), key=lambda number: -costs.seconds(sizes[number]))
+    return [pending[number] for number in order], [sizes[number] for number in order]
 
 
 def _predict_here(
@@ -144,13 +176,28 @@ def _predict_here(
     calibration: Calibration | None,
     *,
     is_urgent: bool,
+    work: EngineWork | None,
+    bag_sizes: Sequence[SlideSize],
+    history: CostHistory,
 ) -> Generator[list[PredictionRow]]:
-    """Yields the rows of each bag, predicted by this process."""
-    engine = Engine(predictor, threads or len(os.sched_getaffinity(0)), memory_bytes, is_urgent=is_urgent)
-    bags = engine.bags([_sources(jobs) for jobs, _ in pending])
+    """Yields the rows of each bag, predicted by this process, and remembers their seconds if their sizes are given."""
+    sources = [_sources(jobs) for jobs, _ in pending]
+    if work is None:
+        engine = Engine(predictor, threads or len(os.sched_getaffinity(0)), memory_bytes, is_urgent=is_urgent)
+        bags = engine.bags(sources)
+    else:
+        bags = work.bags(sources)
+    measured: list[MeasuredSlide] = []
     with urgent_work() if is_urgent else nullcontext(), closing(bags) as encoded:
         for number, slides in encoded:
-            yield _predict_bag(predictor, *pending[number], slides, out, calibration)
+            begun = time.monotonic()
+            rows = _predict_bag(predictor, *pending[number], slides, out, calibration)
+            if bag_sizes and all(row.has_prediction for row in rows):
+                seconds = sum(slide.read_s for slide in slides), sum(slide.encode_s for slide in slides)
+                measured.append(MeasuredSlide(bag_sizes[number], (*seconds, time.monotonic() - begun)))
+            yield rows
+    # The first bag has waited for programs to be compiled.
+    history.add(measured[1:])
 
 
 def _predict_on_ray(
