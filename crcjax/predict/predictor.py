@@ -226,12 +226,12 @@ class Predictor:
         sizes = [member.feature_size for member in self.members]
         return SlideEncoding(plan, slide.info.synthetic, stains, transform, self._visible_slots, sizes, seconds)
 
-    def compile_ahead(self, encoding: SlideEncoding) -> None:
-        """Compiles the programs that a slide needs, unless that was done."""
+    def compile_ahead(self, encoding: SlideEncoding, regions: int | None = None) -> None:
+        """Compiles the programs that a slide needs, or one with another number of regions, unless that was done."""
         params = encoding.plan.params
         tile_shape = (params.slots, params.tile_px, params.tile_px, 3)
         for member, stain in zip(self.members, encoding.stains, strict=True):
-            member.compile_ahead(len(encoding.plan.origin), tile_shape, stain)
+            member.compile_ahead(regions or len(encoding.plan.origin), tile_shape, stain)
 
     @property
     def feature_bytes(self) -> int:

@@ -187,14 +187,23 @@ class Worker:
 
 
 def bundle_predictor(settings: WorkerSettings) -> Predict:
-    """Loads the bundle, and returns the function that predicts a case with it. Raises InputError."""
+    """Loads the bundle and compiles its programs, and returns the function that predicts a case with it. Raises InputError.
+
+    The engine's threads live from case to case.
+    """
+    from crcjax.predict.engine import Engine, EngineWork
     from crcjax.predict.predict_slides import PredictJob, predict_slides
     from crcjax.predict.predictor import Predictor
+    from crcjax.predict.warm_up import warm_up
     from crcjax.runs.bundle import open_bundle
+    from crcjax.slides.jobs.usable_cores import usable_cores
 
     weights = Path(settings.encoder_weights) if settings.encoder_weights else None
     bundle = open_bundle(settings.bundle, [Path(key) for key in settings.trust], weights)
     predictor = Predictor(*bundle.models)
+    engine = Engine(predictor, settings.threads or usable_cores())
+    running: list[EngineWork] = [engine.begin()]
+    warm_up(predictor, running[0], bundle.models[0].config.data.region_buckets)
 
     def predict(payload: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
         slides = payload["slides"]
@@ -212,9 +221,14 @@ def bundle_predictor(settings: WorkerSettings) -> Predict:
             progress(len(finished) / len(slides), f"{len(finished)} of {len(slides)} slides")
 
         progress(0.0, f"0 of {len(slides)} slides")
-        rows = predict_slides(
-            predictor, jobs, folder, threads=settings.threads, calibration=bundle.calibration, on_row=on_row
-        )
+        work = running.pop() if running else engine.begin()
+        try:
+            rows = predict_slides(predictor, jobs, folder, work=work, calibration=bundle.calibration, on_row=on_row)
+        except BaseException:
+            # The slides of an interrupted case must not take the time of the next one.
+            work.stop()
+            raise
+        running.append(work)
         if not any(row.has_prediction for row in rows):
             raise CaseFailedError("; ".join(row.reason for row in rows))
         return {

@@ -1,0 +1,85 @@
+"""Seconds per case in a worker of the service, and in the worker of earlier sources.
+
+    python tools/bench_worker.py OUT [EARLIER]
+
+EARLIER is a checkout of crcjax to compare with. OUT is a new folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from campaign_predict import trained_run
+from record import Row, record
+
+from crcjax.runs.bundle_export import export_bundle
+from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
+
+# The longer side of each case's slide, in px at 1 µm per pixel: the bags of the first and the third have other lengths.
+SIDES_PX = (800, 820, 3000, 840, 860)
+TIMES = 3
+ROOT = Path(__file__).parents[1]
+CASES = """
+import json, sys, time
+from pathlib import Path
+start = time.monotonic()
+from crcjax.serve.worker import WorkerSettings, bundle_predictor
+out, bundle, slides = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+predict = bundle_predictor(WorkerSettings("w", str(out), bundle))
+seconds = [time.monotonic() - start]
+for number, slide in enumerate(slides):
+    start = time.monotonic()
+    case = {"slides": [{"content": Path(slide).stem, "path": slide, "mpp": None, "site": ""}]}
+    predict(case, out / str(number), lambda *_: None)
+    seconds.append(time.monotonic() - start)
+print(json.dumps(seconds))
+"""
+
+
+def main(out: Path, earlier: Path | None) -> None:
+    bundle = export_bundle([trained_run(out / "training")], out / "bundle").path
+    slides = [
+        paint_slide(out / f"{side}.svs", SlideSpec("immune", side, size_px=(side, 4 * side // 5), mpp=1.0))
+        for side in SIDES_PX
+    ]
+    rows = []
+    before: list[float] = []
+    for name, sources in (("before", earlier), ("now", ROOT)):
+        if sources is None:
+            continue
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+        environment |= {"PYTHONPATH": str(sources), "XDG_CACHE_HOME": str(out / f"cache-{name}")}
+        times = []
+        # The first process compiles for the disk.
+        for number in range(TIMES + 1):
+            folder = out / f"{name}-{number}"
+            command = [sys.executable, "-c", CASES, str(folder), str(bundle), *map(str, slides)]
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            times.append(json.loads(done.stdout.splitlines()[-1]))
+        seconds = [statistics.median(of_process) for of_process in zip(*times[1:], strict=True)]
+        for stage, value, earlier_value in zip(_stages(), seconds, before or seconds, strict=True):
+            ratio = (value / earlier_value, "before") if before else (None, "")
+            rows.append(Row(f"{name}: {stage}", value, "s", *ratio))
+        before = seconds
+    about = (
+        "Seconds per case in one worker process of the service, from the claimed case to its result.\n\n"
+        f"* Cases of one slide with {', '.join(map(str, SIDES_PX))} px in their order; the demo's model at 10x. Medians of {TIMES}"
+        " processes; compiled programs are on disk.\n"
+        "* `before` is the worker without an engine that lives from case to case."
+    )
+    record("worker", "python tools/bench_worker.py OUT EARLIER", rows, about)
+
+
+def _stages() -> list[str]:
+    names = {0: "first case", 2: "third case, of another length"}
+    cases = [names.get(number, f"case {number + 1}") for number in range(len(SIDES_PX))]
+    return ["start until the worker is ready", *cases]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
