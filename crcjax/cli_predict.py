@@ -66,6 +66,10 @@ def predict(
         Literal["attention", "gradient", "occlusion", "region_occlusion"],
         typer.Option(help="method of the heatmap; occlusion pools the bag once per tile, region_occlusion per region"),
     ] = "attention",
+    region_share: Annotated[
+        float,
+        typer.Option(help="share of each slide's regions to read, chosen on a small picture of it; 1: all of them"),
+    ] = 1.0,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -105,6 +109,7 @@ def predict(
         file_options: dict[str, object] = {
             "slides": slides,
             "--mpp": mpp,
+            "--region-share": region_share != 1,
             "--workers": workers,
             "--executor": executor != "threads",
             "--priority": priority != "routine",
@@ -132,7 +137,7 @@ def predict(
         if store:
             _predict_stored(trained, store, out, cohort, fitted, dropout_samples, attribution)
         models = trained
-    predictor = Predictor(*models, dropout_samples=dropout_samples, attribution=attribution)
+    predictor = Predictor(*models, dropout_samples=dropout_samples, attribution=attribution, region_share=region_share)
     checked = None if fitted is None else load_calibration(fitted, predictor.model_id, predictor.classes)
     jobs = [
         PredictJob(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -47,30 +46,28 @@ def main(out: Path, earlier: Path | None) -> None:
         paint_slide(out / f"{side}.svs", SlideSpec("immune", side, size_px=(side, 4 * side // 5), mpp=1.0))
         for side in SIDES_PX
     ]
-    rows = []
-    before: list[float] = []
-    for name, sources in (("before", earlier), ("now", ROOT)):
-        if sources is None:
-            continue
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
-        environment |= {"PYTHONPATH": str(sources), "XDG_CACHE_HOME": str(out / f"cache-{name}")}
-        times = []
-        # The first process compiles for the disk.
-        for number in range(TIMES + 1):
-            folder = out / f"{name}-{number}"
-            command = [sys.executable, "-c", CASES, str(folder), str(bundle), *map(str, slides)]
+    versions = {"before": earlier, "now": ROOT} if earlier else {"now": ROOT}
+    times: dict[str, list[list[float]]] = {name: [] for name in versions}
+    # In turns, so that both have the same machine. The first process of each compiles for the disk.
+    for number in range(TIMES + 1):
+        for name, sources in versions.items():
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+            environment |= {"PYTHONPATH": str(sources), "XDG_CACHE_HOME": str(out / f"cache-{name}")}
+            command = [sys.executable, "-c", CASES, str(out / f"{name}-{number}"), str(bundle), *map(str, slides)]
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            times.append(json.loads(done.stdout.splitlines()[-1]))
-        seconds = [statistics.median(of_process) for of_process in zip(*times[1:], strict=True)]
-        for stage, value, earlier_value in zip(_stages(), seconds, before or seconds, strict=True):
-            ratio = (value / earlier_value, "before") if before else (None, "")
-            rows.append(Row(f"{name}: {stage}", value, "s", *ratio))
-        before = seconds
+            times[name].append(json.loads(done.stdout.splitlines()[-1]))
+    rows = []
+    for kind, of_kind in (("nothing on disk", slice(0, 1)), ("programs on disk", slice(1, None))):
+        least = {name: [min(of_stage) for of_stage in zip(*times[name][of_kind], strict=True)] for name in versions}
+        for name, seconds in least.items():
+            for stage, value, first in zip(_stages(), seconds, least[next(iter(versions))], strict=True):
+                ratio = (value / first, "before") if name == "now" and earlier else (None, "")
+                rows.append(Row(f"{kind}, {name}: {stage}", value, "s", *ratio))
     about = (
         "Seconds per case in one worker process of the service, from the claimed case to its result.\n\n"
-        f"* Cases of one slide with {', '.join(map(str, SIDES_PX))} px in their order; the demo's model at 10x. Medians of {TIMES}"
-        " processes; compiled programs are on disk.\n"
-        "* `before` is the worker without an engine that lives from case to case."
+        f"* Cases of one slide with {', '.join(map(str, SIDES_PX))} px in their order; the demo's model at 10x. With compiled"
+        f" programs on disk, the least of {TIMES} processes.\n"
+        "* `before` is the worker without a synthetic case before it is ready, and with a new engine for every case."
     )
     record("worker", "python tools/bench_worker.py OUT EARLIER", rows, about)
 

@@ -37,6 +37,7 @@ class WorkerSetup(Generic[B]):
       sources: the slides of a bag.
       finish: predicts an encoded bag and writes its files; the result goes back to the command.
       memory_bytes: the limit for the slides in work (see `Engine`).
+      region_share: as in `Predictor`.
     """
 
     models: Sequence[TrainedModel]
@@ -47,6 +48,7 @@ class WorkerSetup(Generic[B]):
     sources: Callable[[B], Sequence[SlideSource]]
     finish: Callable[[Predictor, B, list[SlideInWork]], Any]
     memory_bytes: int | None = None
+    region_share: float = 1.0
 
 
 class DistributedInferenceWorker(Generic[B]):
@@ -90,7 +92,12 @@ class DistributedInferenceWorker(Generic[B]):
     def _start(self) -> None:
         """Loads the models. Raises InputError if they, or the code, are not those of the command."""
         setup = self._setup
-        predictor = Predictor(*setup.models, dropout_samples=setup.dropout_samples, attribution=setup.attribution)
+        predictor = Predictor(
+            *setup.models,
+            dropout_samples=setup.dropout_samples,
+            attribution=setup.attribution,
+            region_share=setup.region_share,
+        )
         if (predictor.model_id, code_id()) != (setup.model_id, setup.code_id):
             raise InputError(
                 f"{socket.gethostname()}: has model {predictor.model_id} and code {code_id()}, and the command has "

@@ -121,6 +121,10 @@ def predict_slides(
         check_mpp(mpp)
     if executor not in EXECUTORS:
         raise InputError(f"executor {executor!r}: choose {' or '.join(EXECUTORS)}")
+    if calibration and predictor.region_share < 1:
+        raise InputError(
+            "the calibration is that of whole slides; predict all regions, or with runs and no calibration"
+        )
     if is_urgent and executor == "ray":
         raise InputError("priority urgent is that of a machine; leave it out with the executor ray, or predict here")
     jobs_by_bag = _bags(jobs, predictor.unit)
@@ -159,7 +163,8 @@ def _longest_first(
     on_plan: Callable[[SlideSize, float | None], None] | None,
 ) -> tuple[list[_Pending], list[SlideSize]]:
     """Orders bags by the estimated seconds, and returns their sizes too; bags of equal seconds stay in their order."""
-    sizes = sizes_of_bags([_sources(jobs) for jobs, _ in pending], predictor.tiling, threads)
+    whole = sizes_of_bags([_sources(jobs) for jobs, _ in pending], predictor.tiling, threads)
+    sizes = [size.share(predictor.region_share) for size in whole]
     if on_plan:
         size = sum(sizes, start=NOTHING)
         on_plan(size, costs.seconds_of_command(size) if costs.has_seconds else None)
@@ -213,7 +218,7 @@ def _predict_on_ray(
 
     setup = WorkerSetup(
         *(predictor.models, predictor.dropout_samples, predictor.attribution, predictor.model_id, code_id()),
-        *(_sources, partial(_finish_on_ray, out.absolute(), calibration), memory_bytes),
+        *(_sources, partial(_finish_on_ray, out.absolute(), calibration), memory_bytes, predictor.region_share),
     )
     absolute = [[replace(job, path=job.path.absolute()) for job in jobs] for jobs, _ in pending]
     bag_of = {jobs[0].slide_id: bag for jobs, bag in pending}

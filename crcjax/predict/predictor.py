@@ -19,6 +19,7 @@ from crcjax.predict.ensemble import Ensemble, SlideStains, pool_bag, split_by_sl
 from crcjax.predict.onnx_ensemble import OnnxModel, load_onnx_ensemble
 from crcjax.predict.provenance import PredictedBy, pipeline_id
 from crcjax.predict.region_encoder import S, Shard, encode_regions
+from crcjax.predict.region_selection import check_region_share, select_regions
 from crcjax.slides.preprocess.tile_slides import read_shards
 from crcjax.slides.tiling.plan import TilePlan, Transform, plan_tiles, slot_boxes
 from crcjax.slides.tiling.qc_result import QCResult
@@ -173,6 +174,7 @@ class Predictor:
         exported model, which ONNX Runtime runs.
       dropout_samples: predictions with dropout by each model; 0 predicts once without dropout.
       attribution: the method by which evidence is attributed to instances.
+      region_share: the share of a slide's regions that is read and encoded (`select_regions`).
 
     Attributes:
       models: the opened models.
@@ -188,13 +190,18 @@ class Predictor:
         *models: str | Path | TrainedModel | OnnxModel,
         dropout_samples: int = 0,
         attribution: Method = "attention",
+        region_share: float = 1.0,
     ):
+        check_region_share(region_share)
         ensemble = _load(models, dropout_samples, attribution)
         self.models, self.dropout_samples, self.attribution = ensemble.models, dropout_samples, attribution
         self.tiling, self.classes, self.target = ensemble.tiling, ensemble.classes, ensemble.target
         self.unit, self.split_of, self.model_id = ensemble.unit, ensemble.split_of, ensemble.model_id
         self.members = ensemble.members
         self._bundle_id, self._keys, self._settings = ensemble.bundle_id, ensemble.keys, ensemble.settings
+        self.region_share = region_share
+        if region_share < 1:
+            self._settings = {**ensemble.settings, "region share": region_share}
         self._visible_slots = self.tiling.slots_of(ensemble.magnifications or ())
 
     def predicted_by(self, calibration: Calibration | None = None) -> PredictedBy:
@@ -222,6 +229,7 @@ class Predictor:
         planned = time.monotonic()
         stains = [member.stain_of(slide, plan) for member in self.members]
         transform = _transform(slide, plan)
+        plan = select_regions(plan, slide.info.size[0], self.region_share)
         seconds = {"plan": planned - start, "stain": time.monotonic() - planned}
         sizes = [member.feature_size for member in self.members]
         return SlideEncoding(plan, slide.info.synthetic, stains, transform, self._visible_slots, sizes, seconds)

@@ -57,6 +57,10 @@ class SlideSize:
     def __add__(self, other: SlideSize) -> SlideSize:
         return SlideSize(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
 
+    def share(self, share: float) -> SlideSize:
+        """The size of a share of the regions."""
+        return SlideSize(self.slides, round(share * self.tiles), share * self.megapixels, share * self.megabytes)
+
 
 NOTHING = SlideSize(0, 0, 0.0, 0.0)
 
