@@ -1,4 +1,4 @@
-"""Seconds per case in a worker of the service, and in the worker of earlier sources.
+"""Core-seconds per case in a worker of the service, and in the worker of earlier sources.
 
     python tools/bench_worker.py OUT [EARLIER]
 
@@ -26,16 +26,16 @@ ROOT = Path(__file__).parents[1]
 CASES = """
 import json, sys, time
 from pathlib import Path
-start = time.monotonic()
+start = time.process_time()
 from crcjax.serve.worker import WorkerSettings, bundle_predictor
 out, bundle, slides = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 predict = bundle_predictor(WorkerSettings("w", str(out), bundle))
-seconds = [time.monotonic() - start]
+seconds = [time.process_time() - start]
 for number, slide in enumerate(slides):
-    start = time.monotonic()
+    start = time.process_time()
     case = {"slides": [{"content": Path(slide).stem, "path": slide, "mpp": None, "site": ""}]}
     predict(case, out / str(number), lambda *_: None)
-    seconds.append(time.monotonic() - start)
+    seconds.append(time.process_time() - start)
 print(json.dumps(seconds))
 """
 
@@ -62,9 +62,10 @@ def main(out: Path, earlier: Path | None) -> None:
         for name, seconds in least.items():
             for stage, value, first in zip(_stages(), seconds, least[next(iter(versions))], strict=True):
                 ratio = (value / first, "before") if name == "now" and earlier else (None, "")
-                rows.append(Row(f"{kind}, {name}: {stage}", value, "s", *ratio))
+                rows.append(Row(f"{kind}, {name}: {stage}", value, "core-s", *ratio))
     about = (
-        "Seconds per case in one worker process of the service, from the claimed case to its result.\n\n"
+        "Core-seconds per case in one worker process of the service, from the claimed case to its result.\n\n"
+        "* Core-seconds, because other work on the machine hardly changes them.\n"
         f"* Cases of one slide with {', '.join(map(str, SIDES_PX))} px in their order; the demo's model at 10x. With compiled"
         f" programs on disk, the least of {TIMES} processes.\n"
         "* `before` is the worker without a synthetic case before it is ready, and with a new engine for every case."
