@@ -68,6 +68,12 @@ cloud-packages: .venv-clouds/.ready
 	$(BIN)/uv pip install --quiet --python .venv-clouds/bin/python --requirement tests/launching/clouds.txt
 	@touch $@
 
+# Prometheus, promtool and Alertmanager, for tests/monitor; Debian and Ubuntu.
+.PHONY: prometheus-packages
+prometheus-packages:
+	@{ command -v prometheus && command -v promtool && command -v prometheus-alertmanager; } >/dev/null \
+	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends prometheus prometheus-alertmanager; }
+
 # A browser for the tests that look at pages, and what PDF reports need; Debian and Ubuntu.
 BROWSER_PACKAGES := chromium fonts-dejavu fonts-liberation libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0
 .PHONY: browser-packages
