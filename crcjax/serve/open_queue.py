@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from crcjax.environment import require_extra
+from crcjax.errors import writing
 from crcjax.serve.queue import Queue, QueueLimits
 from crcjax.serve.sqlite_queue import SqliteQueue
 
@@ -22,7 +25,8 @@ def open_queue(state: Path, limits: QueueLimits | None = None, redis: str | None
       patience: times that a call is tried again while Redis cannot be reached.
 
     Raises:
-      InputError: Redis is not usable, or a newer release wrote the file.
+      InputError: Redis is not usable or has another folder's jobs, or a newer release wrote the file.
+      QueueUnavailableError: Redis cannot be reached.
       OutputError: the file cannot be written.
     """
     if redis is None:
@@ -30,4 +34,14 @@ def open_queue(state: Path, limits: QueueLimits | None = None, redis: str | None
     require_extra("redis", "redis", "a queue in Redis")
     from crcjax.serve.redis_queue import RedisQueue
 
-    return RedisQueue(redis, limits, patience)
+    queue = RedisQueue(redis, limits, patience)
+    queue.belong_to(_id_of(state))
+    return queue
+
+
+def _id_of(state: Path) -> str:
+    """The id of a state folder, made at the first call."""
+    path = state / "queue_id"
+    with writing(path, "choose another --state"), suppress(FileExistsError), open(path, "x") as file:
+        file.write(str(uuid.uuid4()))
+    return path.read_text()

@@ -7,12 +7,14 @@ would be done at the sustained rate. It may be ahead of now by the burst.
 from __future__ import annotations
 
 import math
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from crcjax.errors import CrcjaxError
+from crcjax.monitor.logs import log
 from crcjax.serve.database import Database
 
 _MIGRATIONS = (("CREATE TABLE rates (key TEXT PRIMARY KEY, done_s REAL NOT NULL) WITHOUT ROWID",),)
@@ -60,6 +62,13 @@ class RateLimits:
         self._count(f"address {address}", self._address)
 
     def _count(self, key: str, rate: Rate) -> None:
+        try:
+            self._count_or_raise(key, rate)
+        except sqlite3.OperationalError as error:
+            # Such as a full disk: results can still be read.
+            log.warning(f"requests are not limited: {error}")
+
+    def _count_or_raise(self, key: str, rate: Rate) -> None:
         now, interval_s = self._now(), 1 / rate.per_s
         latest = now + (rate.burst - 1) * interval_s
         row = self._database.row(

@@ -51,7 +51,8 @@ class RedisQueue:
       prefix: of all keys.
 
     Raises:
-      InputError: the URL is none, Redis cannot be reached, or a setting would let it forget accepted jobs.
+      InputError: the URL is none, or a setting would let it forget accepted jobs.
+      QueueUnavailableError: Redis cannot be reached.
     """
 
     def __init__(
@@ -86,11 +87,27 @@ class RedisQueue:
         except redis.ResponseError as error:
             raise InputError(f"{self._name}: does not show its settings ({error}); permit CONFIG GET") from error
         except redis.RedisError as error:
-            raise InputError(f"{self._name}: cannot be reached ({error}); start it, or correct the URL") from error
+            raise self._unreachable(error) from error
         wrong = [f"{name} must be {value}, got {settings.get(name)}" for name, value in _SETTINGS.items()]
         wrong = [text for text, name in zip(wrong, _SETTINGS, strict=True) if settings.get(name) != _SETTINGS[name]]
         if wrong:
             raise InputError(f"{self._name} would lose accepted jobs: {'; '.join(wrong)}; correct its redis.conf")
+
+    def _unreachable(self, error: Exception) -> QueueUnavailableError:
+        return QueueUnavailableError(f"{self._name}: cannot be reached ({error}); start it, or correct the URL")
+
+    def belong_to(self, owner: str) -> None:
+        """Binds the database to the state folder with this id. Raises InputError if it belongs to another, QueueUnavailableError."""
+        try:
+            self._redis.set(f"{self._prefix}owner", owner, nx=True)
+            first = self._redis.get(f"{self._prefix}owner")
+        except redis.RedisError as error:
+            raise self._unreachable(error) from error
+        if first != owner:
+            raise InputError(
+                f"{self._name}: holds the jobs of another state folder; give that --state, or the URL of another database, "
+                "such as redis://HOST:6379/1"
+            )
 
     def _call(self, operation: str, *arguments: str | int | float) -> Any:
         now = "" if self._now is None else repr(float(self._now()))

@@ -16,8 +16,9 @@ from pathlib import Path
 import uvicorn
 
 from crcjax.encryption.keys import Keys, open_keys
-from crcjax.errors import InputError, OutputError
+from crcjax.errors import CrcjaxError, InputError, OutputError
 from crcjax.serve.config import ServeConfig
+from crcjax.serve.processes import UNUSABLE
 from crcjax.serve.service import Service, open_service
 from crcjax.serve.tls import certificate_files
 
@@ -77,9 +78,10 @@ def main(arguments: list[str]) -> int:
         config = ServeConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
         service = open_configured(config, open_keys(config.keys) if config.keys else None)
         server = http_server(config, service)
-    except (InputError, OutputError) as error:
+    except CrcjaxError as error:
         print(f"crcjax serve: {error}", file=sys.stderr)
-        return 2
+        # It is started again unless that would not help.
+        return UNUSABLE if isinstance(error, InputError | OutputError) else 1
     _stop_with_the_service(server)
     with socket.socket(fileno=int(arguments[0])) as listener, service.log.timed_checkpoints():
         server.run([listener])

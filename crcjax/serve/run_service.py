@@ -19,6 +19,7 @@ from crcjax.serve.at_rest import keys_at_rest
 from crcjax.serve.config import ServeConfig
 from crcjax.serve.open_queue import REDIS_VARIABLE
 from crcjax.serve.processes import UNUSABLE, Processes, Slot
+from crcjax.serve.queue import QueueUnavailableError
 from crcjax.serve.replica import CONFIG_VARIABLE, certificate_of, http_server, open_configured
 from crcjax.serve.service import Service, forget_results_of_other_bundles
 from crcjax.serve.worker import WorkerSettings
@@ -32,7 +33,10 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
       OutputError: the state folder cannot be written.
     """
     keys, notice = keys_at_rest(config.state, config.host, config.keys, config.encrypted_volume)
-    service = open_configured(config, keys)
+    try:
+        service = open_configured(config, keys)
+    except QueueUnavailableError as error:
+        raise InputError(str(error)) from error
     forget_results_of_other_bundles(service)
     certificate, _ = certificate_of(config)
     listener = _listen(config.host, config.port)

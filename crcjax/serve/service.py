@@ -136,6 +136,7 @@ def open_service(
 
     Raises:
       InputError: the bundle is none, a folder does not exist, Redis is not usable, or a newer release wrote the state folder.
+      QueueUnavailableError: Redis cannot be reached.
       OutputError: the state folder cannot be written.
     """
     facts, audit = _bundle_facts(bundle), audit or AuditOptions()

@@ -42,6 +42,12 @@ def test_a_burst_is_answered_and_then_the_sustained_rate(tmp_path: Path) -> None
     assert _accepted(limits, "a", 5) > 0, "a clock that is set back blocks nobody"
 
 
+def test_a_file_that_cannot_be_written_limits_nobody(tmp_path: Path) -> None:
+    limits = RateLimits(tmp_path / "rates.db", Rate(0.001, 1), Rate(0.001, 1))
+    limits._database._connection.execute("PRAGMA query_only = ON")
+    assert _accepted(limits, "a", 3) == 3
+
+
 def test_processes_count_together(tmp_path: Path) -> None:
     limits = RateLimits(tmp_path / "rates.db", Rate(0.001, 200), Rate(1.0, 1))
     limits._database.close()

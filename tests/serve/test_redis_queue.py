@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from crcjax.errors import InputError
+from crcjax.serve.open_queue import open_queue
 from crcjax.serve.queue import JobRequest, QueueLimits, QueueUnavailableError, Status
 from crcjax.serve.redis_queue import RedisQueue
 
@@ -35,7 +36,7 @@ def test_a_server_that_would_lose_jobs_is_refused_with_every_wrong_setting(redis
 def test_a_server_that_does_not_answer_is_one_line_without_its_password() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with pytest.raises(InputError, match="cannot be reached") as caught:
+    with pytest.raises(QueueUnavailableError, match="cannot be reached") as caught:
         RedisQueue(f"redis://:secret@127.0.0.1:{port}/0", patience=0)
     assert "secret" not in str(caught.value)
     with pytest.raises(InputError, match="redis must be a URL"):
@@ -71,6 +72,17 @@ def test_accepted_jobs_leases_and_results_outlive_a_killed_server(start_redis: C
     assert first is not None
     assert first.result == {"answer": 42}
     queue.close()
+
+
+def test_a_database_belongs_to_one_state_folder(start_redis: Callable, tmp_path: Path) -> None:
+    server = start_redis(tmp_path)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    for _ in range(2):
+        open_queue(tmp_path / "first", redis=server.url).close()
+    with pytest.raises(InputError, match="holds the jobs of another state folder"):
+        open_queue(tmp_path / "second", redis=server.url)
+    open_queue(tmp_path / "second", redis=server.url.replace("/0", "/1")).close()
 
 
 def test_a_clock_that_is_set_back_delays_a_dead_workers_job_by_one_lease_at_most(redis_server, tmp_path: Path) -> None:
