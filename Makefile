@@ -81,5 +81,10 @@ browser-packages:
 	@dpkg --status $(BROWSER_PACKAGES) >/dev/null 2>&1 \
 	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(BROWSER_PACKAGES); }
 
+# The zooming viewer of the service's page; needs npm.
+.PHONY: viewer
+viewer: $(READY)
+	@$(BIN)/crcjax install-viewer
+
 clean:
 	rm -rf $(VENV) .venv-clouds runs build *.egg-info

@@ -23,7 +23,7 @@ from crcjax import (
 )
 from crcjax.cli_monitor import monitor
 from crcjax.cli_options import STDERR, run_app, show_version
-from crcjax.cli_serve import loadtest, serve
+from crcjax.cli_serve import install_viewer, loadtest, serve
 from crcjax.cli_supervise import health, supervise
 
 HELP = """Predicts the molecular subtype of colorectal cancer from whole-slide images. Research software; no clinical claim.
@@ -87,6 +87,7 @@ app.command()(serve)
 app.command()(loadtest)
 app.add_typer(cli_audit.app, name="audit")
 app.add_typer(cli_keys.app, name="keys")
+app.command()(install_viewer)
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_launch.app, name="launch")

@@ -1,4 +1,4 @@
-"""The commands `crcjax serve` and `crcjax loadtest`."""
+"""The commands `crcjax serve`, `crcjax loadtest` and `crcjax install-viewer`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def serve(
         Path | None, typer.Option(help="PEM file of your certificate; by default the service signs one itself")
     ] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's private key")] = None,
+    viewer: Annotated[
+        Path | None, typer.Option(help="script of crcjax install-viewer, if it was installed for another user")
+    ] = None,
     audit_key: Annotated[
         Path | None, typer.Option(help="private key that signs the log's checkpoints; by default STATE/audit.pem")
     ] = None,
@@ -159,3 +162,22 @@ def loadtest(
         with writing(out):
             out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     raise typer.Exit(1 if any(row.errors for row in rows) else 0)
+
+
+def install_viewer(
+    package: Annotated[
+        Path | None, typer.Option(help="archive of npm pack from another machine; by default npm fetches it")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="file to write, for crcjax serve --viewer; by default this user's data folder")
+    ] = None,
+) -> None:
+    """Installs OpenSeadragon, by which the page of crcjax serve zooms into slides (docs/service.md).
+
+    Only the release whose hash crcjax states is installed. The service works without it, with heatmaps in place of the viewer.
+    """
+    from crcjax.serve.viewer_library import PACKAGE, VERSION, default_file, install
+
+    file = to or default_file()
+    install(file, package)
+    STDERR.print(f"{PACKAGE} {VERSION}: {file}", markup=False)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import psutil
 
+from crcjax.errors import InputError
 from crcjax.monitor.gpu_sensors import GpuSensors
+from crcjax.serve import viewer_library
 from crcjax.slides.jobs.usable_cores import usable_cores
 
 PACKAGES = [
@@ -70,7 +72,7 @@ def examine(folder: Path) -> list[Finding]:
         except importlib.metadata.PackageNotFoundError:
             findings.append(Finding(name, "missing", "install crcjax again: pip install ."))
     findings += [_extra(name) for name in EXTRAS]
-    findings += [_devices(), _gpu_readings(), _openslide(), *_machine(folder)]
+    findings += [_viewer(), _devices(), _gpu_readings(), _openslide(), *_machine(folder)]
     return findings
 
 
@@ -82,6 +84,18 @@ def _extra(name: str) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         observed = f"not installed; {purpose} needs it: pip install 'crcjax[{name}]'"
     return Finding(f"extra {name}", observed)
+
+
+def _viewer() -> Finding:
+    """Reports the viewer of the service's page; a missing one is no fault."""
+    about, name = "zooming viewer", f"{viewer_library.PACKAGE} {viewer_library.VERSION}"
+    try:
+        is_installed = viewer_library.read_script() is not None
+    except InputError as error:
+        return Finding(about, str(error), f"install it again: {viewer_library.INSTALL}")
+    if is_installed:
+        return Finding(about, f"{name}: {viewer_library.default_file()}")
+    return Finding(about, f"not installed; the page of crcjax serve zooms with it: {viewer_library.INSTALL}")
 
 
 def _devices() -> Finding:

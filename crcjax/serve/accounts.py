@@ -202,6 +202,11 @@ class Accounts:
 
     def sign_in(self, name: str, password: str, code: str = "") -> tuple[str, Session]:
         """Opens a session, and returns its token. Raises SignInError, BlockedError."""
+        self.prove(name, password, code)
+        return self._open_session(name, _SESSION_S)
+
+    def prove(self, name: str, password: str, code: str = "") -> None:
+        """Checks who somebody is, by password and one-time code. Raises SignInError, BlockedError."""
         blocked = self._database.row("SELECT blocked_until_s FROM sign_in_failures WHERE name = ?", name)
         if blocked is not None and blocked["blocked_until_s"] > self._now():
             raise BlockedError(int(blocked["blocked_until_s"] - self._now()) + 1)
@@ -212,7 +217,6 @@ class Accounts:
             raise SignInError("name, password or one-time code is wrong")
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM sign_in_failures WHERE name = ?", (name,))
-        return self._open_session(name, _SESSION_S)
 
     def _is_password(self, password_hash: str, password: str) -> bool:
         with self._hashing:

@@ -16,21 +16,36 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from crcjax import __version__
 from crcjax.errors import OutputError
 from crcjax.monitor.logs import log
-from crcjax.serve import problems, routes_accounts, routes_operation, routes_predictions, routes_slides
+from crcjax.serve import (
+    problems,
+    routes_accounts,
+    routes_operation,
+    routes_predictions,
+    routes_signatures,
+    routes_slides,
+    routes_viewer,
+)
 from crcjax.serve.service import Service
+from crcjax.serve.viewer_library import STYLE_SHA256
 
 _HEADERS = {
     "strict-transport-security": "max-age=31536000",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
-    "content-security-policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    "content-security-policy": (
+        f"default-src 'self'; img-src 'self' blob:; style-src 'self' '{STYLE_SHA256}'; object-src 'none'; "
+        "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+    ),
 }
 ROUTERS = (
+    # Tiles are asked for most: their route is compared first.
+    routes_viewer.router,
     routes_accounts.public,
     routes_accounts.router,
     routes_slides.router,
     routes_predictions.router,
+    routes_signatures.router,
     # Its last route answers for every other path of the API.
     routes_operation.router,
     routes_operation.public,
@@ -40,7 +55,7 @@ _MAX_BODY_BYTES = 1 << 20
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 # The ids that this service gives out.
 _IDENTIFIER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-# Answers to these are logged only if they are errors: pages and clients ask for them every second.
+# Answers to these are logged only if they are errors, or the endpoint says so: pages and clients ask for them every second.
 _POLLED = (
     "/v1/predictions",
     "/v1/predictions/{prediction_id}",
@@ -48,6 +63,7 @@ _POLLED = (
     "/v1/me",
     "/v1/models",
     "/v1/uploads/{upload_id}",
+    "/v1/slides/{slide_id}/image_files/{level}/{column}_{row}.jpeg",
 )
 
 
@@ -74,8 +90,8 @@ class Metrics:
         return generate_latest(shared)
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application over an open state folder."""
+def create_app(service: Service, viewer_script: bytes | None = None) -> FastAPI:
+    """The application over an open state folder; the page's zooming viewer is a script that is installed apart."""
     app = FastAPI(
         title="crcjax",
         version=__version__,
@@ -85,6 +101,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service, app.state.metrics = service, Metrics()
+    app.state.viewer, app.state.viewer_script = routes_viewer.ViewerState(service), viewer_script
     for router in ROUTERS:
         app.include_router(router)
     problems.add_handlers(app)
@@ -139,7 +156,8 @@ class _Recorded:
     async def _log(self, scope: Scope, status: int) -> None:
         endpoint = _endpoint(scope)
         is_polled = scope["method"] in ("GET", "HEAD") and endpoint in _POLLED and status < 400
-        if not scope["path"].startswith("/v1/") or is_polled:
+        is_logged = scope["state"].get("is_logged", not is_polled)
+        if not scope["path"].startswith("/v1/") or not is_logged:
             return
         account = scope["state"].get("account")
         facts: dict[str, Any] = {

@@ -199,6 +199,33 @@ class Client:
         """The result of a prediction that is done."""
         return self.request("GET", f"/v1/predictions/{prediction_id}/result").json()
 
+    def sign(
+        self, prediction_id: str, password: str, code: str, call: str | None = None, reason: str = ""
+    ) -> dict[str, Any]:
+        """Signs a result, or corrects its signature, and returns the new version. Raises ServiceError.
+
+        Args:
+          prediction_id: a prediction that is done, whose result and signatures you have read.
+          password: the account's.
+          code: a one-time code of the account's second factor, which no sign-in has used.
+          call: another class, or "not evaluable"; None agrees with the predicted class.
+          reason: required for another call, and for a correction.
+        """
+        result, history = self.result(prediction_id), self.signatures(prediction_id)
+        body = {
+            "result_sha256": result["sha256"],
+            "after_version": len(history["versions"]),
+            "call": call,
+            "reason": reason,
+            "password": password,
+            "code": code,
+        }
+        return self.request("POST", f"/v1/predictions/{prediction_id}/signatures", json=body).json()
+
+    def signatures(self, prediction_id: str) -> dict[str, Any]:
+        """All versions of a result's signature, oldest first, and whether they are intact."""
+        return self.request("GET", f"/v1/predictions/{prediction_id}/signatures").json()
+
     def heatmap(self, prediction_id: str, slide_id: str) -> bytes:
         """The heatmap of a slide as PNG."""
         return self.request("GET", f"/v1/predictions/{prediction_id}/slides/{slide_id}/heatmap.png").content

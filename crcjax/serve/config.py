@@ -99,6 +99,7 @@ class ServeConfig(_Part):
       trust: public keys, one of which must have signed the bundle.
       encoder_weights: the file of a published encoder's weights.
       certificate, key: PEM files of a certificate of your own.
+      viewer: the script of the page's zooming viewer; by default where `crcjax install-viewer` put it for this user.
       threads: threads of each worker that decode tiles; by default one per core.
       max_queued: cases that may wait; further requests are answered 429.
       ageing_h: hours after which a waiting case gets every second turn, even before urgent ones.
@@ -123,6 +124,7 @@ class ServeConfig(_Part):
     encoder_weights: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+    viewer: Path | None = None
     threads: Count | None = None
     max_queued: Count = QueueLimits.max_queued
     ageing_h: Annotated[float, Field(ge=0)] = QueueLimits.ageing_s / 3600
@@ -159,7 +161,7 @@ class ServeConfig(_Part):
 
 
 # Fields that hold paths, which are relative to the folder of the file that names them.
-_PATHS = ("state", "bundle", "encoder_weights", "certificate", "key", "audit_key", "audit_anchor")
+_PATHS = ("state", "bundle", "encoder_weights", "certificate", "key", "viewer", "audit_key", "audit_anchor")
 
 
 def read_config(path: Path | None, options: Mapping[str, Any]) -> ServeConfig:

@@ -37,6 +37,7 @@ class Action(StrEnum):
     PREDICTION_READ = "prediction.read"
     PREDICTION_CANCEL = "prediction.cancel"
     RESULT_READ = "result.read"
+    RESULT_SIGN = "result.sign"
 
 
 class Reach(StrEnum):
@@ -60,6 +61,7 @@ PERMISSIONS: Mapping[Role, Mapping[Action, Reach]] = {
         Action.PREDICTION_READ: Reach.SITE,
         Action.PREDICTION_CANCEL: Reach.SITE,
         Action.RESULT_READ: Reach.SITE,
+        Action.RESULT_SIGN: Reach.SITE,
     },
     # Researchers work with slides that they added themselves, and have no urgent cases.
     Role.RESEARCHER: {

@@ -20,7 +20,9 @@ from crcjax.serve.oidc import NoRoleError, ProviderUnavailableError
 from crcjax.serve.prediction_records import KeyReusedError, RequestRefusedError
 from crcjax.serve.queue import QueueFullError, QueueUnavailableError
 from crcjax.serve.rate_limits import TooManyRequestsError
+from crcjax.serve.signatures import SignatureConflictError, SignatureRefusedError
 from crcjax.serve.slide_records import SlideRefusedError
+from crcjax.serve.slide_tiles import NoSuchTileError, SlideUnreadableError
 from crcjax.serve.uploads import NoRoomError, OffsetError
 
 CONTENT_TYPE = "application/problem+json"
@@ -33,8 +35,12 @@ _STATUS: Mapping[type[Exception], int] = {
     ProviderUnavailableError: 503,
     AccountError: 422,
     SlideRefusedError: 422,
+    SlideUnreadableError: 422,
+    NoSuchTileError: 404,
     RequestRefusedError: 422,
     KeyReusedError: 422,
+    SignatureRefusedError: 422,
+    SignatureConflictError: 409,
     OffsetError: 409,
     DecryptionError: 503,
     NoRoomError: 507,

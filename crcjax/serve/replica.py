@@ -21,6 +21,7 @@ from crcjax.serve.config import ServeConfig
 from crcjax.serve.processes import UNUSABLE
 from crcjax.serve.service import Service, open_service
 from crcjax.serve.tls import certificate_files
+from crcjax.serve.viewer_library import read_script
 
 # The environment variable by which a replica receives the configuration, which may hold a password.
 CONFIG_VARIABLE = "CRCJAX_SERVE"
@@ -50,7 +51,7 @@ def http_server(config: ServeConfig, service: Service) -> uvicorn.Server:
     certificate, key = certificate_of(config)
     return uvicorn.Server(
         uvicorn.Config(
-            create_app(service),
+            create_app(service, read_script(config.viewer)),
             ssl_certfile=str(certificate),
             ssl_keyfile=str(key),
             log_level="warning",

@@ -71,9 +71,14 @@ def heatmap(vault: Vault, results: Path, job_id: str, token: int, content: str) 
         return file.read()
 
 
+def attention_file(results: Path, job_id: str, token: int, content: str) -> Path:
+    """The file of a slide's attention and attribution; a slide without a prediction has none."""
+    return results / job_id / str(token) / "attention" / f"{slide_id(content)}.npz"
+
+
 def regions_geojson(vault: Vault, results: Path, job_id: str, token: int, content: str) -> dict[str, Any] | None:
     """The predicted regions of a slide with their attention and attribution as GeoJSON in level-0 px; None without a prediction."""
-    path = results / job_id / str(token) / "attention" / f"{slide_id(content)}.npz"
+    path = attention_file(results, job_id, token, content)
     if not path.is_file():
         return None
     with open_result(vault, results, path) as file, np.load(file) as saved:

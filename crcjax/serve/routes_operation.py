@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -13,16 +13,25 @@ from pydantic import BaseModel
 from crcjax import __version__
 from crcjax.monitor.event_log import events_from
 from crcjax.serve.access import Caller, Requires, not_found, service_of
+from crcjax.serve.etags import answer_with_etag
 from crcjax.serve.permissions import EVERY_SITE, Action
 from crcjax.serve.queue import Status
 from crcjax.serve.service import LOG
+from crcjax.serve.viewer_library import INSTALL
 
 router = APIRouter(prefix="/v1", tags=["operation"])
 public = APIRouter(tags=["operation"])
 
 # A request reads at most so much of the log: the entries of a small site may lie far apart.
 _LOG_BYTES = 8 << 20
-_PAGE_FILES = {"": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
+_PAGE_FILES = {
+    "": "text/html",
+    "page.css": "text/css",
+    **dict.fromkeys(
+        ("page.js", "server.js", "worklist.js", "result.js", "sign.js", "viewer.js", "accounts.js"), "text/javascript"
+    ),
+}
+_VIEWER_SCRIPT = "openseadragon.js"
 
 
 class ModelView(BaseModel):
@@ -108,8 +117,13 @@ def metrics(request: Request) -> Response:
 
 @public.get("/", include_in_schema=False)
 @public.get("/{name}", include_in_schema=False)
-def page(name: str = "") -> Response:
-    """The page and its two files."""
+def page(request: Request, name: str = "") -> Response:
+    """The page and its files."""
+    if name == _VIEWER_SCRIPT:
+        script = request.app.state.viewer_script
+        if script is None:
+            raise HTTPException(404, f"the zooming viewer is not installed; install it: {INSTALL}")
+        return answer_with_etag(request, script, "text/javascript")
     if name not in _PAGE_FILES:
         raise not_found()
     content = (files("crcjax.serve") / "page" / (name or "page.html")).read_bytes()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -16,11 +15,13 @@ from pydantic import BaseModel, Field
 
 from crcjax.errors import CrcjaxError
 from crcjax.serve.access import Caller, Requires, not_found, service_of
+from crcjax.serve.etags import answer_with_etag
 from crcjax.serve.permissions import Action, reach
 from crcjax.serve.prediction_records import PredictionRecord
 from crcjax.serve.queue import Job, Priority, Status
 from crcjax.serve.results import heatmap, regions_geojson
 from crcjax.serve.service import Service
+from crcjax.serve.signatures import Meaning, Signature, result_hash
 from crcjax.serve.slide_records import SlideRecord
 
 router = APIRouter(prefix="/v1", tags=["predictions"])
@@ -35,6 +36,16 @@ class NewPrediction(BaseModel):
 
     slides: Annotated[list[str], Field(min_length=1, max_length=64, description="ids of slides of one case")]
     urgent: Annotated[bool, Field(description="before all routine cases")] = False
+
+
+class SignedView(BaseModel):
+    """The newest signature of a result: who made which call."""
+
+    version: int
+    meaning: Meaning
+    calls: list[str]
+    signer: str
+    signed_s: float
 
 
 class PredictionView(BaseModel):
@@ -55,6 +66,9 @@ class PredictionView(BaseModel):
     started_s: float | None
     ended_s: float | None
     calls: Annotated[list[str], Field(description="the predicted class of each slide once it is done")]
+    qc: Annotated[list[str], Field(description="the quality-control result of each slide")]
+    entropies: Annotated[list[float | None], Field(description="the entropy of each slide's probabilities, in nats")]
+    signed: Annotated[SignedView | None, Field(description="the newest signature of the result")]
 
 
 class PredictionPage(BaseModel):
@@ -64,12 +78,17 @@ class PredictionPage(BaseModel):
     next: int | None
 
 
-def _view(service: Service, record: PredictionRecord) -> PredictionView:
+def _view(
+    service: Service, record: PredictionRecord, signatures: Mapping[str, Signature] | None = None
+) -> PredictionView:
+    if signatures is None:
+        signatures = service.signatures.newest([record.id])
     job = service.queue.job(record.job_id)
     if job is None:
         raise HTTPException(410, "the queue has lost this prediction; ask for it again")
     # Others may still wait for the job of a request that was cancelled.
     is_cancelled = record.is_cancelled and job.status != Status.DONE
+    rows = job.result["slides"] if job.result else []
     return PredictionView(
         id=record.id,
         case_id=record.case_id,
@@ -85,8 +104,18 @@ def _view(service: Service, record: PredictionRecord) -> PredictionView:
         requested_s=record.requested_s,
         started_s=job.started_s,
         ended_s=job.ended_s,
-        calls=[row["call"] for row in job.result["slides"]] if job.result else [],
+        calls=[row["call"] for row in rows],
+        qc=[row.get("qc_verdict", "") for row in rows],
+        entropies=[row.get("entropy") for row in rows],
+        signed=_signed_view(signatures.get(record.id)),
     )
+
+
+def _signed_view(signature: Signature | None) -> SignedView | None:
+    if signature is None:
+        return None
+    facts = {name: getattr(signature, name) for name in ("version", "meaning", "signer", "signed_s")}
+    return SignedView(**facts, calls=list(signature.calls))
 
 
 def _expected_s(service: Service, job: Job) -> float | None:
@@ -132,7 +161,8 @@ def worklist(
     service = service_of(request)
     owner = caller.account.name if caller.reaches_own_only else None
     records = service.predictions.worklist(caller.site, owner, before, limit)
-    items = [_view(service, record) for record in records]
+    signatures = service.signatures.newest([record.id for record in records])
+    items = [_view(service, record, signatures) for record in records]
     return PredictionPage(items=items, next=records[-1].sequence if len(records) == limit else None)
 
 
@@ -199,7 +229,7 @@ async def _events(service: Service, record: PredictionRecord, token: str) -> Asy
         await asyncio.sleep(_EVENT_POLL_S)
 
 
-def _done(request: Request, caller: Caller, prediction_id: str) -> tuple[PredictionRecord, dict[str, Any]]:
+def done(request: Request, caller: Caller, prediction_id: str) -> tuple[PredictionRecord, dict[str, Any]]:
     """A prediction and its result; answers 409 without one."""
     record = _record(request, caller, prediction_id)
     job = service_of(request).queue.job(record.job_id)
@@ -209,21 +239,12 @@ def _done(request: Request, caller: Caller, prediction_id: str) -> tuple[Predict
     return record, dict(job.result)
 
 
-def _slide_of(request: Request, record: PredictionRecord, slide_id: str) -> SlideRecord:
+def slide_of(request: Request, record: PredictionRecord, slide_id: str) -> SlideRecord:
+    """A slide of a prediction."""
     slide = service_of(request).slides.slide(slide_id) if slide_id in record.slides else None
     if slide is None:
         raise not_found()
     return slide
-
-
-def _cached(request: Request, content: bytes, media_type: str) -> Response:
-    """The content with its ETag, or 304 if the client has it. The ETag is looked at after the permission."""
-    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    known = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
-    if etag in known:
-        return Response(status_code=304, headers=headers)
-    return Response(content, headers=headers, media_type=media_type)
 
 
 @router.get("/predictions/{prediction_id}/result")
@@ -231,14 +252,16 @@ def result(
     prediction_id: str, request: Request, caller: Annotated[Caller, Depends(Requires(Action.RESULT_READ))]
 ) -> Response:
     """The result: for each slide the predicted class, probabilities, uncertainties and quality control."""
-    record, committed = _done(request, caller, prediction_id)
+    record, committed = done(request, caller, prediction_id)
     rows = [
         {"id": slide_id, **{name: value for name, value in row.items() if name not in ("slide_id", "case_id")}}
         for slide_id, row in zip(record.slides, committed["slides"], strict=True)
     ]
     shown = {name: committed[name] for name in ("target", "classes", "bundle_id")}
     content = {"prediction": record.id, "case_id": record.case_id, **shown, "slides": rows, "use": "research use only"}
-    return _cached(request, json.dumps(content).encode(), "application/json")
+    # What a signature refers to.
+    content["sha256"] = result_hash(record.id, committed)
+    return answer_with_etag(request, json.dumps(content).encode(), "application/json")
 
 
 @router.get("/predictions/{prediction_id}/slides/{slide_id}/heatmap.png")
@@ -249,13 +272,13 @@ def heatmap_png(
     caller: Annotated[Caller, Depends(Requires(Action.RESULT_READ))],
 ) -> Response:
     """The slide beside its copy coloured by attention."""
-    record, committed = _done(request, caller, prediction_id)
-    slide = _slide_of(request, record, slide_id)
+    record, committed = done(request, caller, prediction_id)
+    slide = slide_of(request, record, slide_id)
     service = service_of(request)
     png = heatmap(service.vault, service.results, record.job_id, committed["token"], slide.content)
     if png is None:
         raise HTTPException(404, "the slide has no prediction, so there is no heatmap; the result says why")
-    return _cached(request, png, "image/png")
+    return answer_with_etag(request, png, "image/png")
 
 
 @router.get("/predictions/{prediction_id}/slides/{slide_id}/regions.geojson")
@@ -266,10 +289,10 @@ def regions(
     caller: Annotated[Caller, Depends(Requires(Action.RESULT_READ))],
 ) -> Response:
     """The slide's regions with attention and attribution, in level-0 px, for QuPath and others."""
-    record, committed = _done(request, caller, prediction_id)
-    slide = _slide_of(request, record, slide_id)
+    record, committed = done(request, caller, prediction_id)
+    slide = slide_of(request, record, slide_id)
     service = service_of(request)
     collection = regions_geojson(service.vault, service.results, record.job_id, committed["token"], slide.content)
     if collection is None:
         raise HTTPException(404, "the slide has no prediction, so it has no regions; the result says why")
-    return _cached(request, json.dumps(collection).encode(), "application/geo+json")
+    return answer_with_etag(request, json.dumps(collection).encode(), "application/geo+json")

@@ -22,6 +22,7 @@ from crcjax.serve.processes import UNUSABLE, Processes, Slot
 from crcjax.serve.queue import QueueUnavailableError
 from crcjax.serve.replica import CONFIG_VARIABLE, certificate_of, http_server, open_configured
 from crcjax.serve.service import Service, forget_results_of_other_bundles
+from crcjax.serve.viewer_library import INSTALL, read_script
 from crcjax.serve.worker import WorkerSettings
 
 
@@ -33,6 +34,7 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
       OutputError: the state folder cannot be written.
     """
     keys, notice = keys_at_rest(config.state, config.host, config.keys, config.encrypted_volume)
+    has_viewer = read_script(config.viewer) is not None
     try:
         service = open_configured(config, keys)
     except QueueUnavailableError as error:
@@ -46,6 +48,8 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
         on_line("first administrator: name {}, one-time sign-in secret {}".format(*administrator))
     if notice:
         on_line(notice)
+    if not has_viewer:
+        on_line(f"the zooming viewer is not installed, so that the page shows heatmaps only; install it: {INSTALL}")
     serve = _serve_here if config.replicas == 1 else _serve_by_replicas
     service.log.append("service_started", bundle_id=service.bundle.id, crcjax=__version__, workers=config.workers)
     with service.log.timed_checkpoints():

@@ -1,8 +1,9 @@
 """The parts of the service over one state folder.
 
-STATE/state.db    accounts, slides, uploads, predictions      STATE/uploads/   unfinished uploads
-STATE/queue.db    jobs, unless they are in Redis                                        STATE/slides/    uploaded slides
-STATE/log.jsonl   the hash-chained log                        STATE/results/   heatmaps and attention
+STATE/state.db    accounts, slides, uploads,              STATE/uploads/   unfinished uploads
+                  predictions, signatures
+STATE/queue.db    jobs, unless they are in Redis          STATE/slides/    uploaded slides
+STATE/log.jsonl   the hash-chained log                    STATE/results/   heatmaps and attention
 STATE/tls/        certificate and key                     STATE/audit.pem  the key of the log's checkpoints; audit.pub
 """
 
@@ -20,7 +21,7 @@ from crcjax.audit.audit_log import AuditLog, AuditOptions
 from crcjax.encryption.keys import Keys
 from crcjax.errors import InputError, writing
 from crcjax.runs.signature import make_key_pair
-from crcjax.serve import accounts, prediction_records, slide_records
+from crcjax.serve import accounts, prediction_records, signatures, slide_records
 from crcjax.serve.accounts import Accounts, Session
 from crcjax.serve.config import OidcConfig
 from crcjax.serve.database import Database
@@ -30,6 +31,7 @@ from crcjax.serve.permissions import EVERY_SITE, Role
 from crcjax.serve.prediction_records import PredictionRecords
 from crcjax.serve.queue import Queue, QueueLimits, QueueStats
 from crcjax.serve.rate_limits import Rate, RateLimits
+from crcjax.serve.signatures import Signatures
 from crcjax.serve.slide_records import SlideRecords
 from crcjax.serve.uploads import Uploads
 from crcjax.serve.vault import KEYS, Vault
@@ -62,6 +64,7 @@ class Service:
     uploads: Uploads
     vault: Vault
     predictions: PredictionRecords
+    signatures: Signatures
     queue: Queue
     log: AuditLog
     rates: RateLimits | None = None
@@ -151,6 +154,7 @@ def open_service(
     queue = open_queue(state, limits, redis)
     slides = SlideRecords(database, folders)
     vault = Vault(state / KEYS, keys)
+    log = AuditLog(state / LOG, audit.key or make_key_pair(state / "audit.pem"), audit.anchors)
     return Service(
         folder=state,
         bundle=facts,
@@ -159,8 +163,9 @@ def open_service(
         uploads=Uploads(database, slides, vault, state / "uploads", state / "slides"),
         vault=vault,
         predictions=PredictionRecords(database, queue, facts.id),
+        signatures=Signatures(database, log.append),
         queue=queue,
-        log=AuditLog(state / LOG, audit.key or make_key_pair(state / "audit.pem"), audit.anchors),
+        log=log,
         rates=RateLimits(state / "rates.db", *rates) if rates else None,
         oidc=OidcTokens(oidc) if oidc else None,
     )
@@ -170,6 +175,7 @@ def open_service(
 _MIGRATIONS = (
     (*accounts.MIGRATIONS[0], *slide_records.MIGRATIONS[0], *prediction_records.MIGRATIONS[0]),
     accounts.MIGRATIONS[1],
+    signatures.MIGRATIONS[0],
 )
 
 

@@ -11,13 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pytest
+import tifffile
 
 from crcjax.encryption.keys import Keys
 from crcjax.serve.client import Client
 from crcjax.serve.permissions import EVERY_SITE, Role
 from crcjax.serve.queue import QueueLimits
+from crcjax.serve.results import attempt_folder, slide_id
 from crcjax.serve.service import Service, open_service
 
 PASSWORD = "correct horse battery"
@@ -157,7 +162,7 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(service: Service) -> Iterator[Server]:
+def served(service: Service, viewer_script: bytes | None = None) -> Iterator[Server]:
     """Answers HTTPS on a free port until the block ends."""
     import uvicorn
 
@@ -166,7 +171,7 @@ def served(service: Service) -> Iterator[Server]:
 
     certificate, key = certificate_files(service.folder / "tls", "127.0.0.1")
     config = uvicorn.Config(
-        create_app(service), ssl_certfile=str(certificate), ssl_keyfile=str(key), log_level="warning"
+        create_app(service, viewer_script), ssl_certfile=str(certificate), ssl_keyfile=str(key), log_level="warning"
     )
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -190,8 +195,8 @@ def worker_code() -> str:
 
 
 @pytest.fixture
-def serve() -> Callable[[Service], AbstractContextManager[Server]]:
-    """serve(service): a context manager within which the service answers HTTPS."""
+def serve() -> Callable[..., AbstractContextManager[Server]]:
+    """serve(service, viewer_script=None): a context manager within which the service answers HTTPS."""
     return served
 
 
@@ -253,3 +258,106 @@ def write_slide(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+# The size of `marked_slide`, its regions' side, and the corner of its black region, in level-0 px.
+SLIDE_SIZE, REGION_PX, HOT = (2100, 1500), 100, (1000, 700)
+
+
+@pytest.fixture(scope="session")
+def marked_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pyramid of JPEG tiles (levels 1, 2 and 4): pale pink, with a black region at HOT, in its middle."""
+    path = tmp_path_factory.mktemp("slides") / "marked.tiff"
+    width, height = SLIDE_SIZE
+    pixels = np.full((height, width, 3), (240, 215, 225), np.uint8)
+    x, y = HOT
+    pixels[y : y + REGION_PX, x : x + REGION_PX] = 0
+    options = {"tile": (256, 256), "photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": 95}}
+    with tifffile.TiffWriter(path) as tiff:
+        for shrink in (1, 2, 4):
+            level = cv2.resize(pixels, (width // shrink, height // shrink), interpolation=cv2.INTER_AREA)
+            resolution = {"resolution": (20_000 / shrink, 20_000 / shrink), "resolutionunit": "CENTIMETER"}
+            tiff.write(level, subfiletype=int(shrink > 1), metadata=None, **resolution, **options)
+    return path
+
+
+@dataclass(frozen=True)
+class PredictedCase:
+    """A case that is done: its prediction and its slides, which are `marked_slide`.
+
+    Attributes:
+      size: width and height of the slides (px).
+      region_px: the side of a region.
+      hot: left and top of the region that has the attention.
+    """
+
+    prediction: str
+    slides: list[str]
+    size: tuple[int, int] = SLIDE_SIZE
+    region_px: int = REGION_PX
+    hot: tuple[int, int] = HOT
+
+
+@pytest.fixture
+def predict_case(server: Server, marked_slide: Path, commit_result: Callable[[], None]) -> Callable[..., PredictedCase]:
+    """predict_case(client, case, slides=1): adds slides and commits their result as a worker would; HOT has all attention."""
+
+    def predict(client: Client, case: str = "A-017", slides: int = 1) -> PredictedCase:
+        ids = []
+        for number in range(slides):
+            copy = server.service.folder.parent / "folders" / "leeds" / f"{case}-{number}.tiff"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            # Slides of a case differ in their bytes.
+            copy.write_bytes(marked_slide.read_bytes() + bytes(number))
+            ids.append(client.add_slide(str(copy), case)["id"])
+        prediction = client.predict(ids)["id"]
+        commit_result()
+        return PredictedCase(prediction, ids)
+
+    return predict
+
+
+@pytest.fixture
+def commit_result(server: Server) -> Callable[[], None]:
+    """commit_result(): claims the next job and commits a result for it."""
+
+    def commit() -> None:
+        lease = server.service.queue.claim("test")
+        assert lease is not None
+        rows = []
+        for slide in lease.payload["slides"]:
+            name, folder = slide_id(slide["content"]), attempt_folder(server.service.results, lease)
+            path = folder / "attention" / f"{name}.npz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(path, **attention_arrays())
+            call = {"slide_id": name, "case_id": "case", "call": "immune", "probs": [0.25, 0.75], "reason": ""}
+            doubt = {"entropy": 0.56, "vacuity": 0.2, "conformal_set": ["immune"]}
+            rows.append({**call, **doubt, "qc_verdict": "accept", "qc_reasons": "", "synthetic": True})
+        result = {"target": "subtype", "classes": ["canonical", "immune"], "bundle_id": "b", "slides": rows}
+        server.service.queue.commit(lease, result | {"token": lease.token})
+
+    return commit
+
+
+def attention_arrays() -> dict[str, Any]:
+    """Regions over the whole slide, of which the first column was not used; HOT has most of the attention for class 1."""
+    columns, rows = SLIDE_SIZE[0] // REGION_PX, SLIDE_SIZE[1] // REGION_PX
+    origin = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * REGION_PX
+    mask = origin[:, :1] > 0
+    hot = (origin == HOT).all(axis=1)
+    attention = np.where(mask[:, 0], 1e-4, 0)
+    attention[hot] = 0.9
+    by_class = np.stack([np.where(mask[:, 0], 1e-3, 0), attention], axis=-1)[:, None]
+    return {
+        "origin": origin,
+        "region_px": float(REGION_PX),
+        "slot_boxes": np.asarray([[0, 0, 1]], np.float32),
+        "mask": mask,
+        "method": "gradient",
+        "maps": ["canonical", "immune"],
+        "attention": attention,
+        "slot_attention": attention[:, None],
+        "class_attention": by_class,
+        "attribution_maps": by_class * [-1, 1],
+        "attribution": by_class[..., 1],
+    }

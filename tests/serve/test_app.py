@@ -4,6 +4,7 @@ import json
 import re
 import ssl
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from crcjax.serve.client import Client, PredictionFailedError, ServiceError
 from crcjax.serve.permissions import PERMISSIONS, Action, Reach, Role
 from crcjax.serve.service import LOG, forget_results_of_other_bundles
 
+_SCRIPTS = ("page.css", "page.js", "server.js", "worklist.js", "result.js", "viewer.js", "sign.js", "accounts.js")
 PASSWORD = "correct horse battery"
 StartWorker = Callable[..., subprocess.Popen]
 WriteSlide = Callable[..., Path]
@@ -243,7 +245,7 @@ def test_health_metrics_page_and_headers_need_no_account_and_name_nobody(
     assert "max-age" in page.headers["strict-transport-security"]
     for name in re.findall(r'(?:src|href)="/([^"]+)"', page.text):
         assert guest.request("GET", f"/{name}").text
-    sources = page.text + "".join(guest.request("GET", f"/{name}").text for name in ("page.js", "page.css"))
+    sources = page.text + "".join(guest.request("GET", f"/{name}").text for name in _SCRIPTS)
     assert not re.findall(r"https?://", sources), "the page loads nothing from elsewhere"
     _refused(404, guest.request, "GET", "/other")
 
@@ -294,6 +296,10 @@ class Case:
         self.method, self.path, self.body, self.headers = method, path, body, headers
 
 
+_SIGNATURE = {"result_sha256": "0" * 64, "password": PASSWORD, "code": "1"}
+_ON_SLIDE = "/v1/predictions/{prediction_id}/slides/{slide_id}"
+
+
 # For each endpoint with an object: the request on the object of another account, from that object's ids.
 def _cases(ids: dict[str, str]) -> dict[tuple[str, str], Case]:
     prediction, slide = f"/v1/predictions/{ids['prediction']}", ids["slide"]
@@ -314,6 +320,20 @@ def _cases(ids: dict[str, str]) -> dict[tuple[str, str], Case]:
         ),
         ("GET", "/v1/predictions/{prediction_id}/slides/{slide_id}/regions.geojson"): Case(
             "GET", f"{prediction}/slides/{slide}/regions.geojson"
+        ),
+        ("POST", "/v1/predictions/{prediction_id}/signatures"): Case("POST", f"{prediction}/signatures", _SIGNATURE),
+        ("GET", "/v1/predictions/{prediction_id}/signatures"): Case("GET", f"{prediction}/signatures"),
+        ("GET", "/v1/slides/{slide_id}/image"): Case("GET", f"/v1/slides/{slide}/image"),
+        ("GET", "/v1/slides/{slide_id}/image.dzi"): Case("GET", f"/v1/slides/{slide}/image.dzi"),
+        ("GET", "/v1/slides/{slide_id}/image_files/{level}/{column}_{row}.jpeg"): Case(
+            "GET", f"/v1/slides/{slide}/image_files/0/0_0.jpeg"
+        ),
+        ("GET", "/v1/slides/{slide_id}/thumbnail.jpeg"): Case("GET", f"/v1/slides/{slide}/thumbnail.jpeg"),
+        ("GET", "/v1/slides/{slide_id}/square.jpeg"): Case("GET", f"/v1/slides/{slide}/square.jpeg?x=0&y=0&side=9"),
+        ("GET", f"{_ON_SLIDE}/maps"): Case("GET", f"{prediction}/slides/{slide}/maps"),
+        ("GET", f"{_ON_SLIDE}/maps/{{map_id}}.png"): Case("GET", f"{prediction}/slides/{slide}/maps/attention.png"),
+        ("GET", f"{_ON_SLIDE}/maps/{{map_id}}/top-tiles"): Case(
+            "GET", f"{prediction}/slides/{slide}/maps/attention/top-tiles"
         ),
         ("POST", "/v1/predictions/{prediction_id}/cancel"): Case("POST", f"{prediction}/cancel"),
     }
@@ -386,9 +406,12 @@ def test_every_role_reaches_at_every_endpoint_what_the_table_says_and_nothing_of
                 expected = {403}
             elif has_object and (site != "leeds" or (allowed == Reach.OWN and not is_owner)):
                 expected = {404}
-            elif endpoint == ("GET", "/v1/predictions/{prediction_id}/slides/{slide_id}/regions.geojson"):
-                expected = {404}  # this worker writes no regions; that answer has words of its own
+            elif "regions.geojson" in endpoint[1] or "/maps" in endpoint[1]:
+                expected = {404}  # this worker writes no attention; that answer has words of its own
                 assert "has no prediction" in response.json()["detail"]
+            elif endpoint[1].endswith("/signatures") and case.method == "POST":
+                expected = {403}  # the account has no second factor; that answer has words of its own
+                assert "second factor" in response.json()["detail"]
             else:
                 expected = {200, 201, 202, 204, 422, *({401} if case.path.endswith("confirm") else set())}
             assert response.status_code in expected, (endpoint, role, site, response.text)
@@ -440,3 +463,8 @@ def test_each_request_is_in_the_log_before_its_answer_and_without_the_log_nothin
     response = pathologist._http.post("/v1/uploads", json={"name": "b.svs", "case_id": "B", "bytes": 9})
     assert response.status_code == 503
     assert "log" in response.json()["detail"]
+
+
+def test_the_process_that_answers_does_not_load_jax() -> None:
+    code = "import sys, crcjax.serve.app; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

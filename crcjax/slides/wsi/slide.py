@@ -143,6 +143,14 @@ class Slide:
             raise self._damaged(x, y, level, error) from error
         return _over_white(rgba)
 
+    @property
+    def native_tile_px(self) -> int | None:
+        """The side of the native JPEG tiles of level 0; None if it has none, or tiles that are not square."""
+        if not self._jpeg or 0 not in self._jpeg.pages:
+            return None
+        page = self._jpeg.pages[0]
+        return page.tilewidth if page.tilewidth == page.tilelength else None
+
     def jpeg_stream(self, level: int, x: int, y: int, side: int) -> bytes | None:
         """Returns the native JPEG tile of the square at (x, y), in px of `level`; None if no tile covers exactly that square.
 
