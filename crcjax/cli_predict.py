@@ -361,7 +361,8 @@ def _print_expected(size: SlideSize, seconds: float | None) -> None:
     if not size.slides:
         return
     expected = f"about {timedelta(seconds=round(seconds))} expected" if seconds is not None else _NO_EXPECTATION
-    STDERR.print(f"{size.slides} slides with about {size.tiles:,} tiles: {expected}", markup=False)
+    slides = "1 slide" if size.slides == 1 else f"{size.slides} slides"
+    STDERR.print(f"{slides} with about {size.tiles:,} tiles: {expected}", markup=False)
 
 
 def _print_predictions(rows: Sequence[PredictionRow], names: dict[str, str], out: Path) -> NoReturn:

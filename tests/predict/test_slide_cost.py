@@ -1,6 +1,9 @@
 """The cost estimate counts tiles as the plan does, learns the rates of stages, and orders slides by their seconds."""
 
+import re
+import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 
@@ -109,7 +112,12 @@ def test_a_history_is_kept_by_model_and_a_damaged_one_is_begun_again(
 
 
 def test_a_command_predicts_the_slides_with_most_tiles_first_and_the_next_one_states_its_seconds(
-    run: Path, painted: Path, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    painted: Path,
+    slides: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    crcjax: Callable[..., subprocess.CompletedProcess],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     predictor = Predictor(run)
@@ -148,6 +156,10 @@ def test_a_command_predicts_the_slides_with_most_tiles_first_and_the_next_one_st
     assert seconds is not None
     # A loose bound: the machine may have other work.
     assert elapsed / 20 < seconds < elapsed * 20
+    command = ("predict", small[1], "--run", run, "--region-share", 0.5)
+    for threads, expected in ((1, r"about \d:\d\d:\d\d expected"), (3, "the time is unknown until this model")):
+        done = crcjax(*command, "--out", tmp_path / str(threads), "--workers", threads)
+        assert re.search(rf"1 slide with about \d+ tiles: {expected}", done.stderr), done.stderr
 
 
 @pytest.mark.system
