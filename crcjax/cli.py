@@ -21,6 +21,7 @@ from crcjax import (
     cli_slides,
     cli_validate,
 )
+from crcjax.cli_drift import drift
 from crcjax.cli_monitor import monitor
 from crcjax.cli_options import STDERR, run_app, show_version
 from crcjax.cli_serve import install_viewer, loadtest, serve
@@ -90,6 +91,7 @@ app.add_typer(cli_keys.app, name="keys")
 app.command()(install_viewer)
 app.add_typer(cli_checkpoints.app, name="checkpoints")
 app.add_typer(cli_models.app, name="models")
+app.command()(drift)
 app.add_typer(cli_launch.app, name="launch")
 app.command()(cli_slides.deidentify)
 app.command()(cli_slides.pseudonyms)
