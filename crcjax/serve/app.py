@@ -25,6 +25,7 @@ from crcjax.serve import (
     routes_slides,
     routes_viewer,
 )
+from crcjax.serve.model_metrics import ModelMetrics
 from crcjax.serve.service import Service
 from crcjax.serve.viewer_library import STYLE_SHA256
 
@@ -80,6 +81,8 @@ class Metrics:
         self.jobs = Gauge("crcjax_jobs", "Jobs in the queue", ("status",), **newest)
         self.oldest_queued_s = Gauge("crcjax_oldest_queued_seconds", "Age of the oldest queued job", **newest)
         self.workers = Gauge("crcjax_workers", "Workers that are alive", **newest)
+
+        self.model = ModelMetrics(self.registry)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' format."""

@@ -144,6 +144,13 @@ class PredictionRecords:
         )
         return [_record(row) for row in rows]
 
+    def recent_jobs(self, limit: int) -> list[tuple[str, str]]:
+        """The site and the job of the last predictions of all sites, newest first, each job once."""
+        rows = self._database.rows(
+            "SELECT site, job_id FROM predictions WHERE NOT cancelled ORDER BY sequence DESC LIMIT ?", limit
+        )
+        return list(dict.fromkeys((row["site"], row["job_id"]) for row in rows))
+
     def cancel(self, record: PredictionRecord) -> None:
         """Cancels a request, and its job if no other request needs it."""
         with self._database.transaction() as connection:

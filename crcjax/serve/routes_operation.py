@@ -112,6 +112,7 @@ def metrics(request: Request) -> Response:
         gauges.jobs.labels(status).set(stats.counts.get(status, 0))
     gauges.oldest_queued_s.set(stats.oldest_queued_s)
     gauges.workers.set(service.live_workers())
+    gauges.model.update(service)
     return Response(gauges.text(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -207,7 +207,8 @@ def test_the_queries_of_the_dashboards_and_alerts_name_metrics_that_exist() -> N
 
     names = {q.name + "_total" * q.is_counter for q in (*PROCESS_QUANTITIES, *GPU_QUANTITIES)}
     names |= {"crcjax_requests_total", "crcjax_request_seconds_bucket", "crcjax_jobs"}
-    names |= {"crcjax_oldest_queued_seconds", "crcjax_workers"}
+    names |= {"crcjax_oldest_queued_seconds", "crcjax_workers", "crcjax_recent_slides", "crcjax_recent_mean"}
+    names |= {"crcjax_recent_predicted_slides", "crcjax_recent_quality_slides"}
     used = {
         name
         for query in [
