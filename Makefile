@@ -74,6 +74,14 @@ prometheus-packages:
 	@{ command -v prometheus && command -v promtool && command -v prometheus-alertmanager; } >/dev/null \
 	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends prometheus prometheus-alertmanager; }
 
+# The images of launch/container, in .images, for tests/launching/test_containers.py; as root.
+.PHONY: images
+images: $(READY)
+	@command -v buildah >/dev/null && command -v debootstrap >/dev/null \
+	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends buildah debootstrap; }
+	mkdir -p .images
+	for image in edge service; do STORAGE=$(CURDIR)/.images PYTHON=$(CURDIR)/$(BIN)/python launch/container/build.sh $$image; done
+
 # A browser for the tests that look at pages, and what PDF reports need; Debian and Ubuntu.
 BROWSER_PACKAGES := chromium fonts-dejavu fonts-liberation libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0
 .PHONY: browser-packages
@@ -87,4 +95,4 @@ viewer: $(READY)
 	@$(BIN)/crcjax install-viewer
 
 clean:
-	rm -rf $(VENV) .venv-clouds runs build *.egg-info
+	rm -rf $(VENV) .venv-clouds .images runs build *.egg-info

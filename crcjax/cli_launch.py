@@ -79,3 +79,41 @@ def check(
     if not faults:
         print(f"no fault in {len(objects)} objects")
     raise typer.Exit(1 if faults else 0)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="what is trained: compact, or vit-s16 fine-tuned")] = "compact",
+    bags: Annotated[int, typer.Option(min=1, help="bags of a step (config.data.batch_size)")] = 32,
+    regions: Annotated[int, typer.Option(min=1, help="regions of a bag (config.data.regions_per_bag)")] = 64,
+    slots: Annotated[int, typer.Option(min=1, help="tiles of a region: 1, 5 or 21")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="steps of the training (config.train.steps)")] = 10000,
+    encoder: Annotated[str, typer.Option(help="the encoder of the prediction, such as uni")] = "uni",
+    slides: Annotated[int, typer.Option(min=1, help="slides to predict")] = 1000,
+    tiles: Annotated[int, typer.Option(min=1, help="tiles of a slide with tissue")] = 10000,
+    price: Annotated[float, typer.Option(min=0, help="price of one GPU for one hour, in your currency")] = 0.0,
+) -> None:
+    """Estimates memory, micro-batches, time and cost of training on 1, 4 and 32 GPUs, and of prediction on 1, 4 and 16.
+
+    From measured figures of one card, which each row names; reading slides is not included.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from crcjax.launching.plan import PREDICTION_GPUS, TRAINING_GPUS, plan_prediction, plan_training
+
+    training = Table(
+        "GPUs", "micro-batches", "GiB a GPU", "ms a step", "hours", "cost", "step time", box=None, title="Training"
+    )
+    for gpus in TRAINING_GPUS:
+        row = plan_training(model, bags, regions, slots, steps, price, gpus)
+        numbers = (row.memory_gib, row.step_ms, row.hours, row.cost)
+        training.add_row(str(gpus), str(row.micro_batches), *(f"{number:,.4g}" for number in numbers), row.basis)
+    prediction = Table("GPUs", "slides an hour", "hours", "cost", "encoding", box=None, title="Prediction")
+    for gpus in PREDICTION_GPUS:
+        part = plan_prediction(encoder, slides, tiles, price, gpus)
+        numbers = (part.slides_per_hour, part.hours, part.cost)
+        prediction.add_row(str(gpus), *(f"{number:,.4g}" for number in numbers), part.basis)
+    console = Console(highlight=False, width=140)
+    console.print(training)
+    console.print(prediction)
