@@ -112,8 +112,8 @@ def plan(
     prediction = Table("GPUs", "slides an hour", "hours", "cost", "encoding", box=None, title="Prediction")
     for gpus in PREDICTION_GPUS:
         part = plan_prediction(encoder, slides, tiles, price, gpus)
-        numbers = (part.slides_per_hour, part.hours, part.cost)
-        prediction.add_row(str(gpus), *(f"{number:,.4g}" for number in numbers), part.basis)
+        cells = [f"{number:,.4g}" for number in (part.slides_per_hour, part.hours, part.cost)]
+        prediction.add_row(str(gpus), *cells, part.basis)
     console = Console(highlight=False, width=140)
     console.print(training)
     console.print(prediction)
