@@ -24,7 +24,12 @@ def serve(
         ),
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="folder of crcjax checkpoints export, which predicts; required")
+        Path | None,
+        typer.Option(help="folder of crcjax checkpoints export, which predicts; this or --models is required"),
+    ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(metavar="REGISTRY", help="registry of models, which says which bundle predicts a case"),
     ] = None,
     state: Annotated[
         Path | None,

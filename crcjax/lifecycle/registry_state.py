@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def approvers(state: RegistryState, subject: str) -> list[str]:
             for approval in state.approvals
             if approval.subject == subject
             and approval.person in people
-            and is_signed_by_hex(people[approval.person], content, bytes.fromhex(approval.signature))
+            and _is_signed(people[approval.person], content, bytes.fromhex(approval.signature))
         }
     )
 
@@ -168,6 +169,8 @@ def obstacles(state: RegistryState, stage: str, bundle_id: str) -> list[str]:
             missing.append(f"evidence {kind!r} did not pass: {evidence[kind].reason}")
     if stage != "production" and "production" not in state.aliases:
         missing.append(f"there is no bundle in production, so none can be {stage}")
+    if stage != "production" and state.aliases.get("production") == bundle_id:
+        missing.append("it is in production")
     return missing
 
 
@@ -177,6 +180,10 @@ def missing_approvals(state: RegistryState, stage: str, bundle_id: str) -> str:
     if len(people) >= needed:
         return ""
     return f"{len(people)} of {needed} approvals" + (f" (by {', '.join(people)})" if people else "")
+
+
+# A service reads the whole log after each change: signatures that it has verified need not be verified again.
+_is_signed = lru_cache(maxsize=65_536)(is_signed_by_hex)
 
 
 def _ignored(state: RegistryState, event: Event) -> RegistryState:
@@ -244,7 +251,7 @@ def _rolled_back(state: RegistryState, event: Event) -> RegistryState:
     predecessors = state.predecessors
     if successor:
         aliases = {alias: other for alias, other in aliases.items() if other != successor} | {stage: successor}
-        predecessors = predecessors[:-1]
+        predecessors = predecessors[: len(predecessors) - 1 - predecessors[::-1].index(successor)]
     return replace(
         state,
         aliases=aliases,

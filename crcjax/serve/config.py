@@ -92,6 +92,7 @@ class ServeConfig(_Part):
     Attributes:
       state: the folder of everything that the service keeps.
       bundle: the bundle that predicts.
+      models: in place of a bundle, the registry of models that says which bundle predicts a case.
       host, port: where it listens; port 0 is any free one.
       workers: worker processes; each loads the bundle.
       replicas: processes that answer HTTP.
@@ -114,7 +115,8 @@ class ServeConfig(_Part):
     """
 
     state: Path
-    bundle: Path
+    bundle: Path | None = None
+    models: Path | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8443
     workers: Count = 1
@@ -143,6 +145,12 @@ class ServeConfig(_Part):
             raise ValueError("certificate and key must be given together, or neither")
         return self
 
+    @model_validator(mode="after")
+    def _has_one_source_of_models(self) -> ServeConfig:
+        if (self.bundle is None) == (self.models is None):
+            raise ValueError("bundle or models must be given, and not both: a bundle, or a registry of models")
+        return self
+
     @property
     def limits(self) -> QueueLimits:
         """The limits of the queue."""
@@ -161,7 +169,7 @@ class ServeConfig(_Part):
 
 
 # Fields that hold paths, which are relative to the folder of the file that names them.
-_PATHS = ("state", "bundle", "encoder_weights", "certificate", "key", "viewer", "audit_key", "audit_anchor")
+_PATHS = ("state", "bundle", "models", "encoder_weights", "certificate", "key", "viewer", "audit_key", "audit_anchor")
 
 
 def read_config(path: Path | None, options: Mapping[str, Any]) -> ServeConfig:

@@ -7,13 +7,15 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import crcjax
 from crcjax.errors import CrcjaxError
+from crcjax.lifecycle.releases import Choice
 from crcjax.serve.database import Database
-from crcjax.serve.queue import Job, JobRequest, Priority, Queue
+from crcjax.serve.queue import Job, JobRequest, Priority, Queue, Status
 from crcjax.serve.slide_records import SlideRecord
 
 MIGRATIONS = (
@@ -35,7 +37,26 @@ MIGRATIONS = (
         "CREATE INDEX predictions_by_site ON predictions (site, sequence)",
         "CREATE INDEX predictions_by_job ON predictions (job_id)",
     ),
+    (
+        # The bundle that was chosen; predictions of earlier versions name it in their results alone.
+        "ALTER TABLE predictions ADD COLUMN bundle_id TEXT NOT NULL DEFAULT ''",
+        "CREATE INDEX predictions_by_bundle ON predictions (bundle_id)",
+        # Predictions of the same cases by a shadow; the job is empty until it is queued.
+        """CREATE TABLE shadows (
+          prediction_id TEXT NOT NULL,
+          bundle_id TEXT NOT NULL,
+          job_id TEXT NOT NULL DEFAULT '',
+          PRIMARY KEY (prediction_id, bundle_id)
+        )""",
+        "CREATE INDEX shadows_by_job ON shadows (job_id)",
+    ),
 )
+
+
+# A request whose job stands so can be given to another bundle: it has neither a result nor a failure of its slides.
+_MOVABLE = (Status.QUEUED, Status.RUNNING, Status.QUARANTINED)
+# Who takes turns in the queue for shadows; no account can have this name.
+SHADOW_OWNER = "(shadow)"
 
 
 class RequestRefusedError(CrcjaxError):
@@ -48,7 +69,7 @@ class KeyReusedError(CrcjaxError):
 
 @dataclass(frozen=True)
 class PredictionRecord:
-    """One request: whose it is, its slides, and the job that computes it."""
+    """One request: whose it is, its slides, the job that computes it, and the bundle that was chosen for it."""
 
     sequence: int
     id: str
@@ -59,6 +80,7 @@ class PredictionRecord:
     job_id: str
     requested_s: float
     is_cancelled: bool
+    bundle_id: str
 
 
 class PredictionRecords:
@@ -67,11 +89,11 @@ class PredictionRecords:
     Args:
       database: its tables are those of MIGRATIONS.
       queue: the jobs.
-      bundle_id: the bundle that predicts.
+      choose: the bundle of a case, from its site and id.
     """
 
-    def __init__(self, database: Database, queue: Queue, bundle_id: str):
-        self._database, self._queue, self._bundle_id = database, queue, bundle_id
+    def __init__(self, database: Database, queue: Queue, choose: Callable[[str, str], Choice]):
+        self._database, self._queue, self._choose = database, queue, choose
 
     def request(
         self, owner: str, slides: Sequence[SlideRecord], priority: Priority, idempotency_key: str | None
@@ -93,34 +115,61 @@ class PredictionRecords:
                 if row["request_sha256"] != request:
                     raise KeyReusedError("Idempotency-Key must be new for a new request, got that of another request")
                 return _record(row)
+        site, case_id = slides[0].site, slides[0].case_id
+        described = [
+            {"content": slide.content, "path": str(slide.path), "mpp": slide.mpp, "site": site} for slide in slides
+        ]
+        choice = self._choose(site, case_id)
         # If the service dies before the request is recorded, the client's next try finds the job by its result key.
-        job = self._queue.submit(self._job_request(owner, slides, priority))
-        return self._add(owner, slides, job, idempotency_key, request)
+        job = self._queue.submit(job_request(owner, site, described, choice, priority))
+        record = self._add(owner, slides, job, idempotency_key, request, choice)
+        newer = self._choose(site, case_id)
+        if newer.bundle_id == choice.bundle_id or record.bundle_id != choice.bundle_id:
+            return record
+        # The bundle may have been withdrawn before the request was recorded, when nothing could move it yet.
+        self.move(record, newer)
+        return self.prediction(record.id) or record
 
-    def _job_request(self, owner: str, slides: Sequence[SlideRecord], priority: Priority) -> JobRequest:
-        """The job of a case. Sites do not share results, so that none learns what another has."""
-        site = slides[0].site
-        contents = [[slide.content, slide.mpp] for slide in slides]
-        key = json.dumps([site, self._bundle_id, crcjax.__version__, contents])
-        payload = {
-            "slides": [
-                {"content": slide.content, "path": str(slide.path), "mpp": slide.mpp, "site": site} for slide in slides
-            ]
-        }
-        return JobRequest(hashlib.sha256(key.encode()).hexdigest(), owner, payload, priority, site)
+    def move(self, record: PredictionRecord, choice: Choice) -> bool:
+        """Lets another bundle predict a request that has no result yet; returns whether it did. Raises QueueFullError."""
+        job = self._queue.job(record.job_id)
+        if job is None or job.status not in _MOVABLE:
+            return False
+        moved = self._queue.submit(job_request(record.owner, record.site, job.payload["slides"], choice, job.priority))
+        with self._database.transaction() as connection:
+            changed = connection.execute(
+                "UPDATE predictions SET job_id = ?, bundle_id = ? WHERE id = ? AND job_id = ?",
+                (moved.id, choice.bundle_id, record.id, record.job_id),
+            ).rowcount
+        self._cancel_unneeded(record.job_id)
+        return changed > 0
+
+    def of_bundle(self, bundle_id: str) -> list[PredictionRecord]:
+        """The requests that a bundle was chosen for, newest first, without cancelled ones."""
+        rows = self._database.rows(
+            "SELECT * FROM predictions WHERE bundle_id = ? AND NOT cancelled ORDER BY sequence DESC", bundle_id
+        )
+        return [_record(row) for row in rows]
 
     def _add(
-        self, owner: str, slides: Sequence[SlideRecord], job: Job, idempotency_key: str | None, request: str
+        self,
+        owner: str,
+        slides: Sequence[SlideRecord],
+        job: Job,
+        idempotency_key: str | None,
+        request: str,
+        choice: Choice,
     ) -> PredictionRecord:
         prediction_id = str(uuid.uuid4())
         with self._database.transaction() as connection:
             connection.execute(
                 """INSERT INTO predictions
-                (id, site, owner, case_id, slides, job_id, idempotency_key, request_sha256, requested_s)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (owner, idempotency_key) DO NOTHING""",
+                (id, site, owner, case_id, slides, job_id, idempotency_key, request_sha256, requested_s, bundle_id)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (owner, idempotency_key) DO NOTHING""",
                 (
                     *(prediction_id, slides[0].site, owner, slides[0].case_id),
                     *(json.dumps([slide.id for slide in slides]), job.id, idempotency_key, request, time.time()),
+                    choice.bundle_id,
                 ),
             )
             # The same request, sent twice at the same time, may be there already.
@@ -128,6 +177,10 @@ class PredictionRecords:
                 "SELECT * FROM predictions WHERE id = ? OR (owner = ? AND idempotency_key = ?)",
                 (prediction_id, owner, idempotency_key),
             ).fetchone()
+            if choice.shadow_id and row["id"] == prediction_id:
+                connection.execute(
+                    "INSERT INTO shadows (prediction_id, bundle_id) VALUES (?, ?)", (prediction_id, choice.shadow_id)
+                )
         return _record(row)
 
     def prediction(self, prediction_id: str) -> PredictionRecord | None:
@@ -155,11 +208,75 @@ class PredictionRecords:
         """Cancels a request, and its job if no other request needs it."""
         with self._database.transaction() as connection:
             connection.execute("UPDATE predictions SET cancelled = 1 WHERE id = ?", (record.id,))
-            others = connection.execute(
-                "SELECT count(*) FROM predictions WHERE job_id = ? AND NOT cancelled", (record.job_id,)
-            ).fetchone()[0]
-        if not others:
-            self._queue.cancel(record.job_id)
+        self._cancel_unneeded(record.job_id)
+
+    def _cancel_unneeded(self, job_id: str) -> None:
+        row = self._database.row("SELECT 1 FROM predictions WHERE job_id = ? AND NOT cancelled", job_id)
+        if row is None:
+            self._queue.cancel(job_id)
+
+    def waiting_shadows(self, bundle_id: str, limit: int) -> list[str]:
+        """The predictions that wait to be repeated by a shadow, oldest first."""
+        rows = self._database.rows(
+            "SELECT prediction_id FROM shadows WHERE bundle_id = ? AND job_id = '' ORDER BY rowid LIMIT ?",
+            bundle_id,
+            limit,
+        )
+        return [row["prediction_id"] for row in rows]
+
+    def queue_shadow(self, prediction_id: str, choice: Choice) -> None:
+        """Queues the repetition of a prediction by a shadow; its result is kept apart from that of the request."""
+        record = self.prediction(prediction_id)
+        job = self._queue.job(record.job_id) if record else None
+        if record is None or job is None:
+            return
+        request = job_request(SHADOW_OWNER, record.site, job.payload["slides"], choice, Priority.ROUTINE, "shadow")
+        shadow = self._queue.submit(request)
+        with self._database.transaction() as connection:
+            connection.execute(
+                "UPDATE shadows SET job_id = ? WHERE prediction_id = ? AND bundle_id = ?",
+                (shadow.id, prediction_id, choice.bundle_id),
+            )
+
+    def shadow_jobs(self, bundle_id: str) -> list[tuple[PredictionRecord, str]]:
+        """The predictions that a shadow repeats, each with the shadow's job."""
+        rows = self._database.rows(
+            """SELECT predictions.*, shadows.job_id AS shadow_job FROM shadows JOIN predictions ON id = prediction_id
+            WHERE shadows.bundle_id = ? AND shadows.job_id != '' ORDER BY sequence""",
+            bundle_id,
+        )
+        return [(_record(row), row["shadow_job"]) for row in rows]
+
+    def drop_shadows(self, bundle_id: str) -> None:
+        """Cancels what a withdrawn shadow has not predicted yet."""
+        for _, job_id in self.shadow_jobs(bundle_id):
+            self._queue.cancel(job_id)
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM shadows WHERE bundle_id = ? AND job_id = ''", (bundle_id,))
+
+
+def job_request(
+    owner: str,
+    site: str,
+    slides: Sequence[Mapping[str, Any]],
+    choice: Choice,
+    priority: Priority,
+    purpose: str = "request",
+) -> JobRequest:
+    """The job of a case. Sites do not share results, so that none learns what another has.
+
+    Args:
+      owner, site: who asks for it.
+      slides: content, path and µm per pixel of each.
+      choice: the bundle that predicts, which is part of the result's key.
+      priority: urgent or routine.
+      purpose: results of a `shadow` are not shared with a `request`.
+    """
+    contents = [[slide["content"], slide["mpp"]] for slide in slides]
+    values = [site, choice.bundle_id, crcjax.__version__, contents, *([purpose] if purpose != "request" else [])]
+    key = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    payload = {"slides": list(slides), "bundle": str(choice.folder)}
+    return JobRequest(key, owner, payload, priority, site)
 
 
 def _record(row: sqlite3.Row) -> PredictionRecord:
@@ -169,4 +286,5 @@ def _record(row: sqlite3.Row) -> PredictionRecord:
         job_id=row["job_id"],
         requested_s=row["requested_s"],
         is_cancelled=bool(row["cancelled"]),
+        bundle_id=row["bundle_id"],
     )

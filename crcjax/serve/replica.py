@@ -34,6 +34,7 @@ def open_configured(config: ServeConfig, keys: Keys | None) -> Service:
     return open_service(
         *(config.state, config.bundle, config.slides, config.limits, config.redis, config.audit, keys, config.rates),
         config.oidc,
+        config.models,
     )
 
 

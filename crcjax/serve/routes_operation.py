@@ -35,8 +35,9 @@ _VIEWER_SCRIPT = "openseadragon.js"
 
 
 class ModelView(BaseModel):
-    """The bundle that predicts."""
+    """A bundle that predicts, and its alias: production, canary or shadow."""
 
+    alias: str
     bundle_id: str
     target: str
     classes: list[str]
@@ -54,15 +55,16 @@ class LogPage(BaseModel):
 @router.get("/models")
 def models(request: Request, caller: Annotated[Caller, Depends(Requires(Action.MODEL_READ))]) -> list[ModelView]:
     """The models that predict, with their cards."""
-    bundle = service_of(request).bundle
     return [
         ModelView(
+            alias=alias,
             bundle_id=bundle.id,
             target=bundle.target,
             classes=list(bundle.classes),
             card=bundle.card,
             crcjax=__version__,
         )
+        for alias, bundle in service_of(request).bundles().items()
     ]
 
 

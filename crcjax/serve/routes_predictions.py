@@ -61,6 +61,7 @@ class PredictionView(BaseModel):
     progress: Annotated[float, Field(ge=0, le=1)]
     stage: str
     tries: int
+    bundle_id: Annotated[str, Field(description="the bundle that was chosen; the result names the one that predicted")]
     reason: Annotated[str, Field(description="why it failed, was quarantined, or is tried again")]
     requested_s: float
     started_s: float | None
@@ -100,6 +101,7 @@ def _view(
         progress=job.progress,
         stage=job.stage,
         tries=job.tries,
+        bundle_id=record.bundle_id,
         reason=job.reason,
         requested_s=record.requested_s,
         started_s=job.started_s,

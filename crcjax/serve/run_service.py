@@ -23,6 +23,7 @@ from crcjax.serve.queue import QueueUnavailableError
 from crcjax.serve.replica import CONFIG_VARIABLE, certificate_of, http_server, open_configured
 from crcjax.serve.service import Service, forget_results_of_other_bundles
 from crcjax.serve.viewer_library import INSTALL, read_script
+from crcjax.serve.release_watch import ReleaseWatch
 from crcjax.serve.worker import WorkerSettings
 
 
@@ -51,8 +52,9 @@ def run_service(config: ServeConfig, on_line: Callable[[str], None]) -> int:
     if not has_viewer:
         on_line(f"the zooming viewer is not installed, so that the page shows heatmaps only; install it: {INSTALL}")
     serve = _serve_here if config.replicas == 1 else _serve_by_replicas
-    service.log.append("service_started", bundle_id=service.bundle.id, crcjax=__version__, workers=config.workers)
-    with service.log.timed_checkpoints():
+    bundles = {alias: facts.id for alias, facts in service.bundles().items()}
+    service.log.append("service_started", bundles=bundles, crcjax=__version__, workers=config.workers)
+    with service.log.timed_checkpoints(), ReleaseWatch(service):
         status = serve(config, service, listener)
     service.log.append("service_stopped")
     service.log.checkpoint()
@@ -121,7 +123,8 @@ def worker_settings(config: ServeConfig) -> WorkerSettings:
     return WorkerSettings(
         name="",
         state=str(config.state.resolve()),
-        bundle=str(config.bundle.resolve()),
+        bundle=str(config.bundle.resolve()) if config.bundle else None,
+        models=str(config.models.resolve()) if config.models else None,
         trust=tuple(str(key.resolve()) for key in config.trust),
         encoder_weights=str(config.encoder_weights.resolve()) if config.encoder_weights else None,
         threads=config.threads,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -20,6 +20,8 @@ from pathlib import Path
 from crcjax.audit.audit_log import AuditLog, AuditOptions
 from crcjax.encryption.keys import Keys
 from crcjax.errors import InputError, writing
+from crcjax.lifecycle.policy import STAGES
+from crcjax.lifecycle.releases import Choice, Releases, production_of
 from crcjax.runs.signature import make_key_pair
 from crcjax.serve import accounts, prediction_records, signatures, slide_records
 from crcjax.serve.accounts import Accounts, Session
@@ -55,10 +57,11 @@ class BundleFacts:
 
 @dataclass(frozen=True)
 class Service:
-    """The parts that the endpoints use."""
+    """The parts that the endpoints use. `releases` is None if one bundle predicts everything."""
 
     folder: Path
-    bundle: BundleFacts
+    fixed_bundle: BundleFacts | None
+    releases: Releases | None
     accounts: Accounts
     slides: SlideRecords
     uploads: Uploads
@@ -70,6 +73,14 @@ class Service:
     rates: RateLimits | None = None
     oidc: OidcTokens | None = None
     _stats: list[tuple[float, QueueStats]] = field(default_factory=list)
+
+    def bundles(self) -> dict[str, BundleFacts]:
+        """The bundles that predict, by their alias; a single one is in production."""
+        if self.fixed_bundle:
+            return {"production": self.fixed_bundle}
+        assert self.releases is not None
+        state = self.releases.state
+        return {alias: bundle_facts(state.folder(state.aliases[alias])) for alias in STAGES if alias in state.aliases}
 
     @property
     def results(self) -> Path:
@@ -105,17 +116,18 @@ class Service:
 
 def forget_results_of_other_bundles(service: Service) -> None:
     """Stops sharing results with later requests when another bundle predicts than at the last start."""
-    path = service.folder / "bundle_id"
-    if path.exists() and path.read_text() == service.bundle.id:
+    path, bundle = service.folder / "bundle_id", service.fixed_bundle
+    # With a registry, several bundles predict; the key of a result names its bundle.
+    if bundle is None or (path.exists() and path.read_text() == bundle.id):
         return
     service.queue.forget_results()
     with writing(path, "choose another --state"):
-        path.write_text(service.bundle.id)
+        path.write_text(bundle.id)
 
 
 def open_service(
     state: Path,
-    bundle: Path,
+    bundle: Path | None,
     folders: Mapping[str, Sequence[Path]],
     limits: QueueLimits | None = None,
     redis: str | None = None,
@@ -123,12 +135,13 @@ def open_service(
     keys: Keys | None = None,
     rates: tuple[Rate, Rate] | None = None,
     oidc: OidcConfig | None = None,
+    models: Path | None = None,
 ) -> Service:
     """Opens or creates a state folder.
 
     Args:
       state: the folder; only its owner can read it.
-      bundle: the bundle that predicts.
+      bundle: the bundle that predicts everything; None with `models`.
       folders: the folders of each site in which slides may be named by reference.
       limits: the queue's.
       redis: the URL of the Redis server that holds the queue, in place of STATE/queue.db.
@@ -136,13 +149,16 @@ def open_service(
       keys: the site's keys, which encrypt uploads, slides and results; None: they are plain.
       rates: of requests, for every account and for every address that is not signed in; None does not limit them.
       oidc: an identity provider whose tokens sign in.
+      models: the registry of models that says which bundle predicts a case.
 
     Raises:
-      InputError: the bundle is none, a folder does not exist, Redis is not usable, or a newer release wrote the state folder.
+      InputError: the bundle is none, the registry has none in production, a folder does not exist, Redis is not usable, or a
+        newer release wrote the state folder.
       QueueUnavailableError: Redis cannot be reached.
       OutputError: the state folder cannot be written.
     """
-    facts, audit = _bundle_facts(bundle), audit or AuditOptions()
+    facts, audit = bundle_facts(bundle) if bundle else None, audit or AuditOptions()
+    choose, releases = _choice(bundle, facts, models)
     for folder in (folder for of_site in folders.values() for folder in of_site):
         if not folder.is_dir():
             raise InputError(f"--slides {folder}: must be a folder; check the path")
@@ -157,12 +173,13 @@ def open_service(
     log = AuditLog(state / LOG, audit.key or make_key_pair(state / "audit.pem"), audit.anchors)
     return Service(
         folder=state,
-        bundle=facts,
+        fixed_bundle=facts,
+        releases=releases,
         accounts=Accounts(database),
         slides=slides,
         uploads=Uploads(database, slides, vault, state / "uploads", state / "slides"),
         vault=vault,
-        predictions=PredictionRecords(database, queue, facts.id),
+        predictions=PredictionRecords(database, queue, choose),
         signatures=Signatures(database, log.append),
         queue=queue,
         log=log,
@@ -176,10 +193,26 @@ _MIGRATIONS = (
     (*accounts.MIGRATIONS[0], *slide_records.MIGRATIONS[0], *prediction_records.MIGRATIONS[0]),
     accounts.MIGRATIONS[1],
     signatures.MIGRATIONS[0],
+    prediction_records.MIGRATIONS[1],
 )
 
 
-def _bundle_facts(path: Path) -> BundleFacts:
+def _choice(
+    bundle: Path | None, facts: BundleFacts | None, models: Path | None
+) -> tuple[Callable[[str, str], Choice], Releases | None]:
+    """The function that chooses a case's bundle, and the registry that it reads."""
+    if bundle and facts:
+        only = Choice(facts.id, bundle.resolve())
+        return lambda site, case_id: only, None
+    assert models is not None
+    releases = Releases(models.resolve())
+    # A registry without a bundle in production is refused at the start, not at the first request.
+    production_of(releases.state)
+    return releases.choose, releases
+
+
+def bundle_facts(path: Path) -> BundleFacts:
+    """What the API says of a bundle. Raises InputError."""
     try:
         content = (path / "bundle.json").read_bytes()
         target = json.loads(content)["target"]

@@ -55,7 +55,8 @@ class WorkerSettings:
 
     name: str
     state: str
-    bundle: str
+    bundle: str | None = None
+    models: str | None = None
     trust: tuple[str, ...] = ()
     encoder_weights: str | None = None
     threads: int | None = None
@@ -187,26 +188,25 @@ class Worker:
 
 
 def bundle_predictor(settings: WorkerSettings) -> Predict:
-    """Loads the bundle and compiles its programs, and returns the function that predicts a case with it. Raises InputError.
+    """Loads the bundle that predicts most cases, compiles its programs, and returns the function that predicts a case.
 
-    The engine's threads live from case to case.
+    The engines' threads live from case to case. Raises InputError.
     """
-    from crcjax.predict.engine import Engine, EngineWork
+    from crcjax.lifecycle.releases import Releases
     from crcjax.predict.predict_slides import PredictJob, predict_slides
-    from crcjax.predict.predictor import Predictor
-    from crcjax.predict.warm_up import warm_up
-    from crcjax.runs.bundle import open_bundle
-    from crcjax.slides.jobs.usable_cores import usable_cores
+    from crcjax.serve.loaded_bundles import LoadedBundles
 
     weights = Path(settings.encoder_weights) if settings.encoder_weights else None
-    bundle = open_bundle(settings.bundle, [Path(key) for key in settings.trust], weights)
-    predictor = Predictor(*bundle.models)
-    engine = Engine(predictor, settings.threads or usable_cores())
-    running: list[EngineWork] = [engine.begin()]
-    warm_up(predictor, running[0], bundle.models[0].config.data.region_buckets)
+    bundles = LoadedBundles([Path(key) for key in settings.trust], weights, settings.threads)
+    # Another bundle may be in production by now than at the start of the service.
+    first = Path(settings.bundle) if settings.bundle else Releases(Path(settings.models or "")).production
+    bundles.get(first)
 
     def predict(payload: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
         slides = payload["slides"]
+        # Jobs of earlier versions name no bundle.
+        loaded = bundles.get(Path(payload.get("bundle", first)))
+        bundle, predictor = loaded.bundle, loaded.predictor
         jobs = [
             PredictJob(
                 *(slide_id(slide["content"]), "case", Path(slide["path"]), slide["mpp"], slide["site"]),
@@ -221,14 +221,13 @@ def bundle_predictor(settings: WorkerSettings) -> Predict:
             progress(len(finished) / len(slides), f"{len(finished)} of {len(slides)} slides")
 
         progress(0.0, f"0 of {len(slides)} slides")
-        work = running.pop() if running else engine.begin()
+        work = loaded.begin()
         try:
             rows = predict_slides(predictor, jobs, folder, work=work, calibration=bundle.calibration, on_row=on_row)
         except BaseException:
             # The slides of an interrupted case must not take the time of the next one.
-            work.stop()
+            loaded.stop()
             raise
-        running.append(work)
         if not any(row.has_prediction for row in rows):
             raise CaseFailedError("; ".join(row.reason for row in rows))
         return {

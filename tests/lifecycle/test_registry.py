@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -30,12 +31,12 @@ def test_a_version_knows_its_lineage_and_the_bundle_is_a_checked_copy(registry: 
     assert [line.split()[:2] for line in listed[1:]] == [["1", "production"], ["2", "candidate"]]
 
 
-def test_what_cannot_be_added_changes_nothing(registry: Callable, bundle_writer: Callable, tmp_path: Path) -> None:
+def test_what_cannot_be_added_changes_nothing(registry: Callable, campaign: ModuleType, tmp_path: Path) -> None:
     made = registry(1)
     before = (made.path / LOG).read_bytes()
     with pytest.raises(InputError, match="is version 1 of"):
         add_bundle(made.path, tmp_path / "bundle-1", "A. Frost")
-    bundle_writer(tmp_path / "other", 5, "msi")
+    campaign.write_bundle(tmp_path / "other", 5, "msi")
     with pytest.raises(InputError, match=r"must predict subtype .* got msi"):
         add_bundle(made.path, tmp_path / "other", "A. Frost")
     (tmp_path / "other" / "weights-0.safetensors").write_text("changed")
@@ -65,19 +66,21 @@ def test_a_promotion_needs_two_different_people_and_one_key_is_one_person(regist
     assert made.promote("2", "canary", winter) == f"1 of 2 approvals (by {winter})"
 
 
-def test_a_promotion_needs_the_evidence_of_the_policy_about_this_bundle(registry: Callable) -> None:
+def test_a_promotion_needs_the_evidence_of_the_policy_about_this_bundle(
+    registry: Callable, write_evidence: Callable, write_policy: Callable
+) -> None:
     made = registry(1)
-    adopt = [adopt_policy(made.path, made.policy(("validation",)), name, key) for name, key in made.keys.items()]
+    adopt = [adopt_policy(made.path, write_policy(("validation",)), name, key) for name, key in made.keys.items()]
     assert [bool(result.missing) for result in adopt] == [True, False]
     second, third = made.add(2), made.add(3)
     with pytest.raises(InputError, match="evidence 'validation' is missing"):
         made.promote(second, "canary")
     with pytest.raises(InputError, match="must be about the bundle"):
-        add_evidence(made.path, second, "validation", made.evidence(third))
-    add_evidence(made.path, second, "validation", made.evidence(second, False, "accuracy 0.71, must be above 0.80"))
+        add_evidence(made.path, second, "validation", write_evidence(third))
+    add_evidence(made.path, second, "validation", write_evidence(second, False, "accuracy 0.71, must be above 0.80"))
     with pytest.raises(InputError, match=r"did not pass: accuracy 0\.71, must be above 0\.80"):
         made.promote(second, "canary")
-    add_evidence(made.path, second, "validation", made.evidence(second))
+    add_evidence(made.path, second, "validation", write_evidence(second))
     assert made.promote(second, "canary") == ""
 
 
@@ -98,10 +101,10 @@ def test_results_of_a_study_are_evidence_if_the_plan_is_locked_and_its_primary_g
         assert evidence["validation"].passed == (not changed)
 
 
-def test_a_locked_policy_lets_nothing_through_but_a_rollback(registry: Callable) -> None:
+def test_a_locked_policy_lets_nothing_through_but_a_rollback(registry: Callable, write_policy: Callable) -> None:
     made = registry(2)
     made.promote("2", "production")
-    [*_, adopted] = [adopt_policy(made.path, made.policy(start="locked = true\n"), n, k) for n, k in made.keys.items()]
+    [*_, adopted] = [adopt_policy(made.path, write_policy(start="locked = true\n"), n, k) for n, k in made.keys.items()]
     assert adopted.state.policy.locked
     with pytest.raises(InputError, match="the policy is locked: nothing is promoted"):
         made.promote("1", "shadow")
@@ -157,7 +160,9 @@ def test_mistakes_in_a_policy_are_one_line_that_names_the_field(made, tmp_path: 
         (tmp_path / "bundle-1").rename(tmp_path / f"used-{len(words)}-{len(text)}")
 
 
-def test_processes_that_change_a_registry_at_the_same_time_lose_nothing(registry: Callable) -> None:
+def test_processes_that_change_a_registry_at_the_same_time_lose_nothing(
+    registry: Callable, write_evidence: Callable
+) -> None:
     made = registry(1)
     made.add(2)
     code = (
@@ -165,7 +170,7 @@ def test_processes_that_change_a_registry_at_the_same_time_lose_nothing(registry
         "for n in range(15): add_evidence(Path(sys.argv[1]), '2', f'{sys.argv[3]}-{n}', Path(sys.argv[2]))"
     )
     bundle_id = read_registry(made.path).version("2").bundle_id
-    evidence = made.evidence(bundle_id)
+    evidence = write_evidence(bundle_id)
     command = [sys.executable, "-c", code, str(made.path), str(evidence)]
     processes = [subprocess.Popen([*command, name]) for name in "abc"]
     assert [process.wait() for process in processes] == [0, 0, 0]

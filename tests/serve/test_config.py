@@ -71,5 +71,5 @@ def test_each_mistake_is_one_line_that_names_the_field(
 def test_a_file_that_does_not_exist_and_a_missing_option_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.toml: cannot be read"):
         read_config(tmp_path / "absent.toml", {})
-    with pytest.raises(InputError, match="--bundle is missing; give it"):
+    with pytest.raises(InputError, match="bundle or models must be given, and not both"):
         read_config(None, {"state": tmp_path})
