@@ -20,10 +20,10 @@ from crcjax.serve.config import ServeConfig
 from crcjax.serve.open_queue import REDIS_VARIABLE
 from crcjax.serve.processes import UNUSABLE, Processes, Slot
 from crcjax.serve.queue import QueueUnavailableError
+from crcjax.serve.release_watch import ReleaseWatch
 from crcjax.serve.replica import CONFIG_VARIABLE, certificate_of, http_server, open_configured
 from crcjax.serve.service import Service, forget_results_of_other_bundles
 from crcjax.serve.viewer_library import INSTALL, read_script
-from crcjax.serve.release_watch import ReleaseWatch
 from crcjax.serve.worker import WorkerSettings
 
 
