@@ -31,20 +31,21 @@ from crcjax.serve.service import open_service
 from crcjax.serve.slide_records import NewSlide, SlideRecord
 from crcjax.serve.slide_tiles import SlideTiles
 from crcjax.serve.tls import certificate_files
+from crcjax.serve.vault import Vault
 from crcjax.slides.synthetic.painter import SlideSpec, paint_slide
 
 SIZE_PX = (16384, 12288)
 TILE_PX = 256
 CONNECTIONS = 8
-ROUNDS = 3
+ROUNDS = 2
 TARGET_TILES_S, TARGET_P99_MS = 1000, 20
 
 
 class _LargeImageTiles(SlideTiles):
     """The tiles of large_image, in place of ours."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, vault: Vault) -> None:
+        super().__init__(vault)
         self._sources: dict[Path, object] = {}
 
     def cached_tile(self, record: SlideRecord, level: int, column: int, row: int) -> bytes | None:
@@ -83,7 +84,7 @@ def serve(slide: str, is_rival: bool, is_tls: bool, connection: Connection) -> N
     record = service.slides.add_reference(NewSlide("leeds", "dr.frost", "A", "a.svs"), slide)
     app = create_app(service)
     if is_rival:
-        app.state.viewer.tiles = _LargeImageTiles()
+        app.state.viewer.tiles = _LargeImageTiles(service.vault)
     certificate, key = certificate_files(state / "tls", "127.0.0.1")
     listener = socket.create_server(("127.0.0.1", 0))
     connection.send(Address(listener.getsockname()[1], token, record.id, str(certificate)))
