@@ -120,7 +120,9 @@ def test_the_service_answers_a_prediction_from_the_root_file_system_of_its_image
     subprocess.run(["chown", "--recursive", "10001:10001", shared], check=True)
     container = _container(buildah, "crcjax-service:0.1.0")
     options = ["--port=0", "--state=/shared/state", f"--bundle=/shared/{bundle.name}", "--keys=file:/shared/site.keys"]
-    command = buildah("run", "--isolation", "chroot", "--volume", f"{shared}:/shared", container, "--")
+    command = buildah(
+        "run", "--isolation", "chroot", "--network", "host", "--volume", f"{shared}:/shared", container, "--"
+    )
     process = subprocess.Popen(
         [*command, "crcjax", "serve", *options, "--encrypted-volume"], stderr=subprocess.PIPE, text=True
     )
@@ -131,6 +133,19 @@ def test_the_service_answers_a_prediction_from_the_root_file_system_of_its_image
         assert served, line + process.stderr.read()
         secret = process.stderr.readline().split()[-1]
         certificate = shared / "state" / "tls" / "certificate.pem"
+        # The line comes before the port is open.
+        curl = [
+            "curl",
+            "--silent",
+            "--cacert",
+            certificate,
+            "--retry",
+            "60",
+            "--retry-connrefused",
+            "--retry-delay",
+            "1",
+        ]
+        subprocess.run([*curl, f"{served[1]}/livez"], check=True, stdout=subprocess.DEVNULL)
         with Client(served[1], verify=certificate) as guest:
             guest.request("POST", "/v1/redeem", json={"secret": secret, "password": PASSWORD})
             with Client.sign_in(served[1], "admin", PASSWORD, verify=certificate) as admin:
