@@ -4,6 +4,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyotp
@@ -13,8 +14,10 @@ from crcjax.errors import OutputError
 from crcjax.monitor.event_log import read_events
 from crcjax.serve import accounts
 from crcjax.serve.client import Client, ServiceError
+from crcjax.serve.database import Database
 from crcjax.serve.permissions import Role
-from crcjax.serve.service import LOG
+from crcjax.serve.service import _MIGRATIONS, LOG
+from crcjax.serve.signatures import MIGRATIONS
 
 PASSWORD = "correct horse battery"
 PredictCase = Callable[..., Any]
@@ -138,9 +141,7 @@ def test_what_is_not_in_the_log_is_not_signed_and_a_change_in_the_database_is_no
     assert not pathologist.signatures(case.prediction)["is_intact"]
 
 
-def test_a_state_folder_from_before_signatures_opens(open_state: Callable, tmp_path) -> None:
-    open_state()
-    with sqlite3.connect(tmp_path / "state" / "state.db") as database:
-        database.execute("DROP TABLE signatures")
-        database.execute("PRAGMA user_version = 2")
+def test_a_state_folder_from_before_signatures_opens(open_state: Callable, tmp_path: Path) -> None:
+    older = _MIGRATIONS[: _MIGRATIONS.index(MIGRATIONS[0])]
+    Database(tmp_path / "state" / "state.db", older).close()
     assert open_state().signatures.versions("p") == []
