@@ -159,7 +159,6 @@ def test_the_service_answers_a_prediction_from_the_root_file_system_of_its_image
         assert slide["call"] in ("canonical", "immune", "stromal")
     finally:
         process.terminate()
-        process.wait(60)
-        assert process.stderr is not None
-        process.stderr.close()
+        # Shown if the test fails: why the service ended.
+        print(process.communicate(timeout=60)[1])
         subprocess.run(buildah("rm", container), capture_output=True)
