@@ -1,4 +1,4 @@
-# make demo, make test, make test-system, make lint, make bench: each sets up what it needs; a second call sets up nothing again.
+# make demo, make test, make test-system, make lint, make bench, make docs: each sets up what it needs; a second call sets up nothing again.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ export PJRT_NPROC ?= 16
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --durations 25 -rs
 
-.PHONY: demo test test-system lint bench clean
+.PHONY: demo test test-system lint bench docs clean
 
 demo: $(READY)
 	$(BIN)/crcjax demo --out runs/demo
@@ -30,6 +30,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tools/record.py
+
+# The documentation as a site: build/docs/index.html
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

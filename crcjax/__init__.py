@@ -20,6 +20,7 @@ _MODULE_OF = {
     "open_store": "crcjax.api.stores",
     "embed": "crcjax.api.stores",
     "Run": "crcjax.api.runs",
+    "add_aggregator": "crcjax.models.aggregators.registry",
     "Bundle": "crcjax.api.bundles",
     "export_bundle": "crcjax.api.bundles",
     "open_bundle": "crcjax.api.bundles",

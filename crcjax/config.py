@@ -145,8 +145,8 @@ def get_config() -> ConfigDict:
     model.width = 32
     # Numbers in an instance's feature after the projection. A multiple of 4 times model.heads.
     model.features = 128
-    # Multiple-instance aggregator: mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil, transmil or hierarchical. See
-    # docs/models.md.
+    # Multiple-instance aggregator: mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil, transmil, hierarchical, or
+    # one of your own. See docs/models.md.
     model.mil = "gated_abmil"
     # Hidden units of the attention (Ilse et al. 2018).
     model.attention = 64

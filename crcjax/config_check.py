@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 from ml_collections import ConfigDict
 
@@ -145,6 +146,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.schedule": ("cosine", "linear", "constant", "one_cycle"),
 }
 
+# The group of entry points by which installed packages add aggregators: NAME = "MODULE:CLASS".
+AGGREGATOR_PLUGINS = "crcjax.aggregators"
+# Choices that the caller's code adds.
+_ADDED: dict[str, set[str]] = {}
+
 _REQUIRED = ("data.store", "data.cohort")
 _NAMES = ("data.classes", "data.magnifications", "tasks.tissue_classes", "train.keep_best_by")
 
@@ -155,13 +161,23 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"config.{fault}")
 
 
+def allow_choice(field: str, choice: str) -> None:
+    """Makes a choice of a field valid that crcjax does not have itself."""
+    _ADDED.setdefault(field, set()).add(choice)
+
+
+def _choices(field: str) -> tuple[str, ...]:
+    plugins = entry_points(group=AGGREGATOR_PLUGINS).names if field == "model.mil" else set()
+    return (*CHOICES[field], *sorted(_ADDED.get(field, set()) | plugins))
+
+
 def _faults(config: ConfigDict) -> Iterator[str]:
     default = get_config()
     for field, valid in RANGES.items():
         if config[field] not in valid:
             yield f"{field} must be {valid}, got {config[field]}; try {default[field]}"
-    for field, choices in CHOICES.items():
-        if config[field] not in choices:
+    for field in CHOICES:
+        if config[field] not in (choices := _choices(field)):
             yield f"{field} must be one of {', '.join(choices)}, got {config[field]!r}; try {default[field]}"
     yield from _tuple_faults(config)
     yield from _conflicts(config)

@@ -59,6 +59,7 @@ def test_a_text_that_is_no_choice_lists_the_choices() -> None:
 def test_the_choices_are_those_of_the_code() -> None:
     from crcjax.data import case_bags, splits
     from crcjax.models import attention, heads, mil
+    from crcjax.models.aggregators import registry
     from crcjax.slides.stain import methods
     from crcjax.train import auxiliary_tasks
 
@@ -67,7 +68,7 @@ def test_the_choices_are_those_of_the_code() -> None:
         "data.fold_by": splits.FOLD_BY,
         "stain.method": ("none", *methods.METHODS),
         "model.remat": attention.REMAT,
-        "model.mil": mil.AGGREGATORS,
+        "model.mil": registry.AGGREGATORS,
         "model.head": heads.HEADS,
         "model.dtype": mil.DTYPES,
         "tasks.weighting": auxiliary_tasks.WEIGHTINGS,

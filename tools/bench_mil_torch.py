@@ -27,7 +27,8 @@ from torch_mil import CLASSES, FACTORS, HEADS, HIDDEN, SLOTTED, TWINS, WIDTH
 
 from crcjax.config import get_config
 from crcjax.models.aggregators.pooling import Instances
-from crcjax.models.mil import AGGREGATORS, DTYPES
+from crcjax.models.aggregators.registry import AGGREGATORS
+from crcjax.models.mil import DTYPES
 
 LABEL = 1
 COUNTS = (1_000, 10_000, 100_000)

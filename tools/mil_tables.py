@@ -28,7 +28,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from crcjax.config import get_config
 from crcjax.models.aggregators.pooling import Instances
-from crcjax.models.mil import AGGREGATORS
+from crcjax.models.aggregators.registry import AGGREGATORS
 from crcjax.train.losses import focal
 
 MODELS = ("mean", "max", "abmil", "gated_abmil", "dsmil", "hierarchical")

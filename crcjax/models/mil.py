@@ -13,9 +13,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key, Num
 from ml_collections import ConfigDict
 
 from crcjax.errors import InputError
-from crcjax.models.aggregators.hierarchical import HierarchicalAttentionMIL
-from crcjax.models.aggregators.pooling import ABMIL, CLAM, DSMIL, Aggregator, Instances, MaxPool, MeanPool
-from crcjax.models.aggregators.transmil import TransMIL
+from crcjax.models.aggregators.pooling import Instances
+from crcjax.models.aggregators.registry import build_aggregator
 from crcjax.models.attention import REMAT
 from crcjax.models.encoders.convnets import Batch, use_batch_statistics
 from crcjax.models.encoders.registry import StoredEncoder, build_encoder
@@ -29,24 +28,6 @@ Params = dict[str, Any]
 # BatchNorm batch statistics: the number of valid tiles, and by layer the mean and variance times that number.
 Statistics = tuple[Float32[Array, ""], Params]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-
-
-def _flat(aggregator: Callable[..., Aggregator], **fixed: Any) -> Callable[..., Aggregator]:
-    """Adapts an aggregator that does not distinguish regions and slots to the arguments of one that does."""
-    return lambda config, classes, factors, **others: aggregator(config, classes, **fixed, **others)
-
-
-AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
-    "hierarchical": HierarchicalAttentionMIL,
-    "mean": _flat(MeanPool),
-    "max": _flat(MaxPool),
-    "abmil": _flat(ABMIL, gated=False),
-    "gated_abmil": _flat(ABMIL, gated=True),
-    "clam_sb": _flat(CLAM, multibranch=False),
-    "clam_mb": _flat(CLAM, multibranch=True),
-    "dsmil": _flat(DSMIL),
-    "transmil": _flat(TransMIL),
-}
 
 
 # Jitted functions return predictions.
@@ -72,7 +53,7 @@ class MILModel(nnx.Module):
     tasks: TaskHeads
 
     def __init__(self, config: ConfigDict, classes: int, factors: tuple[int, ...], rngs: nnx.Rngs):
-        for field, choices in (("dtype", DTYPES), ("remat", REMAT), ("mil", AGGREGATORS), ("head", HEADS)):
+        for field, choices in (("dtype", DTYPES), ("remat", REMAT), ("head", HEADS)):
             if config[field] not in choices:
                 raise InputError(f"config.model.{field} {config[field]!r}: choose one of {', '.join(choices)}")
         if config.features % (4 * config.heads):
@@ -84,7 +65,7 @@ class MILModel(nnx.Module):
         self.encoder = build_encoder(config, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(config.features, rngs=rngs)
         self.slots = sum(factor**2 for factor in factors)
-        self.aggregator = AGGREGATORS[config.mil](config, classes, factors, dtype=dtype, rngs=rngs)
+        self.aggregator = build_aggregator(config, classes, factors, dtype=dtype, rngs=rngs)
 
     def encode_stored(
         self, features: Float[Array, "*instance stored"], key: Key[Array, " batch"] | None = None

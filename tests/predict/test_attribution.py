@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from crcjax.config import get_config
-from crcjax.models.mil import AGGREGATORS, MILModel, build_model, params_of
+from crcjax.models.aggregators.registry import AGGREGATORS
+from crcjax.models.mil import MILModel, build_model, params_of
 from crcjax.predict.attribution import (
     attributor,
     integrated_gradients,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crcjax.models.mil import AGGREGATORS
+from crcjax.models.aggregators.registry import AGGREGATORS
 
 # python -c PROGRAM MODEL LAYOUTS: the largest relative differences of loss and gradients from one device's, as JSON.
 PROGRAM = """

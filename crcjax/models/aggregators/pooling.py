@@ -6,7 +6,7 @@ Masked instances have no influence, the order of instances does not matter, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Pooled:
     instance_loss: Float32[Array, " batch"]
 
 
+@runtime_checkable
 class Aggregator(Protocol):
     """The signature of all aggregators; with labels, they compute the instance loss."""
 

@@ -15,9 +15,10 @@ from jax.typing import DTypeLike
 
 from crcjax.config import get_config
 from crcjax.models.aggregators.pooling import Instances
+from crcjax.models.aggregators.registry import AGGREGATORS
 from crcjax.models.aggregators.transmil import _convolved, _pseudo_inverse, _sums
 from crcjax.models.attention import attend
-from crcjax.models.mil import AGGREGATORS, MILModel, build_model, params_of
+from crcjax.models.mil import MILModel, build_model, params_of
 from crcjax.models.prediction import Prediction
 from crcjax.models.tiled_attention import attend_in_tiles
 
