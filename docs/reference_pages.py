@@ -143,9 +143,14 @@ def _autodoc(item: Any) -> str:
 
 
 def http_page() -> str:
-    from crcjax.serve.app import create_app
+    from fastapi import FastAPI
 
-    document = create_app(None).openapi()  # type: ignore[arg-type]  # routes alone; no state folder is opened
+    from crcjax.serve.app import ROUTERS
+
+    api = FastAPI()
+    for router in ROUTERS:
+        api.include_router(router)
+    document = api.openapi()
     intro = (
         "The service answers these requests ([service.md](../service.md)). Errors are problem documents (RFC 9457). The "
         "running service gives the whole OpenAPI document, with all schemas, at `/openapi.json`."
