@@ -93,9 +93,10 @@ browser-packages:
 	@dpkg --status $(BROWSER_PACKAGES) >/dev/null 2>&1 \
 	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(BROWSER_PACKAGES); }
 
-# The zooming viewer of the service's page; needs npm.
+# The zooming viewer of the service's page, by npm; Debian and Ubuntu.
 .PHONY: viewer
 viewer: $(READY)
+	@command -v npm >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends npm; }
 	@$(BIN)/crcjax install-viewer
 
 clean:
