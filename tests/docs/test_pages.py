@@ -101,6 +101,14 @@ def test_python_blocks_compile_and_their_imports_of_crcjax_exist() -> None:
                     assert all(hasattr(module, alias.name) for alias in node.names), f"{page.name}: {ast.unparse(node)}"
 
 
+def test_every_test_that_a_page_names_exists() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`(tests/[\w/]+\.py::\w+)`", page.read_text())}
+    assert len(named) > 20
+    for name in sorted(named):
+        path, _, function = name.partition("::")
+        assert f"def {function}(" in (ROOT / path).read_text(), name
+
+
 def test_links_of_the_readme_lead_to_files_and_every_page_is_in_it_or_in_the_site() -> None:
     readme = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", readme):
