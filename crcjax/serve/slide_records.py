@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sqlite3
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from crcjax.errors import CrcjaxError, SlideError
 from crcjax.serve.database import Database
 from crcjax.slides.wsi.discovery import content_hash, first_file
+from crcjax.slides.wsi.tiff_structure import STARTS, StructureError, check_tiff
 
 MIGRATIONS = (
     (
@@ -107,8 +109,11 @@ class SlideRecords:
         `content` and `size` are given for a file that is encrypted: those of the slide in it.
         """
         try:
-            first_file(path)
-            content = content or content_hash(path)
+            file = first_file(path)
+            if not content:
+                content = content_hash(path)
+                with open(file, "rb") as opened:
+                    check_structure(new.name, opened, file.stat().st_size)
         except SlideError as error:
             raise SlideRefusedError(f"{new.name}: {error.reason}; {error.remedy}") from error
         except OSError as error:
@@ -135,6 +140,16 @@ class SlideRecords:
         """The slide of an id."""
         row = self._database.row("SELECT * FROM slides WHERE id = ?", slide_id)
         return None if row is None else _record(row)
+
+
+def check_structure(name: str, file: io.BufferedReader, size: int) -> None:
+    """Raises SlideRefusedError for a TIFF file that native code should not read; files of other formats pass."""
+    file.seek(0)
+    if file.read(4) in STARTS:
+        try:
+            check_tiff(file, size)
+        except StructureError as error:
+            raise SlideRefusedError(f"{name}: {error}; export the slide again") from error
 
 
 def _bytes_of(path: Path) -> int:

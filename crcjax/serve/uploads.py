@@ -22,13 +22,14 @@ import anyio.to_thread
 
 from crcjax.errors import CrcjaxError
 from crcjax.serve.database import Database
-from crcjax.serve.slide_records import NewSlide, SlideRecord, SlideRecords, SlideRefusedError
+from crcjax.serve.slide_records import NewSlide, SlideRecord, SlideRecords, SlideRefusedError, check_structure
 from crcjax.serve.vault import Vault
 from crcjax.slides.wsi.discovery import content_hash_of
+from crcjax.slides.wsi.tiff_structure import STARTS
 
 # Formats of one file, by the suffix of the uploaded name; others are given by reference.
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".scn", ".svslide", ".bif", ".czi")
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
 _CZI_START = b"ZISRAWFILE"
 MAX_BYTES = 64 * 2**30
 # Free bytes of the disk that uploads leave to results and to the database.
@@ -212,6 +213,8 @@ class Uploads:
             )
         part, path = self._folder / f"{upload.id}.part", self._slide_path(upload)
         self._check_start(upload, part)
+        with self._vault.open(part, upload.id, upload.new.site) as file:
+            check_structure(upload.new.name, file, upload.bytes)
         os.replace(part, path)
         try:
             record = self._add(upload, path)
@@ -232,7 +235,7 @@ class Uploads:
             start = file.read(len(_CZI_START))
         name = upload.new.name
         is_czi = Path(name).suffix.lower() == ".czi"
-        if not start.startswith(_CZI_START if is_czi else _TIFF_STARTS):
+        if not start.startswith(_CZI_START if is_czi else STARTS):
             raise SlideRefusedError(f"{name}: does not begin as a {'CZI' if is_czi else 'TIFF'} file; check the file")
 
     def discard(self, upload_id: str) -> None:

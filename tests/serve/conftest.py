@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -25,10 +26,12 @@ from crcjax.serve.queue import QueueLimits
 from crcjax.serve.results import attempt_folder, slide_id
 from crcjax.serve.service import Service, open_service
 
+# A TIFF file's shortest beginning that the service accepts: one directory, without an image.
+TIFF_START = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 305, 1, 1, 0, 0)
 PASSWORD = "correct horse battery"
 
 # A worker process whose prediction is the size of the file, and whose heatmap is a grey square. A slide that begins
-# with "II*\0die" kills its process, one with "II*\0bad" cannot be predicted, and one with "II*\0slow" takes long.
+# with TIFF_START and "die" kills its process, one with "bad" cannot be predicted, and one with "slow" takes long.
 WORKER = """
 import os, sys, time
 from pathlib import Path
@@ -46,12 +49,12 @@ def predict(payload, folder, progress):
     rows = []
     for number, slide in enumerate(payload["slides"]):
         progress(number / len(payload["slides"]), f"{number} of {len(payload['slides'])} slides")
-        start = Path(slide["path"]).read_bytes()[:8]
-        if start.startswith(b"II*\\0die"):
+        start = Path(slide["path"]).read_bytes()[26:30]
+        if start.startswith(b"die"):
             os.abort()
-        if start.startswith(b"II*\\0bad"):
+        if start.startswith(b"bad"):
             raise CaseFailedError("corrupt: the file is damaged")
-        if start.startswith(b"II*\\0slow"):
+        if start.startswith(b"slow"):
             time.sleep(60)
         (folder / "heatmaps").mkdir(exist_ok=True)
         Image.new("L", (64, 32), 100).save(folder / "heatmaps" / f"{slide_id(slide['content'])}.png")
@@ -253,7 +256,7 @@ def write_slide(tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str = "a.svs", kind: str = "", size: int = 1000) -> Path:
         path = tmp_path / name
-        start = b"II*\0" + kind.encode() + name.encode()
+        start = TIFF_START + kind.encode() + name.encode()
         path.write_bytes(start + bytes(size - len(start)))
         return path
 

@@ -3,6 +3,7 @@
 import json
 import re
 import ssl
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,6 +177,9 @@ def test_slides_by_reference_lie_in_a_folder_of_the_site(
     empty = inside.with_name("empty.svs")
     empty.touch()
     assert "is empty" in _refused(422, pathologist.add_slide, str(empty), "A")
+    cyclic = inside.with_name("cyclic.svs")
+    cyclic.write_bytes(b"II*\0" + struct.pack("<IHHHIII", 8, 1, 305, 1, 1, 0, 8))
+    assert "leads back to itself" in _refused(422, pathologist.add_slide, str(cyclic), "A")
 
 
 def test_the_first_administrator_invites_others_and_a_second_factor_is_asked_for(server, tmp_path: Path) -> None:

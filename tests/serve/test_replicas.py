@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -22,6 +23,8 @@ from crcjax.serve.service import Service
 from crcjax.serve.slide_records import NewSlide, SlideRecord
 from crcjax.serve.uploads import OffsetError, Upload, Uploads
 
+# A TIFF file's shortest beginning that the service accepts: one directory, without an image.
+TIFF_START = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 305, 1, 1, 0, 0)
 PASSWORD = "correct horse battery"
 # The service as the command starts it, with workers whose predictions take no time.
 SERVICE = """
@@ -48,7 +51,7 @@ def _use(url: str, certificate: str, name: str, folder: Path, cases: int) -> int
     with Client.sign_in(url, name, PASSWORD, verify=certificate) as client:
         for number in range(cases):
             path = folder / f"{name}-{number}.svs"
-            content = b"II*\0" + path.name.encode() + os.urandom(3000 + 7 * number)
+            content = TIFF_START + path.name.encode() + os.urandom(3000 + 7 * number)
             path.write_bytes(content)
             slide = client.upload(path, path.stem)
             assert (slide["bytes"], slide["case_id"]) == (len(content), path.stem)
@@ -131,7 +134,7 @@ def _append(uploads: Uploads, upload: Upload, offset: int, content: bytes) -> Up
 
 
 def test_chunks_of_an_upload_may_reach_any_replica_but_not_two_at_once(open_state: Callable[..., Service]) -> None:
-    content = b"II*\0" + bytes(range(256)) * 40
+    content = TIFF_START + bytes(range(256)) * 40
     first, second = open_state().uploads, open_state().uploads
     new = NewSlide("leeds", "dr.frost", "A-017", "a.svs")
     upload = first.begin(new, len(content), hashlib.sha256(content).hexdigest())
@@ -147,7 +150,7 @@ def test_chunks_of_an_upload_may_reach_any_replica_but_not_two_at_once(open_stat
 def test_a_replica_that_was_killed_before_it_added_the_slide_is_relieved_by_another(
     open_state: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = b"II*\0" + bytes(1000)
+    content = TIFF_START + bytes(1000)
     first, second = open_state().uploads, open_state()
     upload = first.begin(NewSlide("leeds", "dr.frost", "A-017", "a.svs"), len(content), "")
 

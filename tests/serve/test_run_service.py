@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -132,7 +133,8 @@ def test_a_slide_is_predicted_by_the_real_engine_through_a_killed_worker_and_a_k
 
     slides = [Path(str(row.path)) for row in load_cohort(painted / "cohort.csv", None).rows[-3:]]
     broken = tmp_path / "broken.svs"
-    broken.write_bytes(b"II*\0" + bytes(1000))
+    # One directory, without an image.
+    broken.write_bytes(b"II*\0" + struct.pack("<IHHHIII", 8, 1, 305, 1, 1, 0, 0) + bytes(1000))
     ids = {path: frost.predict([frost.upload(path, path.stem)["id"]])["id"] for path in (*slides, broken)}
     deadline = time.monotonic() + 240
     while frost.prediction(ids[slides[0]])["status"] != "done":

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import sqlite3
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ from crcjax.serve.service import Service, open_service
 from crcjax.serve.slide_records import NewSlide, SlideRecord, SlideRefusedError
 from crcjax.serve.uploads import NoRoomError, OffsetError, Upload, Uploads
 
-CONTENT = b"II*\0" + bytes(range(256)) * 40
+# A TIFF file's shortest beginning that the service accepts: one directory, without an image.
+TIFF_START = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 305, 1, 1, 0, 0)
+CONTENT = TIFF_START + bytes(range(256)) * 40
 NEW = NewSlide("leeds", "dr.frost", "A-017", "a.svs")
 
 
@@ -83,9 +86,10 @@ def test_a_complete_upload_whose_slide_was_not_yet_added_is_added_at_the_next_st
 @pytest.mark.parametrize(
     ("content", "sha256", "words"),
     [
-        (CONTENT + b"x", "", "must have 10244 bytes as announced"),
+        (CONTENT + b"x", "", "must have 10266 bytes as announced"),
         (CONTENT, "0" * 64, "the SHA-256 must be 0000"),
         (b"PK\3\4" + CONTENT[4:], "", "does not begin as a TIFF file"),
+        (CONTENT[:22] + struct.pack("<I", 8) + CONTENT[26:], "", "a directory at byte 8 that leads back to itself"),
     ],
 )
 def test_what_is_not_as_announced_is_refused_and_removed(

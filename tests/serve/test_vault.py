@@ -1,6 +1,7 @@
 """Encryption at rest of the service: from upload to result, in the raw bytes of its folder, and through a rotation of keys."""
 
 import shutil
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from crcjax.serve.at_rest import keys_at_rest
 from crcjax.serve.permissions import Role
 from crcjax.serve.vault import Vault
 
+# A TIFF file's shortest beginning that the service accepts: one directory, without an image.
+TIFF_START = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 305, 1, 1, 0, 0)
 MARK = b"PIXELS-OF-THE-PATIENT"
 
 
@@ -38,7 +41,7 @@ def files_with(folder: Path, *words: bytes) -> list[str]:
 
 
 def _slide(path: Path) -> Path:
-    path.write_bytes(b"II*\0" + MARK * 3000)
+    path.write_bytes(TIFF_START + MARK * 3000)
     return path
 
 

@@ -20,6 +20,7 @@ from crcjax.errors import InputError, SlideError
 from crcjax.slides.wsi.discovery import content_hash, first_file
 from crcjax.slides.wsi.native_jpeg import JpegTiles
 from crcjax.slides.wsi.ome_tiff import OmeTiff, UnsupportedTiffError, tiff_fault
+from crcjax.slides.wsi.tiff_structure import STARTS
 
 PAINTED = "synthetic slide painted by crcjax"  # in the description of a painted slide
 MPP_RANGE = (0.05, 20.0)  # finer than optics resolve, coarser than any scanner writes: a unit error
@@ -265,9 +266,9 @@ def _refusal(path: Path, file: Path, error: Exception) -> SlideError:
     with open(file, "rb") as opened:
         magic = opened.read(4)
     kind = ""
-    if magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and (fault := _whole_tiff_fault(file)):
+    if magic in STARTS and (fault := _whole_tiff_fault(file)):
         return _unsupported(path, fault)
-    if magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if magic in STARTS:
         kind = "a TIFF that OpenSlide cannot open: damaged, cut off, or not a tiled slide"
     elif not isinstance(error, openslide.OpenSlideUnsupportedFormatError):
         kind = "of a format that OpenSlide knows, but damaged, cut off, or of an unknown kind"
