@@ -1,6 +1,7 @@
 """Requests a second: what is answered, what waits, and that all processes count together."""
 
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -48,15 +49,29 @@ def test_a_file_that_cannot_be_written_limits_nobody(tmp_path: Path) -> None:
     assert _accepted(limits, "a", 3) == 3
 
 
+# Prints how many of 150 requests are accepted.
+COUNT = """
+import sys
+from pathlib import Path
+from crcjax.serve.rate_limits import Rate, RateLimits, TooManyRequestsError
+
+limits, accepted = RateLimits(Path(sys.argv[1]), Rate(0.001, 200), Rate(1.0, 1)), 0
+for _ in range(150):
+    try:
+        limits.count_account("a")
+        accepted += 1
+    except TooManyRequestsError:
+        pass
+print(accepted)
+"""
+
+
 def test_processes_count_together(tmp_path: Path) -> None:
     limits = RateLimits(tmp_path / "rates.db", Rate(0.001, 200), Rate(1.0, 1))
     limits._database.close()
-    children = []
-    for _ in range(2):
-        if (pid := os.fork()) == 0:
-            os._exit(_accepted(RateLimits(tmp_path / "rates.db", Rate(0.001, 200), Rate(1.0, 1)), "a", 150))
-        children.append(pid)
-    counts = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    command = [sys.executable, "-c", COUNT, str(tmp_path / "rates.db")]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    counts = [int(child.communicate()[0]) for child in children]
     assert sum(counts) == 200
 
 
