@@ -57,6 +57,7 @@ def _distance(estimate: Estimate, expected: float) -> float:
     return abs(expected - estimate.value) / (abs(limit - estimate.value) / 1.96)
 
 
+@pytest.mark.slow
 def test_estimates_are_as_far_from_the_truth_as_their_intervals_say(large) -> None:
     _, facts, estimates = large
     distances = {
@@ -68,6 +69,7 @@ def test_estimates_are_as_far_from_the_truth_as_their_intervals_say(large) -> No
     assert np.mean([distance < 1.96 for distance in distances.values()]) > 0.8
 
 
+@pytest.mark.slow
 def test_hazard_ratios_return_to_those_put_in(large) -> None:
     _, facts, estimates = large
     parameters = facts["parameters"]
@@ -82,6 +84,7 @@ def test_hazard_ratios_return_to_those_put_in(large) -> None:
             assert abs(np.log(predicted)) < abs(np.log(found.value)) + 0.15, "errors of the subtype move it towards 1"
 
 
+@pytest.mark.slow
 def test_the_temperature_returns(large) -> None:
     trial, facts, _ = large
     cases = trial.cases(trial.primary)
@@ -91,6 +94,7 @@ def test_the_temperature_returns(large) -> None:
     assert not set(held_out.case_ids) & set(cases.case_ids)
 
 
+@pytest.mark.slow
 def test_normalisation_helps_in_the_simulation_as_it_was_put_in(large) -> None:
     _, facts, estimates = large
     expected = facts["expected"]

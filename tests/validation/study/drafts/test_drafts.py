@@ -25,6 +25,10 @@ DATE = "2026-01-31"
 CARD = "# Model card\n\n## Prediction target\n\n* Target: subtype.\n\n## Models\n\n* Aggregator x.\n\n## Training data\n\n* 240 ids.\n"
 
 
+# A full study takes twenty seconds.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a simulated trial with few resamples, and its results under REPORT."""
