@@ -47,7 +47,12 @@ def slurm(required, daemons: list[subprocess.Popen]) -> Iterator[Path]:
 def _start(folder: Path, started: list[subprocess.Popen]) -> None:
     template = (Path(__file__).parent / "slurm.conf").read_text()
     conf = folder / "slurm.conf"
-    conf.write_text(template.replace("{folder}", str(folder)).replace("{host}", socket.gethostname()))
+    # Each process of the tests has a cluster of its own.
+    port = 26810 + 10 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    values = {"folder": folder, "host": socket.gethostname(), "port": port, "n0": port + 1, "n1": port + 2}
+    for name, value in values.items():
+        template = template.replace(f"{{{name}}}", str(value))
+    conf.write_text(template)
     (folder / "hosts").write_text(Path("/etc/hosts").read_text() + "127.0.0.1 n0 n1\n")
     mail = folder / "mail"
     mail.write_text(f'#!/bin/sh\necho "$@" >> {folder}/mails\n')
@@ -91,7 +96,8 @@ def lose_node(slurm: Path, daemons: list[subprocess.Popen]) -> Iterator[Callable
         processes = list(psutil.process_iter())
         for process in processes:
             with suppress(psutil.Error):
-                is_daemon = process.name() == "slurmd" and process.cmdline()[-2:] == ["-N", node]
+                own = [f"{slurm}/slurm.conf", "-N", node]
+                is_daemon = process.name() == "slurmd" and process.cmdline()[-3:] == own
                 if is_daemon:
                     process.kill()
         for process in processes:
