@@ -153,14 +153,15 @@ def _pixels(screenshot: bytes) -> np.ndarray:
 
 def _edges(page, is_inside: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Left, right, top and bottom of the pixels of a kind about the middle of the viewer."""
-    before, screenshot = b"", page.locator(".slide").screenshot()
-    # Until the tiles of this zoom have arrived, and the animation has ended.
-    while screenshot != before or not is_inside(_pixels(screenshot)).any():
+    before, screenshot, inside = b"", b"", np.zeros((1, 1), bool)
+    # Until the tiles and the map of this zoom have arrived, and the animation has ended.
+    deadline_s = time.monotonic() + 120.0
+    while screenshot != before or not inside[inside.shape[0] // 2, inside.shape[1] // 2]:
+        assert time.monotonic() < deadline_s
         page.wait_for_timeout(700)
         before, screenshot = screenshot, page.locator(".slide").screenshot()
-    inside = is_inside(_pixels(screenshot))
+        inside = is_inside(_pixels(screenshot))
     middle_y, middle_x = inside.shape[0] // 2, inside.shape[1] // 2
-    assert inside[middle_y, middle_x]
     edges = []
     for line, middle in ((inside[middle_y], middle_x), (inside[:, middle_x], middle_y)):
         outside = np.flatnonzero(~line)
