@@ -195,8 +195,8 @@ class OnnxMember:
         )
 
     def attribution(self, bag: EncodedBag) -> Float32[np.ndarray, "region slot class"]:
-        """Is never called: `load_onnx_ensemble` refuses the methods that need it."""
-        raise NotImplementedError
+        """Raises InputError: an exported model has attention alone."""
+        raise InputError("an exported model has attention alone; predict with its bundle for attributions")
 
 
 def open_session(graph: bytes) -> Any:

@@ -15,7 +15,7 @@ images=(buildah)
 images+=(--storage-driver vfs)
 
 lock() {
-  local compile=("$python" -m uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --python-version 3.11)
+  local compile=("$python" -m uv pip compile --quiet --no-header --no-annotate --python-version 3.11)
   "${compile[@]}" "$root/launch/edge/pyproject.toml" --output-file "$here/edge.txt"
   "${compile[@]}" "$root/pyproject.toml" --extra serve --extra redis --output-file "$here/service.txt"
   "${compile[@]}" "$root/pyproject.toml" --extra cuda12 --output-file "$here/train.txt"
@@ -26,11 +26,11 @@ make_base() {
   local name=localhost/crcjax-base:bookworm folder container
   if ! "${images[@]}" inspect "$name" >/dev/null 2>&1; then
     folder=$(mktemp -d)
-    debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm "$folder/root" >"$folder/log" 2>&1 \
+    debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm "$folder/debian" >"$folder/log" 2>&1 \
       || { tail -5 "$folder/log" >&2; exit 1; }
-    rm -rf "$folder/root/var/cache/apt" "$folder/root/var/lib/apt/lists" "$folder/root/usr/share/doc" "$folder/root/usr/share/locale"
+    rm -rf "$folder/debian/var/cache/apt" "$folder/debian/var/lib/apt/lists" "$folder/debian/usr/share/doc" "$folder/debian/usr/share/locale"
     container=$("${images[@]}" from scratch)
-    "${images[@]}" copy --quiet "$container" "$folder/root" / >/dev/null
+    "${images[@]}" copy --quiet "$container" "$folder/debian" / >/dev/null
     "${images[@]}" commit --quiet "$container" "$name" >/dev/null
     "${images[@]}" rm "$container" >/dev/null
     rm -rf "$folder"
