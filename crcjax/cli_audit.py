@@ -96,7 +96,7 @@ def export(
 
 
 def _entries(log: Path, kind: str | None, account: str | None) -> Iterator[tuple[int, dict]]:
-    """The entries of a log with their lines; those that are damaged are left out."""
+    """Each undamaged entry of a log, with the number of its line."""
     if not log.is_file():
         raise InputError(f"{log}: there is no such log; check the path")
     with open(log, "rb") as file:

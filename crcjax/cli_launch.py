@@ -83,7 +83,7 @@ def check(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help="what is trained: compact, or vit-s16 fine-tuned")] = "compact",
+    model: Annotated[str, typer.Option(help="the encoder to train: compact, or a fine-tuned vit-s16")] = "compact",
     bags: Annotated[int, typer.Option(min=1, help="bags of a step (config.data.batch_size)")] = 32,
     regions: Annotated[int, typer.Option(min=1, help="regions of a bag (config.data.regions_per_bag)")] = 64,
     slots: Annotated[int, typer.Option(min=1, help="tiles of a region: 1, 5 or 21")] = 5,

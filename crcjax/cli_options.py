@@ -1,4 +1,4 @@
-"""What the commands share: options, the console of messages, the progress bar, and how a command ends."""
+"""Options, the console for messages, the progress bar and the end of a command: shared by all commands."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _devices() -> Finding:
 
 
 def _gpu_readings() -> Finding:
-    """What NVML says; no GPU is no fault."""
+    """The GPUs that NVML finds. A machine without GPUs has no fault."""
     sensors = GpuSensors()
     gpus = sensors.read()
     sensors.close()

@@ -90,7 +90,7 @@ class AuditLog:
         def facts(size: int, head: str) -> Mapping[str, Any]:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             checkpoint = signed_checkpoint(first_hash(self.path), size, head, now, key)
-            # An anchor of which the log holds no copy is harmless; the reverse would look like an anchor that was removed.
+            # Anchors first: a checkpoint that the log lacks does no harm. One that an anchor file lacks would look removed.
             for path in self._anchors:
                 anchor(checkpoint, path)
             return asdict(checkpoint)

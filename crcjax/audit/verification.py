@@ -26,7 +26,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was verified: entries, checkpoints, and the entries behind the last checkpoint, for which the chain alone speaks."""
+    """How many entries and checkpoints were verified, and how many entries follow the last checkpoint."""
 
     entries: int
     checkpoints: int
@@ -80,7 +80,7 @@ def _anchored(path: Path, trusted: Sequence[str]) -> list[Checkpoint] | Fault:
 
 
 class _AnchorFile:
-    """The checkpoints of an anchor file of which the log has not reached the end yet."""
+    """The checkpoints of an anchor file that the verification of the log has still to reach."""
 
     def __init__(self, path: Path, checkpoints: Sequence[Checkpoint]):
         self.path, self._ahead = path, list(reversed(checkpoints))
@@ -108,7 +108,7 @@ class _AnchorFile:
 
 
 class _Check:
-    """What was seen of a log so far."""
+    """The state of a verification, which reads the log entry by entry."""
 
     def __init__(self, path: Path, trusted: Sequence[str], anchors: Sequence[_AnchorFile]):
         self._path, self._trusted, self._anchors = path, trusted, anchors
@@ -137,7 +137,7 @@ class _Check:
         return f"is a checkpoint that {missing} lacks: the anchor file was cut" if missing else ""
 
     def fault_at_end(self) -> Fault | None:
-        """What the end of the log lacks."""
+        """A checkpoint that should follow the last entry and does not; None if there is no such."""
         for file in self._anchors:
             if file.next is not None:
                 reason = f"is missing: the log had {file.next.bytes} bytes at {file.next.time}, by {file.path}"

@@ -163,8 +163,8 @@ def _longest_first(
     on_plan: Callable[[SlideSize, float | None], None] | None,
 ) -> tuple[list[_Pending], list[SlideSize]]:
     """Orders bags by the estimated seconds, and returns their sizes too; bags of equal seconds stay in their order."""
-    whole = sizes_of_bags([_sources(jobs) for jobs, _ in pending], predictor.tiling, threads)
-    sizes = [size.share(predictor.region_share) for size in whole]
+    bag_sizes = sizes_of_bags([_sources(jobs) for jobs, _ in pending], predictor.tiling, threads)
+    sizes = [size.share(predictor.region_share) for size in bag_sizes]
     if on_plan:
         size = sum(sizes, start=NOTHING)
         on_plan(size, costs.seconds_of_command(size) if costs.has_seconds else None)

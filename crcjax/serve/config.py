@@ -198,17 +198,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The values of a file with whole paths; values of a wrong type stay as they are."""
+    """The values of a file with absolute paths; values of a wrong type stay as they are."""
 
     def located(value: Any) -> Any:
         if isinstance(value, list):
             return [located(item) for item in value]
         return str(folder / value) if isinstance(value, str) else value
 
-    whole = {name: located(value) if name in (*_PATHS, "trust") else value for name, value in values.items()}
+    located_values = {name: located(value) if name in (*_PATHS, "trust") else value for name, value in values.items()}
     if isinstance(values.get("slides"), dict):
-        whole["slides"] = {site: located(folders) for site, folders in values["slides"].items()}
-    return whole
+        located_values["slides"] = {site: located(folders) for site, folders in values["slides"].items()}
+    return located_values
 
 
 def _mistake(details: Any, options: set[str], has_file: bool) -> str:

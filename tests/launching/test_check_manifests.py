@@ -79,8 +79,8 @@ def test_the_least_grace_period_follows_from_the_longest_save_of_a_run(crcjax, t
     assert absent.returncode == 2
     assert "give the --workdir of a run" in absent.stderr
     assert crcjax("launch", "check", tmp_path / "absent.yaml").returncode == 2
-    whole = crcjax("launch", "check", ROOT / "launch" / "kubernetes")
-    assert (whole.returncode, whole.stdout) == (0, "no fault in 2 objects\n")
+    all_manifests = crcjax("launch", "check", ROOT / "launch" / "kubernetes")
+    assert (all_manifests.returncode, all_manifests.stdout) == (0, "no fault in 2 objects\n")
 
 
 def test_at_least_95_per_cent_of_mutated_manifests_are_caught_and_the_others_are_listed() -> None:

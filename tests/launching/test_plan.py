@@ -50,9 +50,9 @@ def test_the_measured_layout_is_measured_on_one_gpu_and_all_else_is_predicted() 
 
 
 def test_micro_batches_are_the_fewest_that_fit_and_a_bag_that_never_fits_is_an_error() -> None:
-    whole = plan.plan_training("compact", 32, 64, 5, 1, 0.0, 1)
-    assert whole.micro_batches == 2
-    assert whole.memory_gib <= 72 < 2 * whole.memory_gib
+    full_plan = plan.plan_training("compact", 32, 64, 5, 1, 0.0, 1)
+    assert full_plan.micro_batches == 2
+    assert full_plan.memory_gib <= 72 < 2 * full_plan.memory_gib
     assert plan.plan_training("compact", 32, 64, 5, 1, 0.0, 4).micro_batches == 1
     with pytest.raises(InputError, match="use fewer regions"):
         plan.plan_training("compact", 1, 4096, 21, 1, 0.0, 1)

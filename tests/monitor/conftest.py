@@ -1,9 +1,12 @@
 """A stand-in for NVIDIA's library, and monitored processes without training."""
 
 import ctypes
+import json
 import shutil
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,26 @@ def write_gpus(tmp_path: Path, nvml_library: Path, monkeypatch: pytest.MonkeyPat
         path.write_text("".join(lines))
 
     return write
+
+
+@pytest.fixture
+def webhook() -> Iterator[tuple[int, list]]:
+    """The port of a webhook on this machine, and the bodies that it received."""
+    received: list = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port, received
+    server.shutdown()
+    server.server_close()
+    thread.join()

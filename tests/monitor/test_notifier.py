@@ -1,9 +1,6 @@
 """Notifications reach real HTTP servers and files: grouped, not repeated, silenced."""
 
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,26 +14,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:Deprecati
 
 
 @pytest.fixture
-def receiver() -> Iterator[tuple[str, list]]:
+def receiver(webhook: tuple[int, list]) -> tuple[str, list]:
     """The address of a webhook, and the bodies that it received."""
-    received: list = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}", received
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    port, received = webhook
+    return f"127.0.0.1:{port}", received
 
 
 def _finding(kind: str = "slow_disk", host: str = "node-1") -> Finding:
