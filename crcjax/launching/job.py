@@ -139,7 +139,7 @@ def read_job(path: Path) -> TrainingJob:
     try:
         values = tomllib.loads(path.read_text())
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give the TOML file of a job") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the TOML file of a job") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a TOML file: {error}; launch/job.toml is an example") from error
     tables = values.pop("volumes", [])

@@ -30,7 +30,7 @@ def read_manifests(path: Path) -> list[dict[str, Any]]:
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"{path} cannot be read ({error}); give a YAML file or a folder with a kustomization"
+                f"{path}: cannot be read ({error}); give a YAML file or a folder with a kustomization"
             ) from error
     try:
         objects = [manifest for manifest in yaml.safe_load_all(text) if manifest is not None]
@@ -79,7 +79,7 @@ def longest_save_s(run: Path) -> float:
         seconds = [float(event["facts"]["seconds"]) for event in events if event.get("kind") == "checkpoint_saved"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} cannot be read ({error}); give the --workdir of a run that saved checkpoints"
+            f"{path}: cannot be read ({error}); give the --workdir of a run that saved checkpoints"
         ) from error
     if not seconds:
         raise InputError(f"{path} records no saved checkpoint; give the --workdir of a run that saved one")

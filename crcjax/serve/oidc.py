@@ -6,6 +6,7 @@ keys come from the provider alone, and issuer, audience and times are required.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ PREFIX = "oidc:"
 _KEYS_S = 300.0
 # Unknown key ids have the keys fetched again, at most once in this time: anybody can make up key ids.
 _REFETCH_S = 30.0
+# Keys that could not be fetched for so long verify nothing more: the provider may have withdrawn one.
+_LONGEST_S = 3600.0
 _TIMEOUT_S = 5.0
 # Seconds by which the provider's clock may differ.
 _LEEWAY_S = 30.0
@@ -45,7 +48,7 @@ class OidcTokens:
         self._config = config
         self._lock = threading.Lock()
         self._keys: dict[str | None, jwt.PyJWK] = {}
-        self._fetched_s = self._tried_s = -_KEYS_S
+        self._fetched_s = self._tried_s = -math.inf
         self._decoder = jwt.PyJWT(options={"enforce_minimum_key_length": True})
 
     def session(self, token: str) -> Session:
@@ -92,8 +95,10 @@ class OidcTokens:
             is_old = now - self._fetched_s > _KEYS_S
             if (is_old or key_id not in self._keys) and now - self._tried_s > _REFETCH_S:
                 self._tried_s = now
-                self._keys, self._fetched_s = self._fetch(), now
-            elif is_old and not self._keys:
+                fetched = self._fetch()
+                if fetched is not None:
+                    self._keys, self._fetched_s = fetched, now
+            if now - self._fetched_s > _LONGEST_S:
                 raise ProviderUnavailableError("the identity provider does not answer; try again")
             # A provider with a single key need not name it.
             is_single = key_id is None and len(self._keys) == 1
@@ -102,18 +107,16 @@ class OidcTokens:
             raise jwt.InvalidKeyError
         return key
 
-    def _fetch(self) -> dict[str | None, jwt.PyJWK]:
+    def _fetch(self) -> dict[str | None, jwt.PyJWK] | None:
+        """The provider's keys by their ids; None while it does not answer."""
         import httpx
 
         try:
             with httpx.Client(timeout=_TIMEOUT_S) as http:
                 url = self._config.jwks_url or self._discovered(http)
                 keys = http.get(url).raise_for_status().json()["keys"]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            if self._keys:
-                # Its keys of before are good until it answers again.
-                return self._keys
-            raise ProviderUnavailableError("the identity provider does not answer; try again") from error
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return None
         return {key.get("kid"): loaded for key in keys if (loaded := self._loaded(key)) is not None}
 
     def _discovered(self, http: Any) -> str:

@@ -77,5 +77,5 @@ def test_a_field_that_is_wrong_is_named_with_what_it_must_be(
 
 
 def test_a_file_that_is_absent_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent\.toml cannot be read \(No such file"):
+    with pytest.raises(InputError, match=r"absent\.toml: cannot be read \(No such file"):
         read_job(tmp_path / "absent.toml")

@@ -170,7 +170,7 @@ def test_the_command_renders_and_says_how_to_submit(crcjax, tmp_path: Path) -> N
     subprocess.run(["bash", "-n", tmp_path / "files" / "train.sbatch"], check=True)
     done = crcjax("launch", "render", tmp_path / "absent.toml", "--target", "slurm", "--out", tmp_path)
     assert done.returncode == 2
-    assert "absent.toml cannot be read" in done.stderr
+    assert "absent.toml: cannot be read" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -249,9 +249,12 @@ def test_keys_are_fetched_again_for_a_new_key_but_not_for_every_made_up_one(
     time_s += 301
     with pytest.raises(SignInError):
         tokens.session(_signed(_claims(provider), OTHER_RSA, kid="new"))
-    # While it does not answer, its last keys count; without any, the answer is to try again.
+    # While it does not answer, its last keys count for an hour; without any, the answer is to try again.
     provider.is_down, time_s = True, time_s + 301
     tokens.session(_signed(_claims(provider)))
+    time_s += 3600
+    with pytest.raises(ProviderUnavailableError):
+        tokens.session(_signed(_claims(provider)))
     with pytest.raises(ProviderUnavailableError):
         OidcTokens(config).session(_signed(_claims(provider)))
     provider.is_down = False
